@@ -1,7 +1,8 @@
 """Statistics of attention inside or beside a flash-style pass, without ever holding the T x T map."""
 
-from attnstats import reference
-from attnstats.attention import attention, statistics_from_lse
+from attnstats import presets, reference
+from attnstats.attention import attention, explain, statistics_from_lse
+from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
 from attnstats.statistics import (
     FAI,
@@ -39,6 +40,9 @@ __all__ = [
     "Statistic",
     "Statistics",
     "attention",
+    "capture",
+    "explain",
+    "presets",
     "reference",
     "statistics_from_lse",
 ]

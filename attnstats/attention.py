@@ -7,9 +7,10 @@ each of which offers `attend` and `from_lse`. Nothing here touches numbers.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -146,6 +147,44 @@ def statistics_from_lse(
     with torch.no_grad():
         tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
     return Statistics(tensors, {s: geometry.validity(s) for s in wanted}, lse)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    statistics: Iterable[Statistic | str] = (),
+    backend: Backend = "auto",
+    **arguments: Any,
+) -> None:
+    """Print what `attention` would run on these tensors, or with `value=None` what `statistics_from_lse` would.
+
+    Every pass with its tiles, what it computes, its floating-point operations and its scratch memory, over all
+    heads. Takes the other arguments of `attention` and raises its errors.
+
+    Example:
+        >>> import torch, attnstats
+        >>> query = torch.zeros(1, 8, 1024, 64)
+        >>> attnstats.explain(query, query, query, statistics=["waad", "received"], backend="tiled")
+        backend: tiled
+          torch's flash attention for CPU
+            output, lse: 1.07 GFLOP, 0.0 MB of scratch
+          band, blocks of 64 rows x 73 keys
+            waad: 0.08 GFLOP, 2.4 MB of scratch
+          sweep, blocks of rows
+            received: 0.54 GFLOP, 3.1 MB of scratch
+    """
+    wanted = resolve(statistics)
+    geometry = Geometry.resolve(query, key, value, wanted, **arguments)
+    module = _backend(backend, geometry)
+    lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
+    for step in module.plan(geometry, wanted, value is not None):
+        lines += [
+            f"  {step.runs}",
+            f"    {step.computes}: {step.flops / 1e9:.2f} GFLOP, {step.scratch_bytes / 1e6:.1f} MB of scratch",
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _natural_lse(lse: Tensor, base: str, geometry: Geometry) -> Tensor:

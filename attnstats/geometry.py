@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnstats.statistics import (
+    LSE,
     ColumnStatistic,
     DistanceWeighted,
     PooledMap,
@@ -118,6 +119,39 @@ class Geometry:
         query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
         return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(key_real, key_bounds)[:, None, :]
 
+    def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
+        """The shape of a statistic's tensor."""
+        if isinstance(statistic, ColumnStatistic):
+            return self.batch, self.query_heads, self.key_length
+        if isinstance(statistic, PooledMap):
+            query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
+            return self.batch, self.query_heads, len(query_bounds) - 1, len(key_bounds) - 1
+        return self.batch, self.query_heads, self.query_length
+
+    def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
+        """From sums to what is returned: means over counted queries, zeros where there is nothing but padding."""
+        if isinstance(statistic, (LSE, PooledMap)):
+            return tensor
+        if isinstance(statistic, ColumnStatistic):
+            if self.key_mask is not None:
+                tensor = tensor.masked_fill(~self.key_mask[:, None], 0.0)
+            if statistic.horizon is None:
+                return tensor
+            return tensor / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+        if self.key_mask is None and self.query_real is None:
+            return tensor
+        rows = self.live() if self.query_real is None else self.live() & self.query_real
+        return tensor.masked_fill(~rows[:, None], 0.0)
+
+    def visible_pairs(self) -> int:
+        """Pairs (t, s) that the causal mask lets through, of one head, padding included."""
+        if not self.is_causal:
+            return self.query_length * self.key_length
+        first, last = self.offset + 1, self.offset + self.query_length  # keys that the first and last query see
+        inside = min(last, self.key_length)
+        rising = max(0, inside - first + 1)
+        return (first + inside) * rising // 2 + (self.query_length - rising) * self.key_length
+
     @staticmethod
     def resolve(
         query: Tensor,
@@ -198,11 +232,25 @@ class Evaluation(NamedTuple):
     tensors: dict[Statistic, Tensor]
 
 
+class Step(NamedTuple):
+    """One pass of a plan, for `attnstats.explain`: what runs, what it computes, and what it costs over all heads."""
+
+    runs: str
+    computes: str
+    flops: int
+    scratch_bytes: int
+
+
 class AttentionResult(NamedTuple):
     """What `attnstats.attention` returns; unpacks as `output, statistics`."""
 
     output: Tensor
     statistics: Statistics
+
+
+def divisor_of(lse: Tensor) -> Tensor:
+    """The lse with +inf for rows that see nothing, so that exp(score - lse) is exactly 0 there, not NaN."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _any_per_segment(flags: Tensor, bounds: tuple[int, ...]) -> Tensor:
@@ -231,12 +279,16 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa:
     if key.shape[3] != query.shape[3]:
         raise ValueError(f"key must have query's head_dim {query.shape[3]}, got {key.shape[3]}")
     if value is not None and value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(f"value must have key's heads and length {tuple(key.shape[1:3])}, got {tuple(value.shape[1:3])}")
+        raise ValueError(
+            f"value must have key's heads and length {tuple(key.shape[1:3])}, got {tuple(value.shape[1:3])}"
+        )
     query_heads, key_heads = query.shape[1], key.shape[1]
     if query_heads % key_heads:
         raise ValueError(f"key: the {query_heads} query heads must be a multiple of its heads, got {key_heads}")
     if query_heads != key_heads and not enable_gqa:
-        raise ValueError(f"enable_gqa=False needs as many key heads as query heads, got {query_heads} and {key_heads}; pass enable_gqa=True")
+        raise ValueError(
+            f"enable_gqa=False needs as many key heads as query heads, got {key_heads} and {query_heads}; pass True"
+        )
 
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:

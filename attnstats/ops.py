@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.geometry import Evaluation, Geometry
+from attnstats.diagonal import is_narrow
+from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,
@@ -30,7 +31,8 @@ from attnstats.statistics import (
     SinkMass,
     Statistic,
 )
-from attnstats.tiled import Recomputed, divisor_of, finish, is_narrow, membership, sink_mass
+from attnstats.sweep import Recomputed, membership
+from attnstats.tiled import sink_mass
 
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -52,8 +54,8 @@ FORWARD_FP32 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config
 COLUMN = {64: Config(128, 64, 4, 3), 128: Config(128, 64, 4, 3), 256: Config(64, 64, 8, 2)}
 COLUMN_FP32 = {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)}
 INTERPRETED = Config(32, 16)
-BAND_KEYS = 32  # keys per tile of the band, in the forward's epilogue and on its own
-BAND_PACKED_ROWS = 128  # query rows of one group that share a key tile
+BAND = Config(128, 32)  # BM counts the packed rows of one group's heads, which share a key tile
+BAND_FP32 = Config(32, 16)
 MAX_PACKED_HEADS = 8  # more heads would leave too few positions per tile, and a slot for each
 
 
@@ -89,7 +91,7 @@ def attend(
     results = dict(zip(plan.in_forward, tensors, strict=True))
     with torch.no_grad():
         results |= _beside(query, key, lse, geometry, plan)
-        return Evaluation(output, lse, {s: finish(s, results[s], geometry) for s in statistics})
+        return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in statistics})
 
 
 def from_lse(
@@ -104,7 +106,49 @@ def from_lse(
         rows = plan._replace(band_rows=(), band_columns=())
         results |= _launch_forward(query, key, None, lse, geometry, rows).tensors
     results |= _beside(query, key, lse, geometry, plan)
-    return {s: finish(s, results[s], geometry) for s in statistics}
+    return {s: geometry.finish(s, results[s]) for s in statistics}
+
+
+def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
+    """What `attend` (or `from_lse`) launches."""
+    work = Plan.of(statistics)
+    heads = geometry.batch * geometry.query_heads
+    pairs = geometry.visible_pairs() * heads
+    rows = heads * geometry.query_length
+    behind, ahead = work.reach(geometry.is_causal)
+    has_band = bool(work.band_rows or work.band_columns)
+    steps = []
+    config = _config(FORWARD, FORWARD_FP32, geometry.dtype, _block_dim(max(geometry.head_dim, geometry.value_dim)))
+    band_config = config if attends else _band_config(geometry)[1]
+    scratch = 4 * _slot_count(behind, ahead, band_config.BM) * len(work.band_columns) * heads * geometry.key_length
+    band_flops = 2 * rows * (behind + ahead + band_config.BM) * geometry.head_dim if has_band else 0
+    tiles = "queries x {0.BM}, keys x {0.BN}, {0.num_warps} warps, {0.num_stages} stages"
+    if attends:
+        flops = 2 * pairs * (geometry.head_dim + geometry.value_dim) + band_flops
+        computes = ", ".join(("output", "lse", *(s.name for s in work.in_forward)))
+        epilogue = f", band of {behind + ahead} keys as epilogue" if has_band else ""
+        steps.append(Step(f"kernel forward: {tiles.format(config)}{epilogue}", computes, flops, scratch))
+    else:
+        if has_band:
+            names = ", ".join(s.name for s in (*work.band_rows, *work.band_columns))
+            steps.append(Step(f"kernel band: {tiles.format(band_config)}", names, band_flops, scratch))
+        if work.loop_rows or work.entropy:
+            names = ", ".join(s.name for s in (*work.loop_rows, *work.entropy))
+            steps.append(
+                Step(f"kernel forward, rows only: {tiles.format(config)}", names, 2 * pairs * geometry.head_dim, 0)
+            )
+    config = _config(COLUMN, COLUMN_FP32, geometry.dtype, _block_dim(geometry.head_dim))
+    for together in (*work.column_passes().values(), *((s,) for s in work.maps)):
+        segments = [
+            s.boundaries(geometry.query_length, geometry.key_length)[0] for s in together if isinstance(s, PooledMap)
+        ]
+        scratch = 4 * heads * geometry.key_length * sum(len(bounds) - 1 for bounds in segments)
+        names = ", ".join(s.name for s in together)
+        steps.append(Step(f"kernel column: {tiles.format(config)}", names, 2 * pairs * geometry.head_dim, scratch))
+    for sink in work.sinks:
+        flops = 2 * rows * sink.count * geometry.head_dim
+        steps.append(Step("first keys, gathered, plain PyTorch", sink.name, flops, 4 * rows * sink.count))
+    return steps
 
 
 class Plan(NamedTuple):
@@ -145,6 +189,11 @@ class Plan(NamedTuple):
     def in_forward(self) -> tuple[Statistic, ...]:
         return (*self.in_rows, *self.band_columns)
 
+    def column_passes(self) -> dict[int | None, tuple[ColumnStatistic, ...]]:
+        """The column kernel's passes: statistics that count the same queries go together."""
+        counting = dict.fromkeys(s.last_queries for s in self.columns)
+        return {last: tuple(s for s in self.columns if s.last_queries == last) for last in counting}
+
     def reach(self, causal: bool) -> tuple[int, int]:
         """How far the band goes behind and ahead of a query."""
         bands = [s.band for s in (*self.band_rows, *self.band_columns) if s.band]
@@ -159,8 +208,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan:
 def _beside(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan) -> dict[Statistic, Tensor]:
     """What takes a pass of its own after the lse is known."""
     results: dict[Statistic, Tensor] = dict.fromkeys(plan.lse, lse)
-    for last in dict.fromkeys(s.last_queries for s in plan.columns):
-        together = tuple(s for s in plan.columns if s.last_queries == last)
+    for last, together in plan.column_passes().items():
         whole = (0, geometry.query_length)
         sums = _launch_column(query, key, lse, geometry, together, geometry.counted(last), whole)
         results |= dict(zip(together, sums[:, 0], strict=True))
@@ -190,7 +238,7 @@ def _launch_forward(
         output = query.new_empty(*shape, geometry.value_dim)
         lse2 = query.new_empty(shape, dtype=torch.float32)  # natural here: the kernel writes what is returned
     block_dim, block_value_dim = _block_dim(geometry.head_dim), _block_dim(geometry.value_dim)
-    config = _config(FORWARD, FORWARD_FP32, query, max(block_dim, block_value_dim))
+    config = _config(FORWARD, FORWARD_FP32, geometry.dtype, max(block_dim, block_value_dim))
     behind, ahead = plan.reach(geometry.is_causal)
     rows = query.new_empty(len(plan.in_rows), *shape, dtype=torch.float32)
     columns = _slots(plan, geometry, behind, ahead, config.BM)
@@ -200,26 +248,26 @@ def _launch_forward(
         (query, key, value, output, lse2, _flags(geometry.counted()), _flags(geometry.key_mask), rows, columns),
         _sizes(geometry),
         tuple(_strides(x) for x in (query, key, value, output)),
-        dict(
-            LOOP_ROWS=_flat(plan.loop_rows, tails=False),
-            ENTROPY=len(plan.entropy),
-            MAX_LOGIT=len(plan.max_logit),
-            BAND_ROWS=_flat(plan.band_rows),
-            BAND_COLUMNS=_flat(plan.band_columns),
-            BEHIND=behind,
-            AHEAD=ahead,
-            CAUSAL=geometry.is_causal,
-            MASKED_KEYS=geometry.key_mask is not None,
-            MASKED_QUERIES=geometry.counted() is not None,
-            FROM_LSE=value is None,
-            BM=config.BM,
-            BN=config.BN,
-            BAND_BN=min(BAND_KEYS, config.BN),
-            DIM=geometry.head_dim,
-            BLOCK_DIM=block_dim,
-            VALUE_DIM=geometry.value_dim,
-            BLOCK_VALUE_DIM=block_value_dim,
-        ),
+        {
+            "LOOP_ROWS": _flat(plan.loop_rows, tails=False),
+            "ENTROPY": len(plan.entropy),
+            "MAX_LOGIT": len(plan.max_logit),
+            "BAND_ROWS": _flat(plan.band_rows),
+            "BAND_COLUMNS": _flat(plan.band_columns),
+            "BEHIND": behind,
+            "AHEAD": ahead,
+            "CAUSAL": geometry.is_causal,
+            "MASKED_KEYS": geometry.key_mask is not None,
+            "MASKED_QUERIES": geometry.counted() is not None,
+            "FROM_LSE": value is None,
+            "BM": config.BM,
+            "BN": config.BN,
+            "BAND_BN": min(BAND.BN, config.BN),
+            "DIM": geometry.head_dim,
+            "BLOCK_DIM": block_dim,
+            "VALUE_DIM": geometry.value_dim,
+            "BLOCK_VALUE_DIM": block_value_dim,
+        },
         config,
     )
     tensors: dict[Statistic, Tensor] = dict(zip(plan.in_rows, rows, strict=True))
@@ -231,35 +279,34 @@ def _launch_band(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, pl
     from attnstats.kernels.band import band
 
     query, key = _kernel_input(query), _kernel_input(key)
-    heads = min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
-    packed_rows = INTERPRETED.BM if interpreted() else BAND_PACKED_ROWS
-    block_rows = max(16, packed_rows // heads)
-    config = Config(block_rows, min(16 if interpreted() else BAND_KEYS, block_rows), num_warps=4, num_stages=2)
+    heads, config = _band_config(geometry)
     behind, ahead = plan.reach(geometry.is_causal)
     shape = (geometry.batch, geometry.query_heads, geometry.query_length)
     rows = query.new_empty(len(plan.band_rows), *shape, dtype=torch.float32)
     columns = _slots(plan, geometry, behind, ahead, config.BM)
-    programs = -(-geometry.query_length // config.BM) * -(-geometry.group // heads) * geometry.key_heads * geometry.batch
+    programs = (
+        -(-geometry.query_length // config.BM) * -(-geometry.group // heads) * geometry.key_heads * geometry.batch
+    )
     _launch(
         band,
         (programs,),
         (query, key, divisor_of(lse) * LOG2E, _flags(geometry.counted()), _flags(geometry.key_mask), rows, columns),
         _sizes(geometry),
         (_strides(query), _strides(key)),
-        dict(
-            ROWS=_flat(plan.band_rows),
-            COLUMNS=_flat(plan.band_columns),
-            BEHIND=behind,
-            AHEAD=ahead,
-            CAUSAL=geometry.is_causal,
-            MASKED_KEYS=geometry.key_mask is not None,
-            MASKED_QUERIES=geometry.counted() is not None,
-            HEADS=heads,
-            BM=config.BM,
-            BN=config.BN,
-            DIM=geometry.head_dim,
-            BLOCK_DIM=_block_dim(geometry.head_dim),
-        ),
+        {
+            "ROWS": _flat(plan.band_rows),
+            "COLUMNS": _flat(plan.band_columns),
+            "BEHIND": behind,
+            "AHEAD": ahead,
+            "CAUSAL": geometry.is_causal,
+            "MASKED_KEYS": geometry.key_mask is not None,
+            "MASKED_QUERIES": geometry.counted() is not None,
+            "HEADS": heads,
+            "BM": config.BM,
+            "BN": config.BN,
+            "DIM": geometry.head_dim,
+            "BLOCK_DIM": _block_dim(geometry.head_dim),
+        },
         config,
     )
     results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
@@ -283,7 +330,7 @@ def _launch_column(
     if counted is not None:
         lse2 = lse2.masked_fill(~counted[:, None], torch.inf)
     block_dim = _block_dim(geometry.head_dim)
-    config = _config(COLUMN, COLUMN_FP32, query, block_dim)
+    config = _config(COLUMN, COLUMN_FP32, geometry.dtype, block_dim)
     segments = len(query_bounds) - 1
     shape = (len(statistics), segments, geometry.batch, geometry.query_heads, geometry.key_length)
     sums = query.new_empty(shape, dtype=torch.float32)
@@ -295,15 +342,15 @@ def _launch_column(
         (query, key, lse2, _flags(geometry.key_mask), bounds, sums),
         (*sizes, segments, query_offset, queries, keys, scale2),
         (_strides(query), _strides(key)),
-        dict(
-            COLUMNS=_flat(statistics),
-            CAUSAL=geometry.is_causal,
-            MASKED_KEYS=geometry.key_mask is not None,
-            BM=config.BM,
-            BN=config.BN,
-            DIM=geometry.head_dim,
-            BLOCK_DIM=block_dim,
-        ),
+        {
+            "COLUMNS": _flat(statistics),
+            "CAUSAL": geometry.is_causal,
+            "MASKED_KEYS": geometry.key_mask is not None,
+            "BM": config.BM,
+            "BN": config.BN,
+            "DIM": geometry.head_dim,
+            "BLOCK_DIM": block_dim,
+        },
         config,
     )
     return sums
@@ -321,9 +368,7 @@ def _launch(
     """The one place where a kernel starts: on the device of its tensors, which may not be the current one."""
     device = tensors[0].device  # type: ignore[union-attr]
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](
-            *tensors, *sizes, *strides, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-        )
+        kernel[grid](*tensors, *sizes, *strides, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def _sizes(geometry: Geometry) -> tuple[Any, ...]:
@@ -346,9 +391,13 @@ def _flags(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+def _slot_count(behind: int, ahead: int, block_rows: int) -> int:
+    return 1 + -(-behind // block_rows) + -(-ahead // block_rows)
+
+
 def _slots(plan: Plan, geometry: Geometry, behind: int, ahead: int, block_rows: int) -> Tensor:
     """[columns, slots, B, Hq, Tk] zeros: where each query block leaves its part of a key's band columns."""
-    slots = 1 + -(-behind // block_rows) + -(-ahead // block_rows)
+    slots = _slot_count(behind, ahead, block_rows)
     shape = (len(plan.band_columns), slots, geometry.batch, geometry.query_heads, geometry.key_length)
     return torch.zeros(shape, dtype=torch.float32, device=geometry.device)
 
@@ -389,8 +438,16 @@ def _block_dim(dim: int) -> int:
     return max(16, _power_of_two(dim))
 
 
-def _config(table: dict[int, Config], table_fp32: dict[int, Config], query: Tensor, block_dim: int) -> Config:
+def _config(table: dict[int, Config], table_fp32: dict[int, Config], dtype: torch.dtype, block_dim: int) -> Config:
     if interpreted():
         return INTERPRETED
-    chosen = table_fp32 if query.dtype == torch.float32 else table
+    chosen = table_fp32 if dtype == torch.float32 else table
     return next(config for widest, config in chosen.items() if block_dim <= widest)
+
+
+def _band_config(geometry: Geometry) -> tuple[int, Config]:
+    """Heads packed into a tile of the band kernel, and its tiles."""
+    heads = min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
+    packed = INTERPRETED if interpreted() else BAND_FP32 if geometry.dtype == torch.float32 else BAND
+    rows = max(16, packed.BM // heads)
+    return heads, packed._replace(BM=rows, BN=min(packed.BN, rows))

@@ -8,11 +8,12 @@ shares no arithmetic with the other backends: masks are dense, counts are sums o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from attnstats.geometry import AttentionResult, Evaluation, Geometry
+from attnstats.geometry import AttentionResult, Evaluation, Geometry, Step
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,
@@ -91,6 +92,14 @@ def from_lse(
     return {s: _evaluate(s, weights, masked, lse, geometry) for s in statistics}
 
 
+def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
+    """What `attend` (or `from_lse`) does: everything, on the map."""
+    pairs = geometry.batch * geometry.query_heads * geometry.query_length * geometry.key_length
+    flops = 2 * pairs * (geometry.head_dim + (geometry.value_dim if attends else 0))
+    names = ", ".join((("output", "lse") if attends else ()) + tuple(s.name for s in statistics))
+    return [Step("eager attention, Tq x Tk", names, flops, 3 * pairs * geometry.accumulator.itemsize)]
+
+
 def _scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
     """[B, Hq, Tq, Tk] scaled scores with an additive mask, nothing hidden yet."""
     scores = query @ key.repeat_interleave(geometry.group, dim=1).transpose(-1, -2) * geometry.scale
@@ -150,7 +159,9 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
         query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
         counted = weights * _counts(geometry)[:, None, :, None]
         rows = [part.sum(2) for part in counted.split(_lengths(query_bounds), dim=2)]
-        return torch.stack([torch.stack([p.sum(-1) for p in row.split(_lengths(key_bounds), -1)], -1) for row in rows], 2)
+        return torch.stack(
+            [torch.stack([p.sum(-1) for p in row.split(_lengths(key_bounds), -1)], -1) for row in rows], 2
+        )
     row = _evaluate_row(statistic, weights, scores, geometry)
     live = (scores > -torch.inf).any(-1)
     if geometry.query_real is not None:
@@ -174,7 +185,7 @@ def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometr
 
 
 def _lengths(bounds: tuple[int, ...]) -> list[int]:
-    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [b - a for a, b in pairwise(bounds)]
 
 
 def _validity(geometry: Geometry, statistics: tuple[Statistic, ...]) -> dict[Statistic, Tensor]:

@@ -15,6 +15,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,7 @@ class ColumnStatistic(DistanceWeighted):
 
 @dataclass(frozen=True)
 class WAAD(RowStatistic):
-    """Windowed average attention distance, in tokens: `sum_s A[t, s] * min(|t - s|, window)` (Def. 4.1, Eq. 9)."""
+    """Windowed average attention distance in tokens: `sum_s A[t, s] * min(|t - s|, window)`, Eq. 9."""
 
     window: int = 10
 
@@ -142,7 +143,7 @@ class MeanDistance(RowStatistic):
 
 @dataclass(frozen=True)
 class FAI(ColumnStatistic):
-    """Future attention influence: the mean of A[t, s] over counted queries t with `lo <= t - s <= hi` (Def. 4.2, Eq. 10).
+    """Future attention influence: the mean of A[t, s] over counted queries t with `lo <= t - s <= hi`, Eq. 10.
 
     `hi=None` leaves the horizon open: to the end of the sequence.
     """
@@ -155,7 +156,9 @@ class FAI(ColumnStatistic):
         if self.hi is not None:
             _require_integer(self, "hi", 0)
             if self.lo > self.hi:
-                raise ValueError(f"FAI: lo must be <= hi, got lo={self.lo}, hi={self.hi}; hi=None leaves the horizon open")
+                raise ValueError(
+                    f"FAI: lo must be <= hi, got lo={self.lo}, hi={self.hi}; hi=None leaves the horizon open"
+                )
 
     @property
     def band(self) -> tuple[int, int] | None:
@@ -176,7 +179,7 @@ class FAI(ColumnStatistic):
 
 @dataclass(frozen=True)
 class Received(ColumnStatistic):
-    """Attention a key received: `sum_t c[t] * A[t, s]` (H2O's score); with `last=w` from the last w queries (SnapKV's)."""
+    """Attention a key received, `sum_t c[t] * A[t, s]` (H2O); with `last=w` from the last w queries (SnapKV)."""
 
     uses_distance: ClassVar[bool] = False
 
@@ -239,7 +242,7 @@ class PooledMap(Statistic):
             value = getattr(self, field)
             if not isinstance(value, tuple):
                 _require_integer(self, field, 1)
-            elif len(value) < 2 or value[0] != 0 or any(a >= b for a, b in zip(value, value[1:], strict=False)):
+            elif len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
                 raise ValueError(f"PooledMap: {field} must increase from 0 to the length, got {value}")
 
     def boundaries(self, query_length: int, key_length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -261,8 +264,7 @@ class PooledMap(Statistic):
 
 
 CATALOGUE: dict[str, type[Statistic]] = {
-    cls.name: cls
-    for cls in (WAAD, LocalMass, MeanDistance, Entropy, MaxLogit, LSE, SinkMass, FAI, Received, PooledMap)
+    cls.name: cls for cls in (WAAD, LocalMass, MeanDistance, Entropy, MaxLogit, LSE, SinkMass, FAI, Received, PooledMap)
 }
 
 
@@ -275,6 +277,7 @@ def resolve(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     if isinstance(statistics, (str, Statistic)):
         raise TypeError(f"statistics must be a list, got {statistics!r}; write [{statistics!r}]")
     resolved: dict[Statistic, None] = {}
+    item: Any
     for item in statistics:
         if isinstance(item, str):
             if item not in CATALOGUE:

@@ -62,11 +62,11 @@ def column(
     p_k_head = head_pointer(p_k, k_strides, i_batch, i_key_head)
     b_k = load_tile(p_k_head, k_strides, i_block * BN, n_keys, BN, DIM, BLOCK_DIM, True)
     m_key = keys_present(p_key_mask, i_batch, o_key, n_keys, MASKED_KEYS)
-    for i_member in range(0, group):
+    for i_member in range(group):
         i_head = i_key_head * group + i_member
         i_flat = (i_batch * n_query_heads + i_head).to(tl.int64)
         p_q_head = head_pointer(p_q, q_strides, i_batch, i_head)
-        for i_segment in range(0, n_segments):
+        for i_segment in range(n_segments):
             first = tl.load(p_bounds + i_segment)
             last = tl.load(p_bounds + i_segment + 1)
             whole = first  # from here on every query sees every key of the block

@@ -92,11 +92,8 @@ def resources(kernel: Any) -> Resources:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
-    registers = re.search(r"REG:(\d+)", usage.stdout)
-    stack = re.search(r"STACK:(\d+)", usage.stdout)
-    local = re.search(r"LOCAL:(\d+)", usage.stdout)
-    assert registers and stack and local, usage.stdout
-    return Resources(int(registers[1]), int(stack[1]) + int(local[1]), kernel.metadata.shared)
+    amounts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    return Resources(int(amounts["REG"]), int(amounts["STACK"]) + int(amounts["LOCAL"]), kernel.metadata.shared)
 
 
 def _describe(path: tuple[int, ...], argument: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> str:

@@ -1,0 +1,189 @@
+"""Every visible pair once, a block of query rows at a time, in plain PyTorch and O(T) memory.
+
+Three passes share the loop: attention where torch has no kernel that returns its lse, the statistics that need
+more than the band, and the gradients of any forward pass that kept an lse (the Triton backend's too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.geometry import Evaluation, Geometry, divisor_of
+from attnstats.statistics import (
+    ColumnStatistic,
+    DistanceWeighted,
+    Entropy,
+    MaxLogit,
+    PooledMap,
+    RowStatistic,
+    Statistic,
+)
+
+BLOCK_ELEMENTS = 2**18  # scores of a block: 1 MiB of float32 stays in a core's L2 from the matmul to the sums
+LOG_ZERO = -1e4  # exp of it is exactly 0, and 0 * LOG_ZERO is not NaN as 0 * -inf is
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
+    """Output and lse; whole rows at a time, so no online softmax is needed."""
+    output = query.new_empty(*query.shape[:3], geometry.value_dim)
+    lse = query.new_empty(query.shape[:3], dtype=geometry.accumulator)
+    for block in _blocks(geometry):
+        for batch, heads, key_head in heads_of(geometry):
+            scores = _scores(query, key, geometry, block, batch, heads, key_head)
+            row_lse = scores.logsumexp(-1)
+            weights = _log_weights_(scores, row_lse).exp_()
+            seen = value[batch, key_head, : block.keys].to(weights.dtype)
+            output[batch, heads, block.rows] = (weights @ seen).to(output.dtype)
+            lse[batch, heads, block.rows] = row_lse
+    return Evaluation(output, lse, {})
+
+
+class Recomputed(torch.autograd.Function):
+    """Any forward pass that returns an lse, with the gradients of attention recomputed from it."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, forward: Any) -> Any:
+        output, lse, tensors = forward(query, key, value, geometry)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.geometry = geometry
+        ctx.mark_non_differentiable(lse, *tensors.values())
+        return output, lse, *tensors.values()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        query, key, value, output, lse = ctx.saved_tensors
+        return *gradients(query, key, value, output, lse, grad_output, ctx.geometry), None, None
+
+
+def gradients(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention for query, key and value, a block of rows at a time.
+
+    With `A = exp(scores - lse)`: dV = A^T dO, dS = A * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
+    """
+    grads = [torch.zeros_like(x, dtype=geometry.accumulator) for x in (query, key, value)]
+    grad_query, grad_key, grad_value = grads
+    delta = (grad_output.to(geometry.accumulator) * output).sum(-1)
+    for block in _blocks(geometry):
+        for batch, heads, key_head in heads_of(geometry):
+            of_rows, of_keys = (batch, heads, block.rows), (batch, key_head, slice(block.keys))
+            scores = _scores(query, key, geometry, block, batch, heads, key_head)
+            weights = _log_weights_(scores, lse[of_rows]).exp_()
+            grad_rows = grad_output[of_rows].to(weights.dtype)
+            grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
+            grad_scores.sub_(delta[of_rows][..., None]).mul_(weights).mul_(geometry.scale)
+            grad_query[of_rows] = grad_scores @ key[of_keys].to(weights.dtype)
+            grad_key[of_keys] += (grad_scores.mT @ query[of_rows].to(weights.dtype)).sum(0)
+            grad_value[of_keys] += (weights.mT @ grad_rows).sum(0)
+    return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))  # type: ignore[return-value]
+
+
+def evaluate(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> dict[Statistic, Tensor]:
+    """Any statistic but LSE and SinkMass, as sums (`Geometry.finish` divides)."""
+    tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
+    counts = {s: _counts(s, geometry) for s in statistics}
+    pools = {s: membership(s, geometry) for s in statistics if isinstance(s, PooledMap)}
+    for block in _blocks(geometry):
+        distance = _distance(geometry, block)
+        by_distance = {
+            s: s.weight(distance).to(lse.dtype)
+            for s in statistics
+            if isinstance(s, DistanceWeighted) and s.uses_distance
+        }
+        for batch, heads, key_head in heads_of(geometry):
+            scores = _scores(query, key, geometry, block, batch, heads, key_head)
+            of_rows = (batch, heads, block.rows)
+            for s in statistics:
+                if isinstance(s, MaxLogit):
+                    tensors[s][of_rows] = scores.amax(-1)
+            log_weights = _log_weights_(scores, lse[of_rows]).clamp_(min=LOG_ZERO)
+            weights = log_weights.exp()
+            for s in statistics:
+                weighted = weights * by_distance[s] if s in by_distance else weights
+                if isinstance(s, RowStatistic):
+                    tensors[s][of_rows] = weighted.sum(-1)
+                elif isinstance(s, Entropy):
+                    tensors[s][of_rows] = -(weights * log_weights).sum(-1)
+                elif isinstance(s, ColumnStatistic):
+                    tensors[s][batch, heads, : block.keys] += counts[s][batch, block.rows] @ weighted
+                elif isinstance(s, PooledMap):
+                    of_query, of_key = pools[s]
+                    counted = of_query[block.rows].T * counts[s][batch, block.rows]
+                    tensors[s][batch, heads] += counted @ weights @ of_key[: block.keys]
+    return tensors
+
+
+def scratch_bytes() -> int:
+    """Memory of the loop: scores, their exponential and a weighted copy."""
+    return 3 * 4 * BLOCK_ELEMENTS
+
+
+def membership(statistic: PooledMap, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """[Tq, I] and [Tk, J] float, 1 where a position lies in a segment."""
+    both = []
+    for bounds in statistic.boundaries(geometry.query_length, geometry.key_length):
+        edges = torch.tensor(bounds, device=geometry.device)
+        position = torch.arange(bounds[-1], device=geometry.device)[:, None]
+        both.append(((edges[:-1] <= position) & (position < edges[1:])).to(geometry.accumulator))
+    return both[0], both[1]
+
+
+def _counts(statistic: Statistic, geometry: Geometry) -> Tensor:
+    """[B, Tq] float, c[t] of Eq. 10."""
+    counted = geometry.counted(statistic.last_queries if isinstance(statistic, ColumnStatistic) else None)
+    if counted is None:
+        counted = torch.ones(geometry.batch, geometry.query_length, dtype=torch.bool, device=geometry.device)
+    return counted.to(geometry.accumulator)
+
+
+class _Block(NamedTuple):
+    rows: slice
+    keys: int  # the rows see no key at or past this one
+    position: int  # of the first row
+
+
+def _blocks(geometry: Geometry) -> Iterator[_Block]:
+    step = max(16, min(512, BLOCK_ELEMENTS // (geometry.key_length * geometry.group)))
+    for start in range(0, geometry.query_length, step):
+        end = min(start + step, geometry.query_length)
+        keys = min(geometry.offset + end, geometry.key_length) if geometry.is_causal else geometry.key_length
+        yield _Block(slice(start, end), keys, geometry.offset + start)
+
+
+def heads_of(geometry: Geometry) -> Iterator[tuple[int, slice, int]]:
+    """(batch row, query heads of one group, their key head)."""
+    for batch in range(geometry.batch):
+        for key_head in range(geometry.key_heads):
+            yield batch, slice(key_head * geometry.group, (key_head + 1) * geometry.group), key_head
+
+
+def _distance(geometry: Geometry, block: _Block) -> Tensor:
+    """[rows, keys] signed distance t - s."""
+    rows = torch.arange(block.rows.stop - block.rows.start, device=geometry.device) + block.position
+    return rows[:, None] - torch.arange(block.keys, device=geometry.device)
+
+
+def _scores(
+    query: Tensor, key: Tensor, geometry: Geometry, block: _Block, batch: int, heads: slice, key_head: int
+) -> Tensor:
+    """[G, rows, keys] scores of one group, -inf where a key can't be seen."""
+    rows = query[batch, heads, block.rows].to(geometry.accumulator) * geometry.scale
+    scores = rows @ key[batch, key_head, : block.keys].to(geometry.accumulator).T
+    if geometry.is_causal and block.position + 1 < block.keys:
+        future = _distance(geometry, block)[:, block.position + 1 :] < 0
+        scores[..., block.position + 1 :].masked_fill_(future, -torch.inf)
+    if geometry.key_mask is not None:
+        scores.masked_fill_(~geometry.key_mask[batch, : block.keys], -torch.inf)
+    return scores
+
+
+def _log_weights_(scores: Tensor, lse: Tensor) -> Tensor:
+    """ln A = scores - lse in place; under a row that sees nothing (lse -inf) it is -inf, not NaN."""
+    return scores.sub_(divisor_of(lse)[..., None])

@@ -1,0 +1,194 @@
+"""One attention call as data, its comparison with the float64 reference, and the tolerance of that comparison.
+
+A `Case` prints as the expression that makes it, so a failure of a drawn case is reproduced by
+`python -m tests.cases "Case(...)"` with a backend behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnstats
+from attnstats import (
+    FAI,
+    LSE,
+    WAAD,
+    Entropy,
+    LocalMass,
+    MaxLogit,
+    MeanDistance,
+    PooledMap,
+    Received,
+    SinkMass,
+    Statistic,
+    reference,
+)
+from attnstats.statistics import ColumnStatistic, DistanceWeighted
+
+EVERY = (
+    WAAD(1),
+    WAAD(10),
+    LocalMass(4),
+    MeanDistance(),
+    Entropy(),
+    MaxLogit(),
+    LSE(),
+    SinkMass(3),
+    FAI(0, 0),
+    FAI(3, 20),
+    FAI(0, None),
+    FAI(5, None),
+    Received(),
+    Received(last=4),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 2
+    key_heads: int = 2
+    group: int = 2
+    query_length: int = 37
+    key_length: int = 37
+    head_dim: int = 16
+    value_dim: int = 16
+    dtype: str = "float32"
+    is_causal: bool = True
+    padding: str = "none"  # none, left, right, holes, all
+    counted: str = "all"  # all, some, none
+    query_offset: int | None = None
+    layout: str = "plain"  # plain, bthd: heads innermost as models have them, guarded: views into NaN
+    spread: float = 1.0  # of the scores
+    seed: int = 0
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        maps = (PooledMap(min(3, self.query_length), min(4, self.key_length)),)
+        distances = self.is_causal or self.query_length == self.key_length or self.query_offset is not None
+        return tuple(
+            s for s in (*EVERY, *maps) if distances or not (isinstance(s, DistanceWeighted) and s.uses_distance)
+        )
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = (
+            (self.key_heads * self.group, self.query_length, self.head_dim),
+            (self.key_heads, self.key_length, self.head_dim),
+            (self.key_heads, self.key_length, self.value_dim),
+        )
+        drawn = [torch.randn(self.batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        drawn[0] *= self.spread
+        dtype = getattr(torch, self.dtype)
+        return tuple(self._lay_out(x.to(dtype).to(device)) for x in drawn)  # type: ignore[return-value]
+
+    def _lay_out(self, x: Tensor) -> Tensor:
+        if self.layout == "bthd":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.layout == "guarded":
+            batch, heads, length, dim = x.shape
+            room = torch.full((batch + 1, heads + 1, length + 8, dim + 3), torch.nan, dtype=x.dtype, device=x.device)
+            view = room[:batch, :heads, 4 : 4 + length, 1 : 1 + dim]
+            return view.copy_(x)
+        return x
+
+    def arguments(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        length = self.key_length
+        padding = None
+        if self.padding != "none":
+            padding = torch.ones(self.batch, length, dtype=torch.bool)
+            if self.padding == "left":
+                padding[0, : length // 3 + 1] = False
+            elif self.padding == "right":
+                padding[-1, length - length // 3 - 1 :] = False
+            elif self.padding == "holes":
+                padding = torch.rand(self.batch, length, generator=generator) > 0.3
+            else:
+                padding[0] = False
+            padding = padding.to(device)
+        counted = None
+        if self.counted != "all":
+            chance = 0.5 if self.counted == "some" else 1.0
+            counted = (torch.rand(self.batch, self.query_length, generator=generator) >= chance).to(device)
+        return {
+            "is_causal": self.is_causal,
+            "enable_gqa": self.group > 1,
+            "key_padding_mask": padding,
+            "query_mask": counted,
+            "query_offset": self.query_offset,
+        }
+
+
+def allowed(statistic: Statistic | None, case: Case, truth: Tensor, eager: Tensor, lse: Tensor) -> float:
+    """The largest error that passes: twice what eager PyTorch makes in the same dtype, and a floor.
+
+    The floor is float32's: every path recomputes A from scores of size |lse| and sums at most `bound` of it, in the
+    complement form `window - sum` for WAAD, each with a few roundings. `statistic` None: the output, whose own
+    dtype rounds it last.
+    """
+    eps = torch.finfo(torch.float32).eps
+    magnitude = 1.0 + float(lse.abs()[lse.isfinite()].max()) if lse.isfinite().any() else 1.0
+    if statistic is None:
+        floor = 2 * torch.finfo(getattr(torch, case.dtype)).eps * max(1.0, float(truth.abs().max()))
+    else:
+        bound = {
+            WAAD: lambda s: float(s.window),
+            MeanDistance: lambda s: float(case.key_length + (case.query_offset or 0)),
+            Entropy: lambda s: 1.0 + float(truth.abs().max()),
+            Received: lambda s: float(case.query_length),
+            PooledMap: lambda s: float(case.query_length),
+        }.get(type(statistic), lambda s: 1.0)(statistic)
+        floor = 8 * eps * magnitude * bound
+    return 2 * float((eager.double() - truth).abs().max()) + floor
+
+
+def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse: bool = False) -> None:
+    """Compare output, lse, every statistic and validity with the float64 reference; assert on the worst element."""
+    statistics = tuple(s for s in case.statistics() if not (from_lse and isinstance(s, MaxLogit)))
+    query, key, value = case.tensors(device)
+    arguments = case.arguments(device)
+    wide = [x.double() for x in (query, key, value)]
+    truth_output, truth = reference.attention(*wide, statistics=statistics, **arguments)
+    eager_output, eager = reference.attention(query, key, value, statistics=statistics, **arguments)
+    if from_lse:
+        lse = truth.lse.float()
+        found = attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend=backend, **arguments)
+    else:
+        output, found = attnstats.attention(query, key, value, statistics=statistics, backend=backend, **arguments)
+        assert output.dtype == query.dtype
+        error = float((output.double() - truth_output).abs().max())
+        limit = allowed(None, case, truth_output, eager_output, truth.lse)
+        assert error <= limit, f"output: {error:.2e} > {limit:.2e}"
+    assert torch.equal(found.lse == -torch.inf, truth.lse == -torch.inf), "rows that see nothing"
+    for statistic in statistics:
+        result, expected, by_eager = (_finite(x[statistic]) for x in (found, truth, eager))
+        assert result.shape == expected.shape, f"{statistic}: {tuple(result.shape)} for {tuple(expected.shape)}"
+        error = float((result.double() - expected).abs().max())
+        limit = allowed(statistic, case, expected, by_eager, truth.lse)
+        assert error <= limit, f"{statistic}: {error:.2e} > {limit:.2e}"  # also fails on NaN
+        valid = truth.valid[statistic]
+        assert torch.equal(found.valid[statistic], valid), f"{statistic}: valid"
+        rows = not isinstance(statistic, (ColumnStatistic, PooledMap))
+        if not isinstance(statistic, LSE) and not (rows and case.counted != "all"):  # rows that don't count have values
+            assert not result.masked_fill(valid[:, None], 0.0).any(), f"{statistic}: placeholders must be 0"
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.masked_fill(x == -torch.inf, 0.0)
+
+
+def one_line(case: Case, backend: str) -> str:
+    changed = [
+        f"{f.name}={getattr(case, f.name)!r}" for f in dataclasses.fields(case) if getattr(case, f.name) != f.default
+    ]
+    return f'python -m tests.cases "Case({", ".join(changed)})" {backend}'
+
+
+if __name__ == "__main__":
+    check(eval(sys.argv[1], {"Case": Case}), sys.argv[2])
+    print("passes")

@@ -1,0 +1,30 @@
+"""Where kernels run in the tests, and how hypothesis draws."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Before anything imports Triton: without a GPU the kernels are run by its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("attnstats", deadline=None, print_blob=True)
+settings.load_profile("attnstats")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # parallel workers share the cores
+        torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "Triton's interpreter"
+    return f"kernels run on: {where}; torch {torch.__version__}"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the Triton backend gets its tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

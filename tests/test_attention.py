@@ -1,0 +1,241 @@
+"""Every statistic on every path, over dtypes, grouped heads, shapes, masks and layouts, against float64."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, reference
+from tests.cases import Case, check
+
+BACKENDS = ("tiled", "triton")
+
+# One axis at a time around the default, and the combinations that share code paths.
+CASES = {
+    "default": Case(),
+    "bfloat16": Case(dtype="bfloat16", head_dim=32, value_dim=32),
+    "float16": Case(dtype="float16", head_dim=32, value_dim=32),
+    "mha": Case(key_heads=3, group=1),
+    "mqa-5": Case(key_heads=1, group=5),
+    "gqa-9/3": Case(key_heads=3, group=3, query_length=33, key_length=33),
+    "group-over-tile": Case(batch=1, key_heads=1, group=11, query_length=17, key_length=17),
+    "one-token": Case(query_length=1, key_length=1),
+    "two-tokens": Case(query_length=2, key_length=2),
+    "decode": Case(query_length=1, key_length=50),
+    "queries-last": Case(query_length=7, key_length=45),
+    "queries-first": Case(query_length=20, key_length=50, query_offset=0),
+    "queries-between": Case(query_length=20, key_length=50, query_offset=9),
+    "queries-past-the-keys": Case(query_length=20, key_length=25, query_offset=12),
+    "tile-less-1": Case(query_length=31, key_length=31),
+    "tile": Case(query_length=32, key_length=32),
+    "tile-plus-1": Case(query_length=65, key_length=65, batch=1),
+    "tk-1-mod-32": Case(query_length=20, key_length=33),
+    "full": Case(is_causal=False),
+    "full-long": Case(is_causal=False, query_length=67, key_length=67, batch=1),
+    "full-offset": Case(is_causal=False, query_length=12, key_length=40, query_offset=15),
+    "cross": Case(is_causal=False, query_length=12, key_length=40),
+    "left": Case(padding="left"),
+    "right": Case(padding="right"),
+    "holes": Case(padding="holes"),
+    "padding-only": Case(padding="all"),
+    "full-left": Case(is_causal=False, padding="left"),
+    "full-padding-only": Case(is_causal=False, padding="all"),
+    "cross-right": Case(is_causal=False, query_length=12, key_length=40, padding="right"),
+    "cached-left": Case(query_length=7, key_length=45, padding="left"),
+    "decode-left": Case(query_length=1, key_length=45, padding="left"),
+    "some-count": Case(counted="some"),
+    "none-count": Case(counted="none"),
+    "some-count-left": Case(counted="some", padding="left", dtype="bfloat16"),
+    "head-17": Case(head_dim=17, value_dim=17),
+    "head-59": Case(head_dim=59, value_dim=59),
+    "head-80": Case(head_dim=80, value_dim=80, batch=1),
+    "head-111": Case(head_dim=111, value_dim=111, batch=1),
+    "head-256": Case(head_dim=256, value_dim=256, batch=1, key_heads=1),
+    "value-wider": Case(value_dim=40),
+    "value-narrower": Case(head_dim=48, value_dim=16),
+    "heads-innermost": Case(layout="bthd"),
+    "guarded": Case(layout="guarded", padding="left", counted="some"),
+    "guarded-full": Case(layout="guarded", is_causal=False, query_length=19, key_length=19, dtype="float16"),
+    "flat": Case(spread=0.0),
+    "sharp": Case(spread=40.0),
+    "very-negative": Case(spread=300.0, padding="left"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_reference(case, backend, device):
+    check(case, backend, device if backend == "triton" else "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "name", ["default", "queries-last", "full", "cross", "left", "padding-only", "some-count", "head-59", "guarded"]
+)
+def test_from_lse_matches_reference(name, backend, device):
+    check(CASES[name], backend, device if backend == "triton" else "cpu", from_lse=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_float64_is_float64(backend):
+    case = Case(dtype="float64")
+    query, key, value = case.tensors()
+    output, stats = attnstats.attention(
+        query, key, value, statistics=case.statistics(), backend=backend, **case.arguments()
+    )
+    expected_output, expected = reference.attention(query, key, value, statistics=case.statistics(), **case.arguments())
+    torch.testing.assert_close(output, expected_output, rtol=0, atol=1e-12)
+    for statistic in stats:
+        assert stats[statistic].dtype == torch.float64
+        torch.testing.assert_close(stats[statistic], expected[statistic], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("name", ["default", "full", "queries-last", "left", "right", "value-wider", "padding-only"])
+def test_output_and_gradients_are_those_of_sdpa(name, backend, device):
+    case = CASES[name]
+    device = device if backend == "triton" else torch.device("cpu")
+    ours = [x.requires_grad_() for x in case.tensors(device)]
+    theirs = [x.requires_grad_() for x in case.tensors(device)]
+    arguments = case.arguments(device)
+    output, _ = attnstats.attention(*ours, statistics=[WAAD(), FAI(2, 9), Entropy()], backend=backend, **arguments)
+
+    position = torch.arange(case.query_length, device=device) + case.key_length - case.query_length
+    visible = torch.ones(case.batch, 1, case.query_length, case.key_length, dtype=torch.bool, device=device)
+    if case.is_causal:
+        visible &= torch.arange(case.key_length, device=device) <= position[:, None]
+    if arguments["key_padding_mask"] is not None:
+        visible &= arguments["key_padding_mask"][:, None, None]
+    expected = scaled_dot_product_attention(*theirs, attn_mask=visible, enable_gqa=True)
+    expected = expected.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    torch.testing.assert_close(output, expected, rtol=2e-6, atol=2e-6)
+
+    seed = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    gradients = torch.autograd.grad(output, ours, seed)
+    live = visible.any(-1, keepdim=True)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, theirs, seed * live), strict=True):
+        torch.testing.assert_close(found, wanted.nan_to_num(0.0), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_statistics_carry_no_gradient_and_do_not_change_the_output(backend, device):
+    device = device if backend == "triton" else torch.device("cpu")
+    case = Case()
+    query, key, value = (x.requires_grad_() for x in case.tensors(device))
+    bare, _ = attnstats.attention(query, key, value, backend=backend, **case.arguments())
+    output, stats = attnstats.attention(
+        query, key, value, statistics=case.statistics(), backend=backend, **case.arguments()
+    )
+    assert torch.equal(bare, output)
+    assert not any(stats[s].requires_grad for s in stats)
+    assert not stats.lse.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_inputs_give_the_same_bits(backend, device):
+    case = Case(padding="left", counted="some")
+    tensors, arguments = case.tensors(device), case.arguments(device)
+    runs = [attnstats.attention(*tensors, statistics=case.statistics(), backend=backend, **arguments) for _ in range(2)]
+    assert torch.equal(runs[0].output, runs[1].output)
+    for statistic in case.statistics():
+        assert torch.equal(runs[0].statistics[statistic], runs[1].statistics[statistic])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_to_base_2(backend, device):
+    case = Case(padding="left")
+    query, key, value = case.tensors(device)
+    expected = attnstats.attention(
+        query, key, value, statistics=["waad", "received"], backend=backend, **case.arguments(device)
+    )
+    lse2 = (expected.statistics.lse * 1.4426950408889634).masked_fill(expected.statistics.lse == -torch.inf, 0.0)
+    found = attnstats.statistics_from_lse(
+        query, key, lse2, lse_base="2", statistics=["waad", "received"], backend=backend, **case.arguments(device)
+    )
+    for statistic in found:
+        torch.testing.assert_close(found[statistic], expected.statistics[statistic], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found.lse, expected.statistics.lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_inf_stay_in_their_rows_and_heads(backend, device):
+    case = Case(batch=1, key_heads=2, group=1)
+    query, key, value = case.tensors(device)
+    clean = attnstats.attention(query, key, value, statistics=["waad", "entropy"], backend=backend)
+    query = query.clone()
+    query[0, 0, 20] = torch.nan
+    query[0, 1, 30, 0] = torch.inf
+    spoiled = attnstats.attention(query, key, value, statistics=["waad", "entropy"], backend=backend)
+    untouched = torch.ones(1, 2, 37, dtype=torch.bool, device=device)
+    untouched[0, 0, 20] = untouched[0, 1, 30] = False
+    for before, after in zip(
+        (clean.output, *clean.statistics.values()), (spoiled.output, *spoiled.statistics.values()), strict=True
+    ):
+        assert torch.equal(before[untouched], after[untouched])
+
+
+def test_key_only_attn_mask_is_key_padding_that_leaves_queries_alone():
+    case = Case(padding="left", batch=2)
+    query, key, value = case.tensors()
+    padding = case.arguments()["key_padding_mask"]
+    by_mask = attnstats.attention(
+        query, key, value, statistics=["received"], attn_mask=padding[:, None, None], is_causal=False, enable_gqa=True
+    )
+    by_padding = attnstats.attention(
+        query, key, value, statistics=["received"], key_padding_mask=padding, is_causal=False, enable_gqa=True
+    )
+    torch.testing.assert_close(by_mask.output, by_padding.output)
+    torch.testing.assert_close(by_mask.statistics["received"].sum(-1), torch.full((2, 4), 37.0))
+    real = padding.sum(-1, keepdim=True).expand(2, 4).float()
+    torch.testing.assert_close(by_padding.statistics["received"].sum(-1), real)
+
+
+def test_dense_mask_is_for_the_reference_alone():
+    query, key, value = Case(group=1).tensors()
+    bias = torch.randn(37, 37)
+    output, _ = reference.attention(query, key, value, attn_mask=bias, is_causal=False)
+    torch.testing.assert_close(output, scaled_dot_product_attention(query, key, value, attn_mask=bias))
+    with pytest.raises(ValueError, match=r"attn_mask.*backend='reference'"):
+        attnstats.attention(query, key, value, attn_mask=bias, is_causal=False)
+
+
+def test_max_logit_is_not_a_function_of_the_lse():
+    query, key, _ = Case(group=1).tensors()
+    with pytest.raises(ValueError, match="MaxLogit"):
+        attnstats.statistics_from_lse(query, key, torch.zeros(2, 2, 37), statistics=[MaxLogit()])
+
+
+@pytest.mark.parametrize(
+    ("lse", "error", "match"),
+    [
+        (torch.zeros(2, 2, 36), ValueError, r"lse.*\(2, 2, 37\)"),
+        (torch.zeros(2, 2, 37, dtype=torch.bfloat16), TypeError, r"lse.*float32.*bfloat16"),
+        (None, ValueError, "lse"),
+    ],
+)
+def test_bad_lse(lse, error, match):
+    query, key, _ = Case(group=1).tensors()
+    with pytest.raises(error, match=match):
+        attnstats.statistics_from_lse(query, key, lse, statistics=["waad"])
+
+
+def test_bad_backend_and_base():
+    query, key, value = Case(group=1).tensors()
+    with pytest.raises(ValueError, match=r"backend.*'fast'"):
+        attnstats.attention(query, key, value, backend="fast")
+    with pytest.raises(ValueError, match=r"backend='triton'.*float64"):
+        attnstats.attention(query.double(), key.double(), value.double(), backend="triton")
+    with pytest.raises(ValueError, match=r"backend='triton'.*scale > 0"):
+        attnstats.attention(query, key, value, scale=-1.0, backend="triton")
+    with pytest.raises(ValueError, match=r"lse_base.*'10'"):
+        attnstats.statistics_from_lse(query, key, torch.zeros(2, 2, 37), statistics=["waad"], lse_base="10")
+
+
+def test_negative_scale_on_the_tiled_path():
+    query, key, value = Case(group=1).tensors()
+    found = attnstats.attention(query, key, value, statistics=[MeanDistance()], scale=-0.3)
+    expected = reference.attention(query, key, value, statistics=[MeanDistance()], scale=-0.3)
+    torch.testing.assert_close(found.output, expected.output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.statistics["mean_distance"], expected.statistics["mean_distance"], rtol=1e-5, atol=1e-4
+    )

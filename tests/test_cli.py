@@ -1,0 +1,208 @@
+"""The command line: the main job end to end on the real model, exit codes, and one line for every bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import torch
+from safetensors import safe_open
+
+from attnstats import cli
+from attnstats.outputs import FILES
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "attnstats.cli", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_main_job_on_the_real_model(tmp_path):
+    """Default model and preset in a subprocess, verified against eager attention."""
+    out = tmp_path / "out"
+    question = "Ann has 3 boxes with 4 pens each. How many pens does she have?"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = ("--prompt", question, "--max-tokens", 40, "--out", out, "--verify", "--device", "cpu")
+    done = subprocess.run(
+        command("analyze", *arguments), capture_output=True, text=True, timeout=500, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == set(FILES)
+    summary = json.loads((out / "summary.json").read_text())
+    assert max(summary["largest_difference_from_eager"].values()) <= 1e-4
+    assert summary["settings"] | {"window": 10, "fai_lo": 10, "fai_hi": 100, "head_share": 0.3} == summary["settings"]
+    assert {"load", "generate", "statistics", "verify"} == set(summary["timings_seconds"])
+    (prompt,) = summary["prompts"]
+    assert prompt["layers"] == [10, 12, 15, 18, 20]
+    tokens = pandas.read_csv(out / "tokens.csv")
+    response = tokens[tokens.is_response]
+    assert len(response) == prompt["response_tokens"] <= 40
+    assert "pens" in prompt["response"]
+    assert response.waad.between(0, 10).all()
+    assert (~tokens.fai_valid).sum() == 10 + (~tokens.is_response & ~tokens.fai_valid).sum()
+    heads = pandas.read_csv(out / "heads.csv")
+    assert heads["class"].value_counts().to_dict() == {"local": 13, "global": 13, "middle": 19}
+    with safe_open(out / "stats.safetensors", framework="pt") as file:
+        assert file.get_tensor("0.head_waad").shape == (5, 9, len(tokens))
+    for shown in ("preplan", "anchor", "report.html", "agrees with eager attention"):
+        assert shown in done.stdout
+    assert question in (out / "report.html").read_text()
+
+
+def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"question": "how many"}\n{"question": "are left"}\n')
+    code = cli.main(
+        ["analyze", "--model", str(tiny), "--prompts", str(tmp_path / "prompts.jsonl"), "--preset", "paper_v1"]
+        + ["--window", "3", "--horizon", "2", "open", "--layers", "0,3-5", "--head-share", "0.25", "--max-tokens", "20"]
+        + ["--device", "cpu", "--dtype", "bfloat16", "--seed", "5", "--temperature", "0.9", "--system", "", "--out"]
+        + [str(tmp_path / "out")]
+    )
+    assert code == 0, capsys.readouterr().err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["model"] == {"name": tiny.name, "dtype": "bfloat16", "device": "cpu"}
+    expected = {
+        "preset": "paper_v1",
+        "window": 3,
+        "fai_lo": 2,
+        "fai_hi": None,
+        "layers": [0, 3, 4, 5],
+        "head_share": 0.25,
+    }
+    expected |= {"max_tokens": 20, "temperature": 0.9, "seed": 5, "system": ""}
+    assert summary["settings"] == expected
+    assert [prompt["question"] for prompt in summary["prompts"]] == ["how many", "are left"]
+    assert [prompt["layers"] for prompt in summary["prompts"]] == [[0, 3, 4, 5]] * 2
+
+
+@pytest.mark.parametrize(("arguments", "hi"), [((), 100), (("--preset", "paper_v1"), 50)])
+def test_presets(arguments, hi):
+    settings = cli.settings_from(cli.parser().parse_args(["analyze", *arguments]))
+    assert (settings.window, settings.fai_lo, settings.fai_hi, settings.head_share) == (10, 10, hi, 0.3)
+    assert settings.layers == "middle-third"
+
+
+@pytest.mark.parametrize(("text", "layers"), [
+    ("all", "all"), ("middle-third", "middle-third"), ("3", (3,)), ("9, 11,14-16", (9, 11, 14, 15, 16)),
+])  # fmt: skip
+def test_layers(text, layers):
+    assert cli.parse_layers(text) == layers
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    ([], "COMMAND"),
+    (["analyse"], "analyse"),
+    (["analyze", "--prompt"], "--prompt"),
+    (["analyze", "--no-such"], "--no-such"),
+    (["analyze", "--window", "ten"], "--window"),
+    (["analyze", "--window", "0"], "--window"),
+    (["analyze", "--horizon", "10"], "--horizon"),
+    (["analyze", "--horizon", "10", "x"], "--horizon"),
+    (["analyze", "--horizon", "9", "3"], "--horizon"),
+    (["analyze", "--layers", "x"], "--layers"),
+    (["analyze", "--layers", "99"], "--layers"),
+    (["analyze", "--head-share", "0.9"], "--head-share"),
+    (["analyze", "--dtype", "int4"], "--dtype"),
+    (["analyze", "--verify", "--dtype", "bfloat16"], "--dtype"),
+    (["analyze", "--device", "abacus"], "--device"),
+    (["analyze", "--max-tokens", "0"], "--max-tokens"),
+    (["analyze", "--preset", "v3"], "--preset"),
+    (["analyze", "--prompt", ""], "--prompt"),
+    (["analyze", "--prompts", "absent.jsonl"], "--prompts"),
+    (["analyze", "--prompt", "x", "--prompts", "y.txt"], "--prompts"),
+    (["analyze", "--model", "./absent"], "--model"),
+    (["analyze", "--out", "{file}"], "--out"),
+    (["analyze", "--out", "{file}/below"], "--out"),
+    (["analyze", "--out", "{foreign}"], "--out"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny, capsys, arguments, named):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    places = {"file": tmp_path / "file", "foreign": tmp_path / "foreign"}
+    arguments = [argument.format(**places) for argument in arguments]
+    if arguments[:1] == ["analyze"]:
+        arguments += [] if "--model" in arguments else ["--model", str(tiny)]
+        arguments += [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("attnstats: error: ")
+    assert named in captured.err
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "foreign"}
+    assert (tmp_path / "foreign" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, tiny, monkeypatch):
+    from attnstats import report
+
+    monkeypatch.setattr(report, "render", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["analyze", "--model", str(tiny), "--max-tokens", "4", "--out", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_difference_is_exit_code_1(tmp_path, tiny, monkeypatch, capsys):
+    from attnstats import heads
+
+    mean = heads.class_mean
+    monkeypatch.setattr(heads, "class_mean", lambda *arguments: mean(*arguments) + 0.01)
+    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "8", "--out", str(tmp_path / "out"), "--verify"]
+    assert cli.main(arguments) == 1
+    assert "DIFFERS from eager attention" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert cli.main(["analyze"]) == 2
+    assert "jinja2 is not installed; run: pip install 'attnstats[cli]'" in capsys.readouterr().err
+
+
+def test_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path, tiny):
+    """A real SIGINT, while the response is generated."""
+    process = subprocess.Popen(
+        command("analyze", "--model", tiny, "--prompts", "/dev/stdin", "--max-tokens", 200, "--out", tmp_path / "out"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    process.stdin.write("how many rolls\n" * 5000)
+    process.stdin.close()
+    while "Generating" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == "attnstats: interrupted; nothing was written\n"
+    process.stdout.close()
+    process.stderr.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--version"], ["--help"], ["analyze", "--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "attnstats 0.1.0" in shown
+    assert "--verify" in shown
+
+
+def test_help_does_not_import_what_is_heavy():
+    code = "import sys; from attnstats.cli import parser; parser(); print(*{'transformers', 'pandas', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == ""
+    assert torch.__version__

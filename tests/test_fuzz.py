@@ -1,0 +1,62 @@
+"""A thousand drawn calls: shapes, masks, dtypes and settings that nobody thought of, against float64.
+
+A failure prints hypothesis' seed and the command that repeats the one case.
+"""
+
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import strategies as st
+
+from tests.cases import Case, check, one_line
+
+SHARDS = 10  # so that parallel workers share the work
+DRAWN = 100  # cases of each
+
+lengths = st.integers(1, 40) | st.sampled_from([16, 31, 32, 33, 64, 65])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    query_length = draw(lengths)
+    is_causal = draw(st.booleans())
+    relation = draw(st.sampled_from(["self", "self", "cached", "offset"] if is_causal else ["self", "cross", "offset"]))
+    key_length, query_offset = query_length, None
+    if relation in ("cached", "cross"):
+        key_length += draw(st.integers(1, 40))
+    elif relation == "offset":
+        key_length = draw(lengths)
+        query_offset = draw(st.integers(0, 45))
+    head_dim = draw(st.integers(1, 48))
+    return Case(
+        batch=draw(st.integers(1, 2)),
+        key_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        query_length=query_length,
+        key_length=key_length,
+        head_dim=head_dim,
+        value_dim=draw(st.sampled_from([head_dim, head_dim, 24])),
+        dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
+        is_causal=is_causal,
+        padding=draw(st.sampled_from(["none", "none", "left", "right", "holes", "all"])),
+        counted=draw(st.sampled_from(["all", "all", "some", "none"])),
+        query_offset=query_offset,
+        layout=draw(st.sampled_from(["plain", "bthd", "guarded"])),
+        spread=draw(st.sampled_from([0.1, 1.0, 10.0])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_drawn_cases(shard, device):
+    @seed(shard)
+    @settings(max_examples=DRAWN, database=None, suppress_health_check=list(HealthCheck))
+    @given(cases())
+    def run(case: Case) -> None:
+        for backend, where, from_lse in (("tiled", "cpu", False), ("triton", device, False), ("triton", device, True)):
+            note(f"seed {shard}; reproduce: {one_line(case, backend)}")
+            check(dataclasses.replace(case), backend, where, from_lse)
+
+    run()

@@ -1,0 +1,159 @@
+"""What is written: tables and tensors read back, and a folder that changes whole or not at all."""
+
+import csv
+import json
+import os
+
+import pandas
+import pytest
+import torch
+from safetensors import safe_open
+
+from attnstats import outputs
+from attnstats.errors import InputError
+from tests.tiny import synthetic_analysis
+
+TOKENS = ["how", " many", " so", "\n\n", "=1+1", '"q", x', "\r", "\ud800", "\0", "漢字", " end"]
+
+
+@pytest.fixture
+def analyses():
+    return [synthetic_analysis(TOKENS), synthetic_analysis(["a", "b", "c"], prompt=1)]
+
+
+def test_tokens_table(tmp_path, analyses):
+    outputs.write_tables(tmp_path, analyses)
+    table = pandas.read_csv(tmp_path / "tokens.csv", keep_default_na=False, na_values={"delta": "", "entropy": ""})
+    columns = ["prompt", "position", "token", "is_response", "waad", "fai", "fai_valid", "delta", "entropy"]
+    assert list(table.columns) == columns
+    for number, analysis in enumerate(analyses):
+        rows = table[table.prompt == number]
+        assert rows.position.tolist() == list(range(len(analysis.tokens)))
+        assert rows.is_response.tolist() == analysis.response.tolist()
+        assert rows.fai_valid.tolist() == analysis.fai_valid.tolist()
+        assert rows.waad.tolist() == pytest.approx(analysis.waad.tolist())
+        assert rows.fai.tolist() == pytest.approx(analysis.fai.tolist())
+        assert rows.delta[rows.is_response].tolist() == pytest.approx(analysis.delta.tolist())
+        assert rows.delta[~rows.is_response].isna().all()
+        assert rows.entropy.isna().tolist() == [True] + [False] * (len(rows) - 1)
+
+
+def test_token_cells_are_whole_and_no_formulas(tmp_path, analyses):
+    outputs.write_tables(tmp_path, analyses)
+    with (tmp_path / "tokens.csv").open(newline="", encoding="utf-8") as file:
+        cells = [row["token"] for row in csv.DictReader(file) if row["prompt"] == "0"]
+    assert cells == ["how", " many", " so", "\n\n", "'=1+1", '"q", x', "'\r", "\\ud800", "'\0", "漢字", " end"]
+
+
+def test_heads_table(tmp_path, analyses):
+    outputs.write_tables(tmp_path, analyses)
+    table = pandas.read_csv(tmp_path / "heads.csv")
+    assert list(table.columns) == ["prompt", "layer", "head", "mean_distance", "class"]
+    rows = table[table.prompt == 0]
+    assert list(zip(rows.layer, rows["head"], strict=True)) == [(layer, h) for layer in (3, 5) for h in range(3)]
+    assert rows.mean_distance.tolist() == pytest.approx(analyses[0].distance.flatten().tolist())
+    assert rows["class"].value_counts().to_dict() == {"local": 1, "global": 1, "middle": 4}
+    assert rows.loc[rows.mean_distance.idxmin(), "class"] == "local"
+    assert rows.loc[rows.mean_distance.idxmax(), "class"] == "global"
+
+
+def test_tensors(tmp_path, analyses):
+    outputs.write_tensors(tmp_path, analyses)
+    with safe_open(tmp_path / "stats.safetensors", framework="pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"0", "1"}  # noqa: SIM118 (not a dict)
+        assert torch.equal(file.get_tensor("0.head_waad"), analyses[0].head_waad)
+        assert torch.equal(file.get_tensor("0.local"), analyses[0].classes.local)
+        assert torch.equal(file.get_tensor("1.fai"), analyses[1].fai)
+        assert file.get_tensor("1.layers").tolist() == [3, 5]
+
+
+def test_summary_is_plain_json(tmp_path):
+    outputs.write_summary(tmp_path, {"text": "\ud800 é", "number": 1.5})
+    text = (tmp_path / "summary.json").read_text(encoding="ascii")
+    assert json.loads(text)["text"] == "\ud800 é"
+    with pytest.raises(ValueError, match="JSON"):
+        outputs.write_summary(tmp_path, {"number": float("nan")})
+
+
+def test_versions_and_memory():
+    assert {"attnstats", "torch", "triton", "transformers", "python"} <= set(outputs.versions())
+    assert outputs.peak_memory()["resident"] > 2**24
+
+
+def fill(out, text="new"):
+    with outputs.replacing(out) as folder:
+        for name in outputs.FILES:
+            (folder / name).write_text(text)
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("before", ["absent", "empty", "ours"])
+def test_a_folder_takes_its_place(tmp_path, before):
+    out = tmp_path / "deep" / "out"
+    if before == "empty":
+        out.mkdir(parents=True)
+    elif before == "ours":
+        fill(out, "old")
+    fill(out)
+    assert contents(out) == dict.fromkeys(outputs.FILES, "new")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_link_is_followed(tmp_path):
+    fill(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    fill(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "real") == dict.fromkeys(outputs.FILES, "new")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_the_old_output(tmp_path, failure):
+    out = tmp_path / "out"
+    fill(out, "old")
+    with pytest.raises(failure), outputs.replacing(out) as folder:
+        (folder / "tokens.csv").write_text("half")
+        raise failure
+    assert contents(out) == dict.fromkeys(outputs.FILES, "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    fill(out, "old")
+    rename = type(out).rename
+
+    def refuse_the_new_one(self, target):
+        if ".part-" in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", refuse_the_new_one)
+    with pytest.raises(OSError, match="no"):
+        fill(out)
+    assert contents(out) == dict.fromkeys(outputs.FILES, "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path):
+    out = tmp_path / "out"
+    fill(out, "old")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"--out .*: holds notes.txt, which is not ours to replace"):
+        fill(out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "tokens.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/attnstats"])
+def test_places_that_cannot_be_written(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--out .*; name a folder"):
+        fill(tmp_path / out)
+    assert (tmp_path / "file").read_text() == ""

@@ -1,0 +1,59 @@
+"""Prompt files and how a question becomes what a model reads."""
+
+import re
+
+import pytest
+
+from attnstats.errors import InputError
+from attnstats.prompts import QUESTIONS, read_prompts, render
+from tests.tiny import WORDS, save_tiny_model
+
+
+def test_jsonl_and_text_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"question": "one?", "answer": 1}\n\n{"question": "zwei\\nüber?"}\n', encoding="utf-8"
+    )
+    assert read_prompts(tmp_path / "a.jsonl") == ["one?", "zwei\nüber?"]
+    (tmp_path / "b.txt").write_text("one?\n\n  two?\n")
+    assert read_prompts(tmp_path / "b.txt") == ["one?", "two?"]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", b'{"question": "x"}\n{"q": "y"}\n', 'line 2: needs an object with a text under "question"'),
+    ("a.jsonl", b'["x"]\n', "line 1: needs an object"),
+    ("a.jsonl", b'{"question": " "}\n', "line 1: needs an object"),
+    ("a.jsonl", b"what?\n", "line 1: not JSON"),
+    ("a.txt", b" \n\n", "no prompt in it"),
+    ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+])  # fmt: skip
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"--prompts .*{re.escape(name)}.*{re.escape(message)}"):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "."])
+def test_files_that_cannot_be_read(tmp_path, name):
+    with pytest.raises(InputError, match="--prompts .*; name a .jsonl or text file"):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(("template", "system", "expected"), [
+    ("default", "are", ["system", "are", "user", "how", "many", "so"]),
+    ("default", "", ["user", "how", "many", "so"]),
+    (None, "are", ["are", "how", "many"]),
+    (None, "", ["how", "many"]),
+    # A template that refuses a system message gets its text with the question.
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}user {{ messages[0].content }} ", "are",
+     ["user", "are", "how", "many"]),
+])  # fmt: skip
+def test_render(tmp_path, template, system, expected):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path, chat_template=template))
+    assert [WORDS[token] for token in render(tokenizer, "how many", system)] == expected
+
+
+def test_our_questions_are_several_and_different():
+    assert len(set(QUESTIONS)) == len(QUESTIONS) >= 3
+    assert all(question.endswith("?") for question in QUESTIONS)

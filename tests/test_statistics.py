@@ -1,0 +1,69 @@
+"""The catalogue and the containers: names, settings, look-up."""
+
+import pytest
+import torch
+
+from attnstats import FAI, LSE, WAAD, LocalMass, PooledMap, Received, SinkMass
+from attnstats.statistics import CATALOGUE, ByStatistic, DistanceWeighted, resolve
+
+
+def test_names_are_those_of_the_design():
+    assert list(CATALOGUE) == [
+        "waad", "local_mass", "mean_distance", "entropy", "max_logit", "lse", "sink_mass", "fai", "received", "pooled_map",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [c for c in CATALOGUE.values() if issubclass(c, DistanceWeighted)])
+def test_weights_are_constant_beyond_their_band(cls):
+    statistic = cls()
+    if statistic.band is not None:
+        lo, hi = statistic.band
+        outside = torch.tensor([lo - 40, lo - 1, hi + 1, hi + 500])
+        assert torch.equal(statistic.weight(outside).float(), torch.full((4,), statistic.tail))
+        assert statistic.weight(torch.tensor([hi])).item() != statistic.tail
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: WAAD(0), "WAAD: window must be an integer >= 1, got 0"),
+        (lambda: LocalMass(2.5), "LocalMass: window"),
+        (lambda: WAAD(True), "WAAD: window"),
+        (lambda: FAI(-1, 4), "FAI: lo must be an integer >= 0"),
+        (lambda: FAI(5, 4), "FAI: lo must be <= hi, got lo=5, hi=4"),
+        (lambda: Received(0), "Received: last"),
+        (lambda: SinkMass(0), "SinkMass: count"),
+        (lambda: PooledMap(0, 3), "PooledMap: query_segments"),
+        (lambda: PooledMap(2, (0, 4, 4)), "PooledMap: key_segments must increase"),
+        (lambda: PooledMap((1, 4), 2), "PooledMap: query_segments must increase from 0"),
+        (lambda: PooledMap((0, 4), 2).boundaries(5, 5), "query_segments must end at the length 5, got 4"),
+    ],
+)
+def test_bad_settings_are_named(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_uniform_bins_cover_the_length():
+    assert PooledMap(3, 2).boundaries(10, 4) == ((0, 3, 6, 10), (0, 2, 4))
+
+
+def test_resolve():
+    assert resolve(["waad", WAAD(10), WAAD(5)]) == (WAAD(10), WAAD(5))
+    with pytest.raises(TypeError, match=r"must be a list, got 'waad'; write \['waad'\]"):
+        resolve("waad")
+    with pytest.raises(TypeError, match=r"got <class .*WAAD'>; write WAAD\(\)"):
+        resolve([WAAD])
+
+
+def test_look_up_by_statistic_and_by_name():
+    one, two = torch.zeros(1), torch.ones(1)
+    stats = ByStatistic({WAAD(10): one, WAAD(20): two, LSE(): one})
+    assert stats[WAAD(20)] is two
+    assert stats["lse"] is one
+    assert "waad" in stats
+    assert WAAD(30) not in stats
+    with pytest.raises(KeyError, match=r"'waad' is ambiguous: WAAD\(window=10\), WAAD\(window=20\)"):
+        stats["waad"]
+    with pytest.raises(KeyError, match="not among the statistics computed"):
+        stats["fai"]

@@ -1,0 +1,97 @@
+"""A model of a few thousand parameters with a tokenizer, and an analysis made by hand: what the tests of the pipeline run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from attnstats import heads, rhythm
+from attnstats.analyze import Analysis
+
+WORDS = [
+    "<pad>",
+    "<end>",
+    "<unk>",
+    "user",
+    "system",
+    "how",
+    "many",
+    "rolls",
+    "are",
+    "left",
+    "\n",
+    "=HYPERLINK(1)",
+    "so",
+]
+VOCABULARY = 40
+
+
+def save_tiny_model(folder: Path, *, chat_template: str | None = "default", kind: str = "Llama", **config) -> Path:
+    """A random causal language model and a word tokenizer in `folder`, as save_pretrained leaves them."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 6}
+    settings = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
+    settings |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.25}
+    model_config = getattr(transformers, f"{kind}Config")(**sizes | settings | config)
+    getattr(transformers, f"{kind}ForCausalLM")(model_config).save_pretrained(folder)
+    words = WORDS + [f"w{i}" for i in range(VOCABULARY - len(WORDS))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<end>"
+    )
+    if chat_template == "default":
+        chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}so "
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return folder
+
+
+def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how many?") -> Analysis:
+    """An analysis of given token texts with made-up numbers: two layers of three heads, FAI valid but for the last two."""
+    length = len(tokens)
+    draw = torch.Generator().manual_seed(0)
+    per_head = torch.rand(3, 2, 3, length, generator=draw)
+    response = torch.arange(length) >= prompt
+    distance = heads.head_distance(per_head[2], response)
+    classes = heads.classify(distance)
+    waad = heads.class_mean(per_head[0], classes.local) * 10
+    fai_valid = torch.arange(length) < length - 2
+    return Analysis(
+        question=question,
+        token_ids=torch.arange(length),
+        tokens=tokens,
+        response=response,
+        layers=(3, 5),
+        head_waad=per_head[0],
+        head_fai=per_head[1],
+        head_mean_distance=per_head[2],
+        distance=distance,
+        classes=classes,
+        waad=waad,
+        fai=heads.class_mean(per_head[1], classes.global_) * fai_valid / 10,
+        fai_valid=fai_valid,
+        delta=rhythm.delta(waad[response]),
+        entropy=torch.cat([torch.tensor([torch.nan]), torch.rand(length - 1, generator=draw)]),
+    )
+
+
+class Silent:
+    """A Progress that only counts."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def start(self, what: str, total: int) -> None:
+        self.total = total
+
+    def advance(self) -> None:
+        self.steps += 1
+
+    def finish(self) -> None:
+        pass
