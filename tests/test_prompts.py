@@ -34,8 +34,11 @@ def test_bad_files(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "."])
 def test_files_that_cannot_be_read(tmp_path, name):
-    with pytest.raises(InputError, match="--prompts .*; name a .jsonl or text file"):
+    with pytest.raises(InputError, match=r"--prompts .*; name a .jsonl or text file"):
         read_prompts(tmp_path / name)
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}user {{ messages[0].content }} "
 
 
 @pytest.mark.parametrize(("template", "system", "expected"), [
@@ -44,8 +47,7 @@ def test_files_that_cannot_be_read(tmp_path, name):
     (None, "are", ["are", "how", "many"]),
     (None, "", ["how", "many"]),
     # A template that refuses a system message gets its text with the question.
-    ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}user {{ messages[0].content }} ", "are",
-     ["user", "are", "how", "many"]),
+    (REFUSING, "are", ["user", "are", "how", "many"]),
 ])  # fmt: skip
 def test_render(tmp_path, template, system, expected):
     from transformers import AutoTokenizer

@@ -5,7 +5,6 @@ import io
 import pytest
 from rich.console import Console
 
-from attnstats import terminal as module
 from attnstats.terminal import Terminal
 from tests.tiny import synthetic_analysis
 
@@ -39,7 +38,7 @@ def test_peaks_and_files_are_listed(tmp_path):
 
 def test_without_a_terminal_progress_is_lines_now_and_then(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     def work(terminal):
         terminal.start("Working", 30)

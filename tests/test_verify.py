@@ -55,7 +55,11 @@ def test_wrong_settings_are_found(tiny, analysis):
 
 
 def test_the_attention_is_put_back(tiny):
-    with pytest.raises(KeyError), eager_attention(tiny.model):
-        assert tiny.model.config._attn_implementation == "eager"
-        raise KeyError
+    def break_off():
+        with eager_attention(tiny.model):
+            assert tiny.model.config._attn_implementation == "eager"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
     assert tiny.model.config._attn_implementation == "sdpa"

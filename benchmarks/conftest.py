@@ -1,0 +1,22 @@
+"""What a result depends on, recorded by pytest-benchmark beside the timings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+
+import attnstats
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    machine_info["attnstats"] = attnstats.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for package in ("torch", "triton"):
+        try:
+            machine_info[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            machine_info[package] = None

@@ -1,0 +1,62 @@
+"""Peak memory of one contender, in a process of its own: `python -m benchmarks.memory NAME` prints it as JSON.
+
+Counted is resident memory: after one call that pays for initialisation, the kernel's high-water mark is reset
+and read again after a second call; the difference to what was resident in between is the peak, the result
+included. Freed memory is returned at once, so nothing hides in the allocator. Linux only: elsewhere there is no
+figure. Called by test_attention.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import CASES, CONTENDERS, Case, contenders
+
+RESET = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+@functools.cache
+def peaks(name: str) -> dict[str, float | None]:
+    """MiB by `str` of a case, for all cases the contender runs in."""
+    # glibc keeps freed blocks below this threshold; above it they are mapped, and unmapped when freed.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", "benchmarks.memory", name]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def peak(name: str, case: Case) -> float | None:
+    """MiB that one call adds at its peak to what was resident before it."""
+    if not RESET.exists():
+        return None
+    inputs = case.inputs()
+    with torch.no_grad():
+        CONTENDERS[name](*inputs)
+        gc.collect()
+        RESET.write_text("5")
+        before = _resident("VmRSS")
+        CONTENDERS[name](*inputs)
+        return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """KiB."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    print(json.dumps({str(case): peak(name, case) for case in CASES if name in contenders(case)}))

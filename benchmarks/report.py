@@ -1,0 +1,150 @@
+"""From pytest-benchmark's JSON to the table of ratios: `python -m benchmarks.report out/bench.json`.
+
+Prints the table and writes cpu.json (every timing, with versions) and cpu.md (what the README shows) into a
+folder, benchmarks/results unless told. Ratios are medians over rounds of a contender's time divided by another's
+in the same round, so that a machine that slows down for a while slows both; hence they aren't exactly quotients
+of the printed times. The last step of `make bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+BASE, OURS, EAGER = "SDPA alone", "attnstats", "eager"
+HEADER = ("T", "heads", "contender", "ms", "x SDPA", "x attnstats", "peak MiB", "bf16 ms", "bf16 x SDPA")
+VERSIONS = ("attnstats", "torch", "triton", "threads", "cores")
+
+
+class Series(NamedTuple):
+    """One contender in one case."""
+
+    length: int
+    layout: str
+    dtype: str
+    contender: str
+    peak_mib: float | None
+    seconds: list[float]  # by round
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def over(self, other: Series) -> float:
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+Key = tuple[int, str, str, str]  # length, layout, dtype, contender
+
+
+def collect(document: dict[str, Any]) -> dict[Key, Series]:
+    """The series of pytest-benchmark's document, whose benchmarks are single rounds."""
+    found: dict[Key, Series] = {}
+    for benchmark in sorted(document["benchmarks"], key=lambda b: b["extra_info"]["turn"]):
+        info = benchmark["extra_info"]
+        key = info["length"], info["layout"], info["dtype"], info["contender"]
+        series = found.setdefault(key, Series(*key, info["peak_mib"], []))
+        series.seconds.append(benchmark["stats"]["median"])
+    return dict(sorted(found.items(), key=lambda item: (item[0][:3], item[1].median)))
+
+
+def conditions(document: dict[str, Any]) -> dict[str, Any]:
+    machine, commit = document["machine_info"], document["commit_info"]
+    return {
+        "date": document["datetime"][:10],
+        "commit": commit.get("id", "unknown") + ("+changes" if commit.get("dirty") else ""),
+        "cpu": machine["cpu"].get("brand_raw", "unknown"),
+        "python": machine["python_version"],
+        **{name: machine[name] for name in VERSIONS},
+    }
+
+
+def rows(found: dict[Key, Series]) -> list[tuple[str, ...]]:
+    table: list[tuple[str, ...]] = []
+    for (length, layout, dtype, contender), series in found.items():
+        if dtype != "float32":
+            continue
+        base, ours = found[length, layout, dtype, BASE], found[length, layout, dtype, OURS]
+        half = found.get((length, layout, "bfloat16", contender))
+        half_base = found.get((length, layout, "bfloat16", BASE))
+        table.append(
+            (
+                str(length),
+                layout,
+                contender,
+                f"{series.median * 1e3:.1f}",
+                f"{series.over(base):.2f}",
+                f"{series.over(ours):.2f}",
+                "-" if series.peak_mib is None else f"{series.peak_mib:.0f}",
+                f"{half.median * 1e3:.1f}" if half else "",
+                f"{half.over(half_base):.2f}" if half and half_base else "",
+            )
+        )
+    return table
+
+
+def targets(found: dict[Key, Series]) -> list[str]:
+    """Hit or missed: at T = 4096 in float32, at most 1.2 times SDPA alone and at least 10 times faster than eager."""
+    lines = []
+    for layout in sorted({key[1] for key in found if key[0] == 4096}, reverse=True):
+        base, ours, eager = (found[4096, layout, "float32", name] for name in (BASE, OURS, EAGER))
+        cost, gain = ours.over(base), eager.over(ours)
+        lines += [
+            f"T = 4096, {layout}: {cost:.2f}x of SDPA alone; target <= 1.2x {'hit' if cost <= 1.2 else 'missed'}",
+            f"T = 4096, {layout}: {gain:.1f}x faster than eager; target >= 10x {'hit' if gain >= 10 else 'missed'}",
+        ]
+    return lines
+
+
+def markdown(table: list[tuple[str, ...]], notes: list[str], where: dict[str, Any]) -> str:
+    alignment = ["--" if name in ("heads", "contender") else "--:" for name in HEADER]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, alignment, *table)]
+    lines = [line.replace("| attnstats |", "| **attnstats** |") for line in lines]
+    measured = (
+        f"B1 H9 D64, causal, WAAD(10) + FAI(10, 100), float32 unless it says bf16. {where['cpu']}, {where['threads']} "
+        f"threads; attnstats {where['attnstats']}, torch {where['torch']}, Python {where['python']}; commit "
+        f"{where['commit'][:9]}{'+changes' if where['commit'].endswith('+changes') else ''}, {where['date']}. "
+        "Peak: resident memory that the call adds, its result included."
+    )
+    return "\n".join([*lines, "", measured, "", *(f"- {note}" for note in notes), ""])
+
+
+def write(found: dict[Key, Series], where: dict[str, Any], notes: list[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    series = [
+        s._asdict() | {"peak_mib": s.peak_mib and round(s.peak_mib, 1), "seconds": [round(x, 6) for x in s.seconds]}
+        for s in found.values()
+    ]
+    lines = ",\n  ".join(json.dumps(s) for s in series)
+    head = json.dumps({"conditions": where, "targets": notes}, indent=1)
+    (folder / "cpu.json").write_text(f'{head[:-2]},\n "series": [\n  {lines}\n ]\n}}\n')
+    (folder / "cpu.md").write_text(markdown(rows(found), notes, where))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print and keep the results of `make bench`.")
+    parser.add_argument("source", type=Path, help="pytest-benchmark's JSON")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder to write")
+    arguments = parser.parse_args()
+    document = json.loads(arguments.source.read_text())
+    found, where = collect(document), conditions(document)
+    notes = targets(found)
+    table = Table(*HEADER, title="Attention with WAAD(10) + FAI(10, 100); times are medians")
+    for row in rows(found):
+        table.add_row(*row, style="bold" if row[2] == OURS else None, end_section=row[2] == EAGER)
+    console = Console()
+    console.print(table)
+    console.print(*notes, sep="\n", highlight=False)
+    write(found, where, notes, arguments.results)
+    console.print(f"kept in {arguments.results}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

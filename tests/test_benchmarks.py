@@ -1,0 +1,116 @@
+"""The benchmarks' own parts, small: every contender is right, turns are fair, the report divides what it says.
+
+Speed is not looked at here; `make bench` does that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import memory, report
+from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
+from benchmarks.test_attention import inputs_of, turns, verify
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """FlexAttention by its own eager path, which needs no C++ compiler."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize("key_heads", [HEADS, 3])
+def test_every_contender_equals_the_reference(name: str, key_heads: int) -> None:
+    case = Case(300, key_heads)
+    with torch.no_grad():
+        verify(CONTENDERS[name](*inputs_of(case)), case)
+
+
+def test_verify_notices_a_small_error() -> None:
+    case = Case(64, HEADS)
+    answer = CONTENDERS["attnstats"](*inputs_of(case))
+    assert answer.waad is not None
+    answer.waad[0, 0, 5] += 1e-4
+    with pytest.raises(AssertionError, match="waad is wrong"):
+        verify(answer, case)
+
+
+def test_turns_interleave_and_rotate() -> None:
+    order: list[tuple[Case, int, str]] = [p.values for p in turns()]  # type: ignore[misc]
+    for case in {case for case, _, _ in order}:
+        names = contenders(case)
+        mine = [(turn, name) for other, turn, name in order if other == case]
+        rounds = [mine[i : i + len(names)] for i in range(0, len(mine), len(names))]
+        assert len(rounds) >= 7
+        for turn, members in enumerate(rounds):
+            assert sorted(members) == sorted((turn, name) for name in names)
+        assert {members[0][1] for members in rounds} == set(names)
+
+
+def test_peak_counts_what_a_call_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(16, HEADS)
+    monkeypatch.setitem(CONTENDERS, "hog", lambda query, key, value: torch.ones(16 * 2**20))
+    found = memory.peak("hog", case)
+    if not memory.RESET.exists():  # not Linux
+        assert found is None
+    else:
+        assert found is not None
+        assert 60 <= found <= 80  # 64 MiB and the noise of a process that holds more
+
+
+def document(times: dict[str, list[float]], dtype: str = "float32") -> dict[str, Any]:
+    benchmarks = [
+        {
+            "extra_info": {
+                "contender": name, "length": 4096, "layout": "MHA", "dtype": dtype, "turn": turn, "peak_mib": 12.3
+            },
+            "stats": {"median": seconds},
+        }
+        for name, series in times.items()
+        for turn, seconds in reversed(list(enumerate(series)))
+    ]  # fmt: skip
+    machine = {"cpu": {"brand_raw": "CPU"}, "python_version": "3.12.1"} | dict.fromkeys(report.VERSIONS, "1")
+    return {
+        "benchmarks": benchmarks,
+        "machine_info": machine,
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2026-11-23T10:00:00",
+    }
+
+
+TIMES = {"SDPA alone": [1.0, 2.0, 1.0], "attnstats": [1.1, 2.2, 5.0], "eager": [9.9, 22.0, 60.0]}
+
+
+def test_ratios_pair_the_rounds() -> None:
+    found = report.collect(document(TIMES))
+    ours, eager = (found[4096, "MHA", "float32", name] for name in ("attnstats", "eager"))
+    assert ours.over(found[4096, "MHA", "float32", "SDPA alone"]) == pytest.approx(1.1)
+    assert eager.over(ours) == pytest.approx(10.0)
+    hit, near = report.targets(found)
+    assert "1.10x of SDPA alone" in hit
+    assert hit.endswith("hit")
+    assert "10.0x faster" in near
+
+
+def test_report_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, results = tmp_path / "bench.json", tmp_path / "results"
+    whole = document(TIMES)
+    whole["benchmarks"] += document({"SDPA alone": [1.0], "attnstats": [1.5]}, "bfloat16")["benchmarks"]
+    source.write_text(json.dumps(whole))
+    monkeypatch.setattr("sys.argv", ["report", str(source), "--results", str(results)])
+    report.main()
+    kept = json.loads((results / "cpu.json").read_text())
+    assert kept["conditions"]["commit"] == "0123456789abcdef+changes"
+    assert {tuple(s["seconds"]) for s in kept["series"] if s["contender"] == "eager"} == {(9.9, 22.0, 60.0)}
+    text = (results / "cpu.md").read_text()
+    assert "| 4096 | MHA | **attnstats** | 2200.0 | 1.10 | 1.00 | 12 | 1500.0 | 1.50 |" in text
