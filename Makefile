@@ -28,9 +28,11 @@ demo: $(STAMP) ## analyse a real model's reasoning with default settings, into o
 test: $(STAMP) ## the whole test suite; kernels run on the GPU where there is one, else in Triton's interpreter
 	@$(BIN)/python -m pytest -n $(WORKERS)
 
-bench: $(STAMP) ## ours against its rivals, in one run; JSON goes to out/bench.json
+bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept in benchmarks/results
 	@mkdir -p out
-	@$(BIN)/python -m pytest benchmarks -p no:xdist -s --benchmark-enable --benchmark-only --benchmark-json=out/bench.json
+	@$(BIN)/python -m pytest benchmarks -p no:xdist -q --benchmark-enable --benchmark-only --benchmark-quiet \
+		--benchmark-json=out/bench.json
+	@$(BIN)/python -m benchmarks.report out/bench.json
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
