@@ -37,11 +37,11 @@ def evaluate(
     met = [s for s in statistics if band.clip(s)[0] <= band.clip(s)[1]]
     by_distance = {s: band.weight(s, lse) for s in met}
     counted = geometry.counted()
+    room = _Workspace.of(geometry, band)
     for batch, heads, key_head in heads_of(geometry):
-        keys, hidden = _padded_keys(key[batch, key_head], band, geometry, batch)
+        hidden = _fill_keys_(room.keys, key[batch, key_head], band, geometry, batch)
         for head in range(heads.start, heads.stop):
-            blocks = _band_blocks(query[batch, head], keys, hidden, divisor[batch, head], band, geometry)
-            for start, weights, padded in blocks:
+            for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, room):
                 rows = slice(start, start + len(weights))
                 for s in met:
                     if isinstance(s, RowStatistic):
@@ -49,69 +49,103 @@ def evaluate(
                         near = weights[:, band.behind - hi : band.behind - lo + 1]
                         tensors[s][batch, head, rows] = near @ by_distance[s].flip(0)
                 if counted is not None:
-                    weights.mul_(counted[batch, rows, None])
+                    weights.masked_fill_(~counted[batch, rows, None], 0.0)
                 for s in met:
                     if isinstance(s, ColumnStatistic):
-                        first, lo = geometry.offset + start, band.clip(s)[0]
-                        _add_columns_(tensors[s][batch, head], padded, first, len(weights), band, lo, by_distance[s])
+                        first = geometry.offset + start
+                        _add_columns_(tensors[s][batch, head], room.band, first, len(weights), band, s, by_distance[s])
     live = geometry.live()[:, None].to(lse.dtype)
     return {s: tensors[s] + s.tail * live if s.tail else tensors[s] for s in statistics}
 
 
-def _padded_keys(key: Tensor, band: _Band, geometry: Geometry, batch: int) -> tuple[Tensor, Tensor]:
-    """The keys from `behind` before the first query on, zeros where there are none, and which of them are hidden."""
-    blocks = -(-geometry.query_length // BAND_ROWS)
-    length = blocks * BAND_ROWS + band.width - 1
+class _Workspace(NamedTuple):
+    """Buffers that every head uses again: fresh ones of this size would be mapped and unmapped by each."""
+
+    keys: Tensor  # [blocks * BAND_ROWS + width - 1, D] from `behind` before the first query on
+    queries: Tensor  # [step, D] scaled
+    divisor: Tensor  # [step]
+    scores: Tensor  # [step / BAND_ROWS, BAND_ROWS, window]
+    band: Tensor  # [width + step + width, width], zeros above and below the rows in use
+
+    @staticmethod
+    def of(geometry: Geometry, band: _Band) -> _Workspace:
+        window = BAND_ROWS + band.width - 1
+        blocks = -(-geometry.query_length // BAND_ROWS)
+        together = min(blocks, max(1, BLOCK_ELEMENTS // (BAND_ROWS * window)))
+        step = together * BAND_ROWS
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=geometry.accumulator, device=geometry.device)
+
+        return _Workspace(
+            keys=zeros(blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
+            queries=zeros(step, geometry.head_dim),
+            divisor=zeros(step),
+            scores=zeros(together, BAND_ROWS, window),
+            band=zeros(band.width + step + band.width, band.width),
+        )
+
+
+def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batch: int) -> Tensor:
+    """Copy one head's keys to where the band needs them; [len(keys)] bool: which are none or may not be seen."""
     first = geometry.offset - band.behind  # the position at index 0
     begin = max(0, -first)
-    inside = slice(begin, max(begin, min(length, geometry.key_length - first)))
+    inside = slice(begin, max(begin, min(len(keys), geometry.key_length - first)))
     positions = slice(inside.start + first, inside.stop + first)
-    keys = key.new_zeros(length, geometry.head_dim, dtype=geometry.accumulator)
     keys[inside] = key[positions]
-    hidden = torch.ones(length, dtype=torch.bool, device=key.device)
+    hidden = torch.ones(len(keys), dtype=torch.bool, device=key.device)
     hidden[inside] = False if geometry.key_mask is None else ~geometry.key_mask[batch, positions]
-    return keys, hidden
+    return hidden
 
 
 def _band_blocks(
-    query: Tensor, keys: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For one head, yield (first row, A as [rows, width], the buffer that holds it between rows of zeros)."""
+    query: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry, room: _Workspace
+) -> Iterator[tuple[int, Tensor]]:
+    """For one head, yield (first row, A as [rows, width]), which stands in `room.band` between rows of zeros."""
     length, dim = query.shape
-    window = BAND_ROWS + band.width - 1
-    step = max(1, BLOCK_ELEMENTS // (BAND_ROWS * window)) * BAND_ROWS
-    step = min(step, -(-length // BAND_ROWS) * BAND_ROWS)
-    scaled = keys.new_zeros(step, dim)
-    padded = keys.new_zeros(band.width + step + band.width, band.width)
-    for start in range(0, length, step):
-        rows = min(step, length - start)
+    together, _, window = room.scores.shape
+    for start in range(0, length, together * BAND_ROWS):
+        rows = min(together * BAND_ROWS, length - start)
         blocks = -(-rows // BAND_ROWS)
-        scaled[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # in float32: the copy comes first
-        windows = keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
-        scores = torch.bmm(scaled.view(-1, BAND_ROWS, dim)[:blocks], windows.mT)
+        room.queries[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # cast first, then scale
+        room.divisor.fill_(torch.inf)[:rows] = divisor[start : start + rows]
+        windows = room.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
+        scores = torch.bmm(room.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=room.scores[:blocks])
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
-        padded[band.width :].view(-1)[: diagonals.numel()].view_as(diagonals).copy_(diagonals)
-        weights = padded[band.width : band.width + rows]
-        weights.sub_(divisor[start : start + rows, None]).exp_()
+        weights = room.band[band.width : band.width + blocks * BAND_ROWS]
+        torch.sub(diagonals, room.divisor.view(-1, BAND_ROWS, 1)[:blocks], out=weights.view_as(diagonals))
+        weights.exp_()  # 0 beyond the last row, whose divisor is +inf
         first = geometry.offset + start
-        inside = first >= band.behind and first + rows + band.ahead <= geometry.key_length
-        if geometry.key_mask is not None or not inside:
-            weights.masked_fill_(hidden[start:].as_strided((rows, band.width), (1, 1)), 0.0)
-        padded[band.width + rows :].zero_()
-        yield start, weights, padded
+        # Without a key mask only the first and the last rows reach beyond the keys.
+        reach_before = rows if geometry.key_mask is not None else min(rows, max(0, band.behind - first))
+        reach_behind = max(reach_before, min(rows, geometry.key_length - band.ahead - first))
+        for edge in (slice(0, reach_before), slice(reach_behind, rows)):
+            size = edge.stop - edge.start
+            if size > 0:
+                outside = hidden[start + edge.start :].as_strided((size, band.width), (1, 1))
+                weights[edge].masked_fill_(outside, 0.0)
+        room.band[band.width + rows :].zero_()
+        yield start, weights[:rows]
 
 
 def _add_columns_(
-    column: Tensor, padded: Tensor, first: int, rows: int, band: _Band, lo: int, by_distance: Tensor
+    column: Tensor,
+    padded: Tensor,
+    first: int,
+    rows: int,
+    band: _Band,
+    statistic: ColumnStatistic,
+    by_distance: Tensor,
 ) -> None:
     """Add to `column` [Tk] what it receives from a block of rows, the first of them at position `first`.
 
     A key's weights stand on an antidiagonal of the band: one row further down, one column further left.
     """
-    hi = lo + len(by_distance) - 1
+    lo, hi = band.clip(statistic)
     start = (band.width - hi + lo) * band.width + band.behind - lo
     antidiagonals = padded.as_strided((rows + hi - lo, hi - lo + 1), (band.width, band.width - 1), start)
-    received = (antidiagonals * by_distance).sum(1)
+    mean_of_all = statistic.horizon == statistic.band  # so the weight is 1 throughout
+    received = (antidiagonals if mean_of_all else antidiagonals * by_distance).sum(1)
     skip = max(0, hi - first)
     keys = slice(first - hi + skip, min(first - lo + rows, len(column)))
     if keys.start < keys.stop:
