@@ -26,7 +26,7 @@ demo: $(STAMP) ## analyse a real model's reasoning with default settings, into o
 	@$(BIN)/attnstats analyze --out out/demo
 
 test: $(STAMP) ## the whole test suite; kernels run on the GPU where there is one, else in Triton's interpreter
-	@$(BIN)/python -m pytest -n $(WORKERS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept in benchmarks/results
 	@mkdir -p out

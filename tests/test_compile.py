@@ -60,3 +60,39 @@ def test_compiles_without_spills_atomics_or_tf32(target, dim, dtype, options, mo
     script = script.replace("OPTIONS", repr(options))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
+
+
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Sm90:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+driver.set_active(Sm90())
+from attnstats import *
+from attnstats import ops
+from attnstats.geometry import Geometry
+
+def warm_up(kernel, grid, tensors, sizes, strides, constants, config):
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    kernel.run(*tensors, *sizes, *strides, grid=grid, warmup=True, **constants, **options)
+    print(kernel.__name__)
+
+ops._launch = warm_up
+asked = (WAAD(10), FAI(10, 100), Received(), Entropy())
+query = torch.empty(1, 8, 512, 128, dtype=torch.bfloat16)
+geometry = Geometry.resolve(query, query, query, asked)
+ops.attend(query, query, query, geometry, asked)
+ops.from_lse(query, query, torch.zeros(1, 8, 512), geometry, asked)
+"""
+
+
+def test_tritons_launcher_takes_the_arguments(monkeypatch):
+    """Up to the launch itself: binding, specialisation and cache key of tuples of strides and of functions."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["forward", "column", "band", "forward", "column"], run.stderr[-1500:]
