@@ -26,7 +26,7 @@ def test_weights_are_constant_beyond_their_band(cls):
     ("make", "match"),
     [
         (lambda: WAAD(0), "WAAD: window must be an integer >= 1, got 0"),
-        (lambda: LocalMass("4"), "LocalMass: window"),
+        (lambda: LocalMass("4"), "LocalMass: window"),  # type: ignore[arg-type]
         (lambda: WAAD(True), "WAAD: window"),
         (lambda: FAI(-1, 4), "FAI: lo must be an integer >= 0"),
         (lambda: FAI(5, 4), "FAI: lo must be <= hi, got lo=5, hi=4"),
