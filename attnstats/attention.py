@@ -6,6 +6,7 @@ each of which offers `attend` and `from_lse`. Nothing here touches numbers.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnstats import reference, tiled
-from attnstats.geometry import AttentionResult, Geometry
+from attnstats.geometry import AttentionResult, Geometry, full_precision
 from attnstats.statistics import MaxLogit, Statistic, Statistics, resolve
 
 Backend = Literal["auto", "reference", "tiled", "triton"]
@@ -29,6 +30,7 @@ def attention(
     *,
     statistics: Iterable[Statistic | str] = (),
     attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = True,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -52,6 +54,7 @@ def attention(
         statistics: instances of the catalogue (`WAAD(10)`, `FAI(10, 100)`, ...), or names for the defaults.
         attn_mask: bool, True where a key may be seen, broadcastable to (B, 1, 1, Tk). Masks that depend on the
             query would cost O(Tq * Tk): only `backend="reference"` takes them, also additive ones.
+        dropout_p: as SDPA has it; only 0 so far.
         is_causal: query t sees keys s <= t.
         scale: multiplies the scores; default 1 / sqrt(D).
         enable_gqa: allow fewer key than query heads; heads are never repeated in memory.
@@ -79,6 +82,8 @@ def attention(
     Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
     """
     wanted = resolve(statistics)
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}: dropout is not supported")
     geometry = Geometry.resolve(
         query,
         key,
@@ -92,7 +97,8 @@ def attention(
         key_padding_mask=key_padding_mask,
         query_offset=query_offset,
     )
-    output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
+    with full_precision(geometry.device):
+        output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
     return AttentionResult(output, Statistics(tensors, {s: geometry.validity(s) for s in wanted}, lse))
 
 
@@ -114,7 +120,9 @@ def statistics_from_lse(
 ) -> Statistics:
     """Statistics beside an attention kernel of your own, from the log-sum-exp it returned.
 
-    All but MaxLogit, which isn't a function of the lse. Masks and scale must be those the kernel used.
+    All but MaxLogit, which isn't a function of the lse. Masks and scale must be those the kernel used: a row of
+    exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that counts a sink, or keys that
+    aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight ends in 0 are of what is there.
 
     Args:
         lse: (B, Hq, Tq) float32 or float64: the log of the row sums of exp(score). What stands in rows that see
@@ -126,10 +134,7 @@ def statistics_from_lse(
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
     """
-    wanted = resolve(statistics)
-    for statistic in wanted:
-        if isinstance(statistic, MaxLogit):
-            raise ValueError("statistics: MaxLogit is not a function of the lse; ask attnstats.attention for it")
+    wanted = _from_lse(statistics)
     geometry = Geometry.resolve(
         query,
         key,
@@ -144,7 +149,7 @@ def statistics_from_lse(
         query_offset=query_offset,
     )
     lse = _natural_lse(lse, lse_base, geometry)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(geometry.device):
         tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
     return Statistics(tensors, {s: geometry.validity(s) for s in wanted}, lse)
 
@@ -175,7 +180,10 @@ def explain(
           sweep, blocks of rows
             received: 0.54 GFLOP, 3.1 MB of scratch
     """
-    wanted = resolve(statistics)
+    wanted = _from_lse(statistics) if value is None else resolve(statistics)
+    known = set(inspect.signature(Geometry.resolve).parameters)
+    if unknown := sorted(set(arguments) - known):
+        raise TypeError(f"explain: unknown argument {unknown[0]!r}; it takes those of attnstats.attention")
     geometry = Geometry.resolve(query, key, value, wanted, **arguments)
     module = _backend(backend, geometry)
     lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
@@ -185,6 +193,13 @@ def explain(
             f"    {step.computes}: {step.flops / 1e9:.2f} GFLOP, {step.scratch_bytes / 1e6:.1f} MB of scratch",
         ]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _from_lse(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
+    wanted = resolve(statistics)
+    if any(isinstance(statistic, MaxLogit) for statistic in wanted):
+        raise ValueError("statistics: MaxLogit is not a function of the lse; ask attnstats.attention for it")
+    return wanted
 
 
 def _natural_lse(lse: Tensor, base: str, geometry: Geometry) -> Tensor:

@@ -17,14 +17,14 @@ from attnstats.geometry import Geometry, Step, divisor_of
 from attnstats.statistics import ColumnStatistic, DistanceWeighted, RowStatistic, Statistic
 from attnstats.sweep import heads_of
 
-BAND_LIMIT = 1024  # wider bands are swept: the buffer of a band grows with the square of its width
+BAND_LIMIT = 1024  # bands that reach further are swept: the buffer grows with the square of the reach
 BAND_ROWS = 64  # rows of a block: each computes BAND_ROWS - 1 scores more than the band is wide
 BLOCK_ELEMENTS = 2**18  # scores of the blocks that are worked on together
 
 
 def is_narrow(statistic: DistanceWeighted) -> bool:
     """Whether the band is the cheaper way."""
-    return statistic.band is not None and statistic.band[1] - statistic.band[0] < BAND_LIMIT
+    return statistic.band is not None and max(map(abs, statistic.band)) < BAND_LIMIT
 
 
 def evaluate(

@@ -101,6 +101,7 @@ class Geometry:
         before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))  # [B, Tq + 1]: counted among the first i
         key = torch.arange(self.key_length, device=self.device) - self.offset
         first = (key + lo).clamp(0, self.query_length)
+        hi = None if hi is None else min(hi, self.offset + self.query_length)  # int64 holds key + hi
         end = (key + hi + 1).clamp(0, self.query_length) if hi is not None else torch.full_like(key, self.query_length)
         return (before[:, torch.maximum(first, end)] - before[:, first]).expand(self.batch, -1)
 
@@ -179,9 +180,9 @@ class Geometry:
                 )
             if is_causal or query_length == key_length:
                 query_offset = key_length - query_length
-        elif not isinstance(query_offset, int) or query_offset < 0:
+        elif not isinstance(query_offset, int) or isinstance(query_offset, bool) or query_offset < 0:
             raise ValueError(f"query_offset must be an integer >= 0, got {query_offset!r}")
-        if scale is not None and not (isinstance(scale, (int, float)) and abs(scale) < float("inf")):
+        if scale is not None and not (type(scale) in (int, float) and abs(scale) < float("inf")):
             raise ValueError(f"scale must be a finite number or None (1 / sqrt(head_dim)), got {scale!r}")
 
         for statistic in statistics:
@@ -246,6 +247,11 @@ class AttentionResult(NamedTuple):
 
     output: Tensor
     statistics: Statistics
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Autocast off: it would round the scores of float32 inputs to half precision, away from their lse."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def divisor_of(lse: Tensor) -> Tensor:

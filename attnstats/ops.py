@@ -20,6 +20,7 @@ from torch import Tensor
 from attnstats.diagonal import is_narrow
 from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
 from attnstats.statistics import (
+    CATALOGUE,
     LSE,
     ColumnStatistic,
     DistanceWeighted,
@@ -50,7 +51,7 @@ class Config(NamedTuple):
 # By the widest head size (next power of two) each entry is for; float32 tiles are twice as large and their matmul
 # runs without tensor cores. The interpreter gets small tiles, so that short sequences span several.
 FORWARD = {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)}
-FORWARD_LOOP = {128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)}  # with statistics in the main loop
+FORWARD_LOOP = {128: Config(64, 64, 8, 3), 256: Config(64, 32, 8, 2)}  # with statistics in the main loop
 FORWARD_FP32 = {128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 2)}
 COLUMN = {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)}
 COLUMN_FP32 = {256: Config(32, 32, 8, 2)}
@@ -368,8 +369,10 @@ def _launch(
 ) -> None:
     """The one place where a kernel starts: on the device of its tensors, which may not be the current one."""
     device = tensors[0].device  # type: ignore[union-attr]
+    # Pinned: without fusion score * scale - lse is rounded twice, and Triton's default is about to change.
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*tensors, *sizes, *strides, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+        kernel[grid](*tensors, *sizes, *strides, **constants, **options)
 
 
 def _sizes(geometry: Geometry) -> tuple[Any, ...]:
@@ -422,7 +425,9 @@ def _flat(statistics: Iterable[DistanceWeighted], tails: bool = True) -> tuple[A
 def _kernel_weight(statistic: DistanceWeighted) -> Any:
     from attnstats.kernels import weights
 
-    weight = statistic.kernel_weight or getattr(weights, statistic.name, None)
+    weight = statistic.kernel_weight
+    if weight is None and CATALOGUE.get(statistic.name) is type(statistic):
+        weight = getattr(weights, statistic.name, None)
     if weight is None:
         raise ValueError(
             f"statistics: {type(statistic).__name__} has no device weight: set kernel_weight to a @triton.jit "

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from attnstats.geometry import Evaluation, Geometry, divisor_of
+from attnstats.geometry import Evaluation, Geometry, divisor_of, full_precision
 from attnstats.statistics import (
     ColumnStatistic,
     DistanceWeighted,
@@ -54,9 +55,11 @@ class Recomputed(torch.autograd.Function):
         return output, lse, *tensors.values()
 
     @staticmethod
+    @once_differentiable  # the lse is a constant here, so second derivatives would be wrong
     def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         query, key, value, output, lse = ctx.saved_tensors
-        return *gradients(query, key, value, output, lse, grad_output, ctx.geometry), None, None
+        with full_precision(query.device):
+            return *gradients(query, key, value, output, lse, grad_output, ctx.geometry), None, None
 
 
 def gradients(

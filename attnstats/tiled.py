@@ -99,6 +99,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tup
         seen = min(geometry.offset + 1, geometry.key_length)
         key, value, causal = key[:, :, :seen], value[:, :, :seen], False
         bias = bias if bias is None else bias[..., :seen]
+    # It reads the last dimension as contiguous without a look at its stride.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=geometry.scale
     )

@@ -135,7 +135,7 @@ def forward(
             DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
-    m_live = b_sum > 0.0
+    m_live = b_sum != 0.0  # a row of NaN is not one that sees nothing
     b_sum = tl.where(m_live, b_sum, 1.0)
     b_inverse = 1.0 / b_sum
     b_lse2 = b_max

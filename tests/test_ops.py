@@ -1,5 +1,6 @@
 """The launcher: buffers, memory, offsets, the choice of kernels, and statistics that users define."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,7 +69,13 @@ for s in asked:
 
 def test_offsets_past_two_to_the_31():
     # In a process of its own: 32-bit offsets would end it.
-    run = subprocess.run([sys.executable, "-c", OFFSETS], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", OFFSETS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 
