@@ -1,7 +1,7 @@
 """Statistics of attention inside or beside a flash-style pass, without ever holding the T x T map."""
 
 from attnstats import presets, reference
-from attnstats.attention import attention, explain, statistics_from_lse
+from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
 from attnstats.statistics import (
@@ -45,4 +45,5 @@ __all__ = [
     "presets",
     "reference",
     "statistics_from_lse",
+    "varlen_attention",
 ]

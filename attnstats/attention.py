@@ -1,13 +1,12 @@
 """The public functions: attention that returns its statistics, and statistics beside any attention kernel.
 
-Arguments are validated by `Geometry.resolve`; the work is done by a backend (`reference`, `tiled`, `ops`),
-each of which offers `attend` and `from_lse`. Nothing here touches numbers.
+Arguments are validated by `arguments.resolve`; the work is done by a backend (`reference`, `tiled`, `ops`),
+each of which offers `attend`, `from_lse` and `plan`. Nothing here touches numbers.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -16,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attnstats import reference, tiled
+from attnstats import arguments, reference, tiled
+from attnstats.arguments import Heads, Window
 from attnstats.geometry import AttentionResult, Geometry, full_precision
 from attnstats.statistics import MaxLogit, Statistic, Statistics, resolve
 
@@ -34,9 +34,13 @@ def attention(
     is_causal: bool = True,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    window_size: Window | None = None,
+    sinks: Tensor | None = None,
     query_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     query_offset: int | None = None,
+    heads: Heads | None = None,
     backend: Backend = "auto",
 ) -> AttentionResult:
     """Scaled dot product attention and statistics of its map, in O(T) memory.
@@ -58,10 +62,17 @@ def attention(
         is_causal: query t sees keys s <= t.
         scale: multiplies the scores; default 1 / sqrt(D).
         enable_gqa: allow fewer key than query heads; heads are never repeated in memory.
+        softcap: scores become `softcap * tanh(score / softcap)`; default: they stay.
+        window_size: (left, right), query t sees keys `t - left .. t + right`; None or -1 for no limit. A sliding
+            window of w tokens, the query's own included, is (w - 1, 0).
+        sinks: (Hq,) float, a logit per head that takes part in the softmax and belongs to no key. The lse counts it;
+            statistics are of the mass on keys, which then is less than 1.
         query_mask: (B, Tq) bool, which queries count in column statistics (the response, say); default all.
         key_padding_mask: (B, Tk) bool, True for real tokens. In self-attention (is_causal, or Tq = Tk) padding
             positions are no queries either: their statistics are 0 and they don't count.
         query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
+        heads: the query heads whose statistics are wanted, `[0, 5]`, or such lists by statistic or name,
+            `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
         backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
             else tiled).
 
@@ -82,9 +93,8 @@ def attention(
     Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
     """
     wanted = resolve(statistics)
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}: dropout is not supported")
-    geometry = Geometry.resolve(
+    _check_dropout(dropout_p)
+    geometry = arguments.resolve(
         query,
         key,
         value,
@@ -93,13 +103,98 @@ def attention(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=enable_gqa,
+        softcap=softcap,
+        window_size=window_size,
+        sinks=sinks,
         query_mask=query_mask,
         key_padding_mask=key_padding_mask,
         query_offset=query_offset,
+        heads=heads,
     )
     with full_precision(geometry.device):
         output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
-    return AttentionResult(output, Statistics(tensors, {s: geometry.validity(s) for s in wanted}, lse))
+    return AttentionResult(output, Statistics(tensors, geometry.validity, lse))
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    statistics: Iterable[Statistic | str] = (),
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    window_size: Window | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    heads: Heads | None = None,
+    backend: Backend = "auto",
+) -> AttentionResult:
+    """`attention` for sequences of different lengths, packed end to end without padding.
+
+    Sequence i has the queries `cu_seqlens_q[i] : cu_seqlens_q[i + 1]` and the keys likewise; its queries are its last
+    positions, and nothing is seen or counted across sequences. Statistics are those of each sequence on its own.
+
+    Args:
+        query: (total_q, Hq, D), float16, bfloat16, float32 or float64, strides as they come.
+        key: (total_k, Hkv, D).
+        value: (total_k, Hkv, Dv).
+        cu_seqlens_q: (n + 1,) int32, boundaries of n sequences from 0 on; equal ones make an empty sequence. Tokens
+            after the last boundary belong to no sequence: their output is 0.
+        cu_seqlens_k: the same for key and value; default cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. Without them, a CUDA tensor of boundaries is read when it
+            is first seen, which waits for the device; with them it is trusted.
+        query_mask: (total_q,) bool, which queries count in column statistics; default all.
+
+    The other arguments are those of `attention`.
+
+    Returns:
+        `output` (total_q, Hq, Dv) and `statistics`: rows and `.lse` (Hq, total_q), columns (Hq, total_k).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would work. PooledMap is refused.
+
+    Example:
+        >>> import torch, attnstats
+        >>> query, key, value = torch.zeros(3, 5, 1, 16)
+        >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+        >>> packed = attnstats.varlen_attention(query, key, value, cu_seqlens_q=cu_seqlens, statistics=["mean_distance"])
+        >>> packed.statistics["mean_distance"]
+        tensor([[0.0000, 0.5000, 0.0000, 0.5000, 1.0000]])
+
+    Source: as `attention`.
+    """
+    wanted = resolve(statistics)
+    _check_dropout(dropout_p)
+    query, key, value = arguments.batch_of_one(query=query, key=key, value=value)
+    geometry = arguments.resolve_packed(
+        query,
+        key,
+        value,
+        wanted,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        window_size=window_size,
+        sinks=sinks,
+        query_mask=query_mask,
+        heads=heads,
+    )
+    with full_precision(geometry.device):
+        output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
+    return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
 
 
 def statistics_from_lse(
@@ -109,49 +204,38 @@ def statistics_from_lse(
     *,
     statistics: Iterable[Statistic | str],
     lse_base: Literal["e", "2"] = "e",
-    attn_mask: Tensor | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    query_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    query_offset: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
     backend: Backend = "auto",
+    **others: Any,
 ) -> Statistics:
     """Statistics beside an attention kernel of your own, from the log-sum-exp it returned.
 
-    All but MaxLogit, which isn't a function of the lse. Masks and scale must be those the kernel used: a row of
-    exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that counts a sink, or keys that
-    aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight ends in 0 are of what is there.
+    All but MaxLogit, which isn't a function of the lse. Masks, scale, softcap and sinks must be those the kernel used:
+    with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that
+    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight ends in 0 are of
+    what is there.
 
     Args:
-        lse: (B, Hq, Tq) float32 or float64: the log of the row sums of exp(score). What stands in rows that see
-            no key is ignored (kernels disagree: -inf, +inf and 0 all occur).
-        lse_base: "e" for natural logs, "2" for logs to base 2.
+        query, key: as `attention` takes them, or with cu_seqlens_q as `varlen_attention` does.
+        lse: (B, Hq, Tq), packed (Hq, total_q) or (total_q, Hq), a last dimension of 1 is dropped; float32 or float64:
+            the log of the row sums of exp(score). What stands in rows that see no key is ignored (kernels disagree:
+            -inf, +inf and 0 all occur).
+        lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
+        cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.
+        others: the other keyword arguments of `attention`, or of `varlen_attention`.
 
-    The other arguments, the returned value and the source are those of `attention`.
+    The returned value and the source are those of `attention` and `varlen_attention`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
     """
     wanted = _from_lse(statistics)
-    geometry = Geometry.resolve(
-        query,
-        key,
-        None,
-        wanted,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        query_mask=query_mask,
-        key_padding_mask=key_padding_mask,
-        query_offset=query_offset,
-    )
-    lse = _natural_lse(lse, lse_base, geometry)
+    packed = cu_seqlens_q is not None
+    query, key, _, geometry = _resolve("statistics_from_lse", query, key, None, wanted, cu_seqlens_q, others)
+    lse = arguments.natural_lse(lse, lse_base, geometry)
     with torch.no_grad(), full_precision(geometry.device):
         tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
-    return Statistics(tensors, {s: geometry.validity(s) for s in wanted}, lse)
+    return _packed(tensors, lse, geometry) if packed else Statistics(tensors, geometry.validity, lse)
 
 
 def explain(
@@ -160,13 +244,14 @@ def explain(
     value: Tensor | None = None,
     *,
     statistics: Iterable[Statistic | str] = (),
+    cu_seqlens_q: Tensor | None = None,
     backend: Backend = "auto",
-    **arguments: Any,
+    **others: Any,
 ) -> None:
     """Print what `attention` would run on these tensors, or with `value=None` what `statistics_from_lse` would.
 
     Every pass with its tiles, what it computes, its floating-point operations and its scratch memory, over all
-    heads. Takes the other arguments of `attention` and raises its errors.
+    heads. Takes the other arguments of `attention`, or with cu_seqlens_q of `varlen_attention`, and raises their errors.
 
     Example:
         >>> import torch, attnstats
@@ -181,10 +266,7 @@ def explain(
             received: 0.54 GFLOP, 3.1 MB of scratch
     """
     wanted = _from_lse(statistics) if value is None else resolve(statistics)
-    known = set(inspect.signature(Geometry.resolve).parameters)
-    if unknown := sorted(set(arguments) - known):
-        raise TypeError(f"explain: unknown argument {unknown[0]!r}; it takes those of attnstats.attention")
-    geometry = Geometry.resolve(query, key, value, wanted, **arguments)
+    query, key, value, geometry = _resolve("explain", query, key, value, wanted, cu_seqlens_q, others)
     module = _backend(backend, geometry)
     lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
     for step in module.plan(geometry, wanted, value is not None):
@@ -202,22 +284,36 @@ def _from_lse(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     return wanted
 
 
-def _natural_lse(lse: Tensor, base: str, geometry: Geometry) -> Tensor:
-    shape = (geometry.batch, geometry.query_heads, geometry.query_length)
-    if not isinstance(lse, Tensor) or tuple(lse.shape) != shape:
-        raise ValueError(f"lse must be a tensor of shape {shape}, got {getattr(lse, 'shape', type(lse).__name__)}")
-    if lse.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"lse must be float32 or float64, got {lse.dtype}; in less its error is over 1 % of A")
-    if lse.device != geometry.device:
-        raise ValueError(f"lse must be on query's device {geometry.device}, got {lse.device}")
-    if base not in ("e", "2"):
-        raise ValueError(f"lse_base must be 'e' or '2', got {base!r}")
-    lse = lse.detach().to(geometry.accumulator)
-    if base == "2":
-        lse = lse * math.log(2.0)
-    if geometry.key_mask is None:
-        return lse
-    return lse.masked_fill(~geometry.live()[:, None], -torch.inf)
+def _resolve(
+    caller: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    wanted: tuple[Statistic, ...],
+    cu_seqlens_q: Tensor | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor | None, Geometry]:
+    """The geometry of a dense or, with cu_seqlens_q, of a packed call, and its tensors with a batch dimension."""
+    takes = arguments.resolve if cu_seqlens_q is None else arguments.resolve_packed
+    if unknown := sorted(set(others) - set(inspect.signature(takes).parameters)):
+        like = "attention" if cu_seqlens_q is None else "varlen_attention"
+        raise TypeError(f"{caller}: unknown argument {unknown[0]!r}; it takes those of attnstats.{like}")
+    if cu_seqlens_q is None:
+        return query, key, value, arguments.resolve(query, key, value, wanted, **others)
+    query, key = arguments.batch_of_one(query=query, key=key)
+    if value is not None:
+        (value,) = arguments.batch_of_one(value=value)
+    return query, key, value, arguments.resolve_packed(query, key, value, wanted, cu_seqlens_q=cu_seqlens_q, **others)
+
+
+def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
+    """Results of a batch of one without their batch dimension."""
+    return Statistics({s: x[0] for s, x in tensors.items()}, lambda s: geometry.validity(s)[0], lse[0])
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0, got {dropout_p}: dropout is not supported")
 
 
 def _backend(name: str, geometry: Geometry) -> ModuleType:

@@ -54,8 +54,8 @@ def evaluate(
                     if isinstance(s, ColumnStatistic):
                         first = geometry.offset + start
                         _add_columns_(tensors[s][batch, head], room.band, first, len(weights), band, s, by_distance[s])
-    live = geometry.live()[:, None].to(lse.dtype)
-    return {s: tensors[s] + s.tail * live if s.tail else tensors[s] for s in statistics}
+    mass = geometry.row_mass(lse) if any(s.tail for s in statistics) else None
+    return {s: tensors[s] if mass is None or not s.tail else tensors[s] + s.tail * mass for s in statistics}
 
 
 class _Workspace(NamedTuple):
@@ -113,7 +113,12 @@ def _band_blocks(
         scores = torch.bmm(room.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=room.scores[:blocks])
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
         weights = room.band[band.width : band.width + blocks * BAND_ROWS]
-        torch.sub(diagonals, room.divisor.view(-1, BAND_ROWS, 1)[:blocks], out=weights.view_as(diagonals))
+        divided = room.divisor.view(-1, BAND_ROWS, 1)[:blocks]
+        if geometry.softcap is None:
+            torch.sub(diagonals, divided, out=weights.view_as(diagonals))
+        else:
+            capped = torch.div(diagonals, geometry.softcap, out=weights.view_as(diagonals))
+            capped.tanh_().mul_(geometry.softcap).sub_(divided)
         weights.exp_()  # 0 beyond the last row, whose divisor is +inf
         first = geometry.offset + start
         # Without a key mask only the first and the last rows reach beyond the keys.
@@ -171,10 +176,14 @@ class _Band(NamedTuple):
 
     @staticmethod
     def of(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> _Band:
-        """The union of the statistics' bands, as far as there are keys."""
+        """The union of the statistics' bands, as far as there are keys that can be seen."""
         bands = [s.band for s in statistics if s.band]
         behind = min(max(hi for _, hi in bands), geometry.offset + geometry.query_length - 1)
-        ahead = 0 if geometry.is_causal else max(-lo for lo, _ in bands)
+        ahead = max(-lo for lo, _ in bands)
+        if geometry.left is not None:
+            behind = min(behind, geometry.left)
+        if geometry.right is not None:
+            ahead = min(ahead, geometry.right)
         return _Band(max(0, behind), max(0, min(ahead, geometry.key_length - 1 - geometry.offset)))
 
     @property

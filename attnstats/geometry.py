@@ -1,42 +1,51 @@
-"""Who sees whom: lengths, positions, padding and counted queries of one attention call, validated once.
+"""Who sees whom: lengths, positions, windows, padding, packed sequences and counted queries of one attention call.
 
-`Geometry.resolve` is the border: it turns the arguments of the public functions into a `Geometry`, or raises
-an error that names the argument. Everything behind it trusts a Geometry, and what it derives costs O(T).
-Used by every backend; `reference` only takes the plain facts and derives the rest from dense masks itself.
+A `Geometry` is made by `arguments.resolve`, which validates; everything behind it trusts a Geometry, and what it
+derives costs O(T). Used by every backend; `reference` only takes the plain facts and derives the rest from dense
+masks itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnstats.packing import Line, Packing
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,
-    DistanceWeighted,
     PooledMap,
     Statistic,
     Statistics,
 )
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """One attention call without its numbers.
 
+    Query t may see key s where `-right <= t - s <= left`, in absolute positions, unless a mask hides it.
+
     Attributes:
         query_offset: position of the first query; the keys stand at 0 .. key_length - 1. None where queries and
-            keys share no positions (cross-attention), so that no distance is defined.
+            keys share no positions (cross-attention), so that no distance is defined. Negative only for a packed
+            sequence with more queries than keys, whose first queries see nothing.
+        left, right: how far behind and ahead of itself a query sees; None: all the way. Causal is right = 0.
+        softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+        sinks: (Hq,) float, one more logit per head in every row's softmax that belongs to no key; None: none.
         key_mask: (B, Tk) bool, True where a key may be seen; None: all.
         query_real: (B, Tq) bool, True where a query isn't padding; None: all.
         query_mask: (B, Tq) bool, True where a query counts (the paper's response R); None: all.
         dense_mask: the caller's attn_mask where it depends on the query, (B|1, Hq|1, Tq|1, Tk), bool (True: may
             be seen) or additive. Only `reference` takes it.
+        packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
+            every batch row is one sequence.
+        heads: the query heads of statistics that were not asked of all heads.
     """
 
     batch: int
@@ -49,12 +58,17 @@ class Geometry:
     dtype: torch.dtype
     device: torch.device
     scale: float
-    is_causal: bool
     query_offset: int | None
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
     key_mask: Tensor | None = None
     query_real: Tensor | None = None
     query_mask: Tensor | None = None
     dense_mask: Tensor | None = None
+    packing: Packing | None = None
+    heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -71,18 +85,27 @@ class Geometry:
         """`query_offset`, and 0 where positions have no meaning and only have to be consistent."""
         return self.query_offset or 0
 
+    @property
+    def is_causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def all_live(self) -> bool:
+        """Whether it is certain, without a look at a mask, that every query sees a key."""
+        return self.key_mask is None and self.packing is None and self.left is None and self.offset >= 0
+
     def live(self) -> Tensor:
         """(B, Tq) bool: the query sees at least one key. From the masks, never from an lse."""
-        position = torch.arange(self.query_length, device=self.device) + self.offset
-        if self.key_mask is None:
+        if self.all_live:
             return torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
-        if not self.is_causal:
-            return self.key_mask.any(-1, keepdim=True).expand(self.batch, self.query_length)
-        seen = self.key_mask.cumsum(-1) > 0
-        return seen[:, position.clamp(max=self.key_length - 1)]
+        first, end = self._seen()
+        if self.key_mask is None:
+            return (end > first).expand(self.batch, -1)
+        before = _before(self.key_mask)
+        return before[:, end] > before[:, first]
 
     def counted(self, last: int | None = None) -> Tensor | None:
-        """(B, Tq) bool: the query counts in column statistics, only the `last` of them if given; None: all."""
+        """(B, Tq) bool: the query counts in column statistics, only the `last` of each sequence if given; None: all."""
         counted = self.query_real if self.query_mask is None else self.query_mask
         if counted is not None and self.query_mask is not None and self.query_real is not None:
             counted = self.query_mask & self.query_real
@@ -90,26 +113,32 @@ class Geometry:
             return counted
         if counted is None:
             counted = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
-        rank_from_end = counted.flip(-1).cumsum(-1).flip(-1)
-        return counted & (rank_from_end <= last)
+        before = _before(counted)
+        own_end = self._along_queries().own_end.expand(self.query_length)
+        return counted & (before[:, own_end] - before[:, :-1] <= last)
 
     def queries_at_distance(self, lo: int, hi: int | None) -> Tensor:
         """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10)."""
+        position, _, begin, length = self._along_keys()
+        first = torch.minimum((position + lo).clamp(min=0), length)
+        end = length
+        if hi is not None:
+            hi = min(hi, abs(self.offset) + self.query_length + self.key_length)  # int64 holds position + hi
+            end = torch.minimum((position + hi + 1).clamp(min=0), length)
+        end = torch.maximum(first, end)
         counted = self.counted()
         if counted is None:
-            counted = torch.ones(1, self.query_length, dtype=torch.bool, device=self.device)
-        before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))  # [B, Tq + 1]: counted among the first i
-        key = torch.arange(self.key_length, device=self.device) - self.offset
-        first = (key + lo).clamp(0, self.query_length)
-        hi = None if hi is None else min(hi, self.offset + self.query_length)  # int64 holds key + hi
-        end = (key + hi + 1).clamp(0, self.query_length) if hi is not None else torch.full_like(key, self.query_length)
-        return (before[:, torch.maximum(first, end)] - before[:, first]).expand(self.batch, -1)
+            return (end - first).expand(self.batch, -1)
+        before = _before(counted)
+        return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
         """Where a value is more than a placeholder: (B, Tq) for rows, (B, Tk) for columns, (B, I, J) for a map."""
         key_real = torch.ones(self.batch, self.key_length, dtype=torch.bool, device=self.device)
         if self.key_mask is not None:
             key_real = self.key_mask
+        if self.packing is not None:
+            key_real = key_real & (torch.arange(self.key_length, device=self.device) < self.packing.keys[-1])
         if isinstance(statistic, ColumnStatistic):
             horizon = statistic.horizon
             return key_real if horizon is None else key_real & (self.queries_at_distance(*horizon) > 0)
@@ -122,12 +151,13 @@ class Geometry:
 
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
+        heads = len(self.heads.get(statistic, range(self.query_heads)))
         if isinstance(statistic, ColumnStatistic):
-            return self.batch, self.query_heads, self.key_length
+            return self.batch, heads, self.key_length
         if isinstance(statistic, PooledMap):
             query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
-            return self.batch, self.query_heads, len(query_bounds) - 1, len(key_bounds) - 1
-        return self.batch, self.query_heads, self.query_length
+            return self.batch, heads, len(query_bounds) - 1, len(key_bounds) - 1
+        return self.batch, heads, self.query_length
 
     def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
         """From sums to what is returned: means over counted queries, zeros where there is nothing but padding."""
@@ -139,90 +169,63 @@ class Geometry:
             if statistic.horizon is None:
                 return tensor
             return tensor / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
-        if self.key_mask is None and self.query_real is None:
+        if self.all_live and self.query_real is None:
             return tensor
         rows = self.live() if self.query_real is None else self.live() & self.query_real
         return tensor.masked_fill(~rows[:, None], 0.0)
 
+    def row_mass(self, lse: Tensor) -> Tensor:
+        """(B, 1 | Hq, Tq): the sum of a row of A: 1, less the sink's share, and 0 where nothing is seen."""
+        live = self.live()[:, None].to(lse.dtype)
+        return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
+
     def visible_pairs(self) -> int:
-        """Pairs (t, s) that the causal mask lets through, of one head, padding included."""
-        if not self.is_causal:
-            return self.query_length * self.key_length
-        first, last = self.offset + 1, self.offset + self.query_length  # keys that the first and last query see
-        inside = min(last, self.key_length)
-        rising = max(0, inside - first + 1)
-        return (first + inside) * rising // 2 + (self.query_length - rising) * self.key_length
+        """Pairs (t, s) inside the causal mask, windows and sequences, of one head, padding included."""
+        first, end = self._seen()
+        return int((end - first).sum()) * self.batch
 
-    @staticmethod
-    def resolve(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None,
-        statistics: tuple[Statistic, ...],
-        *,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = True,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        query_mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        query_offset: int | None = None,
-    ) -> Geometry:
-        """Validate the arguments of `attnstats.attention`. Raises TypeError or ValueError naming the argument."""
-        _check_tensors(query, key, value, enable_gqa)
-        batch, query_heads, query_length, head_dim = query.shape
-        key_length = key.shape[2]
-        if query_offset is None:
-            if is_causal and query_length > key_length:
-                raise ValueError(
-                    f"is_causal: queries are the last positions, so Tq <= Tk; got Tq={query_length}, Tk={key_length}. "
-                    "Pass query_offset to place them elsewhere, or is_causal=False"
+    def subset(self, heads: tuple[int, ...]) -> Geometry:
+        """The same call for some of its query heads, each with a key head of its own."""
+        sinks = None if self.sinks is None else self.sinks[list(heads)]
+        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={})
+
+    def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
+        """Each packed sequence that has queries and keys: where they lie, and the call that it is on its own."""
+        assert self.packing is not None
+        for queries, keys in self.packing.slices():
+            if queries.start < queries.stop and keys.start < keys.stop:
+                length, key_length = queries.stop - queries.start, keys.stop - keys.start
+                yield queries, keys, dataclasses.replace(
+                    self,
+                    query_length=length,
+                    key_length=key_length,
+                    query_offset=key_length - length,
+                    query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                    packing=None,
                 )
-            if is_causal or query_length == key_length:
-                query_offset = key_length - query_length
-        elif not isinstance(query_offset, int) or isinstance(query_offset, bool) or query_offset < 0:
-            raise ValueError(f"query_offset must be an integer >= 0, got {query_offset!r}")
-        if scale is not None and not (type(scale) in (int, float) and abs(scale) < float("inf")):
-            raise ValueError(f"scale must be a finite number or None (1 / sqrt(head_dim)), got {scale!r}")
 
-        for statistic in statistics:
-            if isinstance(statistic, DistanceWeighted) and statistic.uses_distance and query_offset is None:
-                raise ValueError(
-                    f"statistics: {statistic} needs distances, and Tq={query_length} != Tk={key_length} with "
-                    "is_causal=False is taken as cross-attention. Pass query_offset if queries and keys share positions"
-                )
-            if isinstance(statistic, PooledMap):
-                statistic.boundaries(query_length, key_length)
+    def _along_queries(self) -> Line:
+        if self.packing is not None:
+            return self.packing.along_queries(self.query_length)
+        position = torch.arange(self.query_length, device=self.device) + self.offset
+        return Line(position, *(position.new_full((), n) for n in (self.query_length, 0, self.key_length)))
 
-        _check_mask("query_mask", query_mask, (batch, query_length), query.device)
-        _check_mask("key_padding_mask", key_padding_mask, (batch, key_length), query.device)
-        query_real = None
-        if key_padding_mask is not None and query_offset is not None:  # padding positions aren't queries either
-            position = torch.arange(query_length, device=query.device) + query_offset
-            query_real = key_padding_mask[:, position.clamp(max=key_length - 1)] | (position >= key_length)
-        key_mask, dense_mask = _split_mask(attn_mask, query, key_length)
-        if key_mask is None:
-            key_mask = key_padding_mask
-        elif key_padding_mask is not None:
-            key_mask = key_mask & key_padding_mask
-        return Geometry(
-            batch=batch,
-            query_heads=query_heads,
-            key_heads=key.shape[1],
-            query_length=query_length,
-            key_length=key_length,
-            head_dim=head_dim,
-            value_dim=head_dim if value is None else value.shape[3],
-            dtype=query.dtype,
-            device=query.device,
-            scale=head_dim**-0.5 if scale is None else float(scale),
-            is_causal=is_causal,
-            query_offset=query_offset,
-            key_mask=key_mask,
-            query_real=query_real,
-            query_mask=query_mask,
-            dense_mask=dense_mask,
-        )
+    def _along_keys(self) -> Line:
+        """Positions are counted from the first query of the sequence, so that query i stands at i."""
+        if self.packing is not None:
+            return self.packing.along_keys(self.key_length)
+        position = torch.arange(self.key_length, device=self.device) - self.offset
+        return Line(position, *(position.new_full((), n) for n in (self.key_length, 0, self.query_length)))
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """[Tq] int64 twice: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
+        position, _, begin, length = self._along_queries()
+        first, end = torch.zeros_like(position), length
+        if self.left is not None:
+            first = torch.minimum((position - self.left).clamp(min=0), length)
+        if self.right is not None:
+            end = torch.minimum((position + self.right + 1).clamp(min=0), length)
+        return begin + first, begin + torch.maximum(first, end)
 
 
 class Evaluation(NamedTuple):
@@ -259,71 +262,11 @@ def divisor_of(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
+def _before(flags: Tensor) -> Tensor:
+    """(B, T) bool to (B, T + 1): how many are set among the first i."""
+    return torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
+
+
 def _any_per_segment(flags: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """(B, T) bool to (B, n): any flag set in [bounds[i], bounds[i + 1])."""
-    before = torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
-    return before[:, list(bounds)].diff(dim=-1) > 0
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
-    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}")
-        if 0 in x.shape:
-            raise ValueError(f"{name} is empty: {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
-        if x.shape[0] != query.shape[0]:
-            raise ValueError(f"{name} must have query's batch size {query.shape[0]}, got {x.shape[0]}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key must have query's head_dim {query.shape[3]}, got {key.shape[3]}")
-    if value is not None and value.shape[1:3] != key.shape[1:3]:
-        raise ValueError(
-            f"value must have key's heads and length {tuple(key.shape[1:3])}, got {tuple(value.shape[1:3])}"
-        )
-    query_heads, key_heads = query.shape[1], key.shape[1]
-    if query_heads % key_heads:
-        raise ValueError(f"key: the {query_heads} query heads must be a multiple of its heads, got {key_heads}")
-    if query_heads != key_heads and not enable_gqa:
-        raise ValueError(
-            f"enable_gqa=False needs as many key heads as query heads, got {key_heads} and {query_heads}; pass True"
-        )
-
-
-def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name} must be a bool tensor, got {got}; write {name}.bool()")
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"{name} must be on query's device {device}, got {mask.device}")
-
-
-def _split_mask(attn_mask: Tensor | None, query: Tensor, key_length: int) -> tuple[Tensor | None, Tensor | None]:
-    """An SDPA mask as (mask over keys, None) where it is one, else as (None, dense mask)."""
-    if attn_mask is None:
-        return None, None
-    full = (query.shape[0], query.shape[1], query.shape[2], key_length)
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a tensor, got {type(attn_mask).__name__}")
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask.dim() < 4 else attn_mask
-    fits = mask.dim() == 4 and all(a in (1, b) for a, b in zip(mask.shape, full, strict=True))
-    if not fits or mask.shape[3] != key_length:
-        raise ValueError(f"attn_mask must broadcast to {full}, got {tuple(attn_mask.shape)}")
-    if mask.dtype != torch.bool and mask.dtype != query.dtype:
-        raise TypeError(f"attn_mask must be bool or query's dtype {query.dtype}, got {mask.dtype}")
-    if mask.device != query.device:
-        raise ValueError(f"attn_mask must be on query's device {query.device}, got {mask.device}")
-    if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-        return mask[:, 0, 0].expand(full[0], key_length), None
-    return None, mask
+    return _before(flags)[:, list(bounds)].diff(dim=-1) > 0

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnstats.arguments import batch_of_one, resolve, resolve_packed
 from attnstats.geometry import AttentionResult, Evaluation, Geometry, Step
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,
+    DistanceWeighted,
     Entropy,
     MaxLogit,
     PooledMap,
@@ -24,45 +27,34 @@ from attnstats.statistics import (
     SinkMass,
     Statistic,
     Statistics,
-    resolve,
 )
+from attnstats.statistics import resolve as resolve_statistics
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    statistics: Iterable[Statistic | str] = (),
-    attn_mask: Tensor | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    query_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    query_offset: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, *, statistics: Iterable[Statistic | str] = (), **arguments: Any
 ) -> AttentionResult:
     """`attnstats.attention` by definition, holding the Tq x Tk map. Arguments, results and errors are the same.
 
     Unlike the other backends it takes an `attn_mask` that depends on the query: bool (True: may be seen) or
     additive, broadcastable to (B, Hq, Tq, Tk).
     """
-    wanted = resolve(statistics)
-    geometry = Geometry.resolve(
-        query,
-        key,
-        value,
-        wanted,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        query_mask=query_mask,
-        key_padding_mask=key_padding_mask,
-        query_offset=query_offset,
-    )
+    wanted = resolve_statistics(statistics)
+    geometry = resolve(query, key, value, wanted, **arguments)
     output, lse, tensors = attend(query, key, value, geometry, wanted)
-    return AttentionResult(output, Statistics(tensors, _validity(geometry, wanted), lse))
+    return AttentionResult(output, Statistics(tensors, lambda s: validity(s, geometry), lse))
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, statistics: Iterable[Statistic | str] = (), **arguments: Any
+) -> AttentionResult:
+    """`attnstats.varlen_attention` by definition, holding the map of all tokens with all."""
+    wanted = resolve_statistics(statistics)
+    query, key, value = batch_of_one(query=query, key=key, value=value)
+    geometry = resolve_packed(query, key, value, wanted, **arguments)
+    output, lse, tensors = attend(query, key, value, geometry, wanted)
+    packed = Statistics({s: x[0] for s, x in tensors.items()}, lambda s: validity(s, geometry)[0], lse[0])
+    return AttentionResult(output[0].transpose(0, 1), packed)
 
 
 def attend(
@@ -73,12 +65,20 @@ def attend(
     visible = _visible(geometry)
     live = visible.any(-1, keepdim=True)
     # Zeros under a dead row keep softmax and its gradient finite; its weights are then set to 0.
-    weights = scores.masked_fill(~visible & live, -torch.inf).softmax(-1, dtype=geometry.accumulator)
+    hidden = scores.masked_fill(~visible & live, -torch.inf)
+    if geometry.sinks is not None:  # one more column, which belongs to no key
+        sink = geometry.sinks.to(hidden.dtype)[:, None, None].expand(*hidden.shape[:3], 1)
+        weights = torch.cat([hidden, sink], -1).softmax(-1, dtype=geometry.accumulator)[..., :-1]
+    else:
+        weights = hidden.softmax(-1, dtype=geometry.accumulator)
     weights = weights.to(query.dtype).masked_fill(~(visible & live), 0.0)
     output = weights @ value.repeat_interleave(geometry.group, dim=1)
     with torch.no_grad():
         masked = scores.to(geometry.accumulator).masked_fill(~visible, -torch.inf)
         lse = masked.logsumexp(-1)
+        if geometry.sinks is not None:
+            sink = geometry.sinks.to(geometry.accumulator)[:, None]
+            lse = torch.where(live.squeeze(-1), torch.logaddexp(lse, sink), -torch.inf)
         tensors = {s: _evaluate(s, weights.to(geometry.accumulator), masked, lse, geometry) for s in statistics}
     return Evaluation(output, lse, tensors)
 
@@ -101,25 +101,58 @@ def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -
 
 
 def _scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
-    """[B, Hq, Tq, Tk] scaled scores with an additive mask, nothing hidden yet."""
+    """[B, Hq, Tq, Tk] scaled and capped scores with an additive mask, nothing hidden yet."""
     scores = query @ key.repeat_interleave(geometry.group, dim=1).transpose(-1, -2) * geometry.scale
+    if geometry.softcap is not None:
+        scores = geometry.softcap * torch.tanh(scores / geometry.softcap)
     bias = geometry.dense_mask
     return scores if bias is None or bias.dtype == torch.bool else scores + bias
 
 
+class _Places(NamedTuple):
+    """Position [T] of every query and key, and the index [T] of its sequence; -1 and -2: in none."""
+
+    query: Tensor
+    key: Tensor
+    query_sequence: Tensor
+    key_sequence: Tensor
+
+
+def _places(geometry: Geometry) -> _Places:
+    query = torch.arange(geometry.query_length, device=geometry.device)
+    key = torch.arange(geometry.key_length, device=geometry.device)
+    if geometry.packing is None:
+        return _Places(query + geometry.offset, key, torch.zeros_like(query), torch.zeros_like(key))
+    places = _Places(query, key, torch.full_like(query, -1), torch.full_like(key, -2))
+    for i, (queries, keys) in enumerate(geometry.packing.slices()):
+        length, key_length = queries.stop - queries.start, keys.stop - keys.start
+        places.query[queries] = torch.arange(length, device=geometry.device) + key_length - length
+        places.key[keys] = torch.arange(key_length, device=geometry.device)
+        places.query_sequence[queries] = i
+        places.key_sequence[keys] = i
+    return places
+
+
 def _distance(geometry: Geometry) -> Tensor:
     """[Tq, Tk] signed distance t - s."""
-    query_position = torch.arange(geometry.query_length, device=geometry.device) + geometry.offset
-    return query_position[:, None] - torch.arange(geometry.key_length, device=geometry.device)[None, :]
+    places = _places(geometry)
+    return places.query[:, None] - places.key
+
+
+def _together(geometry: Geometry) -> Tensor:
+    """[Tq, Tk] bool: in the same sequence."""
+    places = _places(geometry)
+    return places.query_sequence[:, None] == places.key_sequence
 
 
 def _visible(geometry: Geometry) -> Tensor:
     """[B, 1 | Hq, Tq, Tk] bool: query t may see key s."""
-    visible = torch.ones(
-        geometry.batch, 1, geometry.query_length, geometry.key_length, dtype=torch.bool, device=geometry.device
-    )
-    if geometry.is_causal:
-        visible = visible & (_distance(geometry) >= 0)
+    distance, visible = _distance(geometry), _together(geometry)
+    if geometry.left is not None:
+        visible = visible & (distance <= geometry.left)
+    if geometry.right is not None:
+        visible = visible & (distance >= -geometry.right)
+    visible = visible.expand(geometry.batch, 1, -1, -1)
     if geometry.key_mask is not None:
         visible = visible & geometry.key_mask[:, None, None, :]
     if geometry.dense_mask is not None:
@@ -135,19 +168,29 @@ def _counts(geometry: Geometry, last: int | None = None) -> Tensor:
         counts = counts if mask is None else counts & mask
     if last is not None:
         kept = torch.zeros_like(counts)
+        sequence = _places(geometry).query_sequence
         for row, row_counts in zip(kept, counts, strict=True):
-            row[row_counts.nonzero()[-last:]] = True
+            for i in sequence.unique():
+                row[(row_counts & (sequence == i)).nonzero()[-last:]] = True
         counts = kept
     return counts.to(geometry.accumulator)
 
 
+def _weights(statistic: DistanceWeighted, geometry: Geometry) -> Tensor:
+    """[Tq, Tk] the statistic's weight, 0 across sequences."""
+    return statistic.weight(_distance(geometry)).to(geometry.accumulator) * _together(geometry)
+
+
 def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
     """One statistic off the map `weights` [B, Hq, Tq, Tk] and the masked scores."""
+    if statistic in geometry.heads:
+        heads = list(geometry.heads[statistic])
+        weights, scores, lse = weights[:, heads], scores[:, heads], lse[:, heads]
     if isinstance(statistic, LSE):
         return lse
     if isinstance(statistic, ColumnStatistic):
         counts = _counts(geometry, statistic.last_queries)
-        weight = statistic.weight(_distance(geometry)).to(weights.dtype)
+        weight = _weights(statistic, geometry)
         total = torch.einsum("bhts,bt,ts->bhs", weights, counts, weight)
         if geometry.key_mask is not None:
             total = total * geometry.key_mask[:, None]
@@ -171,14 +214,14 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
 
 def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometry: Geometry) -> Tensor:
     if isinstance(statistic, RowStatistic):
-        return (weights * statistic.weight(_distance(geometry))).sum(-1)
+        return (weights * _weights(statistic, geometry)).sum(-1)
     if isinstance(statistic, Entropy):
         return torch.special.entr(weights).sum(-1)
     if isinstance(statistic, MaxLogit):
         return scores.amax(-1)
     if isinstance(statistic, SinkMass):
         if geometry.key_mask is None:
-            return weights[..., : statistic.count].sum(-1)
+            return weights[..., _places(geometry).key < statistic.count].sum(-1)
         first = geometry.key_mask & (geometry.key_mask.cumsum(-1) <= statistic.count)
         return (weights * first[:, None, None, :]).sum(-1)
     raise TypeError(f"no definition for {statistic}")
@@ -188,29 +231,27 @@ def _lengths(bounds: tuple[int, ...]) -> list[int]:
     return [b - a for a, b in pairwise(bounds)]
 
 
-def _validity(geometry: Geometry, statistics: tuple[Statistic, ...]) -> dict[Statistic, Tensor]:
-    """Validity masks from dense masks: (B, Tq), (B, Tk) or (B, I, J) bool."""
+def validity(statistic: Statistic, geometry: Geometry) -> Tensor:
+    """Where a value is more than a placeholder, from dense masks: (B, Tq), (B, Tk) or (B, I, J) bool."""
     visible = _visible(geometry).any(1)  # [B, Tq, Tk]
     counted = _counts(geometry) > 0
-    key_real = visible.new_ones(geometry.batch, geometry.key_length) if geometry.key_mask is None else geometry.key_mask
-    valid: dict[Statistic, Tensor] = {}
-    for statistic in statistics:
-        rows = visible.any(-1) & counted
-        if isinstance(statistic, ColumnStatistic):
-            valid[statistic] = key_real
-            if statistic.horizon is not None:
-                weight = statistic.weight(_distance(geometry)).to(geometry.accumulator)
-                valid[statistic] = key_real & (counted.to(weight.dtype) @ weight > 0)
-        elif isinstance(statistic, PooledMap):
-            query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
-            pairs = rows[:, :, None] & key_real[:, None, :]
-            valid[statistic] = torch.stack(
-                [
-                    torch.stack([p.flatten(1).any(-1) for p in part.split(_lengths(key_bounds), 2)], -1)
-                    for part in pairs.split(_lengths(query_bounds), 1)
-                ],
-                1,
-            )
-        else:
-            valid[statistic] = rows
-    return valid
+    key_real = (_places(geometry).key_sequence >= 0).expand(geometry.batch, -1)
+    if geometry.key_mask is not None:
+        key_real = key_real & geometry.key_mask
+    rows = visible.any(-1) & counted
+    if isinstance(statistic, ColumnStatistic):
+        if statistic.horizon is None:
+            return key_real
+        weight = _weights(statistic, geometry)
+        return key_real & (counted.to(weight.dtype) @ weight > 0)
+    if isinstance(statistic, PooledMap):
+        query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
+        pairs = rows[:, :, None] & key_real[:, None, :]
+        return torch.stack(
+            [
+                torch.stack([p.flatten(1).any(-1) for p in part.split(_lengths(key_bounds), 2)], -1)
+                for part in pairs.split(_lengths(query_bounds), 1)
+            ],
+            1,
+        )
+    return rows

@@ -12,8 +12,9 @@ distance, `c[t]` is 1 where query t counts (`query_mask`). Equations: Li et al.,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -328,10 +329,14 @@ class Statistics(ByStatistic):
             value is a placeholder (0): rows that see no key or aren't counted, padding, an empty T(s).
     """
 
-    def __init__(self, tensors: Mapping[Statistic, Tensor], valid: Mapping[Statistic, Tensor], lse: Tensor):
+    def __init__(self, tensors: Mapping[Statistic, Tensor], validity: Callable[[Statistic], Tensor], lse: Tensor):
         super().__init__(tensors)
-        self.valid = ByStatistic(valid)
         self.lse = lse
+        self._validity = validity
+
+    @functools.cached_property
+    def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need
+        return ByStatistic({statistic: self._validity(statistic) for statistic in self})
 
 
 def _require_integer(owner: Statistic, field: str, least: int) -> None:

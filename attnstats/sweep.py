@@ -30,24 +30,37 @@ LOG_ZERO = -1e4  # exp of it is exactly 0, and 0 * LOG_ZERO is not NaN as 0 * -i
 
 def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     """Output and lse; whole rows at a time, so no online softmax is needed."""
-    output = query.new_empty(*query.shape[:3], geometry.value_dim)
-    lse = query.new_empty(query.shape[:3], dtype=geometry.accumulator)
+    output = query.new_zeros(*query.shape[:3], geometry.value_dim)
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=geometry.accumulator)
     for block in _blocks(geometry):
         for batch, heads, key_head in heads_of(geometry):
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
             row_lse = scores.logsumexp(-1)
+            if geometry.sinks is not None:
+                row_lse = with_sinks(row_lse, geometry.sinks[heads])
             weights = _log_weights_(scores, row_lse).exp_()
-            seen = value[batch, key_head, : block.keys].to(weights.dtype)
+            seen = value[batch, key_head, block.keys].to(weights.dtype)
             output[batch, heads, block.rows] = (weights @ seen).to(output.dtype)
             lse[batch, heads, block.rows] = row_lse
     return Evaluation(output, lse, {})
 
 
+def with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
+    """The lse [.., H, T] of the keys with the sinks [H] counted; a row that sees no key keeps -inf."""
+    counted = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return torch.where(lse == -torch.inf, lse, counted)
+
+
 class Recomputed(torch.autograd.Function):
-    """Any forward pass that returns an lse, with the gradients of attention recomputed from it."""
+    """Any forward pass that returns an lse, with the gradients of attention recomputed from it.
+
+    `forward` is called with (query, key, value, geometry), whose sinks are `sinks`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, forward: Any) -> Any:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, geometry: Geometry, forward: Any
+    ) -> Any:
         output, lse, tensors = forward(query, key, value, geometry)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.geometry = geometry
@@ -64,26 +77,57 @@ class Recomputed(torch.autograd.Function):
 
 def gradients(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of attention for query, key and value, a block of rows at a time.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of attention for query, key, value and sinks, a block of rows at a time.
 
-    With `A = exp(scores - lse)`: dV = A^T dO, dS = A * (dO V^T - rowsum(dO * O)), dQ = dS K, dK = dS^T Q.
+    With `A = exp(scores - lse)` and `delta = rowsum(dO * O)`: dV = A^T dO, dS = A * (dO V^T - delta), dQ = dS K,
+    dK = dS^T Q. A softcap c passes `1 - (score / c)^2` of dS on; a sink gets `-sum_t exp(sink - lse) delta`.
     """
+    if geometry.packing is not None:
+        return _gradients_by_sequence(query, key, value, output, lse, grad_output, geometry)
     grads = [torch.zeros_like(x, dtype=geometry.accumulator) for x in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     delta = (grad_output.to(geometry.accumulator) * output).sum(-1)
     for block in _blocks(geometry):
         for batch, heads, key_head in heads_of(geometry):
-            of_rows, of_keys = (batch, heads, block.rows), (batch, key_head, slice(block.keys))
+            of_rows, of_keys = (batch, heads, block.rows), (batch, key_head, block.keys)
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
+            passed = None
+            if geometry.softcap is not None:
+                passed = 1 - (scores.clamp(min=-geometry.softcap) / geometry.softcap) ** 2
             weights = _log_weights_(scores, lse[of_rows]).exp_()
             grad_rows = grad_output[of_rows].to(weights.dtype)
             grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
             grad_scores.sub_(delta[of_rows][..., None]).mul_(weights).mul_(geometry.scale)
+            if passed is not None:
+                grad_scores.mul_(passed)
             grad_query[of_rows] = grad_scores @ key[of_keys].to(weights.dtype)
             grad_key[of_keys] += (grad_scores.mT @ query[of_rows].to(weights.dtype)).sum(0)
             grad_value[of_keys] += (weights.mT @ grad_rows).sum(0)
-    return tuple(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True))  # type: ignore[return-value]
+    grad_sinks = None
+    if geometry.sinks is not None:
+        share = (geometry.sinks.to(lse.dtype)[:, None] - divisor_of(lse)).exp()
+        grad_sinks = -(share * delta).sum((0, 2)).to(geometry.sinks.dtype)
+    cast = [g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)]
+    return cast[0], cast[1], cast[2], grad_sinks
+
+
+def _gradients_by_sequence(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    grad_sinks = None if geometry.sinks is None else torch.zeros_like(geometry.sinks)
+    for queries, keys, alone in geometry.sequences():
+        of_rows = (slice(None), slice(None), queries)
+        of_keys = (slice(None), slice(None), keys)
+        *parts, sinks_part = gradients(
+            query[of_rows], key[of_keys], value[of_keys], output[of_rows], lse[of_rows], grad_output[of_rows], alone
+        )
+        for grad, where, part in zip(grads, (of_rows, of_keys, of_keys), parts, strict=True):
+            grad[where] = part
+        if grad_sinks is not None:
+            grad_sinks += sinks_part
+    return grads[0], grads[1], grads[2], grad_sinks
 
 
 def evaluate(
@@ -115,11 +159,11 @@ def evaluate(
                 elif isinstance(s, Entropy):
                     tensors[s][of_rows] = -(weights * log_weights).sum(-1)
                 elif isinstance(s, ColumnStatistic):
-                    tensors[s][batch, heads, : block.keys] += counts[s][batch, block.rows] @ weighted
+                    tensors[s][batch, heads, block.keys] += counts[s][batch, block.rows] @ weighted
                 elif isinstance(s, PooledMap):
                     of_query, of_key = pools[s]
                     counted = of_query[block.rows].T * counts[s][batch, block.rows]
-                    tensors[s][batch, heads] += counted @ weights @ of_key[: block.keys]
+                    tensors[s][batch, heads] += counted @ weights @ of_key[block.keys]
     return tensors
 
 
@@ -148,16 +192,36 @@ def _counts(statistic: Statistic, geometry: Geometry) -> Tensor:
 
 class _Block(NamedTuple):
     rows: slice
-    keys: int  # the rows see no key at or past this one
-    position: int  # of the first row
+    keys: slice  # the rows see no other
+    hidden: Tensor | None  # [rows, keys] bool: outside the causal mask or the window; None: none is
 
 
 def _blocks(geometry: Geometry) -> Iterator[_Block]:
-    step = max(16, min(512, BLOCK_ELEMENTS // (geometry.key_length * geometry.group)))
+    seen = geometry.key_length
+    if geometry.left is not None and geometry.right is not None:
+        seen = min(seen, geometry.left + geometry.right + 1)
+    step = max(16, min(512, BLOCK_ELEMENTS // (seen * geometry.group)))
     for start in range(0, geometry.query_length, step):
         end = min(start + step, geometry.query_length)
-        keys = min(geometry.offset + end, geometry.key_length) if geometry.is_causal else geometry.key_length
-        yield _Block(slice(start, end), keys, geometry.offset + start)
+        first, last = geometry.offset + start, geometry.offset + end - 1  # positions
+        begin, stop = 0, geometry.key_length
+        if geometry.left is not None:
+            begin = max(0, first - geometry.left)
+        if geometry.right is not None:
+            stop = min(stop, last + geometry.right + 1)
+        if begin < stop:
+            block = _Block(slice(start, end), slice(begin, stop), None)
+            ahead = geometry.right is not None and first + geometry.right < stop - 1
+            behind = geometry.left is not None and last - geometry.left > begin
+            if ahead or behind:
+                distance = _distance(geometry, block)
+                hidden = torch.zeros_like(distance, dtype=torch.bool)
+                if geometry.right is not None:
+                    hidden |= distance < -geometry.right
+                if geometry.left is not None:
+                    hidden |= distance > geometry.left
+                block = block._replace(hidden=hidden)
+            yield block
 
 
 def heads_of(geometry: Geometry) -> Iterator[tuple[int, slice, int]]:
@@ -169,8 +233,8 @@ def heads_of(geometry: Geometry) -> Iterator[tuple[int, slice, int]]:
 
 def _distance(geometry: Geometry, block: _Block) -> Tensor:
     """[rows, keys] signed distance t - s."""
-    rows = torch.arange(block.rows.stop - block.rows.start, device=geometry.device) + block.position
-    return rows[:, None] - torch.arange(block.keys, device=geometry.device)
+    rows = torch.arange(block.rows.start, block.rows.stop, device=geometry.device) + geometry.offset
+    return rows[:, None] - torch.arange(block.keys.start, block.keys.stop, device=geometry.device)
 
 
 def _scores(
@@ -178,12 +242,13 @@ def _scores(
 ) -> Tensor:
     """[G, rows, keys] scores of one group, -inf where a key can't be seen."""
     rows = query[batch, heads, block.rows].to(geometry.accumulator) * geometry.scale
-    scores = rows @ key[batch, key_head, : block.keys].to(geometry.accumulator).T
-    if geometry.is_causal and block.position + 1 < block.keys:
-        future = _distance(geometry, block)[:, block.position + 1 :] < 0
-        scores[..., block.position + 1 :].masked_fill_(future, -torch.inf)
+    scores = rows @ key[batch, key_head, block.keys].to(geometry.accumulator).T
+    if geometry.softcap is not None:
+        scores.div_(geometry.softcap).tanh_().mul_(geometry.softcap)
+    if block.hidden is not None:
+        scores.masked_fill_(block.hidden, -torch.inf)
     if geometry.key_mask is not None:
-        scores.masked_fill_(~geometry.key_mask[batch, : block.keys], -torch.inf)
+        scores.masked_fill_(~geometry.key_mask[batch, block.keys], -torch.inf)
     return scores
 
 

@@ -13,17 +13,20 @@ from torch import Tensor
 
 from attnstats import diagonal, sweep
 from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
-from attnstats.statistics import LSE, DistanceWeighted, SinkMass, Statistic
+from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, SinkMass, Statistic
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> Evaluation:
     """Output, lse and statistics. The output is differentiable."""
-    if _flash_takes(geometry):
+    if geometry.packing is not None:
+        output, lse = _attend_by_sequence(query, key, value, geometry)
+    elif _flash_takes(geometry) and geometry.sinks is None:
         output, lse = _flash(query, key, value, geometry)
     else:
-        output, lse = sweep.Recomputed.apply(query, key, value, geometry, sweep.attention)
+        forward = _flash_with_sinks if _flash_takes(geometry) else sweep.attention
+        output, lse = sweep.Recomputed.apply(query, key, value, geometry.sinks, geometry, forward)
     with torch.no_grad():
         return Evaluation(output, lse, from_lse(query, key, lse, geometry, statistics))
 
@@ -35,6 +38,24 @@ def from_lse(
 
     MaxLogit is not a function of the lse: it costs the scores once more here.
     """
+    tensors: dict[Statistic, Tensor] = {}
+    for heads in dict.fromkeys(geometry.heads.get(s) for s in statistics):
+        together = tuple(s for s in statistics if geometry.heads.get(s) == heads)
+        if heads is None:
+            tensors |= _evaluate(query, key, lse, geometry, together)
+        else:
+            of_query, of_key = list(heads), [head // geometry.group for head in heads]
+            subset = geometry.subset(heads)
+            tensors |= _evaluate(query[:, of_query], key[:, of_key], lse[:, of_query], subset, together)
+    return tensors
+
+
+def _evaluate(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> dict[Statistic, Tensor]:
+    """`from_lse` for all heads."""
+    if geometry.packing is not None:
+        return _evaluate_by_sequence(query, key, lse, geometry, statistics)
     banded, swept = _split(statistics)
     tensors: dict[Statistic, Tensor] = {}
     if banded:
@@ -47,6 +68,33 @@ def from_lse(
         elif isinstance(statistic, LSE):
             tensors[statistic] = lse
     return {s: geometry.finish(s, tensors[s]) for s in statistics}
+
+
+def _attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=geometry.accumulator)
+    parts, done = [], 0
+    for queries, keys, alone in geometry.sequences():
+        part, lse[:, :, queries], _ = attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], alone, ())
+        parts += [_nothing(query, geometry, queries.start - done), part]
+        done = queries.stop
+    parts.append(_nothing(query, geometry, geometry.query_length - done))
+    return torch.cat(parts, dim=2), lse
+
+
+def _nothing(query: Tensor, geometry: Geometry, rows: int) -> Tensor:
+    """The output of rows that belong to no sequence, or to one without keys."""
+    return query.new_zeros(geometry.batch, geometry.query_heads, rows, geometry.value_dim)
+
+
+def _evaluate_by_sequence(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> dict[Statistic, Tensor]:
+    tensors = {s: lse.new_full(geometry.shape_of(s), -torch.inf if isinstance(s, LSE) else 0) for s in statistics}
+    for queries, keys, alone in geometry.sequences():
+        found = _evaluate(query[:, :, queries], key[:, :, keys], lse[:, :, queries], alone, statistics)
+        for s in statistics:
+            tensors[s][:, :, keys if isinstance(s, ColumnStatistic) else queries] = found[s]
+    return tensors
 
 
 def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
@@ -84,7 +132,9 @@ def _flash_takes(geometry: Geometry) -> bool:
         and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
         and geometry.head_dim == geometry.value_dim
         and geometry.scale > 0  # the kernel's running maximum is of unscaled scores
-        and (not geometry.is_causal or geometry.offset == 0 or geometry.query_length == 1)
+        and geometry.softcap is None
+        and geometry.left is None
+        and (geometry.right is None or (geometry.is_causal and (geometry.offset == 0 or geometry.query_length == 1)))
     )
 
 
@@ -109,20 +159,42 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tup
     return output, lse
 
 
+def _flash_with_sinks(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
+    """A sink only scales a row: by exp(lse without it - lse with it)."""
+    output, lse = _flash(query, key, value, geometry)
+    assert geometry.sinks is not None
+    counted = sweep.with_sinks(lse, geometry.sinks)
+    share = (lse - divisor_of(counted)).exp()[..., None]
+    return Evaluation((output * share).to(output.dtype), counted, {})
+
+
+SINK_KEYS = 64  # first keys that are looked at together
+
+
 def sink_mass(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: SinkMass) -> Tensor:
     """The mass on the first keys: gather them, at most `count` a batch row, and look at nothing else."""
     count = min(statistic.count, geometry.key_length)
     if geometry.key_mask is None:
         first = torch.arange(count, device=geometry.device).expand(geometry.batch, count)
-        seen = torch.ones_like(first, dtype=torch.bool)
+        real = torch.ones_like(first, dtype=torch.bool)
     else:
         first = geometry.key_mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
-        seen = geometry.key_mask.gather(1, first)
-    visible = seen[:, None]
-    if geometry.is_causal:
-        position = torch.arange(geometry.query_length, device=geometry.device) + geometry.offset
-        visible = visible & (first[:, None] <= position[:, None])
-    index = first[:, None, :, None].expand(-1, geometry.key_heads, -1, geometry.head_dim)
-    keys = key.gather(2, index).to(geometry.accumulator).repeat_interleave(geometry.group, dim=1)
-    scores = (query.to(geometry.accumulator) * geometry.scale) @ keys.mT
-    return scores.masked_fill_(~visible[:, None], -torch.inf).sub_(divisor_of(lse)[..., None]).exp_().sum(-1)
+        real = geometry.key_mask.gather(1, first)
+    position = torch.arange(geometry.query_length, device=geometry.device)[:, None] + geometry.offset
+    divisor = divisor_of(lse)[..., None]
+    scaled = query.to(geometry.accumulator) * geometry.scale
+    mass = torch.zeros_like(lse)
+    for some, some_real in zip(first.split(SINK_KEYS, 1), real.split(SINK_KEYS, 1), strict=True):
+        visible = some_real[:, None]
+        distance = position - some[:, None]
+        if geometry.left is not None:
+            visible = visible & (distance <= geometry.left)
+        if geometry.right is not None:
+            visible = visible & (distance >= -geometry.right)
+        index = some[:, None, :, None].expand(-1, geometry.key_heads, -1, geometry.head_dim)
+        keys = key.gather(2, index).to(geometry.accumulator).repeat_interleave(geometry.group, dim=1)
+        scores = scaled @ keys.mT
+        if geometry.softcap is not None:
+            scores.div_(geometry.softcap).tanh_().mul_(geometry.softcap)
+        mass += scores.masked_fill_(~visible[:, None], -torch.inf).sub_(divisor).exp_().sum(-1)
+    return mass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,18 +64,34 @@ class Case:
     padding: str = "none"  # none, left, right, holes, all
     counted: str = "all"  # all, some, none
     query_offset: int | None = None
+    softcap: float | None = None
+    window_size: tuple[int, int] | None = None
+    sinks: bool = False
+    packed: tuple[tuple[int, int], ...] = ()  # lengths (queries, keys) of sequences; instead of the two lengths above
+    heads: str = "all"  # all, some: every other one, split: rows of some and columns of others
     layout: str = "plain"  # plain, bthd: heads innermost as models have them, guarded: views into NaN
     spread: float = 1.0  # of the scores
     seed: int = 0
     asked: tuple[int, ...] = ()  # which of the statistics below, by index; (): all
+
+    def __post_init__(self) -> None:
+        if self.packed:
+            totals = {"batch": 1, "query_length": 0, "key_length": 0}
+            for queries, keys in self.packed:
+                totals["query_length"] += queries
+                totals["key_length"] += keys
+            for name, total in totals.items():
+                object.__setattr__(self, name, total)
 
     def statistics(self) -> tuple[Statistic, ...]:
         every = self._every()
         return tuple(every[i % len(every)] for i in sorted(set(self.asked))) or every
 
     def _every(self) -> tuple[Statistic, ...]:
-        maps = (PooledMap(min(3, self.query_length), min(4, self.key_length)),)
+        maps = () if self.packed else (PooledMap(min(3, self.query_length), min(4, self.key_length)),)
         distances = self.is_causal or self.query_length == self.key_length or self.query_offset is not None
+        if self.packed and not self.is_causal:
+            distances = all(queries == keys for queries, keys in self.packed)
         return tuple(
             s for s in (*EVERY, *maps) if distances or not (isinstance(s, DistanceWeighted) and s.uses_distance)
         )
@@ -120,12 +137,30 @@ class Case:
         if self.counted != "all":
             chance = 0.5 if self.counted == "some" else 1.0
             counted = (torch.rand(self.batch, self.query_length, generator=generator) >= chance).to(device)
-        return {
+        every = range(self.key_heads * self.group)
+        heads: Any = None
+        if self.heads == "some":
+            heads = list(every)[::2][::-1]
+        elif self.heads == "split":
+            heads = {s: list(every)[isinstance(s, ColumnStatistic) :: 2] or [0] for s in self.statistics()}
+        arguments = {
             "is_causal": self.is_causal,
             "enable_gqa": self.group > 1,
-            "key_padding_mask": padding,
             "query_mask": counted,
-            "query_offset": self.query_offset,
+            "softcap": self.softcap,
+            "window_size": self.window_size,
+            "sinks": torch.randn(len(every), generator=generator).to(device) if self.sinks else None,
+            "heads": heads,
+        }
+        if not self.packed:
+            return arguments | {"key_padding_mask": padding, "query_offset": self.query_offset}
+        if counted is not None:
+            arguments["query_mask"] = counted[0]
+        return arguments | {
+            f"cu_seqlens_{side}": torch.tensor([0, *accumulate(pair[i] for pair in self.packed)], dtype=torch.int32).to(
+                device
+            )
+            for i, side in enumerate("qk")
         }
 
 
@@ -160,14 +195,21 @@ def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse
     statistics = tuple(dict.fromkeys(s for s in case.statistics() if not (from_lse and isinstance(s, MaxLogit))))
     query, key, value = case.tensors(device)
     arguments = case.arguments(device)
+    if isinstance(arguments["heads"], dict):
+        arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
     wide = [x.double() for x in (query, key, value)]
-    truth_output, truth = reference.attention(*wide, statistics=statistics, **arguments)
-    eager_output, eager = reference.attention(query, key, value, statistics=statistics, **arguments)
+    attention, eager_attention = attnstats.attention, reference.attention
+    if case.packed:
+        attention, eager_attention = attnstats.varlen_attention, reference.varlen_attention
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        wide = [x.double() for x in (query, key, value)]
+    truth_output, truth = eager_attention(*wide, statistics=statistics, **arguments)
+    eager_output, eager = eager_attention(query, key, value, statistics=statistics, **arguments)
     if from_lse:
         lse = truth.lse.float()
         found = attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend=backend, **arguments)
     else:
-        output, found = attnstats.attention(query, key, value, statistics=statistics, backend=backend, **arguments)
+        output, found = attention(query, key, value, statistics=statistics, backend=backend, **arguments)
         assert output.dtype == query.dtype
         error = float((output.double() - truth_output).abs().max())
         limit = allowed(None, case, backend, truth_output, eager_output, truth.lse)
@@ -183,7 +225,8 @@ def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse
         assert torch.equal(found.valid[statistic], valid), f"{statistic}: valid"
         rows = not isinstance(statistic, (ColumnStatistic, PooledMap))
         if not isinstance(statistic, LSE) and not (rows and case.counted != "all"):  # rows that don't count have values
-            assert not result.masked_fill(valid[:, None], 0.0).any(), f"{statistic}: placeholders must be 0"
+            over_heads = valid.unsqueeze(0 if case.packed else 1)
+            assert not result.masked_fill(over_heads, 0.0).any(), f"{statistic}: placeholders must be 0"
 
 
 def _finite(x: Tensor) -> Tensor:
