@@ -244,7 +244,9 @@ def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
         raise TypeError(f"sinks must be a float tensor, got {getattr(sinks, 'dtype', type(sinks).__name__)}")
     if sinks.shape != query.shape[1:2]:
-        raise ValueError(f"sinks must have the shape {(query.shape[1],)}, a logit per query head; got {tuple(sinks.shape)}")
+        raise ValueError(
+            f"sinks must have the shape {(query.shape[1],)}, a logit per query head; got {tuple(sinks.shape)}"
+        )
     if sinks.device != query.device:
         raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
     return sinks
@@ -263,7 +265,9 @@ def _heads(
     for name, of_heads in heads.items():
         matches = [s for s in statistics if s == name or s.name == name]
         if not matches:
-            raise ValueError(f"heads: {name!r} is not among the statistics asked for: {', '.join(map(str, statistics))}")
+            raise ValueError(
+                f"heads: {name!r} is not among the statistics asked for: {', '.join(map(str, statistics))}"
+            )
         chosen |= dict.fromkeys(matches, _head_list(f"heads[{name!r}]", of_heads, query_heads))
     return chosen
 

@@ -195,13 +195,17 @@ class Geometry:
         for queries, keys in self.packing.slices():
             if queries.start < queries.stop and keys.start < keys.stop:
                 length, key_length = queries.stop - queries.start, keys.stop - keys.start
-                yield queries, keys, dataclasses.replace(
-                    self,
-                    query_length=length,
-                    key_length=key_length,
-                    query_offset=key_length - length,
-                    query_mask=None if self.query_mask is None else self.query_mask[:, queries],
-                    packing=None,
+                yield (
+                    queries,
+                    keys,
+                    dataclasses.replace(
+                        self,
+                        query_length=length,
+                        key_length=key_length,
+                        query_offset=key_length - length,
+                        query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                        packing=None,
+                    ),
                 )
 
     def _along_queries(self) -> Line:

@@ -172,7 +172,12 @@ SINK_KEYS = 64  # first keys that are looked at together
 
 
 def sink_mass(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: SinkMass) -> Tensor:
-    """The mass on the first keys: gather them, at most `count` a batch row, and look at nothing else."""
+    """The mass on the first keys: gather them, at most `count` a sequence, and look at nothing else."""
+    if geometry.packing is not None:
+        mass = torch.zeros_like(lse)
+        for queries, keys, alone in geometry.sequences():
+            mass[:, :, queries] = sink_mass(query[:, :, queries], key[:, :, keys], lse[:, :, queries], alone, statistic)
+        return mass
     count = min(statistic.count, geometry.key_length)
     if geometry.key_mask is None:
         first = torch.arange(count, device=geometry.device).expand(geometry.batch, count)

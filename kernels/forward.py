@@ -1,18 +1,22 @@
 """Attention with its row statistics in one pass, the band as an epilogue; or the rows alone from an lse.
 
-    program (i_batch, i_head, i_block):
+    program (i_split, i_sequence, i_head .. i_head + HEADS, i_block):
 
-        queries [BM, D]   keys  0 .. full: every row sees every key | full .. end: masked
-                          [ tile ][ tile ][ tile ][ tile ]          | [ tile ][ tile ]
-                                            <-- epilogue: the band once more, tiles still in L2
+        queries          keys  first .. whole: masked | whole .. edge: every row sees every key | edge .. end: masked
+        [HEADS x BM, D]        [ tile ][ tile ]       | [ tile ][ tile ][ tile ][ tile ]        | [ tile ][ tile ]
+                                                                     <-- epilogue: the band once more, tiles in L2
 
 One program owns BM rows of one head and streams the keys past them with an online softmax. What stays in
 registers: the query tile, the output accumulator, the running maximum and sum, and one accumulator per
 statistic of the loop (MeanDistance, Entropy; MaxLogit is the maximum itself). Band statistics cost the loop
 nothing: when it is done the lse is known, and `tiles.band_sweep` revisits the keys near the diagonal.
 
+A few queries before many keys (decoding) pack HEADS heads of a group into the rows, so that a key tile is read once
+for all of them, and cut the keys into splits of SPLIT_KEYS: each program leaves the normalised results of its split,
+combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
+
 With FROM_LSE there is no value, no maximum and no output: the pivot of exp2 is the given lse.
-Row sums are stored as [LOOP_ROWS, BAND_ROWS, entropy, maximum; B, Hq, Tq] float32.
+Row sums are stored as [LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
 """
 
 import triton
@@ -22,45 +26,56 @@ from attnstats.kernels.tiles import (
     FIELDS,
     band_sweep,
     dot,
+    extent,
     head_pointer,
+    inside,
     keys_present,
+    load_packed,
     load_tile,
+    packed_rows,
+    tanh,
     weigh,
     wide,
     zeros_for,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 LOG2_ZERO = tl.constexpr(-1.0e4)  # exp2 of it is exactly 0, and 0 * LOG2_ZERO is not NaN as 0 * -inf is
 
 
 @triton.jit
 def visit(
     b_out, b_max, b_sum, b_log, sums,  # the running state
-    b_q, o_position, p_k, p_v, p_key_mask, k_strides, v_strides, i_batch, first, last, n_keys, scale2,
-    LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, CAUSAL: tl.constexpr, MASKED_KEYS: tl.constexpr,
-    FROM_LSE: tl.constexpr, EDGE: tl.constexpr, BN: tl.constexpr,
+    b_q, o_position, p_k, p_v, p_key_mask, k_strides, v_strides, i_batch, first, last, n_keys,
+    left, right, scale2, cap2,
+    LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, FROM_LSE: tl.constexpr, EDGE: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Stream the keys first .. last. EDGE: some of them may not exist or lie in a row's future."""
+    """Stream the keys first .. last. EDGE: some of them may not exist or may not be seen by a row."""
     for start in range(first, last, BN):
         o_key = start + tl.arange(0, BN)
         b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
-        b_score = dot(b_q, tl.trans(b_k))  # [BM, BN], not scaled yet: the scale folds into exp2's argument
+        b_score = dot(b_q, tl.trans(b_k))  # [rows, BN], not scaled yet: the scale folds into exp2's argument
+        unit = scale2
+        if cap2 is not None:
+            b_score = cap2 * tanh(b_score * (scale2 / cap2))
+            unit = 1.0
         distance = o_position[:, None] - o_key[None, :]
-        if EDGE or MASKED_KEYS:
-            m_seen = keys_present(p_key_mask, i_batch, o_key, n_keys, MASKED_KEYS)[None, :]
-            if EDGE and CAUSAL:
-                m_seen = m_seen & (distance >= 0)
+        if EDGE:
+            m_seen = inside(keys_present(p_key_mask, i_batch, o_key, n_keys)[None, :], distance, left, right)
+            b_score = tl.where(m_seen, b_score, float("-inf"))
+        elif p_key_mask is not None:
+            m_seen = keys_present(p_key_mask, i_batch, o_key, n_keys)[None, :]
             b_score = tl.where(m_seen, b_score, float("-inf"))
         if FROM_LSE:
             b_pivot = b_max
         else:
-            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * scale2)
+            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * unit)
             # A row that has seen nothing yet keeps a finite pivot: (-inf) - (-inf) is NaN.
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_rescale = tl.exp2(b_max - b_pivot)
-        b_log_a = b_score * scale2 - b_pivot[:, None]
+        b_log_a = b_score * unit - b_pivot[:, None]
         b_a = tl.exp2(b_log_a)
         if ENTROPY:
             if not FROM_LSE:  # sum of a * log2(a) moves with the pivot
@@ -86,91 +101,146 @@ def visit(
 
 @triton.jit
 def forward(
-    p_q, p_k, p_v, p_out, p_lse, p_counted, p_key_mask, p_rows, p_columns,
-    n_batch, n_query_heads, group, query_offset, n_queries, n_keys, scale2,
+    p_q, p_k, p_v, p_out, p_lse, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_reach,
+    n_batch, n_sequences, n_query_heads, group, query_offset, n_queries, n_keys, longest, left, right, scale2, cap2,
     q_strides, k_strides, v_strides, out_strides,
     LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED_KEYS: tl.constexpr, MASKED_QUERIES: tl.constexpr, FROM_LSE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BAND_BN: tl.constexpr,
+    FROM_LSE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND_BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(n_queries, BM)
+    tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
+    n_blocks = tl.cdiv(longest, BM)
+    parts = tl.cdiv(group, HEADS)
+    n_key_heads = n_query_heads // group
     i_program = tl.program_id(0)
     i_block = n_blocks - 1 - i_program % n_blocks  # under a causal mask the longest rows first
-    i_head = i_program // n_blocks % n_query_heads
-    i_batch = i_program // (n_blocks * n_query_heads)
-
-    o_row = i_block * BM + tl.arange(0, BM)
-    m_row = o_row < n_queries
-    o_position = query_offset + o_row
-    p_q_head = head_pointer(p_q, q_strides, i_batch, i_head)
-    p_k_head = head_pointer(p_k, k_strides, i_batch, i_head // group)
+    i_part = i_program // n_blocks % parts
+    i_key_head = i_program // (n_blocks * parts) % n_key_heads
+    i_sequence = i_program // (n_blocks * parts * n_key_heads) % n_sequences
+    i_split = i_program // (n_blocks * parts * n_key_heads * n_sequences)
+    i_head = i_key_head * group + i_part * HEADS
+    i_batch, q_begin, rows, k_begin, keys, offset = extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys)
+    if p_cu_q is not None:  # the grid is that of the longest sequence
+        keys = tl.where(i_block * BM < rows, keys, 0)
+    o_head, o_row, m_row = packed_rows(i_block, tl.minimum(HEADS, group - i_part * HEADS), rows, HEADS, BM)
+    o_position = offset + o_row
+    o_flat = (wide(i_batch) * n_query_heads + i_head + o_head) * n_queries + q_begin + o_row  # in [B, Hq, Tq]
+    n_flat = wide(n_batch) * n_query_heads * n_queries
+    p_q_head = head_pointer(p_q, q_strides, i_batch, i_head, q_begin)
+    p_k_head = head_pointer(p_k, k_strides, i_batch, i_key_head, k_begin)
     p_v_head = p_k_head  # not read with FROM_LSE
     if not FROM_LSE:
-        p_v_head = head_pointer(p_v, v_strides, i_batch, i_head // group)
-    b_q = load_tile(p_q_head, q_strides, i_block * BM, n_queries, BM, DIM, BLOCK_DIM, True)
-    o_flat = (i_batch * n_query_heads + i_head).to(tl.int64) * n_queries + o_row  # in [B, Hq, Tq]
+        p_v_head = head_pointer(p_v, v_strides, i_batch, i_key_head, k_begin)
+    if HEADS == 1:
+        b_q = load_tile(p_q_head, q_strides, i_block * BM, rows, BM, DIM, BLOCK_DIM, True)
+    else:
+        b_q = load_packed(p_q_head, q_strides, o_head, o_row, m_row, DIM, BLOCK_DIM)
 
-    end = n_keys
-    whole = n_keys  # keys that every row of the block sees
-    if CAUSAL:
-        end = tl.minimum(n_keys, query_offset + (i_block + 1) * BM)
-        whole = tl.minimum(n_keys, query_offset + i_block * BM + 1)
-    whole = whole // BN * BN
+    # The rows see keys first .. end, and every row sees every key of whole .. edge, all of them whole tiles.
+    position = offset + i_block * BM
+    first, end = 0, keys
+    if SPLIT_KEYS > 0:
+        first = i_split * SPLIT_KEYS
+        end = tl.minimum(first + SPLIT_KEYS, keys)
+    whole, edge = first, end
+    if left is not None:
+        first = tl.maximum(first, (position - left) // BN * BN)
+        whole = tl.maximum(first, tl.cdiv(position + BM - 1 - left, BN) * BN)
+    if right is not None:
+        end = tl.minimum(end, position + BM + right)
+        edge = tl.minimum(edge, position + right + 1)
+    whole = tl.minimum(whole, tl.maximum(end, first))
+    edge = tl.maximum(edge // BN * BN, whole)
 
-    b_out = tl.zeros((BM, BLOCK_VALUE_DIM), tl.float32)
-    b_sum = tl.zeros((BM,), tl.float32)
-    b_log = tl.zeros((BM,), tl.float32)
-    sums = zeros_for(len(LOOP_ROWS) // FIELDS, (BM,))
+    b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
+    b_sum = tl.zeros((HEADS * BM,), tl.float32)
+    b_log = tl.zeros((HEADS * BM,), tl.float32)
+    sums = zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,))
     if FROM_LSE:
         b_max = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
     else:
-        b_max = tl.full((BM,), float("-inf"), tl.float32)
-    for EDGE in tl.static_range(2):
+        b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
+    if left is not None:
+        if first < whole:
+            b_out, b_max, b_sum, b_log, sums = visit(
+                b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
+                v_strides, i_batch, first, whole, keys, left, right, scale2, cap2,
+                LOOP_ROWS, ENTROPY, FROM_LSE, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            )  # fmt: skip
+    if whole < edge:
         b_out, b_max, b_sum, b_log, sums = visit(
-            b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides, v_strides,
-            i_batch, whole if EDGE else 0, end if EDGE else whole, n_keys, scale2,
-            LOOP_ROWS, ENTROPY, CAUSAL, MASKED_KEYS, FROM_LSE, EDGE == 1, BN,
-            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
+            v_strides, i_batch, whole, edge, keys, left, right, scale2, cap2,
+            LOOP_ROWS, ENTROPY, FROM_LSE, False, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+        )  # fmt: skip
+    if edge < end:
+        b_out, b_max, b_sum, b_log, sums = visit(
+            b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
+            v_strides, i_batch, edge, end, keys, left, right, scale2, cap2,
+            LOOP_ROWS, ENTROPY, FROM_LSE, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
-    m_live = b_sum != 0.0  # a row of NaN is not one that sees nothing
-    b_sum = tl.where(m_live, b_sum, 1.0)
-    b_inverse = 1.0 / b_sum
     b_lse2 = b_max
+    b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
+    b_mass = b_inverse  # what the rows' A sums to
     if not FROM_LSE:
-        b_lse2 = tl.where(m_live, b_max + tl.log2(b_sum), float("inf"))
-        tl.store(p_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
+        m_live = b_sum != 0.0  # a row of NaN is not one that sees nothing
+        b_above = tl.log2(tl.where(m_live, b_sum, 1.0))  # of lse2 above the maximum
+        b_lse2 = b_max + b_above
+        b_inverse = 1.0 / tl.where(m_live, b_sum, 1.0)
+        b_mass = tl.where(m_live, 1.0, 0.0)
+        if p_sinks is not None:
+            b_sink2 = tl.load(p_sinks + i_head + o_head, mask=m_row, other=float("-inf"))
+            b_top = tl.maximum(b_lse2, tl.where(m_live, b_sink2, b_lse2))
+            b_top = tl.where(m_live, b_top, 0.0)
+            b_lse2 = b_top + tl.log2(tl.exp2(b_lse2 - b_top) + tl.exp2(b_sink2 - b_top))
+            b_above = tl.where(m_live, b_lse2 - b_max, 0.0)
+            b_inverse = tl.exp2(-b_above)
+            b_mass = b_sum * b_inverse
+        p_split_lse = p_lse + i_split * n_flat
+        tl.store(p_split_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
+        b_lse2 = tl.where(m_live & m_row, b_lse2, float("inf"))
         o_dim = tl.arange(0, BLOCK_VALUE_DIM)
-        p_out_head = head_pointer(p_out, out_strides, i_batch, i_head)
-        pointers = p_out_head + o_row.to(tl.int64)[:, None] * out_strides[2] + o_dim[None, :] * out_strides[3]
+        p_out_head = head_pointer(p_out, out_strides, i_batch, i_head, q_begin) + i_split * n_flat * VALUE_DIM
+        o_element = o_head.to(tl.int64) * out_strides[1] + o_row.to(tl.int64) * out_strides[2]
+        pointers = p_out_head + o_element[:, None] + o_dim[None, :] * out_strides[3]
         b_out = (b_out * b_inverse[:, None]).to(p_out.dtype.element_ty)
         tl.store(pointers, b_out, mask=m_row[:, None] & (o_dim < VALUE_DIM)[None, :])
 
-    n_flat = wide(n_batch) * n_query_heads * n_queries
     N_LOOP: tl.constexpr = len(LOOP_ROWS) // FIELDS
     N_BAND: tl.constexpr = len(BAND_ROWS) // FIELDS
+    n_stored = n_flat  # between one statistic's rows and the next one's
+    if SPLIT_KEYS > 0:
+        n_stored = n_flat * tl.cdiv(n_keys, SPLIT_KEYS)
+        p_rows += i_split * n_flat
     for j in tl.static_range(N_LOOP):
-        tl.store(p_rows + j * n_flat + o_flat, sums[j] if FROM_LSE else sums[j] * b_inverse, mask=m_row)
+        tl.store(p_rows + j * n_stored + o_flat, sums[j] * b_inverse, mask=m_row)
     if ENTROPY:
         b_entropy = -LN2 * b_log
-        if not FROM_LSE:
-            b_entropy = LN2 * (tl.log2(b_sum) - b_log * b_inverse)
-        tl.store(p_rows + (N_LOOP + N_BAND) * n_flat + o_flat, b_entropy, mask=m_row)
+        if not FROM_LSE:  # -sum A log2 A, where log2 A = log2 a - b_above
+            b_entropy = LN2 * (b_above * b_mass - b_log * b_inverse)
+        tl.store(p_rows + (N_LOOP + N_BAND) * n_stored + o_flat, b_entropy, mask=m_row)
     if MAX_LOGIT:
-        tl.store(p_rows + (N_LOOP + N_BAND + ENTROPY) * n_flat + o_flat, b_max * LN2, mask=m_row)
+        tl.store(p_rows + (N_LOOP + N_BAND + ENTROPY) * n_stored + o_flat, b_max * LN2, mask=m_row)
 
     if len(BAND_ROWS) + len(BAND_COLUMNS) > 0:
+        tl.static_assert(HEADS == 1 and SPLIT_KEYS == 0, "the epilogue needs a whole row")
+        behind = BEHIND
+        if p_reach is not None:  # of this head; BEHIND is the largest of them
+            behind = tl.load(p_reach + i_head)
+        if p_cu_q is not None:
+            behind = tl.where(keys > 0, behind, -1)
         m_counted = m_row
-        if MASKED_QUERIES:
-            m_counted &= tl.load(p_counted + i_batch.to(tl.int64) * n_queries + o_row, mask=m_row, other=0) != 0
-        b_lse2 = tl.where(m_row, b_lse2, float("inf"))
+        if p_counted is not None:
+            m_counted &= tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
         near = band_sweep(
             b_q, b_lse2, m_counted, o_position, p_k_head, k_strides, p_key_mask, p_columns,
-            i_batch, i_block, i_head, n_batch, n_query_heads, 1, query_offset, n_keys, scale2,
-            BAND_ROWS, BAND_COLUMNS, BEHIND, AHEAD, CAUSAL, MASKED_KEYS, 1, BM, BAND_BN, DIM, BLOCK_DIM,
+            i_batch, i_head, n_batch, n_query_heads, 1, position, behind, k_begin, keys, n_keys,
+            left, right, scale2, cap2,
+            BAND_ROWS, BAND_COLUMNS, BEHIND, AHEAD, 1, BM, BAND_BN, DIM, BLOCK_DIM,
         )  # fmt: skip
         for j in tl.static_range(N_BAND):
-            tail = tl.where(b_lse2 < float("inf"), BAND_ROWS[FIELDS * j + 3], 0.0)
-            tl.store(p_rows + (N_LOOP + j) * n_flat + o_flat, near[j] + tail, mask=m_row)
+            b_row = near[j] + BAND_ROWS[FIELDS * j + 3] * b_mass
+            tl.store(p_rows + (N_LOOP + j) * n_stored + o_flat, b_row, mask=m_row)

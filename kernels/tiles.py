@@ -1,9 +1,10 @@
-"""Device helpers that the kernels share: loading a tile, scores, what is visible, and the step along the band.
+"""Device helpers that the kernels share: who sees whom, loading a tile, scores, and the step along the band.
 
 Conventions, here and in every kernel: `i_` is a program's index, `o_` a vector of positions or offsets, `p_` a
-pointer, `b_` a block held in registers, `m_` a mask, `n_` a length. Scores live in the exp2 domain: `b_x` is
-score * log2(e), so that A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of weights arrives as one flat
-constexpr tuple, FIELDS values per statistic: function, two parameters, tail, digest of the function's source.
+pointer, `b_` a block held in registers, `m_` a mask, `n_` a length. A pointer or bound that is None switches its
+feature off when the kernel is compiled. Scores live in the exp2 domain: `b_x` is score * log2(e), so that
+A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of weights arrives as one flat constexpr tuple, FIELDS values
+per statistic: function, two parameters, tail, digest of the function's source.
 """
 
 import triton
@@ -25,9 +26,43 @@ def wide(number):
 
 
 @triton.jit
-def head_pointer(p_base, strides, i_batch, i_head):
-    """Where a (batch, head) begins. In 64 bits: B * H * T * D passes 2^31."""
-    return p_base + i_batch.to(tl.int64) * strides[0] + i_head.to(tl.int64) * strides[1]
+def extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys):
+    """Batch row, first query, number of queries, first key, number of keys, position of the first query.
+
+    The boundaries of packed sequences are forced inside the tensors: nobody may have checked them.
+    """
+    if p_cu_q is None:
+        return i_sequence, 0, n_queries, 0, n_keys, query_offset
+    q_begin = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence), 0), n_queries)
+    q_end = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence + 1), q_begin), n_queries)
+    k_begin = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence), 0), n_keys)
+    k_end = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence + 1), k_begin), n_keys)
+    queries, keys = q_end - q_begin, k_end - k_begin
+    return i_sequence * 0, q_begin, queries, k_begin, keys, keys - queries
+
+
+@triton.jit
+def head_pointer(p_base, strides, i_batch, i_head, begin):
+    """Where row `begin` of a (batch, head) stands. In 64 bits: B * H * T * D passes 2^31."""
+    return p_base + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
+
+
+@triton.jit
+def packed_rows(i_block, n_heads, n_rows, HEADS: tl.constexpr, BM: tl.constexpr):
+    """Head, row and existence of each row of a tile that packs BM positions of HEADS heads."""
+    o_packed = tl.arange(0, HEADS * BM)
+    o_head = o_packed // BM
+    o_row = i_block * BM + o_packed % BM
+    return o_head, o_row, (o_head < n_heads) & (o_row < n_rows)
+
+
+@triton.jit
+def load_packed(p_head, strides, o_head, o_row, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[HEADS * BM, BLOCK_DIM] the rows of `packed_rows`, 0 where there is none."""
+    o_dim = tl.arange(0, BLOCK_DIM)
+    o_element = o_head.to(tl.int64) * strides[1] + o_row.to(tl.int64) * strides[2]
+    pointers = p_head + o_element[:, None] + o_dim[None, :].to(tl.int64) * strides[3]
+    return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -57,12 +92,41 @@ def dot(b_a, b_b, b_acc=None):
 
 
 @triton.jit
-def keys_present(p_key_mask, i_batch, o_key, n_keys, MASKED_KEYS: tl.constexpr):
-    """[len(o_key)] bool: the key exists and isn't padding. p_key_mask is (B, n_keys) uint8."""
+def tanh(b_y):
+    """To 3 ulp. Small arguments by a polynomial, fitted to y in [0, 0.6]: 1 - 2 / (1 + e^2y) cancels there."""
+    b_z = b_y * b_y
+    b_small = (b_z * -0.00627637848549664 + 0.02111620658184426) * b_z - 0.053875136201774934
+    b_small = (b_small * b_z + 0.13332923986538944) * b_z - 0.33333330430806973
+    b_small = b_y + b_y * (b_z * b_small)
+    b_large = 1.0 - 2.0 / (1.0 + tl.exp2(tl.abs(b_y) * 2.8853900817779268))
+    return tl.where(b_z < 0.36, b_small, tl.where(b_y < 0, -b_large, b_large))
+
+
+@triton.jit
+def scores(b_a, b_b, scale2, cap2):
+    """softcap * tanh(scale * a . b / softcap) * log2(e), or scale * a . b * log2(e) where cap2 is None."""
+    if cap2 is None:
+        return dot(b_a, b_b) * scale2
+    return cap2 * tanh(dot(b_a, b_b) * (scale2 / cap2))
+
+
+@triton.jit
+def keys_present(p_key_mask, i_batch, o_key, n_keys):
+    """[len(o_key)] bool: the key exists and isn't padding. p_key_mask is (B, n_keys) uint8, or None."""
     m_key = (o_key >= 0) & (o_key < n_keys)
-    if MASKED_KEYS:
-        m_key &= tl.load(p_key_mask + i_batch.to(tl.int64) * n_keys + o_key, mask=m_key, other=0) != 0
+    if p_key_mask is not None:
+        m_key &= tl.load(p_key_mask + wide(i_batch) * n_keys + o_key, mask=m_key, other=0) != 0
     return m_key
+
+
+@triton.jit
+def inside(m_seen, distance, left, right):
+    """m_seen where also -right <= distance <= left; None: no bound."""
+    if left is not None:
+        m_seen = m_seen & (distance <= left)
+    if right is not None:
+        m_seen = m_seen & (distance >= -right)
+    return m_seen
 
 
 @triton.jit
@@ -81,39 +145,38 @@ def band_sweep(
     m_counted,  # [HEADS * BM] bool: counts in columns
     o_position,  # [HEADS * BM] position of each row
     p_k, k_strides, p_key_mask, p_columns,
-    i_batch, i_block, i_head, n_batch, n_query_heads, n_heads, query_offset, n_keys, scale2,
+    i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, behind, k_begin, n_keys, n_all_keys,
+    left, right, scale2, cap2,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED_KEYS: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Walk the keys at distance -AHEAD .. BEHIND of a query block; return row sums, store column sums.
+    """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.
 
-        keys      first                          first query's position
-                  |<------ BEHIND, in BN ------>|<-- BM -->|<- AHEAD ->|
+        keys      first                          block_start, the first query's position
+                  |<------ behind, in BN ------>|<-- BM -->|<- AHEAD ->|
         block     [ tile ][ tile ][ tile ]...   [ tile ]...
 
+    behind is BEHIND or, for a head that needs less, less; -1: nothing is needed.
     Row sums are of A * (weight - tail). A key's column sum comes from several query blocks: each writes its
     part to the slot `how many blocks of BM the key lies behind the queries, plus those AHEAD`, [COLUMNS, slots,
-    B, Hq, Tk], so that no two programs write to one place and the sum over slots is always the same.
+    B, heads, all keys], so that no two programs write to one place and the sum over slots is always the same.
     """
     tl.static_assert(BM % BN == 0, "a tile of keys must lie in one block of BM, or it would need two slots")
     N_ROWS: tl.constexpr = len(ROWS) // FIELDS
     N_COLUMNS: tl.constexpr = len(COLUMNS) // FIELDS
     SLOTS_AHEAD: tl.constexpr = (AHEAD + BM - 1) // BM
     SLOTS: tl.constexpr = SLOTS_AHEAD + 1 + (BEHIND + BM - 1) // BM
-    block_start = query_offset + i_block * BM
-    first = -tl.minimum((BEHIND + BN - 1) // BN, tl.cdiv(block_start, BN)) * BN
+    first = -tl.minimum(tl.cdiv(behind, BN), tl.cdiv(tl.maximum(block_start, 0), BN)) * BN
     last = tl.minimum(BM + AHEAD, n_keys - block_start)
+    last = tl.where(behind < 0, first, last)
     sums = zeros_for(N_ROWS, (HEADS * BM,))
     for relative in range(first, last, BN):
         start = block_start + relative
         o_key = start + tl.arange(0, BN)
         b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
-        b_x = dot(b_q, tl.trans(b_k)) * scale2  # [HEADS * BM, BN]
-        m_seen = keys_present(p_key_mask, i_batch, o_key, n_keys, MASKED_KEYS)[None, :]
+        b_x = scores(b_q, tl.trans(b_k), scale2, cap2)  # [HEADS * BM, BN]
         distance = o_position[:, None] - o_key[None, :]
-        if CAUSAL:
-            m_seen = m_seen & (distance >= 0)
+        m_seen = inside(keys_present(p_key_mask, i_batch, o_key, n_keys)[None, :], distance, left, right)
         # Hidden before exp2: a padded score of 0 less an lse of -90 would overflow.
         b_a = tl.exp2(tl.where(m_seen, b_x - b_lse2[:, None], float("-inf")))
         updated = ()
@@ -129,6 +192,15 @@ def band_sweep(
             for j in tl.static_range(N_COLUMNS):
                 b_w = weigh(distance, COLUMNS, j)
                 b_sum = tl.sum(tl.reshape(b_a * b_w, (HEADS, BM, BN)), 1)  # [HEADS, BN]
-                row = (wide(j * SLOTS + slot) * n_batch + i_batch) * n_query_heads + i_head + o_head
-                tl.store(p_columns + row[:, None] * n_keys + o_key[None, :], b_sum, mask=m_store)
+                row = (wide(j * SLOTS + slot) * n_batch + i_batch) * n_all_heads + i_head + o_head
+                tl.store(p_columns + row[:, None] * n_all_keys + k_begin + o_key[None, :], b_sum, mask=m_store)
     return sums
+
+
+@triton.jit
+def row_mass(b_lse2, p_sinks, i_head, o_head, m_row):
+    """What a row's A sums to: 1 less the sink's share, 0 where it sees nothing (lse2 = +inf)."""
+    b_mass = tl.where(b_lse2 < float("inf"), 1.0, 0.0)
+    if p_sinks is not None:
+        b_mass -= tl.exp2(tl.load(p_sinks + i_head + o_head, mask=m_row, other=float("-inf")) - b_lse2)
+    return b_mass

@@ -1,0 +1,119 @@
+"""Tile sizes and launch options of every kernel: one table by architecture, kernel, dtype and head size.
+
+A table and no autotuning: nothing is measured at a user's first call, and the same call always gives the same bits.
+What stands here compiles without spills (`python -m benchmarks.compile_report`); to find better entries on a GPU run
+`python -m benchmarks.gpu sweep`, which prints rows in this form, then `python -m benchmarks.compile_report --update`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+
+Kernel = Literal["forward", "forward_loop", "decode", "column", "band"]
+
+
+class Config(NamedTuple):
+    """Tile sizes (BM queries, BN keys) and launch options of one kernel."""
+
+    BM: int
+    BN: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+Table = dict[Kernel, dict[int, Config]]
+
+# Each entry holds for head sizes up to its key, which is a power of two. forward_loop: with statistics in the main
+# loop. decode: a few queries before many keys; BM counts the packed rows of one group's heads there, and in band.
+HALF: Table = {
+    "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "forward_loop": {128: Config(64, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "decode": {128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
+    "column": {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
+    "band": {256: Config(128, 32, 8, 2)},
+}
+# Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
+FLOAT32: Table = {
+    "forward": {128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 2)},
+    "forward_loop": {128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 2)},
+    "decode": {256: Config(16, 32, 4, 2)},
+    "column": {256: Config(32, 32, 8, 2)},
+    "band": {256: Config(32, 16, 8, 2)},
+}
+# Where an architecture differs from the above.
+BY_ARCHITECTURE: dict[str, dict[bool, Table]] = {}
+
+INTERPRETED = Config(32, 16)  # small, so that short sequences span several tiles
+SPLIT_KEYS = 1024  # keys of one program when decoding: fixed, so that the bits don't depend on the batch
+INTERPRETED_SPLIT_KEYS = 32
+MAX_DECODED = 16  # queries; more fill a tile of the plain forward
+MAX_PACKED_HEADS = 8  # more would leave too few positions per tile, and a slot for each
+
+_forced: dict[Kernel, Config] = {}
+_target: list[str] = []
+
+
+def interpreted() -> bool:
+    """Whether kernels are run by Triton's interpreter. Triton reads the variable when it is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@contextlib.contextmanager
+def configured(kernel: Kernel, config: Config) -> Iterator[None]:
+    """Launch `kernel` with `config`, whatever the table says."""
+    before = dict(_forced)
+    _forced[kernel] = config
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextlib.contextmanager
+def targeting(architecture: str) -> Iterator[None]:
+    """Take the table's entries for `architecture`, for example "sm_90" or "gfx942", whatever the device is."""
+    _target.append(architecture)
+    try:
+        yield
+    finally:
+        _target.pop()
+
+
+def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_dim: int) -> Iterator[Config]:
+    """The table's entry, then smaller ones for a device that can't give it its shared memory."""
+    if kernel in _forced:
+        yield _forced[kernel]
+        return
+    if interpreted():
+        yield INTERPRETED
+        return
+    table = FLOAT32 if dtype == torch.float32 else HALF
+    architecture = _target[-1] if _target else _architecture(device)
+    special = BY_ARCHITECTURE.get(architecture, {}).get(dtype == torch.float32, {})
+    rows = special.get(kernel, table[kernel])
+    config = next(config for widest, config in rows.items() if block_dim <= widest)
+    yield config
+    for stages in range(config.num_stages - 1, 0, -1):
+        yield config._replace(num_stages=stages)
+    while config.BN > 16:
+        config = config._replace(BN=config.BN // 2, num_stages=1)
+        yield config
+
+
+def _architecture(device: torch.device) -> str:
+    return "sm_90" if device.type == "cpu" else _of_gpu(device.index or 0)
+
+
+@functools.cache
+def _of_gpu(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"

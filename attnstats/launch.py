@@ -1,0 +1,459 @@
+"""Starts the kernels: a function for each, which makes its buffers, picks its tiles and passes its arguments.
+
+Called from ops.py alone, with what a `Plan` says. Nothing here waits for the device, and no size depends on data,
+so a call can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from attnstats.configs import (
+    INTERPRETED_SPLIT_KEYS,
+    MAX_DECODED,
+    MAX_PACKED_HEADS,
+    SPLIT_KEYS,
+    Config,
+    Kernel,
+    candidates,
+    interpreted,
+)
+from attnstats.geometry import Evaluation, Geometry, divisor_of
+from attnstats.plan import Heads, Plan
+from attnstats.statistics import CATALOGUE, DistanceWeighted, PooledMap, Received, Statistic
+
+LOG2E = 1.4426950408889634
+
+T = TypeVar("T")
+
+
+def splits(geometry: Geometry) -> int:
+    """Into how many parts the keys are cut when a few queries meet many of them, 0: they are not."""
+    split = INTERPRETED_SPLIT_KEYS if interpreted() else SPLIT_KEYS
+    queries, keys = _longest(geometry)
+    return -(-geometry.key_length // split) if queries <= MAX_DECODED and keys >= 2 * split else 0
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor | None, geometry: Geometry, plan: Plan, lse: Tensor | None = None
+) -> Evaluation:
+    """Attention (value given) or the rows of its loop from an lse (lse given)."""
+    kernel: Kernel = "forward_loop" if plan.in_loop else "forward"
+    if splits(geometry):
+        kernel = "decode"
+    dim = max(geometry.head_dim, geometry.value_dim)
+    return _fitting(kernel, geometry, dim, lambda config: _forward(query, key, value, geometry, plan, lse, config))
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    geometry: Geometry,
+    plan: Plan,
+    lse: Tensor | None,
+    config: Config,
+) -> Evaluation:
+    from attnstats.kernels.forward import forward as kernel
+
+    dtype = query.dtype
+    query, key = _input(query), _input(key)
+    shape = (geometry.batch, geometry.query_heads, geometry.query_length)
+    longest = _longest(geometry)[0]
+    parts = splits(geometry)
+    heads = 1
+    if parts:
+        heads = min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
+        config = config._replace(BM=max(config.BM // heads, _power_of_two(longest)))
+    partial = (parts,) if parts else ()
+    output = lse2 = None
+    if value is None:
+        assert lse is not None
+        natural = divisor_of(lse) * LOG2E
+    else:
+        value = _input(value)
+        output_shape = (*partial, *shape, geometry.value_dim)
+        output = _empty(geometry, output_shape, torch.float32 if parts else query.dtype)
+        natural = _empty(geometry, (*partial, *shape), fill=-torch.inf)  # written by the kernel, not in exp2's domain
+    behind, ahead = plan.reach(geometry)
+    rows = _empty(geometry, (len(plan.in_rows), *partial, *shape))
+    columns = _slots(plan, geometry, behind, ahead, config.BM, geometry.query_heads)
+    blocks = -(-longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
+    sinks2 = _sinks2(geometry)
+    _launch(
+        kernel,
+        blocks * _sequences(geometry) * max(parts, 1),
+        (query, key, value, output, natural, rows, columns)
+        + (_flags(geometry.counted()), _flags(geometry.key_mask), None if parts else sinks2, *_boundaries(geometry))
+        + (_on_device(plan.reach_of_heads(geometry), geometry.device),),
+        (geometry.batch, _sequences(geometry), geometry.query_heads, geometry.group, geometry.offset)
+        + (geometry.query_length, geometry.key_length, longest, geometry.left, geometry.right, *_score(geometry)),
+        tuple(_strides(x) for x in (query, key, value, output if output is None or not parts else output[0])),
+        {
+            "LOOP_ROWS": _flat(plan.loop_rows, tails=False),
+            "ENTROPY": len(plan.entropy),
+            "MAX_LOGIT": len(plan.max_logit),
+            "BAND_ROWS": _flat(plan.band_rows),
+            "BAND_COLUMNS": _flat(plan.band_columns),
+            "BEHIND": behind,
+            "AHEAD": ahead,
+            "FROM_LSE": value is None,
+            "SPLIT_KEYS": (INTERPRETED_SPLIT_KEYS if interpreted() else SPLIT_KEYS) if parts else 0,
+            "HEADS": heads,
+            "BM": config.BM,
+            "BN": config.BN,
+            "BAND_BN": min(32, config.BN, config.BM),
+            "DIM": geometry.head_dim,
+            "BLOCK_DIM": block_dim(geometry.head_dim),
+            "VALUE_DIM": geometry.value_dim,
+            "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
+        },
+        config,
+    )
+    lse2 = natural
+    if parts and value is None:
+        rows = rows.sum(1)
+    elif parts:
+        assert output is not None
+        output, lse2, rows = _combine(output, natural, rows, sinks2, plan, geometry, query.dtype)
+    tensors: dict[Statistic, Tensor] = dict(zip(plan.in_rows, rows, strict=True))
+    tensors |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
+    return Evaluation(query if output is None else output.to(dtype), lse2, tensors)
+
+
+def _combine(
+    parts: Tensor,
+    lse_parts: Tensor,
+    row_parts: Tensor,
+    sinks2: Tensor | None,
+    plan: Plan,
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, lse and rows of [splits, ...] parts."""
+    from attnstats.kernels.combine import combine as kernel
+
+    output = parts.new_empty(parts.shape[1:], dtype=dtype)
+    lse = lse_parts.new_empty(lse_parts.shape[1:])
+    rows = row_parts.new_empty(len(row_parts), *lse.shape)
+    config = Config(16, 0, 4, 2)
+    _launch(
+        kernel,
+        -(-lse.numel() // config.BM),
+        (parts, lse_parts, row_parts, output, lse, rows, sinks2),
+        (lse.numel(), len(parts), geometry.query_heads, geometry.query_length),
+        (),
+        {
+            "LOOP_ROWS": len(plan.loop_rows),
+            "ENTROPY": len(plan.entropy),
+            "MAX_LOGIT": len(plan.max_logit),
+            "BM": config.BM,
+            "VALUE_DIM": geometry.value_dim,
+            "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
+        },
+        config,
+    )
+    return output, lse, rows
+
+
+def band(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads
+) -> dict[Statistic, Tensor]:
+    """The plan's band statistics, of these heads, from an lse of all heads."""
+    return _fitting(
+        "band", geometry, geometry.head_dim, lambda config: _band(query, key, lse, geometry, plan, heads, config)
+    )
+
+
+def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Config]:
+    """Heads packed into a tile of the band kernel, and the tile's positions and keys."""
+    packed = 1 if heads is not None else min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
+    positions = max(16, config.BM // packed)
+    return packed, config._replace(BM=positions, BN=min(config.BN, positions))
+
+
+def _band(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads, config: Config
+) -> dict[Statistic, Tensor]:
+    from attnstats.kernels.band import band as kernel
+
+    query, key = _input(query), _input(key)
+    packed, config = band_tile(geometry, heads, config)
+    behind, ahead = plan.reach(geometry)
+    count = geometry.query_heads if heads is None else len(heads)
+    rows = _empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
+    columns = _slots(plan, geometry, behind, ahead, config.BM, count)
+    longest = _longest(geometry)[0]
+    programs = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
+    _launch(
+        kernel,
+        -(-longest // config.BM) * programs * _sequences(geometry),
+        (query, key, divisor_of(lse) * LOG2E, rows, columns, _flags(geometry.counted()), _flags(geometry.key_mask))
+        + (_sinks2(geometry), *_boundaries(geometry), _on_device(heads, geometry.device)),
+        (geometry.batch, geometry.query_heads, count, geometry.group, geometry.offset, geometry.query_length)
+        + (geometry.key_length, longest, geometry.left, geometry.right, *_score(geometry)),
+        (_strides(query), _strides(key)),
+        {
+            "ROWS": _flat(plan.band_rows),
+            "COLUMNS": _flat(plan.band_columns),
+            "BEHIND": behind,
+            "AHEAD": ahead,
+            "HEADS": packed,
+            "BM": config.BM,
+            "BN": config.BN,
+            "DIM": geometry.head_dim,
+            "BLOCK_DIM": block_dim(geometry.head_dim),
+        },
+        config,
+    )
+    results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
+    return results | dict(zip(plan.band_columns, columns.sum(1), strict=True))
+
+
+def columns(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    statistics: Sequence[DistanceWeighted],
+    counted: Tensor | None,
+    heads: Heads,
+) -> Tensor:
+    """[statistics, B, heads, Tk] column sums over the counted queries."""
+    count = geometry.query_heads if heads is None else len(heads)
+    shape = (len(statistics), geometry.batch, count, geometry.key_length)
+
+    def run(config: Config) -> Tensor:
+        if (longest := _longest(geometry)[0]) < config.BM:
+            config = config._replace(BM=max(16, _power_of_two(longest)))
+        sums = _empty(geometry, shape)
+        _column(query, key, lse, geometry, statistics, counted, heads, sums, None, config)
+        return sums
+
+    return _fitting("column", geometry, geometry.head_dim, run)
+
+
+def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: PooledMap, heads: Heads) -> Tensor:
+    """[B, heads, I, J] sums over segments of queries and of keys."""
+    query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
+    segments = len(query_bounds) - 1
+    count = geometry.query_heads if heads is None else len(heads)
+
+    def run(config: Config) -> Tensor:
+        # A segment fills whole tiles of queries: short ones get short tiles.
+        rows = max(16, _power_of_two(geometry.query_length // segments))
+        config = config._replace(BM=min(config.BM, rows))
+        pieces = _pieces(key_bounds, config.BN, geometry.device)
+        sums = _empty(geometry, (pieces.count, geometry.batch, count, segments))
+        cut = (_on_device(query_bounds, geometry.device), pieces.blocks, pieces.bounds)
+        _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cut, config)
+        return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
+
+    return _fitting("column", geometry, geometry.head_dim, run)
+
+
+def _column(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    statistics: Sequence[DistanceWeighted],
+    counted: Tensor | None,
+    heads: Heads,
+    sums: Tensor,
+    cut: tuple[Tensor | None, ...] | None,
+    config: Config,
+) -> None:
+    from attnstats.kernels.column import column as kernel
+
+    query, key = _input(query), _input(key)
+    lse2 = divisor_of(lse) * LOG2E
+    if counted is not None:
+        lse2 = lse2.masked_fill(~counted[:, None], torch.inf)
+    longest = _longest(geometry)[1]
+    count = sums.shape[2]
+    _launch(
+        kernel,
+        -(-longest // config.BN) * count * _sequences(geometry),
+        (query, key, lse2, sums, _flags(geometry.key_mask), *_boundaries(geometry))
+        + (_on_device(heads, geometry.device), *(cut or (None, None, None))),
+        (geometry.batch, geometry.query_heads, count, geometry.group, geometry.offset, geometry.query_length)
+        + (geometry.key_length, longest, sums.shape[3] if cut else 1, geometry.left, geometry.right, *_score(geometry)),
+        (_strides(query), _strides(key)),
+        {
+            "COLUMNS": _flat(statistics),
+            "BM": config.BM,
+            "BN": config.BN,
+            "DIM": geometry.head_dim,
+            "BLOCK_DIM": block_dim(geometry.head_dim),
+        },
+        config,
+    )
+
+
+class _Pieces(NamedTuple):
+    """Blocks of keys cut at the boundaries of segments."""
+
+    count: int
+    bounds: Tensor  # [count + 1] where each piece begins
+    blocks: Tensor  # [blocks + 1] the first piece of each block
+    of_segments: Tensor  # [J] how many pieces each segment has
+
+
+@functools.lru_cache(maxsize=16)
+def _pieces(key_bounds: tuple[int, ...], block: int, device: torch.device) -> _Pieces:
+    length = key_bounds[-1]
+    starts = sorted({*range(0, length, block), *key_bounds[:-1]})
+    index = {start: i for i, start in enumerate(starts)} | {length: len(starts)}
+    first = [index[key] for key in key_bounds]
+    return _Pieces(
+        len(starts),
+        torch.tensor([*starts, length], dtype=torch.int32, device=device),
+        torch.tensor([*(index[start] for start in range(0, length, block)), len(starts)], dtype=torch.int32).to(device),
+        torch.tensor([b - a for a, b in zip(first[:-1], first[1:], strict=True)], device=device),
+    )
+
+
+# (kernel, device, dtype, head size) to the configurations that did not fit.
+_TOO_LARGE: dict[tuple[Any, ...], set[Config]] = {}
+
+
+def _fitting(kernel: Kernel, geometry: Geometry, dim: int, run: Callable[[Config], T]) -> T:
+    """Run with the table's configuration or, where the device lacks the shared memory, with a smaller one."""
+    from triton.runtime.errors import OutOfResources
+
+    where = (kernel, geometry.device, geometry.dtype, block_dim(dim))
+    known = _TOO_LARGE.setdefault(where, set())
+    for config in candidates(kernel, geometry.device, geometry.dtype, block_dim(dim)):
+        if config not in known:
+            try:
+                return run(config)
+            except OutOfResources:
+                known.add(config)
+    raise ValueError(
+        f"query: head_dim {dim} in {geometry.dtype} needs more shared memory than {geometry.device} has, in every "
+        f"configuration of the {kernel} kernel; backend='tiled' would work"
+    )
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    sizes: tuple[float | None, ...],
+    strides: tuple[tuple[int, ...], ...],
+    constants: dict[str, Any],
+    config: Config,
+) -> None:
+    """The one place where a kernel starts: on the device of its tensors, which may not be the current one."""
+    if programs == 0:  # packed sequences without a token
+        return
+    device = tensors[0].device  # type: ignore[union-attr]
+    # Pinned: without fusion score * scale - lse is rounded twice, and Triton's default is about to change.
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*tensors, *sizes, *strides, **constants, **options)
+
+
+def _sequences(geometry: Geometry) -> int:
+    return geometry.batch if geometry.packing is None else geometry.packing.count
+
+
+def _longest(geometry: Geometry) -> tuple[int, int]:
+    """Queries and keys of the longest sequence."""
+    if geometry.packing is None:
+        return geometry.query_length, geometry.key_length
+    return geometry.packing.max_queries, geometry.packing.max_keys
+
+
+def _boundaries(geometry: Geometry) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if geometry.packing is None else (geometry.packing.queries, geometry.packing.keys)
+
+
+def _score(geometry: Geometry) -> tuple[float, float | None]:
+    """scale2 and cap2 of tiles.scores."""
+    return geometry.scale * LOG2E, None if geometry.softcap is None else geometry.softcap * LOG2E
+
+
+def _sinks2(geometry: Geometry) -> Tensor | None:
+    return None if geometry.sinks is None else geometry.sinks.detach().float() * LOG2E
+
+
+def _empty(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, fill: float = 0.0) -> Tensor:
+    """A buffer that a kernel fills. Tokens outside all packed sequences are nobody's: there it starts with `fill`."""
+    if geometry.packing is None:
+        return torch.empty(shape, dtype=dtype, device=geometry.device)
+    return torch.full(shape, fill, dtype=dtype, device=geometry.device)
+
+
+def _slots(plan: Plan, geometry: Geometry, behind: int, ahead: int, block_rows: int, heads: int) -> Tensor:
+    """[columns, slots, B, heads, Tk] zeros: where each query block leaves its part of a key's band columns."""
+    slots = slot_count(behind, ahead, block_rows)
+    shape = (len(plan.band_columns), slots, geometry.batch, heads, geometry.key_length)
+    return torch.zeros(shape, dtype=torch.float32, device=geometry.device)
+
+
+def slot_count(behind: int, ahead: int, block_rows: int) -> int:
+    return 1 + -(-behind // block_rows) + -(-ahead // block_rows)
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if x is None else x.stride()
+
+
+def _flags(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _input(x: Tensor) -> Tensor:
+    """The interpreter's arithmetic on bfloat16 is wrong (it works on bit patterns): it gets float32."""
+    return x.detach().float() if interpreted() and x.dtype == torch.bfloat16 else x.detach()
+
+
+def _on_device(numbers: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    return None if numbers is None else _constant(numbers, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: a copy from the host can't be captured into a CUDA graph."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def _flat(statistics: Iterable[DistanceWeighted], tails: bool = True) -> tuple[Any, ...]:
+    """The statistics' weights as the flat constexpr tuple of kernels/tiles.py."""
+    flat: list[Any] = []
+    for s in statistics:
+        weight = _kernel_weight(s)
+        # Triton's cache key of a tuple names the functions in it but not their source: the digest does.
+        digest = getattr(weight, "cache_key", "")
+        flat += [weight, *(*s.parameters, 0, 0)[:2], s.tail if tails else 0.0, digest]
+    return tuple(flat)
+
+
+def _kernel_weight(statistic: DistanceWeighted) -> Any:
+    from attnstats.kernels import weights
+
+    weight = statistic.kernel_weight
+    if weight is None and CATALOGUE.get(statistic.name) is type(statistic):
+        weight = getattr(weights, statistic.name, None)
+    if weight is None:
+        raise ValueError(
+            f"statistics: {type(statistic).__name__} has no device weight: set kernel_weight to a @triton.jit "
+            "function (distance, a, b), or use backend='tiled'"
+        )
+    return weight
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (max(number, 1) - 1).bit_length()
+
+
+def block_dim(dim: int) -> int:
+    return max(16, _power_of_two(dim))

@@ -1,0 +1,108 @@
+"""Which kernel, or which loop of it, computes each statistic. Made and read by the backend "triton" (ops.py)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from attnstats.diagonal import is_narrow
+from attnstats.geometry import Geometry
+from attnstats.statistics import (
+    LSE,
+    ColumnStatistic,
+    DistanceWeighted,
+    Entropy,
+    MaxLogit,
+    PooledMap,
+    RowStatistic,
+    SinkMass,
+    Statistic,
+)
+
+Heads = tuple[int, ...] | None  # of a statistic; None: all
+
+
+class Plan(NamedTuple):
+    loop_rows: tuple[DistanceWeighted, ...]  # forward's main loop
+    entropy: tuple[Statistic, ...]
+    max_logit: tuple[Statistic, ...]
+    band_rows: tuple[DistanceWeighted, ...]  # forward's epilogue, or the band kernel
+    band_columns: tuple[DistanceWeighted, ...]
+    columns: tuple[ColumnStatistic, ...]  # the column kernel
+    maps: tuple[PooledMap, ...]  # the column kernel, once per map
+    sinks: tuple[SinkMass, ...]  # plain PyTorch on a few keys
+    lse: tuple[Statistic, ...]
+
+    @staticmethod
+    def of(statistics: tuple[Statistic, ...]) -> Plan:
+        rows = [s for s in statistics if isinstance(s, RowStatistic)]
+        columns = [s for s in statistics if isinstance(s, ColumnStatistic)]
+        return Plan(
+            loop_rows=tuple(s for s in rows if not is_narrow(s)),
+            entropy=tuple(s for s in statistics if isinstance(s, Entropy)),
+            max_logit=tuple(s for s in statistics if isinstance(s, MaxLogit)),
+            band_rows=tuple(s for s in rows if is_narrow(s)),
+            band_columns=tuple(s for s in columns if is_narrow(s)),
+            columns=tuple(s for s in columns if not is_narrow(s)),
+            maps=tuple(s for s in statistics if isinstance(s, PooledMap)),
+            sinks=tuple(s for s in statistics if isinstance(s, SinkMass)),
+            lse=tuple(s for s in statistics if isinstance(s, LSE)),
+        )
+
+    def without_bands(self) -> Plan:
+        return self._replace(band_rows=(), band_columns=())
+
+    @property
+    def bands(self) -> tuple[DistanceWeighted, ...]:
+        return (*self.band_rows, *self.band_columns)
+
+    @property
+    def in_loop(self) -> tuple[Statistic, ...]:
+        """What forward can compute from an lse."""
+        return (*self.loop_rows, *self.entropy)
+
+    @property
+    def in_rows(self) -> tuple[Statistic, ...]:
+        """What the forward kernel stores per query, in its order."""
+        return (*self.loop_rows, *self.band_rows, *self.entropy, *self.max_logit)
+
+    @property
+    def in_forward(self) -> tuple[Statistic, ...]:
+        return (*self.in_rows, *self.band_columns)
+
+    def band_passes(self, geometry: Geometry) -> dict[Heads, Plan]:
+        """The band kernel's passes: statistics of the same heads go together."""
+        wanted = dict.fromkeys(geometry.heads.get(s) for s in self.bands)
+        return {
+            heads: self._replace(
+                band_rows=tuple(s for s in self.band_rows if geometry.heads.get(s) == heads),
+                band_columns=tuple(s for s in self.band_columns if geometry.heads.get(s) == heads),
+            )
+            for heads in wanted
+        }
+
+    def column_passes(self, geometry: Geometry) -> dict[tuple[int | None, Heads], tuple[ColumnStatistic, ...]]:
+        """The column kernel's passes: statistics that count the same queries of the same heads go together."""
+        passes: dict[tuple[int | None, Heads], tuple[ColumnStatistic, ...]] = {}
+        for s in self.columns:
+            counting = s.last_queries, geometry.heads.get(s)
+            passes[counting] = (*passes.get(counting, ()), s)
+        return passes
+
+    def reach(self, geometry: Geometry) -> tuple[int, int]:
+        """How far the band goes behind and ahead of a query."""
+        bands = [s.band for s in self.bands if s.band]
+        behind = max(0, *(hi for _, hi in bands)) if bands else 0
+        ahead = max(0, *(-lo for lo, _ in bands)) if bands else 0
+        behind = behind if geometry.left is None else min(behind, geometry.left)
+        return behind, ahead if geometry.right is None else min(ahead, geometry.right)
+
+    def reach_of_heads(self, geometry: Geometry) -> tuple[int, ...] | None:
+        """How far the band goes behind a query of each head, -1: nowhere; None: as far in all of them."""
+        if not any(s in geometry.heads for s in self.bands):
+            return None
+        reach = [-1] * geometry.query_heads
+        for s in self.bands:
+            behind, _ = self._replace(band_rows=(s,), band_columns=()).reach(geometry)
+            for head in geometry.heads.get(s, range(geometry.query_heads)):
+                reach[head] = max(reach[head], behind)
+        return tuple(reach)
