@@ -107,6 +107,16 @@ def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_d
         yield config
 
 
+def chunk(device: torch.device) -> int:
+    """Columns in which the forward kernel keeps its row sums.
+
+    8 are the columns that a thread of mma's layouts holds of a row, among others. Elsewhere chunks would move data
+    between threads, and a row is reduced at once.
+    """
+    architecture = _target[-1] if _target else _architecture(device)
+    return 1 if architecture.startswith(("sm_10", "gfx")) else 8
+
+
 def _architecture(device: torch.device) -> str:
     return "sm_90" if device.type == "cpu" else _of_gpu(device.index or 0)
 

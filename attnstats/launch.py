@@ -22,11 +22,12 @@ from attnstats.configs import (
     Config,
     Kernel,
     candidates,
+    chunk,
     interpreted,
 )
 from attnstats.geometry import Evaluation, Geometry, divisor_of
 from attnstats.plan import Heads, Plan
-from attnstats.statistics import CATALOGUE, DistanceWeighted, PooledMap, Received, Statistic
+from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, PooledMap, Received, Statistic
 
 LOG2E = 1.4426950408889634
 
@@ -93,22 +94,26 @@ def _forward(
         + (_flags(geometry.counted()), _flags(geometry.key_mask), None if parts else sinks2, *_boundaries(geometry))
         + (_on_device(plan.reach_of_heads(geometry), geometry.device),),
         (geometry.batch, _sequences(geometry), geometry.query_heads, geometry.group, geometry.offset)
-        + (geometry.query_length, geometry.key_length, longest, geometry.left, geometry.right, *_score(geometry)),
+        + (geometry.query_length, geometry.key_length, longest, *_window(geometry), *_score(geometry)),
         tuple(_strides(x) for x in (query, key, value, output if output is None or not parts else output[0])),
         {
+            "MOMENT": len(plan.moment),
             "LOOP_ROWS": _flat(plan.loop_rows, tails=False),
             "ENTROPY": len(plan.entropy),
             "MAX_LOGIT": len(plan.max_logit),
             "BAND_ROWS": _flat(plan.band_rows),
             "BAND_COLUMNS": _flat(plan.band_columns),
             "BEHIND": behind,
+            "ROWS_BEHIND": plan.rows_behind(geometry),
             "AHEAD": ahead,
+            "BAND_BOUND": plan.bound(geometry),
             "FROM_LSE": value is None,
+            "CHUNK": chunk(geometry.device),
             "SPLIT_KEYS": (INTERPRETED_SPLIT_KEYS if interpreted() else SPLIT_KEYS) if parts else 0,
             "HEADS": heads,
             "BM": config.BM,
             "BN": config.BN,
-            "BAND_BN": min(32, config.BN, config.BM),
+            "BAND_BN": min(64, config.BN),
             "DIM": geometry.head_dim,
             "BLOCK_DIM": block_dim(geometry.head_dim),
             "VALUE_DIM": geometry.value_dim,
@@ -150,7 +155,7 @@ def _combine(
         (lse.numel(), len(parts), geometry.query_heads, geometry.query_length),
         (),
         {
-            "LOOP_ROWS": len(plan.loop_rows),
+            "LOOP_ROWS": len(plan.moment) + len(plan.loop_rows),
             "ENTROPY": len(plan.entropy),
             "MAX_LOGIT": len(plan.max_logit),
             "BM": config.BM,
@@ -190,6 +195,7 @@ def _band(
     rows = _empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
     columns = _slots(plan, geometry, behind, ahead, config.BM, count)
     longest = _longest(geometry)[0]
+    left, right = _window(geometry)
     programs = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
     _launch(
         kernel,
@@ -197,12 +203,13 @@ def _band(
         (query, key, divisor_of(lse) * LOG2E, rows, columns, _flags(geometry.counted()), _flags(geometry.key_mask))
         + (_sinks2(geometry), *_boundaries(geometry), _on_device(heads, geometry.device)),
         (geometry.batch, geometry.query_heads, count, geometry.group, geometry.offset, geometry.query_length)
-        + (geometry.key_length, longest, geometry.left, geometry.right, *_score(geometry)),
+        + (geometry.key_length, longest, left if plan.bound(geometry) else None, right, *_score(geometry)),
         (_strides(query), _strides(key)),
         {
             "ROWS": _flat(plan.band_rows),
             "COLUMNS": _flat(plan.band_columns),
             "BEHIND": behind,
+            "ROWS_BEHIND": plan.rows_behind(geometry),
             "AHEAD": ahead,
             "HEADS": packed,
             "BM": config.BM,
@@ -221,7 +228,7 @@ def columns(
     key: Tensor,
     lse: Tensor,
     geometry: Geometry,
-    statistics: Sequence[DistanceWeighted],
+    statistics: Sequence[ColumnStatistic],
     counted: Tensor | None,
     heads: Heads,
 ) -> Tensor:
@@ -263,7 +270,7 @@ def _column(
     key: Tensor,
     lse: Tensor,
     geometry: Geometry,
-    statistics: Sequence[DistanceWeighted],
+    statistics: Sequence[ColumnStatistic],
     counted: Tensor | None,
     heads: Heads,
     sums: Tensor,
@@ -278,16 +285,21 @@ def _column(
         lse2 = lse2.masked_fill(~counted[:, None], torch.inf)
     longest = _longest(geometry)[1]
     count = sums.shape[2]
+    constant = [s.far for s in statistics]
     _launch(
         kernel,
         -(-longest // config.BN) * count * _sequences(geometry),
         (query, key, lse2, sums, _flags(geometry.key_mask), *_boundaries(geometry))
         + (_on_device(heads, geometry.device), *(cut or (None, None, None))),
         (geometry.batch, geometry.query_heads, count, geometry.group, geometry.offset, geometry.query_length)
-        + (geometry.key_length, longest, sums.shape[3] if cut else 1, geometry.left, geometry.right, *_score(geometry)),
+        + (geometry.key_length, longest, sums.shape[3] if cut else 1, *_window(geometry), _farthest(statistics))
+        + _score(geometry),
         (_strides(query), _strides(key)),
         {
             "COLUMNS": _flat(statistics),
+            "FAR": _bounded(max(far[0] for far in constant if far)) if all(constant) else None,
+            "FAR_WEIGHTS": tuple(far[1] for far in constant if far),
+            "COUNTED": counted is not None,
             "BM": config.BM,
             "BN": config.BN,
             "DIM": geometry.head_dim,
@@ -359,6 +371,22 @@ def _launch(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*tensors, *sizes, *strides, **constants, **options)
+
+
+def _farthest(statistics: Sequence[DistanceWeighted]) -> int | None:
+    """The farthest distance at which a weight is not 0; None: there is none."""
+    ends = [None if s.band is None else s.band[1] for s in statistics]
+    return None if None in ends else _bounded(max((end for end in ends if end is not None), default=0))
+
+
+def _bounded(distance: int) -> int:
+    """What a 32-bit position can be added to; no sequence is as long."""
+    return max(-(2**30), min(distance, 2**30))
+
+
+def _window(geometry: Geometry) -> tuple[int | None, int | None]:
+    left, right = geometry.left, geometry.right
+    return None if left is None else _bounded(left), None if right is None else _bounded(right)
 
 
 def _sequences(geometry: Geometry) -> int:

@@ -46,7 +46,7 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> Evaluation:
     """Output, lse and statistics. The output is differentiable."""
-    plan = Plan.of(statistics)
+    plan = Plan.of(statistics, geometry.is_causal)
     in_pass = plan.without_bands() if launch.splits(geometry) else plan
     forward = functools.partial(launch.forward, plan=in_pass)
     inputs = (query, key, value, geometry.sinks)
@@ -67,7 +67,7 @@ def from_lse(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
     """The statistics of `A = exp(scores - lse)`; lse (B, Hq, Tq), -inf for rows that see no key."""
-    plan = Plan.of(statistics)
+    plan = Plan.of(statistics, geometry.is_causal)
     results = _bands(query, key, lse, geometry, plan)
     if plan.in_loop:
         rows = launch.forward(query, key, None, geometry, plan.without_bands(), lse).tensors
@@ -112,7 +112,7 @@ def _subset(
 
 def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
     """What `attend` (or `from_lse`) launches."""
-    work = Plan.of(statistics)
+    work = Plan.of(statistics, geometry.is_causal)
     pairs = geometry.visible_pairs()
     every = geometry.query_heads
     splits = launch.splits(geometry)

@@ -12,6 +12,7 @@ from attnstats.statistics import (
     DistanceWeighted,
     Entropy,
     MaxLogit,
+    MeanDistance,
     PooledMap,
     RowStatistic,
     SinkMass,
@@ -22,7 +23,8 @@ Heads = tuple[int, ...] | None  # of a statistic; None: all
 
 
 class Plan(NamedTuple):
-    loop_rows: tuple[DistanceWeighted, ...]  # forward's main loop
+    moment: tuple[MeanDistance, ...]  # forward's main loop; under a causal mask it is a first moment of the positions
+    loop_rows: tuple[DistanceWeighted, ...]  # forward's main loop, any weight
     entropy: tuple[Statistic, ...]
     max_logit: tuple[Statistic, ...]
     band_rows: tuple[DistanceWeighted, ...]  # forward's epilogue, or the band kernel
@@ -33,11 +35,13 @@ class Plan(NamedTuple):
     lse: tuple[Statistic, ...]
 
     @staticmethod
-    def of(statistics: tuple[Statistic, ...]) -> Plan:
+    def of(statistics: tuple[Statistic, ...], causal: bool) -> Plan:
+        moment = tuple(s for s in statistics if type(s) is MeanDistance and causal)
         rows = [s for s in statistics if isinstance(s, RowStatistic)]
         columns = [s for s in statistics if isinstance(s, ColumnStatistic)]
         return Plan(
-            loop_rows=tuple(s for s in rows if not is_narrow(s)),
+            moment=moment,
+            loop_rows=tuple(s for s in rows if not is_narrow(s) and s not in moment),
             entropy=tuple(s for s in statistics if isinstance(s, Entropy)),
             max_logit=tuple(s for s in statistics if isinstance(s, MaxLogit)),
             band_rows=tuple(s for s in rows if is_narrow(s)),
@@ -58,12 +62,12 @@ class Plan(NamedTuple):
     @property
     def in_loop(self) -> tuple[Statistic, ...]:
         """What forward can compute from an lse."""
-        return (*self.loop_rows, *self.entropy)
+        return (*self.moment, *self.loop_rows, *self.entropy)
 
     @property
     def in_rows(self) -> tuple[Statistic, ...]:
         """What the forward kernel stores per query, in its order."""
-        return (*self.loop_rows, *self.band_rows, *self.entropy, *self.max_logit)
+        return (*self.moment, *self.loop_rows, *self.band_rows, *self.entropy, *self.max_logit)
 
     @property
     def in_forward(self) -> tuple[Statistic, ...]:
@@ -90,11 +94,15 @@ class Plan(NamedTuple):
 
     def reach(self, geometry: Geometry) -> tuple[int, int]:
         """How far the band goes behind and ahead of a query."""
-        bands = [s.band for s in self.bands if s.band]
-        behind = max(0, *(hi for _, hi in bands)) if bands else 0
-        ahead = max(0, *(-lo for lo, _ in bands)) if bands else 0
-        behind = behind if geometry.left is None else min(behind, geometry.left)
-        return behind, ahead if geometry.right is None else min(ahead, geometry.right)
+        return _reach(self.bands, geometry)
+
+    def rows_behind(self, geometry: Geometry) -> int:
+        """How far behind a query rows need it."""
+        return _reach(self.band_rows, geometry)[0]
+
+    def bound(self, geometry: Geometry) -> bool:
+        """Whether the window hides keys that the band would reach."""
+        return geometry.left is not None and any(s.band is not None and s.band[1] > geometry.left for s in self.bands)
 
     def reach_of_heads(self, geometry: Geometry) -> tuple[int, ...] | None:
         """How far the band goes behind a query of each head, -1: nowhere; None: as far in all of them."""
@@ -102,7 +110,14 @@ class Plan(NamedTuple):
             return None
         reach = [-1] * geometry.query_heads
         for s in self.bands:
-            behind, _ = self._replace(band_rows=(s,), band_columns=()).reach(geometry)
+            behind, _ = _reach((s,), geometry)
             for head in geometry.heads.get(s, range(geometry.query_heads)):
                 reach[head] = max(reach[head], behind)
         return tuple(reach)
+
+
+def _reach(statistics: tuple[DistanceWeighted, ...], geometry: Geometry) -> tuple[int, int]:
+    bands = [s.band for s in statistics if s.band]
+    behind, ahead = max((hi for _, hi in bands), default=0), max((-lo for lo, _ in bands), default=0)
+    behind = behind if geometry.left is None else min(behind, geometry.left)
+    return max(0, behind), max(0, ahead if geometry.right is None else min(ahead, geometry.right))

@@ -191,6 +191,7 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
     if isinstance(statistic, ColumnStatistic):
         counts = _counts(geometry, statistic.last_queries)
         weight = _weights(statistic, geometry)
+        weights = weights.masked_fill(counts[:, None, :, None] == 0, 0.0)  # NaN in what doesn't count doesn't count
         total = torch.einsum("bhts,bt,ts->bhs", weights, counts, weight)
         if geometry.key_mask is not None:
             total = total * geometry.key_mask[:, None]
@@ -200,7 +201,7 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
         return torch.where(count > 0, total / count.clamp(min=1), 0.0)
     if isinstance(statistic, PooledMap):
         query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
-        counted = weights * _counts(geometry)[:, None, :, None]
+        counted = weights.masked_fill(_counts(geometry)[:, None, :, None] == 0, 0.0)
         rows = [part.sum(2) for part in counted.split(_lengths(query_bounds), dim=2)]
         return torch.stack(
             [torch.stack([p.sum(-1) for p in row.split(_lengths(key_bounds), -1)], -1) for row in rows], 2

@@ -91,6 +91,11 @@ class ColumnStatistic(DistanceWeighted):
         return None
 
     @property
+    def far(self) -> tuple[int, float] | None:
+        """(distance, weight) if from that distance on the weight is constant and not 0; the kernels then save it."""
+        return None
+
+    @property
     def last_queries(self) -> int | None:
         """Where set, only the last so many counted queries of each sequence count."""
         return None
@@ -170,6 +175,10 @@ class FAI(ColumnStatistic):
         return self.lo, self.hi
 
     @property
+    def far(self) -> tuple[int, float] | None:
+        return (self.lo, 1.0) if self.hi is None else None
+
+    @property
     def parameters(self) -> tuple[int, int]:
         return self.lo, OPEN_HORIZON if self.hi is None else self.hi
 
@@ -189,6 +198,15 @@ class Received(ColumnStatistic):
     def __post_init__(self) -> None:
         if self.last is not None:
             _require_integer(self, "last", 1)
+
+    @property
+    def far(self) -> tuple[int, float] | None:
+        """(distance, weight) if from that distance on the weight is constant and not 0; the kernels then save it."""
+        return None
+
+    @property
+    def far(self) -> tuple[int, float]:
+        return -OPEN_HORIZON, 1.0
 
     @property
     def last_queries(self) -> int | None:

@@ -8,7 +8,7 @@
 One program owns BM positions of HEADS query heads that share a key head: their rows are packed into one tile,
 so that a key tile is read once for all of them. With p_heads, HEADS is 1 and the heads are those listed. Rows are
 stored at the end, [ROWS, B, heads, Tq]; columns go to their slots as they come (tiles.band_sweep). Q is read once,
-K 1 + (BEHIND + AHEAD) / BM times.
+K 1 + (BEHIND + AHEAD) / BM times, from L2 but for the first.
 """
 
 import triton
@@ -22,7 +22,7 @@ def band(
     p_q, p_k, p_lse2, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_heads,
     n_batch, n_all_heads, n_heads, group, query_offset, n_queries, n_keys, longest, left, right, scale2, cap2,
     q_strides, k_strides,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(longest, BM)
@@ -54,15 +54,15 @@ def band(
     )
     o_lse = (wide(i_batch) * n_all_heads + i_head + o_head) * n_queries + q_begin + o_row
     b_lse2 = tl.load(p_lse2 + o_lse, mask=m_row, other=float("inf"))
-    m_counted = m_row
+    m_counted = None
     if p_counted is not None:
-        m_counted &= tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
+        m_counted = tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
     sums = band_sweep(
-        b_q, b_lse2, m_counted, offset + o_row,
+        b_q, b_lse2, m_counted, i_block,
         head_pointer(p_k, k_strides, i_batch, i_key_head, k_begin), k_strides, p_key_mask, p_columns,
         i_batch, i_place, n_batch, n_heads, n_packed, offset + i_block * BM, behind, k_begin, keys, n_keys,
         left, right, scale2, cap2,
-        ROWS, COLUMNS, BEHIND, AHEAD, HEADS, BM, BN, DIM, BLOCK_DIM,
+        ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD, HEADS, BM, BN, DIM, BLOCK_DIM,
     )  # fmt: skip
     b_mass = row_mass(b_lse2, p_sinks, i_head, o_head, m_row)
     for j in tl.static_range(len(ROWS) // FIELDS):

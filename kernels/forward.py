@@ -15,8 +15,11 @@ A few queries before many keys (decoding) pack HEADS heads of a group into the r
 for all of them, and cut the keys into splits of SPLIT_KEYS: each program leaves the normalised results of its split,
 combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
 
+MOMENT is MeanDistance under a causal mask: a first moment of the positions, one FMA per element. All row sums of the
+loop are kept in CHUNK columns and reduced after it.
+
 With FROM_LSE there is no value, no maximum and no output: the pivot of exp2 is the given lse.
-Row sums are stored as [LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
+Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
 """
 
 import triton
@@ -45,11 +48,52 @@ LOG2_ZERO = tl.constexpr(-1.0e4)  # exp2 of it is exactly 0, and 0 * LOG2_ZERO i
 
 
 @triton.jit
+def halves(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of [ROWS, COLUMNS]; in the layouts of mma nothing moves between threads."""
+    return tl.split(tl.permute(tl.reshape(b_x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_products(b_acc, b_a, b_b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """b_acc [ROWS, CHUNK] and the sum of a * b over chunks of columns: one FMA per element, and no shuffle."""
+    if CHUNK == 1:
+        b_acc += tl.sum(b_a * b_b, 1, keep_dims=True)
+    elif COLUMNS == CHUNK:
+        b_acc += b_a * b_b
+    else:
+        b_left_a, b_right_a = halves(b_a, ROWS, COLUMNS)
+        b_left_b, b_right_b = halves(b_b, ROWS, COLUMNS)
+        b_acc = add_products(b_acc, b_left_a, b_left_b, ROWS, COLUMNS // 2, CHUNK)
+        b_acc = add_products(b_acc, b_right_a, b_right_b, ROWS, COLUMNS // 2, CHUNK)
+    return b_acc
+
+
+@triton.jit
+def add_moments(
+    b_sum, b_moment, b_a, BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """b_sum + chunks of a, b_moment + chunks of a * (columns between the chunk and the tile's end)."""
+    if CHUNK == 1:
+        o_from_end = (BASE + COLUMNS - 1 - tl.arange(0, COLUMNS)).to(tl.float32)
+        b_sum += tl.sum(b_a, 1, keep_dims=True)
+        b_moment += tl.sum(b_a * o_from_end[None, :], 1, keep_dims=True)
+    elif COLUMNS == CHUNK:
+        b_sum += b_a
+        b_moment += b_a * BASE
+    else:
+        b_left, b_right = halves(b_a, ROWS, COLUMNS)
+        b_sum, b_moment = add_moments(b_sum, b_moment, b_left, BASE + COLUMNS // 2, ROWS, COLUMNS // 2, CHUNK)
+        b_sum, b_moment = add_moments(b_sum, b_moment, b_right, BASE, ROWS, COLUMNS // 2, CHUNK)
+    return b_sum, b_moment
+
+
+@triton.jit
 def visit(
-    b_out, b_max, b_sum, b_log, sums,  # the running state
+    b_out, b_max, b_sum, b_log, b_moment, sums,  # the running state; the three in the middle in CHUNKs of columns
     b_q, o_position, p_k, p_v, p_key_mask, k_strides, v_strides, i_batch, first, last, n_keys,
     left, right, scale2, cap2,
-    LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, FROM_LSE: tl.constexpr, EDGE: tl.constexpr, BN: tl.constexpr,
+    LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MOMENT: tl.constexpr, FROM_LSE: tl.constexpr, EDGE: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """Stream the keys first .. last. EDGE: some of them may not exist or may not be seen by a row."""
@@ -80,11 +124,24 @@ def visit(
         if ENTROPY:
             if not FROM_LSE:  # sum of a * log2(a) moves with the pivot
                 b_old_pivot = tl.where(b_max == float("-inf"), b_pivot, b_max)
-                b_log = (b_log + b_sum * (b_old_pivot - b_pivot)) * b_rescale
-            b_log += tl.sum(b_a * tl.maximum(b_log_a, LOG2_ZERO), 1)
+                b_log = (b_log + b_sum * (b_old_pivot - b_pivot)[:, None]) * b_rescale[:, None]
+            if EDGE or p_key_mask is not None:
+                b_log_a = tl.maximum(b_log_a, LOG2_ZERO)
+            b_log = add_products(b_log, b_a, b_log_a, ROWS, BN, CHUNK)
+        if not FROM_LSE:
+            b_sum *= b_rescale[:, None]
+            b_moment *= b_rescale[:, None]
+        if MOMENT:
+            # The distance is that of the tile's end and the rest within the tile: nothing large cancels.
+            b_here, b_moment = add_moments(tl.zeros_like(b_sum), b_moment, b_a, 0, ROWS, BN, CHUNK)
+            o_from_end = (CHUNK - 1 - tl.arange(0, CHUNK))[None, :]
+            b_moment += b_here * ((o_position - (start + BN - 1))[:, None] + o_from_end).to(tl.float32)
+            b_sum += b_here
+        elif not FROM_LSE:
+            b_sum, _ = add_moments(b_sum, b_sum, b_a, 0, ROWS, BN, CHUNK)
         updated = ()
         for j in tl.static_range(len(LOOP_ROWS) // FIELDS):
-            b_w = weigh(distance, LOOP_ROWS, j)
+            b_w = weigh(distance.to(tl.float32), LOOP_ROWS, j)
             b_row = tl.sum(b_a * b_w, 1)
             if FROM_LSE:
                 updated = updated + (sums[j] + b_row,)
@@ -92,11 +149,10 @@ def visit(
                 updated = updated + (sums[j] * b_rescale + b_row,)
         sums = updated
         if not FROM_LSE:
-            b_sum = b_sum * b_rescale + tl.sum(b_a, 1)
             b_v = load_tile(p_v, v_strides, start, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
-    return b_out, b_max, b_sum, b_log, sums
+    return b_out, b_max, b_sum, b_log, b_moment, sums
 
 
 @triton.jit
@@ -104,9 +160,10 @@ def forward(
     p_q, p_k, p_v, p_out, p_lse, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_reach,
     n_batch, n_sequences, n_query_heads, group, query_offset, n_queries, n_keys, longest, left, right, scale2, cap2,
     q_strides, k_strides, v_strides, out_strides,
-    LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
-    BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr,
-    FROM_LSE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
+    BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
+    BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr, BAND_BOUND: tl.constexpr,
+    FROM_LSE: tl.constexpr, SPLIT_KEYS: tl.constexpr, CHUNK: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND_BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -155,8 +212,9 @@ def forward(
     edge = tl.maximum(edge // BN * BN, whole)
 
     b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
-    b_sum = tl.zeros((HEADS * BM,), tl.float32)
-    b_log = tl.zeros((HEADS * BM,), tl.float32)
+    b_sum = tl.zeros((HEADS * BM, CHUNK), tl.float32)
+    b_log = tl.zeros((HEADS * BM, CHUNK), tl.float32)
+    b_moment = tl.zeros((HEADS * BM, CHUNK), tl.float32)
     sums = zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,))
     if FROM_LSE:
         b_max = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
@@ -164,24 +222,28 @@ def forward(
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     if left is not None:
         if first < whole:
-            b_out, b_max, b_sum, b_log, sums = visit(
-                b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
+            b_out, b_max, b_sum, b_log, b_moment, sums = visit(
+                b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
                 v_strides, i_batch, first, whole, keys, left, right, scale2, cap2,
-                LOOP_ROWS, ENTROPY, FROM_LSE, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+                LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, True, HEADS * BM, BN, CHUNK,
+            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
     if whole < edge:
-        b_out, b_max, b_sum, b_log, sums = visit(
-            b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
+        b_out, b_max, b_sum, b_log, b_moment, sums = visit(
+            b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
             v_strides, i_batch, whole, edge, keys, left, right, scale2, cap2,
-            LOOP_ROWS, ENTROPY, FROM_LSE, False, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, False, HEADS * BM, BN, CHUNK,
+            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
     if edge < end:
-        b_out, b_max, b_sum, b_log, sums = visit(
-            b_out, b_max, b_sum, b_log, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
+        b_out, b_max, b_sum, b_log, b_moment, sums = visit(
+            b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
             v_strides, i_batch, edge, end, keys, left, right, scale2, cap2,
-            LOOP_ROWS, ENTROPY, FROM_LSE, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, True, HEADS * BM, BN, CHUNK,
+            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
 
+    b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
     b_lse2 = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
     b_mass = b_inverse  # what the rows' A sums to
@@ -215,6 +277,9 @@ def forward(
     if SPLIT_KEYS > 0:
         n_stored = n_flat * tl.cdiv(n_keys, SPLIT_KEYS)
         p_rows += i_split * n_flat
+    if MOMENT:
+        tl.store(p_rows + o_flat, b_moment * b_inverse, mask=m_row)
+        p_rows += n_stored
     for j in tl.static_range(N_LOOP):
         tl.store(p_rows + j * n_stored + o_flat, sums[j] * b_inverse, mask=m_row)
     if ENTROPY:
@@ -232,14 +297,14 @@ def forward(
             behind = tl.load(p_reach + i_head)
         if p_cu_q is not None:
             behind = tl.where(keys > 0, behind, -1)
-        m_counted = m_row
+        m_counted = None
         if p_counted is not None:
-            m_counted &= tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
+            m_counted = tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
         near = band_sweep(
-            b_q, b_lse2, m_counted, o_position, p_k_head, k_strides, p_key_mask, p_columns,
+            b_q, b_lse2, m_counted, i_block, p_k_head, k_strides, p_key_mask, p_columns,
             i_batch, i_head, n_batch, n_query_heads, 1, position, behind, k_begin, keys, n_keys,
-            left, right, scale2, cap2,
-            BAND_ROWS, BAND_COLUMNS, BEHIND, AHEAD, 1, BM, BAND_BN, DIM, BLOCK_DIM,
+            left if BAND_BOUND else None, right, scale2, cap2,
+            BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD, 1, BM, BAND_BN, DIM, BLOCK_DIM,
         )  # fmt: skip
         for j in tl.static_range(N_BAND):
             b_row = near[j] + BAND_ROWS[FIELDS * j + 3] * b_mass

@@ -15,7 +15,7 @@ FIELDS = tl.constexpr(5)
 
 @triton.jit
 def weigh(distance, WEIGHTS: tl.constexpr, J: tl.constexpr):
-    """Weight J of a flat list, less its tail, at each distance."""
+    """Weight J of a flat list, less its tail, at each distance (float32)."""
     return WEIGHTS[FIELDS * J](distance, WEIGHTS[FIELDS * J + 1], WEIGHTS[FIELDS * J + 2]) - WEIGHTS[FIELDS * J + 3]
 
 
@@ -33,12 +33,13 @@ def extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys):
     """
     if p_cu_q is None:
         return i_sequence, 0, n_queries, 0, n_keys, query_offset
-    q_begin = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence), 0), n_queries)
-    q_end = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence + 1), q_begin), n_queries)
-    k_begin = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence), 0), n_keys)
-    k_end = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence + 1), k_begin), n_keys)
-    queries, keys = q_end - q_begin, k_end - k_begin
-    return i_sequence * 0, q_begin, queries, k_begin, keys, keys - queries
+    else:
+        q_begin = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence), 0), n_queries)
+        q_end = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence + 1), q_begin), n_queries)
+        k_begin = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence), 0), n_keys)
+        k_end = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence + 1), k_begin), n_keys)
+        queries, keys = q_end - q_begin, k_end - k_begin
+        return i_sequence * 0, q_begin, queries, k_begin, keys, keys - queries
 
 
 @triton.jit
@@ -105,9 +106,12 @@ def tanh(b_y):
 @triton.jit
 def scores(b_a, b_b, scale2, cap2):
     """softcap * tanh(scale * a . b / softcap) * log2(e), or scale * a . b * log2(e) where cap2 is None."""
+    b_x = dot(b_a, b_b)
     if cap2 is None:
-        return dot(b_a, b_b) * scale2
-    return cap2 * tanh(dot(b_a, b_b) * (scale2 / cap2))
+        b_x *= scale2
+    else:
+        b_x = cap2 * tanh(b_x * (scale2 / cap2))
+    return b_x
 
 
 @triton.jit
@@ -139,62 +143,117 @@ def zeros_for(COUNT: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def band_sweep(
-    b_q,  # [HEADS * BM, BLOCK_DIM], the rows of HEADS heads of one group
+def band_step(
+    sums,  # per row statistic [BN, HEADS * BM]
+    relative,
+    b_qt,  # [BLOCK_DIM, HEADS * BM], the rows of HEADS heads of one group
     b_lse2,  # [HEADS * BM], +inf for rows that don't exist
-    m_counted,  # [HEADS * BM] bool: counts in columns
-    o_position,  # [HEADS * BM] position of each row
+    m_counted,  # [HEADS * BM] bool: counts in columns; None: every row
+    o_row,  # [HEADS * BM] float32, each row's place in its block of BM
+    p_k, k_strides, p_key_mask, p_columns,
+    i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
+    left, right, scale2, cap2,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
+    HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """The tile of keys at block_start + relative. EDGE: some may not exist or may not be seen by a row.
+
+    The tile is transposed, [BN, HEADS * BM]: a column is a sum along a tile's row, within few threads, and rows
+    accumulate elementwise until the last tile.
+    """
+    SLOTS_AHEAD: tl.constexpr = (AHEAD + BM - 1) // BM
+    SLOTS: tl.constexpr = SLOTS_AHEAD + 1 + (BEHIND + BM - 1) // BM
+    start = block_start + relative
+    o_tile = tl.arange(0, BN)
+    o_key = start + o_tile
+    b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
+    b_x = scores(b_k, b_qt, scale2, cap2) - b_lse2[None, :]  # [BN, HEADS * BM]
+    distance = o_row[None, :] - (relative + o_tile).to(tl.float32)[:, None]
+    m_key = o_key >= 0
+    if EDGE:
+        m_key = keys_present(p_key_mask, i_batch, o_key, n_keys)
+        # Hidden before exp2: a padded score of 0 less an lse of -90 would overflow.
+        b_x = tl.where(inside(m_key[:, None], distance, left, right), b_x, float("-inf"))
+    b_a = tl.exp2(b_x)
+    updated = ()
+    for j in tl.static_range(len(ROWS) // FIELDS):
+        b_w = weigh(distance, ROWS, j)
+        updated = updated + (sums[j] + b_a * b_w,)
+    if len(COLUMNS) > 0:
+        if m_counted is not None:
+            b_a = tl.where(m_counted[None, :], b_a, 0.0)
+        slot = SLOTS_AHEAD - ((relative + o_tile + BM * SLOTS) // BM - SLOTS)  # floor division of a signed number
+        o_head = tl.arange(0, HEADS)
+        m_store = (m_key & (slot >= 0) & (slot < SLOTS))[:, None] & (o_head < n_heads)[None, :]
+        o_place = (slot.to(tl.int64) * n_batch + i_batch) * n_all_heads + i_head
+        o_column = (o_place[:, None] + o_head[None, :]) * n_all_keys + (k_begin + o_key)[:, None]
+        for j in tl.static_range(len(COLUMNS) // FIELDS):
+            b_w = weigh(distance, COLUMNS, j)
+            b_sum = tl.sum(tl.reshape(b_a * b_w, (BN, HEADS, BM)), 2)  # [BN, HEADS]
+            p_column = p_columns + wide(j * SLOTS) * n_batch * n_all_heads * n_all_keys
+            tl.store(p_column + o_column, b_sum, mask=m_store)
+    return updated
+
+
+@triton.jit
+def band_sweep(
+    b_q, b_lse2, m_counted, i_block,
     p_k, k_strides, p_key_mask, p_columns,
     i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, behind, k_begin, n_keys, n_all_keys,
     left, right, scale2, cap2,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.
 
-        keys      first                          block_start, the first query's position
-                  |<------ behind, in BN ------>|<-- BM -->|<- AHEAD ->|
-        block     [ tile ][ tile ][ tile ]...   [ tile ]...
+        keys      first                              block_start, the first query's position
+                  |<- columns alone ->|<-- rows too -->|<-- BM -->|<- AHEAD ->|
+                  [ tile ][ tile ]... [ tile ]...      [ tile ]...
+        relative -behind              -ROWS_BEHIND     0
 
     behind is BEHIND or, for a head that needs less, less; -1: nothing is needed.
     Row sums are of A * (weight - tail). A key's column sum comes from several query blocks: each writes its
     part to the slot `how many blocks of BM the key lies behind the queries, plus those AHEAD`, [COLUMNS, slots,
     B, heads, all keys], so that no two programs write to one place and the sum over slots is always the same.
     """
-    tl.static_assert(BM % BN == 0, "a tile of keys must lie in one block of BM, or it would need two slots")
-    N_ROWS: tl.constexpr = len(ROWS) // FIELDS
-    N_COLUMNS: tl.constexpr = len(COLUMNS) // FIELDS
-    SLOTS_AHEAD: tl.constexpr = (AHEAD + BM - 1) // BM
-    SLOTS: tl.constexpr = SLOTS_AHEAD + 1 + (BEHIND + BM - 1) // BM
     first = -tl.minimum(tl.cdiv(behind, BN), tl.cdiv(tl.maximum(block_start, 0), BN)) * BN
     last = tl.minimum(BM + AHEAD, n_keys - block_start)
-    last = tl.where(behind < 0, first, last)
-    sums = zeros_for(N_ROWS, (HEADS * BM,))
-    for relative in range(first, last, BN):
-        start = block_start + relative
-        o_key = start + tl.arange(0, BN)
-        b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
-        b_x = scores(b_q, tl.trans(b_k), scale2, cap2)  # [HEADS * BM, BN]
-        distance = o_position[:, None] - o_key[None, :]
-        m_seen = inside(keys_present(p_key_mask, i_batch, o_key, n_keys)[None, :], distance, left, right)
-        # Hidden before exp2: a padded score of 0 less an lse of -90 would overflow.
-        b_a = tl.exp2(tl.where(m_seen, b_x - b_lse2[:, None], float("-inf")))
-        updated = ()
-        for j in tl.static_range(N_ROWS):
-            b_w = weigh(distance, ROWS, j)
-            updated = updated + (sums[j] + tl.sum(b_a * b_w, 1),)
-        sums = updated
-        if N_COLUMNS > 0:
-            b_a = tl.where(m_counted[:, None], b_a, 0.0)
-            slot = SLOTS_AHEAD - ((relative + BM * SLOTS) // BM - SLOTS)  # floor division of a signed number
-            o_head = tl.arange(0, HEADS)
-            m_store = (o_head < n_heads)[:, None] & ((o_key >= 0) & (o_key < n_keys))[None, :]
-            for j in tl.static_range(N_COLUMNS):
-                b_w = weigh(distance, COLUMNS, j)
-                b_sum = tl.sum(tl.reshape(b_a * b_w, (HEADS, BM, BN)), 1)  # [HEADS, BN]
-                row = (wide(j * SLOTS + slot) * n_batch + i_batch) * n_all_heads + i_head + o_head
-                tl.store(p_columns + row[:, None] * n_all_keys + k_begin + o_key[None, :], b_sum, mask=m_store)
-    return sums
+    last = tl.where(behind < 0, 0, last)
+    if left is None and p_key_mask is None:
+        # Whole tiles of keys behind the block are seen by all its rows; the first tile may begin before key 0.
+        inner = tl.minimum(tl.where(block_start + first < 0, first + BN, first), 0)
+        inner = tl.where(block_start <= n_keys, inner, 0)
+    else:
+        inner = first * 0
+    near = tl.maximum(inner, -((ROWS_BEHIND + BN - 1) // BN) * BN)
+    before = (inner - first) // BN  # tiles, and after them those from 0 on
+    b_qt = tl.trans(b_q)
+    o_row = (tl.arange(0, HEADS * BM) % BM).to(tl.float32)
+    sums = zeros_for(len(ROWS) // FIELDS, (BN, HEADS * BM))
+    if len(COLUMNS) > 0:
+        for relative in range(inner, near, BN):
+            band_step(
+                (), relative, b_qt, b_lse2, m_counted, o_row, p_k, k_strides, p_key_mask, p_columns,
+                i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
+                left, right, scale2, cap2, (), COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
+            )  # fmt: skip
+    for relative in range(near, 0, BN):
+        sums = band_step(
+            sums, relative, b_qt, b_lse2, m_counted, o_row, p_k, k_strides, p_key_mask, p_columns,
+            i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
+            left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
+        )  # fmt: skip
+    for i_tile in range(0, before + tl.cdiv(tl.maximum(last, 0), BN)):
+        sums = band_step(
+            sums, tl.where(i_tile < before, first, 0 - before * BN) + i_tile * BN, b_qt, b_lse2, m_counted, o_row,
+            p_k, k_strides, p_key_mask, p_columns,
+            i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
+            left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, True, HEADS, BM, BN, DIM, BLOCK_DIM,
+        )  # fmt: skip
+    reduced = ()
+    for j in tl.static_range(len(ROWS) // FIELDS):
+        reduced = reduced + (tl.sum(sums[j], 0),)
+    return reduced
 
 
 @triton.jit

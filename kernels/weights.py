@@ -1,8 +1,8 @@
 """The weight of each distance-weighted statistic, as device functions.
 
-A weight maps the signed distance d = t - s (int32, any shape) and at most two integers, the statistic's
-`parameters`, to float32. Its name is the statistic's `name` in attnstats/statistics.py, where the same weight
-stands as plain PyTorch. Called from the band, forward and column kernels with `tiles.weigh`.
+A weight maps the signed distance d = t - s (float32, exact up to 2^24, any shape) and at most two integers, the
+statistic's `parameters`, to float32. Its name is the statistic's `name` in attnstats/statistics.py, where the same
+weight stands as plain PyTorch. Called from the band, forward and column kernels with `tiles.weigh`.
 """
 
 import triton
@@ -12,25 +12,28 @@ import triton.language as tl
 @triton.jit
 def waad(distance, window: tl.constexpr, _: tl.constexpr):
     """min(|d|, window): Eq. 9."""
-    return tl.minimum(tl.abs(distance), window).to(tl.float32)
+    return tl.minimum(tl.abs(distance), 1.0 * window)
 
 
 @triton.jit
 def local_mass(distance, window: tl.constexpr, _: tl.constexpr):
     """[|d| < window]"""
-    return (tl.abs(distance) < window).to(tl.float32)
+    return tl.where(tl.abs(distance) < window, 1.0, 0.0)
 
 
 @triton.jit
 def mean_distance(distance, _: tl.constexpr, __: tl.constexpr):
     """|d|: Eq. 7."""
-    return tl.abs(distance).to(tl.float32)
+    return tl.abs(distance)
 
 
 @triton.jit
 def fai(distance, lo: tl.constexpr, hi: tl.constexpr):
-    """[lo <= d <= hi]: Eq. 10."""
-    return ((distance >= lo) & (distance <= hi)).to(tl.float32)
+    """[lo <= d <= hi]: Eq. 10. One comparison instead of two where the middle is exact."""
+    if hi < 2**22:
+        return tl.where(tl.abs(distance - 0.5 * (lo + hi)) <= 0.5 * (hi - lo), 1.0, 0.0)
+    else:
+        return tl.where((distance >= lo) & (distance <= hi), 1.0, 0.0)
 
 
 @triton.jit
