@@ -55,7 +55,7 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
             input_ids=analysis.token_ids[None].to(loaded.device), output_attentions=True, use_cache=False
         )
     maps = torch.stack([output.attentions[layer][0].float().cpu() for layer in analysis.layers])  # (L, H, T, T)
-    log_p = output.logits[0, :-1].float().cpu().log_softmax(-1)
+    log_p = (output.logits[0, :-1].float().cpu() / (settings.temperature or 1.0)).log_softmax(-1)
     length = maps.shape[-1]
     position = torch.arange(length)
     ahead = position[:, None] - position[None]  # [t, s] = t - s

@@ -57,8 +57,8 @@ def test_uniform_bins_cover_the_length():
 
 
 def test_boundaries_can_be_a_list():
-    assert PooledMap([0, 2, 5], 2) == PooledMap((0, 2, 5), 2)  # type: ignore[arg-type]
-    assert hash(PooledMap(2, [0, 5])) == hash(PooledMap(2, (0, 5)))  # type: ignore[arg-type]
+    assert PooledMap([0, 2, 5], 2) == PooledMap((0, 2, 5), 2)
+    assert hash(PooledMap(2, [0, 5])) == hash(PooledMap(2, (0, 5)))
 
 
 @pytest.mark.parametrize("wrong", [None, 3, WAAD])
