@@ -285,6 +285,22 @@ def test_a_larger_lse_scales_linear_statistics(backend, where):
         close(shifted[s], base[s] * math.exp(-0.5), 1e-4)
 
 
+@pytest.mark.parametrize("window", [1, 10, 64])
+def test_waad_takes_a_row_to_sum_to_one(window, backend, where):
+    """It is `window` less a band, so mass that an lse takes away counts as if it were `window` tokens back."""
+    case = Case(group=1, padding="left")
+    query, key, _ = case.tensors(where)
+    arguments = case.arguments(where)
+    base = attnstats.attention(query, key, key, statistics=[WAAD(window)], backend=backend, **arguments).statistics
+    shifted = attnstats.statistics_from_lse(
+        query, key, base.lse + 0.5, statistics=[WAAD(window)], backend=backend, **arguments
+    )
+    mass = math.exp(-0.5)
+    live = (base.lse > -torch.inf).float()
+    expected = base[WAAD(window)] * mass + window * (1 - mass) * live
+    close(shifted[WAAD(window)], expected, 3e-5 * window)
+
+
 def test_pooled_map_sums_back(backend, where):
     case = Case(padding="left", counted="some")
     finest = PooledMap(37, 37)
