@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import attnstats
 from attnstats import FAI, LSE, WAAD, LocalMass, PooledMap, Received, SinkMass, attention
 from attnstats.statistics import CATALOGUE, ByStatistic, DistanceWeighted, resolve
 
@@ -10,6 +11,12 @@ from attnstats.statistics import CATALOGUE, ByStatistic, DistanceWeighted, resol
 def test_names_are_those_of_the_design():
     rows = ["waad", "local_mass", "mean_distance", "entropy", "max_logit", "lse", "sink_mass"]
     assert list(CATALOGUE) == [*rows, "fai", "received", "pooled_map"]
+
+
+def test_every_statistic_is_exported():
+    names = {cls.__name__ for cls in CATALOGUE.values()}
+    assert names <= set(attnstats.__all__)
+    assert all(getattr(attnstats, cls.__name__) is cls for cls in CATALOGUE.values())
 
 
 @pytest.mark.parametrize("cls", [c for c in CATALOGUE.values() if issubclass(c, DistanceWeighted)])
