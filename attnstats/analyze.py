@@ -26,6 +26,10 @@ from attnstats.statistics import FAI, WAAD, MeanDistance
 
 GENERATION_BATCH = 8
 ENTROPY_ROWS = 64  # 64 rows of a vocabulary of 150k in fp32 are 38 MB
+TEMPERATURES = 1e-6, 1e6  # beyond them logits / temperature over- or underflow in fp32
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
+SEEDS = -(2**63), 2**64 - 1  # what torch.manual_seed takes
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Settings:
     Attributes:
         fai_hi: None leaves the horizon of FAI open.
         layers: as `attnstats.capture` takes it.
-        temperature: 0 is greedy; the seed matters above it.
+        temperature: 0 is greedy; the seed matters above it. Entropies are of logits / temperature, at 0 of the logits.
         system: goes before every question; "" leaves it out.
     """
 
@@ -59,7 +63,7 @@ class Analysis:
     """One prompt, its response and their statistics. T positions of prompt + response, L layers, H heads.
 
     Attributes:
-        token_ids, tokens: what was read, (T,), and the text of each.
+        token_ids, tokens: what was read, (T,), and the text that each adds, as `pieces` has it.
         response: (T,) bool, the positions that were generated.
         layers: indices of the captured layers.
         head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
@@ -67,7 +71,7 @@ class Analysis:
         classes: which heads are local and which global.
         waad: (T,), mean over the local heads. fai: (T,), mean over the global heads, 0 where not fai_valid.
         delta: (response length,), change of WAAD to the next token.
-        entropy: (T,) in nats, of the distribution each token was drawn from; NaN for the first.
+        entropy: (T,) in nats, of the distribution each token was drawn from (drawn_entropy); NaN for the first.
     """
 
     question: str
@@ -167,8 +171,13 @@ def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> 
             raise InputError(f"--prompt: prompt {number} is empty; write a question")
     if settings.max_tokens < 1:
         raise InputError(f"--max-tokens must be >= 1, got {settings.max_tokens}")
-    if not settings.temperature >= 0:
-        raise InputError(f"--temperature must be >= 0 (0 is greedy), got {settings.temperature}")
+    coldest, hottest = TEMPERATURES
+    if settings.temperature != 0 and not coldest <= settings.temperature <= hottest:
+        raise InputError(
+            f"--temperature must be 0 (greedy) or from {coldest:g} to {hottest:g}, got {settings.temperature}"
+        )
+    if not SEEDS[0] <= settings.seed <= SEEDS[1]:
+        raise InputError(f"--seed must be a 64-bit integer, from -2**63 to 2**64 - 1, got {settings.seed}")
     if not 0 < settings.head_share <= 0.5:
         raise InputError(f"--head-share must be in (0, 0.5], got {settings.head_share}")
     try:
@@ -303,7 +312,7 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
     return Analysis(
         question=question,
         token_ids=ids[0].cpu(),
-        tokens=[loaded.tokenizer.decode([token]) for token in prompt + response],
+        tokens=pieces(loaded.tokenizer, prompt + response),
         response=in_response,
         layers=run.layers,
         head_waad=waad,
@@ -315,8 +324,37 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         fai=heads.class_mean(fai, classes.global_),
         fai_valid=fai_valid,
         delta=rhythm.delta(mean_waad[in_response]),
-        entropy=drawn_entropy(loaded, hidden, last_logits),
+        entropy=drawn_entropy(loaded, hidden, last_logits, settings.temperature),
     )
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds to that of the tokens before it; joined, they are the text of all.
+
+    A token is decoded behind the one before it, because many tokenizers drop a space at the start of a text. One that
+    leaves a character unfinished adds "", and the token that ends the character adds all of it.
+    """
+
+    def decode(part: list[int]) -> str:
+        return str(tokenizer.decode(part, clean_up_tokenization_spaces=False))
+
+    whole = decode(ids)
+    added: list[str] = []
+    position = 0  # in `whole`
+    start = settled = 0  # the tokens start .. settled have been added, and are the context of the next
+    before = ""
+    for end in range(1, len(ids) + 1):
+        now = decode(ids[start:end])
+        stop = position
+        if end == len(ids):
+            stop = len(whole)
+        elif len(now) > len(before) and not (now.endswith(UNFINISHED) and end - settled < LONGEST_CHARACTER):
+            stop += len(now) - len(before)
+            before = decode(ids[settled:end])
+            start, settled = settled, end
+        added.append(whole[position:stop])
+        position = stop
+    return added
 
 
 def hidden_states(loaded: LoadedModel, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -331,10 +369,11 @@ def hidden_states(loaded: LoadedModel, ids: Tensor, **options: Any) -> tuple[Ten
     return kept[0], logits[0, -1]
 
 
-def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor) -> Tensor:
+def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor, temperature: float) -> Tensor:
     """Entropy in nats of the distribution that each token was drawn from: that of the row before it.
 
-    Logits are made `ENTROPY_ROWS` positions at a time and reduced at once.
+    Greedy decoding (temperature 0) draws from nothing: there it is that of the model's own distribution. Logits are
+    made `ENTROPY_ROWS` positions at a time and reduced at once.
 
     Raises:
         InputError: the model makes its logits otherwise than by its output embedding alone.
@@ -347,7 +386,9 @@ def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor) -> T
                 "or a scale comes after), so that the entropy of a token cannot be computed; use another model"
             )
         rows = [
-            torch.distributions.Categorical(logits=head(chunk).float(), validate_args=False).entropy().cpu()
+            torch.distributions.Categorical(logits=head(chunk).float() / (temperature or 1.0), validate_args=False)
+            .entropy()
+            .cpu()
             for chunk in hidden[:-1].split(ENTROPY_ROWS)
         ]
     return torch.cat([torch.tensor([torch.nan]), *rows])

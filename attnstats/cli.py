@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--prompts", type=Path, metavar="FILE", help=".jsonl with `question`, or text, one per line")
     what.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
     what.add_argument("--max-tokens", type=int, default=256, help="length of a response at most")
-    what.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    what.add_argument(
+        "--temperature", type=float, default=0.0, help="0 is greedy; entropies are those at this temperature"
+    )
     what.add_argument("--seed", type=int, default=0, help="of the sampling, where the temperature is above 0")
     how = analyze.add_argument_group("how; what is not given is the preset's")
     how.add_argument("--preset", choices=sorted(PRESETS, reverse=True), default=paper_v2.name, help="settings")

@@ -43,9 +43,12 @@ def head_distance(mean_distance: Tensor, counted: Tensor) -> Tensor:
 def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
     """The `max(1, floor(share * heads))` heads of least and of most distance, among all heads of all layers.
 
+    The local heads are chosen first and the global ones among the rest, so that no head is both; there are always
+    enough for both. Of heads that tie the first in (layer, head) order is taken.
+
     Args:
-        distance: (layers, heads), mean attention distance, finite.
-        share: in (0, 0.5]. Ties go to the head that comes first in (layer, head) order.
+        distance: (layers, heads), mean attention distance, finite; two heads or more.
+        share: in (0, 0.5].
 
     Example:
         >>> import torch
@@ -62,11 +65,11 @@ def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
     flat = distance.flatten()
     # 0.29 * 100 is 28.999999999999996: a share is meant as the decimal that was written.
     count = max(1, math.floor(round(share * flat.numel(), 9)))
-    local, global_ = (
-        torch.zeros_like(flat, dtype=torch.bool).index_fill(0, order[:count], True).view_as(distance)
-        for order in (flat.argsort(stable=True), flat.argsort(stable=True, descending=True))
-    )
-    return HeadClasses(local, global_)
+    none = torch.zeros_like(flat, dtype=torch.bool)
+    local = none.index_fill(0, flat.argsort(stable=True)[:count], True)
+    farthest = flat.masked_fill(local, -torch.inf).argsort(stable=True, descending=True)
+    global_ = none.index_fill(0, farthest[:count], True)
+    return HeadClasses(local.view_as(distance), global_.view_as(distance))
 
 
 def class_mean(statistic: Tensor, chosen: Tensor) -> Tensor:

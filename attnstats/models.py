@@ -59,8 +59,8 @@ def load(model: str | None = None, *, dtype: str = "auto", device: str = "auto",
         notify: is told, in a line, about whatever takes longer than a moment.
 
     Raises:
-        InputError: unknown dtype, absent device, missing folder, unreachable hub, a model that isn't a causal LM
-            of transformers.
+        InputError: unknown dtype, absent device or one without room, missing folder, unreachable hub, files that
+            are broken, a model that isn't a causal LM of transformers.
     """
     on = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, on)
@@ -77,10 +77,14 @@ def load(model: str | None = None, *, dtype: str = "auto", device: str = "auto",
             loaded, tokenizer = _from_pretrained(source, torch_dtype, local_files_only=False)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        remedy = "give a folder or a hub name of a causal language model that transformers knows"
-        raise InputError(f"--model {model or DEFAULT_MODEL}: {_first_line(error)} ({remedy})") from error
-    loaded.to(on).eval()
+    except Exception as error:  # what a broken file raises depends on the library that reads it
+        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+        remedy = "give a folder or a hub name of a causal language model that transformers knows, whole and unbroken"
+        raise InputError(f"--model {model or DEFAULT_MODEL}: {kind}{_first_line(error)} ({remedy})") from error
+    try:
+        loaded.to(on).eval()
+    except RuntimeError as error:
+        raise InputError(f"--device {on}: {_first_line(error)} (cpu always works)") from error
     return LoadedModel(name=DEFAULT_MODEL if model is None else _name(model), model=loaded, tokenizer=tokenizer)
 
 
@@ -108,7 +112,7 @@ def _require_on_hub(name: str) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to run on. Raises InputError for one that torch doesn't know or this machine lacks."""
+    """The device to run on. Raises InputError for one that torch doesn't know, this machine lacks or can't compute."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -116,6 +120,8 @@ def resolve_device(device: str) -> torch.device:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: {_first_line(error)} (cpu always works)") from error
+    if resolved.type == "meta":
+        raise InputError(f"--device {device}: holds shapes and no numbers (cpu always works)")
     return resolved
 
 

@@ -11,7 +11,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -142,6 +141,7 @@ def write_tensors(folder: Path, analyses: Sequence[Analysis]) -> None:
         }
         tensors.update({f"{number}.{name}": tensor.contiguous() for name, tensor in fields.items()})
     save_file(tensors, str(folder / TENSORS))
+    (folder / TENSORS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -162,9 +162,15 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far, in bytes: resident, and on the GPU where one was used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Peak memory of this process so far, in bytes: resident (not on Windows), and on the GPU where one was used."""
+    peak: dict[str, int] = {}
+    try:
+        import resource  # POSIX has it
+    except ImportError:
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["gpu"] = torch.cuda.max_memory_allocated()
     return peak

@@ -27,6 +27,8 @@ QUESTIONS = (
 def read_prompts(file: Path) -> list[str]:
     """The prompts of a file: the `question` of each line of a .jsonl file, else each line of text.
 
+    Lines end in LF, CRLF or CR. Other separators of Unicode are text: JSON allows them inside a string.
+
     Raises:
         InputError: no such file, not UTF-8, a line that isn't a JSON object with a question, nothing in it.
     """
@@ -36,7 +38,7 @@ def read_prompts(file: Path) -> list[str]:
         raise InputError(f"--prompts {file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise InputError(f"--prompts {file}: {error.strerror or error}; name a .jsonl or text file") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if file.suffix == ".jsonl":
         questions = [_question(file, number, line) for number, line in lines]
     else:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"
+OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"; every setting is below it
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class PooledMap(Statistic):
     """A summed over segments: `sum of c[t] * A[t, s]` over t in query segment i and s in key segment j, (B, Hq, I, J).
 
     Each argument is a number of uniform bins (bin i of n over length T is `[i * T // n, (i + 1) * T // n)`) or
-    the tuple of n + 1 increasing boundaries, `(0, ..., T)`.
+    the tuple (or list) of n + 1 increasing boundaries, `(0, ..., T)`.
     """
 
     query_segments: int | tuple[int, ...] = 64
@@ -259,8 +259,13 @@ class PooledMap(Statistic):
     def __post_init__(self) -> None:
         for field in ("query_segments", "key_segments"):
             value = getattr(self, field)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, field, value)  # a statistic is a key, and a list has no hash
             if not isinstance(value, tuple):
                 _require_integer(self, field, 1)
+            elif not all(isinstance(bound, int) and not isinstance(bound, bool) for bound in value):
+                raise ValueError(f"PooledMap: {field} must hold integers, got {value}")
             elif len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
                 raise ValueError(f"PooledMap: {field} must increase from 0 to the length, got {value}")
 
@@ -295,6 +300,8 @@ def resolve(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     """
     if isinstance(statistics, (str, Statistic)):
         raise TypeError(f"statistics must be a list, got {statistics!r}; write [{statistics!r}]")
+    if not isinstance(statistics, Iterable):
+        raise TypeError(f"statistics must be a list, got {statistics!r}; write [] for none")
     resolved: dict[Statistic, None] = {}
     item: Any
     for item in statistics:
@@ -361,3 +368,5 @@ def _require_integer(owner: Statistic, field: str, least: int) -> None:
     value = getattr(owner, field)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{type(owner).__name__}: {field} must be an integer >= {least}, got {value!r}")
+    if value >= OPEN_HORIZON:
+        raise ValueError(f"{type(owner).__name__}: {field} must be below 2**31 - 1, got {value}")

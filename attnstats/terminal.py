@@ -16,7 +16,7 @@ from rich.text import Text
 
 from attnstats.analyze import Analysis
 from attnstats.outputs import FILES
-from attnstats.text import visible
+from attnstats.text import PART, visible
 
 PEAKS = 8
 SECONDS_BETWEEN_LINES = 5.0
@@ -100,8 +100,8 @@ def response(analysis: Analysis) -> Text:
         style = ""
         if position in preplan or position in anchors:
             style = BOTH if position in preplan and position in anchors else PREPLAN if position in preplan else ANCHOR
-            # A line break that is marked has to be seen.
-            token = token.replace("\n", "↵\n", 1) if "\n" in token else token
+            # What is marked has to be seen.
+            token = token.replace("\n", "↵\n", 1) if "\n" in token else token or PART
         text.append(token, style=style)
     return text
 
@@ -125,5 +125,5 @@ def peaks(analysis: Analysis) -> Table:
 
 
 def _cells(analysis: Analysis, position: int, value: str) -> tuple[Text, Text, Text]:
-    token = visible(analysis.tokens[position], newline="↵", tab="⇥").strip() or "space"
-    return Text(token), Text(str(position)), Text(value)
+    token = visible(analysis.tokens[position], newline="↵", tab="⇥") or PART
+    return Text(token.strip() or "space"), Text(str(position)), Text(value)

@@ -10,6 +10,7 @@ import unicodedata
 
 # Controls, surrogates, formats (all bidi marks, overrides and isolates are among them), line and paragraph separators.
 _UNSEEN = ("Cc", "Cs", "Cf", "Zl", "Zp")
+PART = "·"  # stands for a token without text of its own: it begins a character that the next one ends
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
 
 

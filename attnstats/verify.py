@@ -36,7 +36,8 @@ def differences(
 ) -> dict[str, float]:
     """The largest absolute difference of each statistic between the analyses and eager attention.
 
-    Per head and of the class means; classes are those of the analysis. A NaN on either side counts as infinite.
+    Per head and of the class means; classes are those of the analysis. That of the entropy is times the temperature
+    where it is below 1. A NaN on either side counts as infinite.
     """
     largest: dict[str, float] = {}
     progress.start("Recomputing with eager attention", len(analyses))
@@ -55,7 +56,9 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
             input_ids=analysis.token_ids[None].to(loaded.device), output_attentions=True, use_cache=False
         )
     maps = torch.stack([output.attentions[layer][0].float().cpu() for layer in analysis.layers])  # (L, H, T, T)
-    log_p = output.logits[0, :-1].float().cpu().log_softmax(-1)
+    temperature = settings.temperature or 1.0
+    log_p = (output.logits[0, :-1].float().cpu() / temperature).log_softmax(-1)
+    unit = min(1.0, temperature)  # below 1 it magnifies how the logits were rounded
     length = maps.shape[-1]
     position = torch.arange(length)
     ahead = position[:, None] - position[None]  # [t, s] = t - s
@@ -77,5 +80,5 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
         "fai_valid": (analysis.fai_valid, counts > 0),
         "delta": (analysis.delta, torch.cat([(response[1:] - response[:-1]).abs(), torch.zeros(1)])),
         "mean_distance": (analysis.distance, distance[..., analysis.response].mean(-1)),
-        "entropy": (analysis.entropy[1:], -(log_p.exp() * log_p).sum(-1)),
+        "entropy": (analysis.entropy[1:] * unit, -(log_p.exp() * log_p).sum(-1) * unit),
     }

@@ -69,7 +69,7 @@ class Case:
     sinks: bool = False
     packed: tuple[tuple[int, int], ...] = ()  # lengths (queries, keys) of sequences; instead of the two lengths above
     heads: str = "all"  # all, some: every other one, split: rows of some and columns of others
-    layout: str = "plain"  # plain, bthd: heads innermost as models have them, guarded: views into NaN
+    layout: str = "plain"  # plain, bthd: heads innermost as models have them, guarded, strided: views into NaN
     spread: float = 1.0  # of the scores
     seed: int = 0
     asked: tuple[int, ...] = ()  # which of the statistics below, by index; (): all
@@ -115,6 +115,9 @@ class Case:
             batch, heads, length, dim = x.shape
             room = torch.full((batch + 1, heads + 1, length + 8, dim + 3), torch.nan, dtype=x.dtype, device=x.device)
             view = room[:batch, :heads, 4 : 4 + length, 1 : 1 + dim]
+            return view.copy_(x)
+        if self.layout == "strided":  # the last dimension too, with NaN between its elements
+            view = torch.full((*x.shape[:3], 2 * x.shape[3]), torch.nan, dtype=x.dtype, device=x.device)[..., ::2]
             return view.copy_(x)
         return x
 

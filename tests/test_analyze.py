@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from attnstats import analyze as pipeline
 from attnstats import models
@@ -79,6 +82,19 @@ def test_entropy_is_of_the_distribution_that_the_token_was_drawn_from(tiny, anal
         expected = -(p * p.log()).sum(-1)
         assert analysis.entropy[0].isnan()
         torch.testing.assert_close(analysis.entropy[1:].double(), expected[:-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_entropy_is_that_of_the_temperature(tiny, temperature):
+    settings = dataclasses.replace(SETTINGS, temperature=temperature)
+    (analysis,) = analyze(tiny, QUESTIONS[:1], settings, Silent())
+    with torch.no_grad():
+        logits = tiny.model(input_ids=analysis.token_ids[None]).logits[0].double()
+    p = (logits / temperature).softmax(-1)
+    torch.testing.assert_close(analysis.entropy[1:].double(), -(p * p.log()).sum(-1)[:-1], atol=1e-5, rtol=1e-5)
+    wrong = differences(tiny, [analysis], SETTINGS, Silent())
+    assert wrong.pop("entropy") > 1e-2
+    assert max(wrong.values()) < 2e-5
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -162,6 +178,70 @@ def test_the_system_text_goes_before_the_question(tiny):
     assert analysis.tokens[: analysis.response_start] == expected
 
 
+TEXTS = (
+    "how many rolls? 48 - 30 = 18.",
+    "  two spaces,\n\n\ttabs and don't . clean up",
+    "漢字 é 🥐🥖 ß",
+    "a🥐",
+    "�� a real replacement character",
+    "",
+)
+
+
+def words_with_a_mark_for_spaces():
+    """As Llama 2 has it: `▁` for a space, bytes for what isn't in the vocabulary, the first space dropped."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz,.'", "▁h", "ma"]
+    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, [("▁", "h"), ("m", "a")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    drop = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), drop])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def bytes_alone():
+    """As GPT-2 has it, without a merge: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("make", [words_with_a_mark_for_spaces, bytes_alone])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_pieces_of_a_text_are_the_text(make, text):
+    tokenizer = make()
+    ids = tokenizer(text)["input_ids"]
+    pieces = pipeline.pieces(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    # Each character is whole, in the token that ends it.
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+def test_pieces_keep_the_spaces_between_words():
+    tokenizer = words_with_a_mark_for_spaces()
+    assert pipeline.pieces(tokenizer, tokenizer("so how ma é")["input_ids"]) == [
+        "", "s", "o", " h", "o", "w", " ", "ma", " ", "", "é",
+    ]  # fmt: skip
+
+
+def test_bytes_that_are_no_text_do_not_hold_up_the_rest():
+    tokenizer = bytes_alone()
+    lone, rest = tokenizer.convert_tokens_to_ids("\u0122"), tokenizer("a b")["input_ids"]  # the byte 0x80
+    ids = [lone] * 9 + rest
+    pieces = pipeline.pieces(tokenizer, ids)
+    assert "".join(pieces) == "\ufffd" * 9 + "a b"
+    assert pieces[-2:] == [" ", "b"]
+    assert next(i for i, piece in enumerate(pieces) if piece) < 5
+
+
+def test_tokens_are_the_pieces_of_prompt_and_response(tiny, analyses):
+    for analysis in analyses:
+        assert "".join(analysis.tokens) == tiny.tokenizer.decode(analysis.token_ids)
+        assert analysis.response_text == "".join(analysis.tokens[analysis.response_start :])
+
+
 def test_the_models_own_attention_is_back(tiny, analyses):
     assert tiny.model.config._attn_implementation == "sdpa"
 
@@ -172,6 +252,16 @@ def test_timings_of_each_stage(tiny):
     assert set(timings) == {"generate", "statistics"}
 
 
+@pytest.mark.parametrize("changes", [
+    {"seed": 2**64 - 1}, {"seed": -(2**63)}, {"temperature": 1e-6}, {"temperature": 1e6}, {"window": 2**31 - 2},
+])  # fmt: skip
+def test_the_last_setting_that_is_allowed_works(tiny, changes):
+    settings = dataclasses.replace(SETTINGS, **{"temperature": 1.0, **changes})
+    (analysis,) = analyze(tiny, QUESTIONS[:1], settings, Silent())
+    assert analysis.entropy[1:].isfinite().all()
+    assert analysis.waad.isfinite().all()
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"window": 0}, "--window: WAAD: window must be an integer >= 1, got 0"),
     ({"fai_lo": 20, "fai_hi": 10}, "--horizon: FAI: lo must be <= hi, got lo=20, hi=10"),
@@ -180,7 +270,14 @@ def test_timings_of_each_stage(tiny):
     ({"head_share": float("nan")}, "--head-share"),
     ({"max_tokens": 0}, "--max-tokens must be >= 1, got 0"),
     ({"max_tokens": 1000}, r"--max-tokens 1000: with a prompt of \d+ tokens .* at most \d+ fit"),
-    ({"temperature": -1.0}, "--temperature must be >= 0"),
+    ({"window": 2**31}, r"--window: WAAD: window must be below 2\*\*31 - 1, got 2147483648"),
+    ({"fai_hi": 2**31 - 1}, "--horizon: FAI: hi must be below"),
+    ({"temperature": -1.0}, r"--temperature must be 0 \(greedy\) or from 1e-06 to 1e\+06, got -1.0"),
+    ({"temperature": float("nan")}, "--temperature must be .* got nan"),
+    ({"temperature": float("inf")}, "--temperature must be .* got inf"),
+    ({"temperature": 1e-40}, "--temperature must be .* got 1e-40"),
+    ({"seed": 2**64}, "--seed must be a 64-bit integer"),
+    ({"seed": -(2**63) - 1}, "--seed must be a 64-bit integer"),
     ({"layers": (6,)}, "--layers: the model has 6 layers"),
     ({"layers": ()}, "--layers"),
 ])  # fmt: skip

@@ -54,6 +54,7 @@ CASES = {
     "value-wider": Case(value_dim=40),
     "value-narrower": Case(head_dim=48, value_dim=16),
     "heads-innermost": Case(layout="bthd"),
+    "strided": Case(layout="strided", padding="right"),
     "guarded": Case(layout="guarded", padding="left", counted="some"),
     "guarded-full": Case(layout="guarded", is_causal=False, query_length=19, key_length=19, dtype="float16"),
     "flat": Case(spread=0.0),
@@ -70,7 +71,8 @@ def test_matches_reference(case, backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "name", ["default", "queries-last", "full", "cross", "left", "padding-only", "some-count", "head-59", "guarded"]
+    "name",
+    ["default", "queries-last", "full", "cross", "left", "padding-only", "some-count", "head-59", "guarded", "strided"],
 )
 def test_from_lse_matches_reference(name, backend, device):
     check(CASES[name], backend, device if backend == "triton" else "cpu", from_lse=True)
@@ -139,6 +141,58 @@ def test_the_same_inputs_give_the_same_bits(backend, device):
     assert torch.equal(runs[0].output, runs[1].output)
     for statistic in case.statistics():
         assert torch.equal(runs[0].statistics[statistic], runs[1].statistics[statistic])
+
+
+@pytest.mark.parametrize("value_dim", [16, 24])  # torch's flash attention for CPU takes the first alone
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_autocast_changes_nothing(backend, value_dim, device):
+    device = device if backend == "triton" else torch.device("cpu")
+    case = Case(padding="left", counted="some", value_dim=value_dim)
+    asked = [s for s in case.statistics() if not isinstance(s, MaxLogit)]
+    arguments = case.arguments(device) | {"backend": backend}
+
+    def run():
+        query, key, value = case.tensors(device)
+        output, stats = attnstats.attention(query, key, value, statistics=case.statistics(), **arguments)
+        beside = attnstats.statistics_from_lse(query, key, stats.lse, statistics=asked, **arguments)
+        return output, stats.lse, *stats.values(), *beside.values()
+
+    expected = run()
+    with torch.autocast(device.type, torch.bfloat16):
+        found = run()
+    for inside, outside in zip(found, expected, strict=True):
+        assert inside.dtype == outside.dtype
+        assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_taken_under_autocast_are_the_same(backend, device):
+    tensors = Case(value_dim=24).tensors(device if backend == "triton" else "cpu")
+    query, key, value = (x.requires_grad_() for x in tensors)
+    output, _ = attnstats.attention(query, key, value, enable_gqa=True, backend=backend)
+    ones = torch.ones_like(output)
+    expected = torch.autograd.grad(output, (query, key, value), ones, retain_graph=True)
+    with torch.autocast(query.device.type, torch.bfloat16):
+        found = torch.autograd.grad(output, (query, key, value), ones)
+    assert all(torch.equal(inside, outside) for inside, outside in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("value_dim", [16, 24])  # torch's flash attention for CPU takes the first alone
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_are_refused(backend, value_dim, device):
+    tensors = Case(group=1, value_dim=value_dim).tensors(device if backend == "triton" else "cpu")
+    query, key, value = (x.requires_grad_() for x in tensors)
+    output, _ = attnstats.attention(query, key, value, statistics=["waad"], backend=backend)
+    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|derivative .* not implemented"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 1, -0.5, float("nan")])
+def test_dropout_is_refused(dropout_p):
+    query, key, value = Case(group=1).tensors()
+    with pytest.raises(ValueError, match=f"dropout_p must be 0, got {dropout_p}"):
+        attnstats.attention(query, key, value, dropout_p=dropout_p)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -28,6 +28,8 @@ Q, K, V = Case(batch=2, key_heads=2, group=2).tensors()  # (2, 4, 37, 16), (2, 2
         ({"key": K[:, :, :5], "value": V[:, :, :5]}, ValueError, "is_causal.*Tq=37, Tk=5.*query_offset"),
         ({"query_offset": -1}, ValueError, "query_offset must be an integer >= 0, got -1"),
         ({"query_offset": 1.5}, ValueError, "query_offset"),
+        ({"query_offset": True}, ValueError, "query_offset must be an integer >= 0, got True"),
+        ({"scale": True}, ValueError, "scale must be a finite number .*got True"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
         ({"query_mask": torch.ones(2, 37)}, TypeError, r"query_mask must be a bool tensor, got torch.float32.*\.bool"),
         ({"query_mask": torch.ones(2, 36).bool()}, ValueError, r"query_mask must have shape \(2, 37\), got \(2, 36\)"),

@@ -31,10 +31,23 @@ def test_share_of_heads(shape, share, count):
 def test_ties_go_to_the_first_head_in_layer_order():
     classes = classify(torch.ones(3, 4), 0.25)
     assert classes.local.flatten().nonzero()[:, 0].tolist() == [0, 1, 2]
-    assert classes.global_.flatten().nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert classes.global_.flatten().nonzero()[:, 0].tolist() == [3, 4, 5]
     tied = classify(torch.tensor([[2.0, 1.0, 1.0], [3.0, 3.0, 1.0]]), 0.34)
     assert tied.local.tolist() == [[False, True, True], [False, False, False]]
     assert tied.global_.tolist() == [[False, False, False], [True, True, False]]
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 3), (2, 3), (3, 4), (5, 9)])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.49, 0.5])
+def test_heads_that_tie_are_never_both(shape, share):
+    """A model whose heads all attend alike, and one in which a single head differs."""
+    one_apart = torch.ones(shape).flatten().index_fill(0, torch.tensor(1), 2.0).view(shape)
+    for distance in (torch.ones(shape), one_apart, -one_apart):
+        classes = classify(distance, share)
+        assert not (classes.local & classes.global_).any()
+        assert classes.local.sum() == classes.global_.sum() >= 1
+        assert distance[classes.local].max() <= distance[~classes.local].min()
+        assert distance[classes.global_].min() >= distance[~classes.global_].max()
 
 
 def test_names():

@@ -285,6 +285,46 @@ def test_a_larger_lse_scales_linear_statistics(backend, where):
         close(shifted[s], base[s] * math.exp(-0.5), 1e-4)
 
 
+@pytest.mark.parametrize("window", [1, 10, 64])
+def test_waad_takes_a_row_to_sum_to_one(window, backend, where):
+    """It is `window` less a band, so mass that an lse takes away counts as if it were `window` tokens back."""
+    case = Case(group=1, padding="left")
+    query, key, _ = case.tensors(where)
+    arguments = case.arguments(where)
+    base = attnstats.attention(query, key, key, statistics=[WAAD(window)], backend=backend, **arguments).statistics
+    shifted = attnstats.statistics_from_lse(
+        query, key, base.lse + 0.5, statistics=[WAAD(window)], backend=backend, **arguments
+    )
+    mass = math.exp(-0.5)
+    live = (base.lse > -torch.inf).float()
+    expected = base[WAAD(window)] * mass + window * (1 - mass) * live
+    close(shifted[WAAD(window)], expected, 3e-5 * window)
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_a_sink_takes_its_share_of_every_linear_statistic(name):
+    """With its sinks told, WAAD knows that a row sums to less than 1 too."""
+    case = Case(padding="left")
+    query, key, value = case.tensors()
+    arguments = case.arguments() | {"backend": name}
+    asked = [WAAD(10), LocalMass(4), MeanDistance(), FAI(2, 9), Received(), SinkMass(2)]
+    rows = [s for s in asked if not isinstance(s, (FAI, Received))]
+    base = attnstats.attention(query, key, value, statistics=asked, **arguments).statistics
+    sinks = torch.linspace(-3, 3, query.shape[1])
+    told = arguments | {"sinks": sinks}
+    lse = torch.logaddexp(base.lse, sinks[:, None])
+    with_sinks = attnstats.attention(query, key, value, statistics=asked, **told).statistics
+    beside = attnstats.statistics_from_lse(query, key, lse, statistics=asked, **told)
+    live = base.lse > -torch.inf
+    close(with_sinks.lse[live], lse[live])
+    share = (base.lse - lse).exp().masked_fill(~live, 0.0)
+    assert float(share[live].max()) < 1
+    for s in rows:
+        close(with_sinks[s], base[s] * share, 1e-4)
+    for s in asked:
+        close(beside[s], with_sinks[s], 1e-4)
+
+
 def test_pooled_map_sums_back(backend, where):
     case = Case(padding="left", counted="some")
     finest = PooledMap(37, 37)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -163,6 +164,7 @@ def test_wheel_that_is_not_installed(monkeypatch):
     ({"model": "{unknown}"}, "--model .*no-such-kind"),
     ({"model": "{tiny}", "dtype": "int8"}, "--dtype int8: unknown; use auto, float32"),
     ({"model": "{tiny}", "device": "abacus"}, "--device abacus: .*cpu always works"),
+    ({"model": "{tiny}", "device": "meta"}, "--device meta: holds shapes and no numbers .*cpu always works"),
     ({"model": "{tiny}", "device": "cuda:99"}, "--device cuda:99: .*cpu always works"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, tiny, arguments, message):
@@ -176,6 +178,51 @@ def test_bad_input(tmp_path, tiny, arguments, message):
     with pytest.raises(InputError, match=message) as error:
         models.load(**filled)
     assert "\n" not in str(error.value)
+
+
+def set_config(**changes):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def cut_weights(length):
+    def cut(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:length])
+
+    return cut
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (cut_weights(0), "SafetensorError: "),
+    (cut_weights(2000), "SafetensorError: "),
+    (cut_weights(-8), "SafetensorError: "),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 5000), "SafetensorError: "),
+    (set_config(intermediate_size=64), "RuntimeError: "),  # weights of another shape
+    (set_config(hidden_size="wide"), "hidden_size"),
+    (set_config(num_attention_heads=0), "ZeroDivisionError: "),
+    (set_config(hidden_act="no-such"), "KeyError: 'no-such'"),
+    (lambda folder: (folder / "tokenizer.json").write_text("{"), "Expecting"),
+])  # fmt: skip
+def test_a_folder_with_broken_files_is_one_line(tmp_path, tiny, damage, message):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=f"--model {folder}: .*{message}.*whole and unbroken") as error:
+        models.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_without_room_is_one_line(tiny, monkeypatch):
+    def full(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(InputError, match=r"--device cpu: CUDA out of memory \(cpu"):
+        models.load(str(tiny), device="cpu")
 
 
 def test_hub_that_cannot_be_reached_is_asked_once(monkeypatch):

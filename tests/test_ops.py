@@ -156,6 +156,23 @@ def test_a_statistic_without_a_device_weight_says_so(device):
     attnstats.attention(query, key, value, statistics=[WithoutKernel()], backend="tiled")
 
 
+def test_a_namesake_of_ours_does_not_get_our_device_weight(device):
+    @dataclass(frozen=True)
+    class WAAD(RowStatistic):  # another one than ours
+        window: int = 10
+
+        def weight(self, distance: torch.Tensor) -> torch.Tensor:
+            return distance.abs() * 2
+
+    assert WAAD.name == "waad"
+    query, key, value = Case(group=1).tensors(device)
+    with pytest.raises(ValueError, match=r"WAAD has no device weight.*backend='tiled'"):
+        attnstats.attention(query, key, value, statistics=[WAAD()], backend="triton")
+    query, key, value = (x.cpu() for x in (query, key, value))
+    found = attnstats.attention(query, key, value, statistics=[WAAD(), "mean_distance"], backend="tiled").statistics
+    torch.testing.assert_close(found["waad"], 2 * found["mean_distance"])
+
+
 def test_explain_names_kernels_tiles_and_costs(capsys, device):
     query, key, value = Case(group=1).tensors(device)
     attnstats.explain(query, key, value, statistics=[WAAD(), FAI(), Received(), "sink_mass"], backend="triton")

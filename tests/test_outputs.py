@@ -1,8 +1,10 @@
 """What is written: tables and tensors read back, and a folder that changes whole or not at all."""
 
 import csv
+import importlib
 import json
 import os
+import sys
 
 import pandas
 import pytest
@@ -75,9 +77,27 @@ def test_summary_is_plain_json(tmp_path):
         outputs.write_summary(tmp_path, {"number": float("nan")})
 
 
+def test_every_file_follows_the_umask(tmp_path, analyses):
+    before = os.umask(0o027)
+    try:
+        outputs.write_tables(tmp_path, analyses)
+        outputs.write_tensors(tmp_path, analyses)
+        outputs.write_summary(tmp_path, {})
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(set(outputs.FILES) - {outputs.REPORT}, "0o640")
+
+
 def test_versions_and_memory():
     assert {"attnstats", "torch", "triton", "transformers", "python"} <= set(outputs.versions())
     assert outputs.peak_memory()["resident"] > 2**24
+
+
+def test_where_posix_is_absent_resident_memory_is_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    importlib.reload(outputs)
+    assert "resident" not in outputs.peak_memory()
 
 
 def fill(out, text="new"):

@@ -1,5 +1,6 @@
 """Prompt files and how a question becomes what a model reads."""
 
+import json
 import re
 
 import pytest
@@ -16,6 +17,22 @@ def test_jsonl_and_text_files(tmp_path):
     assert read_prompts(tmp_path / "a.jsonl") == ["one?", "zwei\nüber?"]
     (tmp_path / "b.txt").write_text("one?\n\n  two?\n")
     assert read_prompts(tmp_path / "b.txt") == ["one?", "two?"]
+
+
+SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # str.splitlines() splits at each of them
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    lines = [f"how{c}many" for c in SEPARATORS]
+    (tmp_path / "a.txt").write_bytes("\r\n".join(lines).encode())
+    assert read_prompts(tmp_path / "a.txt") == lines
+    allowed = [line for line in lines if line[3] >= " "]  # JSON escapes the others
+    records = [json.dumps({"question": line}, ensure_ascii=False) for line in allowed]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join([*records, ""]).encode())
+    assert read_prompts(tmp_path / "a.jsonl") == allowed
+    (tmp_path / "a.jsonl").write_bytes("\n".join([*records[:2], "{"]).encode())
+    with pytest.raises(InputError, match="line 3: not JSON"):
+        read_prompts(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

@@ -73,6 +73,13 @@ def test_markup_is_balanced(page):
     assert page.open == []
 
 
+def test_a_token_that_only_begins_a_character_can_be_seen_and_hovered_over():
+    page = Page(report.render([synthetic_analysis(["how", " many", "", "", "漢", "."])], Settings(), SUMMARY))
+    notes = [attributes["title"] for tag, attributes in page.tags if tag == "span" and "title" in attributes]
+    assert sum(note.startswith(("token 1: ·\n", "token 2: ·\n")) for note in notes) == 4
+    assert [text for inside, text in page.texts if inside == "span"].count("·") >= 4
+
+
 def test_nothing_runs_and_nothing_is_loaded(page, text):
     allowed = {
         "html", "head", "meta", "title", "style", "body", "header", "main", "footer", "article", "section", "figure",

@@ -36,6 +36,13 @@ def test_peaks_and_files_are_listed(tmp_path):
     assert f"{tmp_path}/report.html" in text.replace("\n", "")
 
 
+def test_a_token_that_only_begins_a_character_is_seen_among_the_peaks(tmp_path):
+    analysis = synthetic_analysis(["how", " many", "", "", "漢", " "])
+    lines = shown(lambda terminal: terminal.show([analysis], tmp_path)).splitlines()
+    assert sum("·" in line.split() for line in lines) >= 2
+    assert sum("space" in line.split() for line in lines) >= 1
+
+
 def test_without_a_terminal_progress_is_lines_now_and_then(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])

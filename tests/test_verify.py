@@ -42,6 +42,14 @@ def test_every_wrong_number_is_found(tiny, analysis, field, name, error):
     assert max(largest.values()) < 1e-5
 
 
+@pytest.mark.parametrize(("temperature", "unit"), [(0.0, 1.0), (1e-3, 1e-3), (5.0, 1.0)])
+def test_a_low_temperature_does_not_magnify_how_logits_are_rounded(tiny, temperature, unit):
+    settings = dataclasses.replace(SETTINGS, temperature=temperature)
+    (analysis,) = analyze(tiny, ["how many rolls"], settings, Silent())
+    changed = dataclasses.replace(analysis, entropy=analysis.entropy + 0.5)
+    assert differences(tiny, [changed], settings, Silent())["entropy"] == pytest.approx(0.5 * unit, rel=1e-3)
+
+
 def test_a_wrong_validity_is_found(tiny, analysis):
     changed = dataclasses.replace(analysis, fai_valid=~analysis.fai_valid)
     assert differences(tiny, [changed], SETTINGS, Silent())["fai_valid"] == 1

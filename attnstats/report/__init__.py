@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnstats.analyze import Analysis, Settings
 from attnstats.report.charts import Curve, draw
-from attnstats.text import visible
+from attnstats.text import PART, visible
 
 # Upper ends of the shades, as shares of the response's tokens: half of them stay white, so that peaks stand out.
 SHADES = (0.50, 0.65, 0.78, 0.88, 0.95, 0.985)
@@ -78,7 +78,7 @@ def _within_limits(analyses: Sequence[Analysis]) -> tuple[list[tuple[Analysis, i
 def _prompt(number: int, analysis: Analysis, limit: int, settings: Settings) -> dict[str, Any]:
     start = analysis.response_start
     shown = slice(start, start + limit)
-    texts = [visible(text, newline="↵", tab="⇥") for text in analysis.tokens[shown]]
+    texts = [visible(text, newline="↵", tab="⇥") or PART for text in analysis.tokens[shown]]
     fai_valid = analysis.fai_valid[shown]
     waad = Curve("waad", "WAAD", "tokens", analysis.waad[shown], torch.ones(limit, dtype=torch.bool))
     fai = Curve("fai", "FAI", "% of attention", analysis.fai[shown] * 100, fai_valid)
