@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "forward_loop", "decode", "column", "band"]
+Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band"]
 
 
 class Config(NamedTuple):
@@ -29,25 +29,55 @@ class Config(NamedTuple):
 
 Table = dict[Kernel, dict[int, Config]]
 
-# Each entry holds for head sizes up to its key, which is a power of two. forward_loop: with statistics in the main
-# loop. decode: a few queries before many keys; BM counts the packed rows of one group's heads there, and in band.
+# Each entry holds for head sizes up to its key, a power of two. "forward_loop" is forward with statistics in its main
+# loop: its BN is forward's, or asking for them could change the output's last bit. "decode" is a few queries before many
+# keys; its BM, and band's, count the packed rows of one group's heads.
 HALF: Table = {
-    "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "forward_loop": {128: Config(64, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "forward": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    "forward_loop": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     "decode": {128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
-    "column": {128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
-    "band": {256: Config(128, 32, 8, 2)},
+    "column": {128: Config(64, 128, 4, 3), 256: Config(128, 128, 8, 2)},
+    "pooled": {128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
+    "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
 }
 # Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
 FLOAT32: Table = {
-    "forward": {128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 2)},
-    "forward_loop": {128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 2)},
-    "decode": {256: Config(16, 32, 4, 2)},
+    "forward": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
+    "forward_loop": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
+    "decode": {256: Config(16, 16, 4, 1)},
     "column": {256: Config(32, 32, 8, 2)},
+    "pooled": {256: Config(32, 32, 8, 2)},
     "band": {256: Config(32, 16, 8, 2)},
 }
-# Where an architecture differs from the above.
-BY_ARCHITECTURE: dict[str, dict[bool, Table]] = {}
+# What differs from the above, for 16-bit inputs.
+_SM_80: Table = {
+    "forward": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 8, 2)},
+    "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 8, 2)},
+    "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 4, 2)},
+}
+_SM_86: Table = _SM_80 | {  # 99 KB of shared memory
+    "forward": _SM_80["forward"] | {256: Config(64, 32, 8, 2)},
+    "forward_loop": _SM_80["forward_loop"] | {256: Config(64, 32, 8, 2)},
+}
+_SM_100: Table = {
+    "forward": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+    "forward_loop": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+    "column": {256: Config(128, 128, 8, 2)},
+}
+_GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
+    "forward": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    "forward_loop": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    "decode": {256: Config(16, 32, 4, 1)},
+    "column": {128: Config(64, 128, 4, 1), 256: Config(64, 128, 8, 1)},
+    "pooled": {128: Config(64, 64, 4, 1), 256: Config(64, 64, 8, 1)},
+    "band": {256: Config(128, 64, 4, 1)},
+}
+BY_ARCHITECTURE: dict[str, Table] = {
+    "sm_80": _SM_80,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _SM_86),
+    **dict.fromkeys(("sm_100", "sm_103"), _SM_100),
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _GFX942),
+}
 
 INTERPRETED = Config(32, 16)  # small, so that short sequences span several tiles
 SPLIT_KEYS = 1024  # keys of one program when decoding: fixed, so that the bits don't depend on the batch
@@ -94,10 +124,10 @@ def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_d
     if interpreted():
         yield INTERPRETED
         return
-    table = FLOAT32 if dtype == torch.float32 else HALF
-    architecture = _target[-1] if _target else _architecture(device)
-    special = BY_ARCHITECTURE.get(architecture, {}).get(dtype == torch.float32, {})
-    rows = special.get(kernel, table[kernel])
+    table = FLOAT32
+    if dtype != torch.float32:
+        table = HALF | BY_ARCHITECTURE.get(_target[-1] if _target else _architecture(device), {})
+    rows = table[kernel]
     config = next(config for widest, config in rows.items() if block_dim <= widest)
     yield config
     for stages in range(config.num_stages - 1, 0, -1):

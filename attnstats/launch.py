@@ -180,7 +180,7 @@ def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Co
     """Heads packed into a tile of the band kernel, and the tile's positions and keys."""
     packed = 1 if heads is not None else min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
     positions = max(16, config.BM // packed)
-    return packed, config._replace(BM=positions, BN=min(config.BN, positions))
+    return packed, config._replace(BM=positions)
 
 
 def _band(
@@ -262,7 +262,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
         _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cut, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
-    return _fitting("column", geometry, geometry.head_dim, run)
+    return _fitting("pooled", geometry, geometry.head_dim, run)
 
 
 def _column(

@@ -152,9 +152,11 @@ def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -
     for pooled in work.maps:
         count = len(geometry.heads.get(pooled, range(every)))
         segments = len(pooled.boundaries(geometry.query_length, geometry.key_length)[0]) - 1
-        blocks = -(-geometry.key_length // _config(geometry, "column").BN)
-        scratch = 4 * geometry.batch * count * segments * blocks
-        steps.append(Step(column, pooled.name, 2 * pairs * count * geometry.head_dim, scratch))
+        config = _config(geometry, "pooled")
+        scratch = 4 * geometry.batch * count * segments * -(-geometry.key_length // config.BN)
+        steps.append(
+            Step(f"kernel column: {_tiles(config)}", pooled.name, 2 * pairs * count * geometry.head_dim, scratch)
+        )
     for sink in work.sinks:
         rows = geometry.batch * len(geometry.heads.get(sink, range(every))) * geometry.query_length
         count = min(sink.count, geometry.key_length)
@@ -165,7 +167,7 @@ def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -
 
 
 def _config(geometry: Geometry, kernel: launch.Kernel) -> Config:
-    dim = geometry.head_dim if kernel in ("band", "column") else max(geometry.head_dim, geometry.value_dim)
+    dim = geometry.head_dim if kernel in ("band", "column", "pooled") else max(geometry.head_dim, geometry.value_dim)
     return next(candidates(kernel, geometry.device, geometry.dtype, launch.block_dim(dim)))
 
 

@@ -29,16 +29,15 @@ from attnstats.kernels.tiles import (
     scores,
     weigh,
     wide,
-    zeros_for,
 )
 
 
 @triton.jit
 def near(
-    sums, b_kt, o_key, p_q, q_strides, p_lse2, offset, first, last, left, right, scale2, cap2,
-    COLUMNS: tl.constexpr, BM: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    b_sum, b_kt, o_key, p_q, q_strides, p_lse2, offset, first, last, left, right, scale2, cap2,
+    COLUMNS: tl.constexpr, J: tl.constexpr, BM: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Add to the sums [BN] what the queries first .. last give, whether or not they see all keys."""
+    """Add to b_sum [BN], statistic J's, what the queries first .. last give, whether or not they see all keys."""
     for start in range(first, last, BM):
         o_row = start + tl.arange(0, BM)
         b_q = load_tile(p_q, q_strides, start, last, BM, DIM, BLOCK_DIM, True)  # [BM, BLOCK_DIM]
@@ -47,12 +46,8 @@ def near(
         distance = offset + o_row[:, None] - o_key[None, :]
         m_seen = inside((b_lse2 < float("inf"))[:, None], distance, left, right)
         b_a = tl.exp2(tl.where(m_seen, b_x, float("-inf")))
-        updated = ()
-        for j in tl.static_range(len(COLUMNS) // FIELDS):
-            b_w = weigh(distance.to(tl.float32), COLUMNS, j)
-            updated = updated + (sums[j] + tl.sum(b_a * b_w, 0),)
-        sums = updated
-    return sums
+        b_sum += tl.sum(b_a * weigh(distance.to(tl.float32), COLUMNS, J), 0)
+    return b_sum
 
 
 @triton.jit
@@ -127,30 +122,22 @@ def column(
             whole = tl.minimum(first + tl.cdiv(whole - first, BM) * BM, last)
         edge = whole + tl.maximum(edge - whole, 0) // BM * BM
 
-        sums = zeros_for(len(COLUMNS) // FIELDS, (BN,))
+        # One statistic after the other: together they would take more registers than there are.
+        sums = ()
+        for j in tl.static_range(len(COLUMNS) // FIELDS):
+            b_sum = tl.zeros((BN,), tl.float32)
+            for part in tl.range(0, 2, num_stages=1):
+                b_sum = near(
+                    b_sum, b_kt, o_key, p_q_head, q_strides, p_lse2_head, offset,
+                    tl.where(part == 0, first, edge), tl.where(part == 0, whole, last),
+                    left, right, scale2, cap2, COLUMNS, j, BM, DIM, BLOCK_DIM,
+                )  # fmt: skip
+            sums = sums + (b_sum,)
         b_far = tl.zeros((BM, BN), tl.float32)
         if FAR is not None:
             b_far = far(
-                b_far,
-                b_kt,
-                p_q_head,
-                q_strides,
-                p_lse2_head,
-                whole,
-                edge,
-                scale2,
-                cap2,
-                COUNTED,
-                BM,
-                DIM,
-                BLOCK_DIM,
-            )
-        for part in tl.range(0, 2, num_stages=1):
-            begin = tl.where(part == 0, first, edge)
-            end = tl.where(part == 0, whole, last)
-            sums = near(
-                sums, b_kt, o_key, p_q_head, q_strides, p_lse2_head, offset, begin, end,
-                left, right, scale2, cap2, COLUMNS, BM, DIM, BLOCK_DIM,
+                b_far, b_kt, p_q_head, q_strides, p_lse2_head, whole, edge, scale2, cap2,
+                COUNTED, BM, DIM, BLOCK_DIM,
             )  # fmt: skip
         b_far_sum = tl.sum(b_far, 0)
         if p_bounds is None:
