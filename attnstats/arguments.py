@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -231,7 +232,7 @@ def _window(window_size: Window | None, is_causal: bool) -> Window:
     whole = all(side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides)
     if len(sides) != 2 or not whole or any(side is not None and not -1 <= side < 2**31 - 1 for side in sides):
         raise ValueError(
-            f"window_size must be (left, right), each an integer >= 0, or None or -1 for no limit; got {window_size!r}. "
+            f"window_size must be (left, right), integers >= 0, or None or -1 for no limit; got {window_size!r}. "
             "A sliding window of w tokens is (w - 1, 0)"
         )
     left, right = (None if side == -1 else side for side in sides)
@@ -324,7 +325,7 @@ def _packing(
             longest.append(min(given, length))
             continue
         values = _read(cu)
-        steps = [b - a for a, b in zip(values[:-1], values[1:], strict=True)]
+        steps = [b - a for a, b in pairwise(values)]
         if values[0] != 0 or min(steps) < 0 or values[-1] > length:
             fault = "start at 0" if values[0] else "not decrease" if min(steps) < 0 else f"end at most at {length}"
             raise ValueError(f"{name} must {fault}, got {_short(values)}")

@@ -165,8 +165,9 @@ def varlen_attention(
         >>> import torch, attnstats
         >>> query, key, value = torch.zeros(3, 5, 1, 16)
         >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-        >>> packed = attnstats.varlen_attention(query, key, value, cu_seqlens_q=cu_seqlens, statistics=["mean_distance"])
-        >>> packed.statistics["mean_distance"]
+        >>> asked = [attnstats.MeanDistance()]
+        >>> _, stats = attnstats.varlen_attention(query, key, value, cu_seqlens_q=cu_seqlens, statistics=asked)
+        >>> stats["mean_distance"]
         tensor([[0.0000, 0.5000, 0.0000, 0.5000, 1.0000]])
 
     Source: as `attention`.
@@ -251,7 +252,7 @@ def explain(
     """Print what `attention` would run on these tensors, or with `value=None` what `statistics_from_lse` would.
 
     Every pass with its tiles, what it computes, its floating-point operations and its scratch memory, over all
-    heads. Takes the other arguments of `attention`, or with cu_seqlens_q of `varlen_attention`, and raises their errors.
+    heads. Takes the other arguments of `attention`, with cu_seqlens_q of `varlen_attention`, and raises their errors.
 
     Example:
         >>> import torch, attnstats

@@ -30,8 +30,8 @@ class Config(NamedTuple):
 Table = dict[Kernel, dict[int, Config]]
 
 # Each entry holds for head sizes up to its key, a power of two. "forward_loop" is forward with statistics in its main
-# loop: its BN is forward's, or asking for them could change the output's last bit. "decode" is a few queries before many
-# keys; its BM, and band's, count the packed rows of one group's heads.
+# loop: its tiles are forward's, or asking for them could change the output's last bit. "decode" is a few queries before
+# many keys; its BM, and band's, count the packed rows of one group's heads.
 HALF: Table = {
     "forward": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     "forward_loop": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},

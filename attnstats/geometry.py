@@ -180,9 +180,9 @@ class Geometry:
         return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
 
     def visible_pairs(self) -> int:
-        """Pairs (t, s) inside the causal mask, windows and sequences, of one head, padding included."""
+        """Pairs (t, s) inside the causal mask, windows and sequences, of a head of a batch row, padding included."""
         first, end = self._seen()
-        return int((end - first).sum()) * self.batch
+        return int((end - first).expand(self.query_length).sum())
 
     def subset(self, heads: tuple[int, ...]) -> Geometry:
         """The same call for some of its query heads, each with a key head of its own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -90,11 +91,32 @@ def _forward(
     _launch(
         kernel,
         blocks * _sequences(geometry) * max(parts, 1),
-        (query, key, value, output, natural, rows, columns)
-        + (_flags(geometry.counted()), _flags(geometry.key_mask), None if parts else sinks2, *_boundaries(geometry))
-        + (_on_device(plan.reach_of_heads(geometry), geometry.device),),
-        (geometry.batch, _sequences(geometry), geometry.query_heads, geometry.group, geometry.offset)
-        + (geometry.query_length, geometry.key_length, longest, *_window(geometry), *_score(geometry)),
+        (
+            query,
+            key,
+            value,
+            output,
+            natural,
+            rows,
+            columns,
+            _flags(geometry.counted()),
+            _flags(geometry.key_mask),
+            None if parts else sinks2,
+            *_boundaries(geometry),
+            _on_device(plan.reach_of_heads(geometry), geometry.device),
+        ),
+        (
+            geometry.batch,
+            _sequences(geometry),
+            geometry.query_heads,
+            geometry.group,
+            geometry.offset,
+            geometry.query_length,
+            geometry.key_length,
+            longest,
+            *_window(geometry),
+            *_score(geometry),
+        ),
         tuple(_strides(x) for x in (query, key, value, output if output is None or not parts else output[0])),
         {
             "MOMENT": len(plan.moment),
@@ -200,10 +222,31 @@ def _band(
     _launch(
         kernel,
         -(-longest // config.BM) * programs * _sequences(geometry),
-        (query, key, divisor_of(lse) * LOG2E, rows, columns, _flags(geometry.counted()), _flags(geometry.key_mask))
-        + (_sinks2(geometry), *_boundaries(geometry), _on_device(heads, geometry.device)),
-        (geometry.batch, geometry.query_heads, count, geometry.group, geometry.offset, geometry.query_length)
-        + (geometry.key_length, longest, left if plan.bound(geometry) else None, right, *_score(geometry)),
+        (
+            query,
+            key,
+            divisor_of(lse) * LOG2E,
+            rows,
+            columns,
+            _flags(geometry.counted()),
+            _flags(geometry.key_mask),
+            _sinks2(geometry),
+            *_boundaries(geometry),
+            _on_device(heads, geometry.device),
+        ),
+        (
+            geometry.batch,
+            geometry.query_heads,
+            count,
+            geometry.group,
+            geometry.offset,
+            geometry.query_length,
+            geometry.key_length,
+            longest,
+            left if plan.bound(geometry) else None,
+            right,
+            *_score(geometry),
+        ),
         (_strides(query), _strides(key)),
         {
             "ROWS": _flat(plan.band_rows),
@@ -257,7 +300,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
         rows = max(16, _power_of_two(geometry.query_length // segments))
         config = config._replace(BM=min(config.BM, rows))
         pieces = _pieces(key_bounds, config.BN, geometry.device)
-        sums = _empty(geometry, (pieces.count, geometry.batch, count, segments))
+        sums = _empty(geometry, (pieces.total, geometry.batch, count, segments))
         cut = (_on_device(query_bounds, geometry.device), pieces.blocks, pieces.bounds)
         _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cut, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
@@ -289,11 +332,30 @@ def _column(
     _launch(
         kernel,
         -(-longest // config.BN) * count * _sequences(geometry),
-        (query, key, lse2, sums, _flags(geometry.key_mask), *_boundaries(geometry))
-        + (_on_device(heads, geometry.device), *(cut or (None, None, None))),
-        (geometry.batch, geometry.query_heads, count, geometry.group, geometry.offset, geometry.query_length)
-        + (geometry.key_length, longest, sums.shape[3] if cut else 1, *_window(geometry), _farthest(statistics))
-        + _score(geometry),
+        (
+            query,
+            key,
+            lse2,
+            sums,
+            _flags(geometry.key_mask),
+            *_boundaries(geometry),
+            _on_device(heads, geometry.device),
+            *(cut or (None, None, None)),
+        ),
+        (
+            geometry.batch,
+            geometry.query_heads,
+            count,
+            geometry.group,
+            geometry.offset,
+            geometry.query_length,
+            geometry.key_length,
+            longest,
+            sums.shape[3] if cut else 1,
+            *_window(geometry),
+            _farthest(statistics),
+            *_score(geometry),
+        ),
         (_strides(query), _strides(key)),
         {
             "COLUMNS": _flat(statistics),
@@ -312,8 +374,8 @@ def _column(
 class _Pieces(NamedTuple):
     """Blocks of keys cut at the boundaries of segments."""
 
-    count: int
-    bounds: Tensor  # [count + 1] where each piece begins
+    total: int
+    bounds: Tensor  # [total + 1] where each piece begins
     blocks: Tensor  # [blocks + 1] the first piece of each block
     of_segments: Tensor  # [J] how many pieces each segment has
 
@@ -328,7 +390,7 @@ def _pieces(key_bounds: tuple[int, ...], block: int, device: torch.device) -> _P
         len(starts),
         torch.tensor([*starts, length], dtype=torch.int32, device=device),
         torch.tensor([*(index[start] for start in range(0, length, block)), len(starts)], dtype=torch.int32).to(device),
-        torch.tensor([b - a for a, b in zip(first[:-1], first[1:], strict=True)], device=device),
+        torch.tensor([b - a for a, b in pairwise(first)], device=device),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnstats import launch
-from attnstats.configs import Config, candidates, interpreted
+from attnstats.configs import Config, Kernel, candidates, interpreted
 from attnstats.geometry import Evaluation, Geometry, Step
 from attnstats.plan import Heads, Plan
 from attnstats.statistics import Statistic
@@ -113,7 +113,7 @@ def _subset(
 def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
     """What `attend` (or `from_lse`) launches."""
     work = Plan.of(statistics, geometry.is_causal)
-    pairs = geometry.visible_pairs()
+    pairs = geometry.visible_pairs() * geometry.batch
     every = geometry.query_heads
     splits = launch.splits(geometry)
     steps = []
@@ -166,7 +166,7 @@ def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -
     return steps
 
 
-def _config(geometry: Geometry, kernel: launch.Kernel) -> Config:
+def _config(geometry: Geometry, kernel: Kernel) -> Config:
     dim = geometry.head_dim if kernel in ("band", "column", "pooled") else max(geometry.head_dim, geometry.value_dim)
     return next(candidates(kernel, geometry.device, geometry.dtype, launch.block_dim(dim)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -72,4 +73,4 @@ def _line(own: Tensor, other: Tensor, length: int) -> Line:
 
 def _pairs(boundaries: Tensor) -> Iterator[tuple[int, int]]:
     values = boundaries.tolist()
-    return zip(values[:-1], values[1:], strict=True)
+    return pairwise(values)

@@ -200,11 +200,6 @@ class Received(ColumnStatistic):
             _require_integer(self, "last", 1)
 
     @property
-    def far(self) -> tuple[int, float] | None:
-        """(distance, weight) if from that distance on the weight is constant and not 0; the kernels then save it."""
-        return None
-
-    @property
     def far(self) -> tuple[int, float]:
         return -OPEN_HORIZON, 1.0
 

@@ -125,7 +125,7 @@ def _gradients_by_sequence(
         )
         for grad, where, part in zip(grads, (of_rows, of_keys, of_keys), parts, strict=True):
             grad[where] = part
-        if grad_sinks is not None:
+        if grad_sinks is not None and sinks_part is not None:
             grad_sinks += sinks_part
     return grads[0], grads[1], grads[2], grad_sinks
 

@@ -197,8 +197,8 @@ def sink_mass(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, stati
         if geometry.right is not None:
             visible = visible & (distance >= -geometry.right)
         index = some[:, None, :, None].expand(-1, geometry.key_heads, -1, geometry.head_dim)
-        keys = key.gather(2, index).to(geometry.accumulator).repeat_interleave(geometry.group, dim=1)
-        scores = scaled @ keys.mT
+        gathered = key.gather(2, index).to(geometry.accumulator).repeat_interleave(geometry.group, dim=1)
+        scores = scaled @ gathered.mT
         if geometry.softcap is not None:
             scores.div_(geometry.softcap).tanh_().mul_(geometry.softcap)
         mass += scores.masked_fill_(~visible[:, None], -torch.inf).sub_(divisor).exp_().sum(-1)

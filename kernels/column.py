@@ -8,8 +8,9 @@
 Key-stationary: one matmul per tile instead of the forward's two and no online softmax, since A = exp2(Q K^T - lse2).
 From some distance on each weight is constant. There the tile of A is accumulated elementwise, once for all statistics
 and without a mask, and reduced once per segment; nearer tiles are weighted and reduced one by one.
-Queries that must not count, or see nothing, have lse2 = +inf in the copy that is passed here, so their A is
-exactly 0 and no query mask is read; COUNTED: some don't count, and a NaN in them is none of a key's business. Padding among the keys spoils only its own column, which is stored as 0.
+Queries that must not count, or see nothing, have lse2 = +inf in the copy that is passed here, so their A is exactly 0
+and no query mask is read; COUNTED: some don't count, and a NaN in them is none of a key's business. Padding among
+the keys spoils only its own column, which is stored as 0.
 
 Columns are stored as [COLUMNS, B, heads, Tk] float32; there is one segment, all queries. A pooled map has p_bounds,
 the segments' n + 1 boundaries, and cuts each block of keys into pieces at the boundaries of key segments: piece i of

@@ -221,6 +221,7 @@ def forward(
     else:
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     if left is not None:
+        # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
             b_out, b_max, b_sum, b_log, b_moment, sums = visit(
                 b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,

@@ -243,7 +243,7 @@ def band_sweep(
             i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
             left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
         )  # fmt: skip
-    for i_tile in range(0, before + tl.cdiv(tl.maximum(last, 0), BN)):
+    for i_tile in range(before + tl.cdiv(tl.maximum(last, 0), BN)):
         sums = band_step(
             sums, tl.where(i_tile < before, first, 0 - before * BN) + i_tile * BN, b_qt, b_lse2, m_counted, o_row,
             p_k, k_strides, p_key_mask, p_columns,

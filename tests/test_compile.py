@@ -10,8 +10,8 @@ import re
 import torch
 from attnstats import *
 from attnstats import ops
-from attnstats.geometry import Geometry
-from tests.aot import compiled, recorded, resources
+from attnstats.arguments import resolve
+from benchmarks.aot import compiled, recorded, resources
 
 ASKED = {
     "bare": (),
@@ -24,7 +24,7 @@ ASKED = {
 def launches(dim, dtype, asked, causal=True, padded=False):
     query, key = torch.empty(2, 8, 512, dim, dtype=dtype), torch.empty(2, 2, 512, dim, dtype=dtype)
     mask = torch.ones(2, 512, dtype=torch.bool) if padded else None
-    geometry = Geometry.resolve(query, key, key, asked, is_causal=causal, enable_gqa=True, key_padding_mask=mask)
+    geometry = resolve(query, key, key, asked, is_causal=causal, enable_gqa=True, key_padding_mask=mask)
     with recorded() as found:
         ops.attend(query, key, key, geometry, asked)
         ops.from_lse(query, key, torch.zeros(2, 8, 512), geometry, tuple(s for s in asked if s.name != "max_logit"))
@@ -75,7 +75,7 @@ class Sm90:
 driver.set_active(Sm90())
 from attnstats import *
 from attnstats import ops
-from attnstats.geometry import Geometry
+from attnstats.arguments import resolve
 
 def warm_up(kernel, grid, tensors, sizes, strides, constants, config):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -85,7 +85,7 @@ def warm_up(kernel, grid, tensors, sizes, strides, constants, config):
 ops._launch = warm_up
 asked = (WAAD(10), FAI(10, 100), Received(), Entropy())
 query = torch.empty(1, 8, 512, 128, dtype=torch.bfloat16)
-geometry = Geometry.resolve(query, query, query, asked)
+geometry = resolve(query, query, query, asked)
 ops.attend(query, query, query, geometry, asked)
 ops.from_lse(query, query, torch.zeros(1, 8, 512), geometry, asked)
 """

@@ -5,6 +5,7 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD
+from attnstats.arguments import resolve
 from attnstats.geometry import Geometry
 from tests.cases import Case
 
@@ -60,7 +61,7 @@ def test_bad_arguments_are_named(changed, error, match):
 
 
 def geometry(case: Case) -> Geometry:
-    return Geometry.resolve(*case.tensors(), (), **case.arguments())
+    return resolve(*case.tensors(), (), **case.arguments())
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
@@ -84,6 +85,6 @@ def test_counts_equal_dense_counts(padding, counted, queries, keys, offset):
 
 def test_the_last_counted_queries():
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
-    facts = Geometry.resolve(Q[:, :, :5], K, V, (), enable_gqa=True, query_mask=mask)
+    facts = resolve(Q[:, :, :5], K, V, (), enable_gqa=True, query_mask=mask)
     expected = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
     assert torch.equal(facts.counted(2), expected)

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, ops, reference
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats.arguments import resolve
+from attnstats.plan import Plan
 from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
 from tests.cases import Case, check
 from tests.guards import Guarded
@@ -83,13 +85,30 @@ def test_each_statistic_goes_where_it_is_cheapest():
     band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
     whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))
     asked = (*band, *whole, Entropy(), MaxLogit())
-    plan = ops.Plan.of(asked)
+    query = torch.zeros(1, 2, 8, 16)
+    causal, full = (resolve(query, query, None, asked, is_causal=is_causal) for is_causal in (True, False))
+    plan = Plan.of(asked, causal=True)
     assert plan.band_rows == (WAAD(10),)
     assert plan.band_columns == (FAI(10, 100),)
-    assert plan.loop_rows == (MeanDistance(),)
-    assert plan.column_passes() == {None: (FAI(0, None), FAI(0, 5000), Received()), 4: (Received(4),)}
-    assert plan.reach(causal=True) == (100, 0)
-    assert plan.reach(causal=False) == (100, 9)
+    assert plan.moment == (MeanDistance(),)
+    assert Plan.of(asked, causal=False).loop_rows == (MeanDistance(),)
+    together = (FAI(0, None), FAI(0, 5000), Received())
+    assert plan.column_passes(causal) == {(None, None): together, (4, None): (Received(4),)}
+    assert plan.reach(causal) == (100, 0)
+    assert plan.reach(full) == (100, 9)
+    assert plan.rows_behind(causal) == 9
+    assert plan.reach_of_heads(causal) is None
+
+
+def test_heads_that_ask_for_less_get_less():
+    asked: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100), Received())
+    query = torch.zeros(1, 4, 8, 16)
+    heads = {"waad": [2, 0], "fai": [2], "received": [1]}
+    geometry = resolve(query, query, None, asked, heads=heads, window_size=(50, 0))
+    plan = Plan.of(asked, causal=True)
+    assert plan.reach_of_heads(geometry) == (9, -1, 50, -1)
+    assert [passed.bands for passed in plan.band_passes(geometry).values()] == [(WAAD(10),), (FAI(10, 100),)]
+    assert plan.column_passes(geometry) == {(None, (1,)): (Received(),)}
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from attnstats import FAI, WAAD, LocalMass, MeanDistance, Received
 from attnstats.kernels.tiles import FIELDS, weigh
-from attnstats.ops import _flat
+from attnstats.launch import _flat
 from attnstats.statistics import CATALOGUE, DistanceWeighted
 
 SETTINGS = [
@@ -24,10 +24,10 @@ def evaluate(p_distance, p_out, WEIGHTS: tl.constexpr, N: tl.constexpr):
 @pytest.mark.parametrize("statistic", SETTINGS, ids=str)
 def test_device_weight_is_the_weight(statistic, device):
     distance = torch.cat([torch.arange(-128, 124), torch.tensor([-(10**6), 10**6, 2**24 - 1, 2**30])])
-    distance = distance.to(device, torch.int32)
+    distance = distance.to(device, torch.float32)
     found = torch.empty(256, device=device)
     evaluate[(1,)](distance, found, _flat([statistic]), 256)
-    assert torch.equal(found, statistic.weight(distance).float() - statistic.tail)
+    assert torch.equal(found, statistic.weight(distance.int()).float() - statistic.tail)
 
 
 def test_every_distance_weighted_statistic_is_here():

@@ -1,7 +1,8 @@
-"""Compile what `attnstats.ops` would launch, for any target, on a machine without a GPU.
+"""Compile what attnstats/launch.py would launch, for any target, on a machine without a GPU.
 
 Run in a process without TRITON_INTERPRET. `recorded` swaps the launch for a recorder, so that signatures,
-specialisations and configurations are those of real calls; `compiled` builds one of them. Used by test_compile.py.
+specialisations and configurations are those of real calls; `compiled` builds one of them. Used by compile_report.py
+and tests/test_compile_report.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnstats import ops
+from attnstats import launch
+from attnstats.configs import Config, targeting
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,29 +42,31 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]  # positional, tuples of strides included
     constants: dict[str, Any]
-    config: ops.Config
+    config: Config
 
 
 class Resources(NamedTuple):
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    listing: str  # of the machine code
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Collect launches instead of making them; outputs keep what their memory held."""
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, configured for `target`; outputs keep what their memory held."""
     launches: list[Launch] = []
-    original = ops._launch
+    original = launch._launch
 
-    def record(kernel: Any, grid: Any, tensors: Any, sizes: Any, strides: Any, constants: Any, config: Any) -> None:
+    def record(kernel: Any, programs: int, tensors: Any, sizes: Any, strides: Any, constants: Any, config: Any) -> None:
         launches.append(Launch(kernel, (*tensors, *sizes, *strides), constants, config))
 
-    ops._launch = record
+    launch._launch = record
     try:
-        yield launches
+        with targeting(target):
+            yield launches
     finally:
-        ops._launch = original
+        launch._launch = original
 
 
 def compiled(launch: Launch, target: str) -> Any:
@@ -81,19 +85,41 @@ def compiled(launch: Launch, target: str) -> Any:
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    config = launch.config
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return triton.compiler.compile(source, target=TARGETS[target], options=options)
 
 
 def resources(kernel: Any) -> Resources:
-    """Registers per thread, spilled bytes and shared memory, off the cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers per thread, spilled bytes, shared memory and machine code of a compiled kernel."""
+    shared = kernel.metadata.shared
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        found = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+        # The accumulation registers count within vgpr_count on CDNA 3. A stack is for what was spilled.
+        return Resources(found["vgpr_count"], found["private_segment_fixed_size"], shared, text)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
-    amounts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    return Resources(int(amounts["REG"]), int(amounts["STACK"]) + int(amounts["LOCAL"]), kernel.metadata.shared)
+        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+        listing = _cuobjdump("-sass", cubin.name)
+    amounts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return Resources(int(amounts["REG"]), int(amounts["STACK"]) + int(amounts["LOCAL"]), shared, listing)
+
+
+def assembler() -> str:
+    """The version of the ptxas that assembles for Hopper: it decides registers and schedules as much as Triton does."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    text = subprocess.run([get_ptxas(90).path, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"\bV(\d[\d.]+)", text)
+    assert match
+    return match[1]
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
 def _describe(path: tuple[int, ...], argument: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> str:
