@@ -6,9 +6,11 @@ nothing here touches the numbers in query, key and value. Called by attention.py
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Window = tuple[int | None, int | None]
 Heads = Sequence[int] | Mapping[Statistic | str, Sequence[int]]
+
+
+KNOWN_CALLS = 256
+_KNOWN: dict[Any, Geometry] = {}
 
 
 def resolve(
@@ -43,6 +49,15 @@ def resolve(
     heads: Heads | None = None,
 ) -> Geometry:
     """Validate the arguments of `attnstats.attention`. Raises TypeError or ValueError naming the argument."""
+    # A call without masks is known by its shapes: the same one is not validated twice.
+    facts = None
+    tensors = (query, key) if value is None else (query, key, value)
+    settings = (is_causal, scale, enable_gqa, softcap, window_size, query_offset, heads)
+    if attn_mask is sinks is query_mask is key_padding_mask is None and all(isinstance(x, Tensor) for x in tensors):
+        facts = (*((x.shape, x.dtype, x.device) for x in tensors), statistics, *settings, *map(type, settings))
+        with contextlib.suppress(TypeError):  # a list or a dict, which can't be looked up
+            if facts in _KNOWN:
+                return _KNOWN[facts]
     _check_tensors(query, key, value, enable_gqa)
     batch, query_heads, query_length, head_dim = query.shape
     key_length = key.shape[2]
@@ -77,7 +92,7 @@ def resolve(
         key_mask = key_padding_mask
     elif key_padding_mask is not None:
         key_mask = key_mask & key_padding_mask
-    return Geometry(
+    geometry = Geometry(
         batch=batch,
         query_heads=query_heads,
         key_heads=key.shape[1],
@@ -99,6 +114,12 @@ def resolve(
         dense_mask=dense_mask,
         heads=_heads(heads, statistics, query_heads),
     )
+    with contextlib.suppress(TypeError):
+        if facts is not None:
+            if len(_KNOWN) >= KNOWN_CALLS:
+                _KNOWN.clear()
+            _KNOWN[facts] = geometry
+    return geometry
 
 
 def resolve_packed(

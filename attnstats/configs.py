@@ -35,7 +35,7 @@ Table = dict[Kernel, dict[int, Config]]
 HALF: Table = {
     "forward": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
     "forward_loop": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-    "decode": {128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
+    "decode": {128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     "column": {128: Config(64, 128, 4, 3), 256: Config(128, 128, 8, 2)},
     "pooled": {128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
     "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
@@ -89,6 +89,7 @@ _forced: dict[Kernel, Config] = {}
 _target: list[str] = []
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels are run by Triton's interpreter. Triton reads the variable when it is first imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

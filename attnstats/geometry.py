@@ -7,10 +7,11 @@ masks itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Geometry:
         packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
             every batch row is one sequence.
         heads: the query heads of statistics that were not asked of all heads.
+        memo: what a backend derived from this geometry and needs again with the next call like it.
     """
 
     batch: int
@@ -69,6 +71,7 @@ class Geometry:
     dense_mask: Tensor | None = None
     packing: Packing | None = None
     heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def group(self) -> int:
@@ -168,7 +171,13 @@ class Geometry:
                 tensor = tensor.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is None:
                 return tensor
-            return tensor / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+            counts = self.memo.get(statistic.horizon)
+            if counts is None:
+                counts = self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+                # A tensor made while a CUDA graph is captured is only there when the graph runs.
+                if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                    self.memo[statistic.horizon] = counts
+            return tensor / counts
         if self.all_live and self.query_real is None:
             return tensor
         rows = self.live() if self.query_real is None else self.live() & self.query_real
@@ -187,7 +196,7 @@ class Geometry:
     def subset(self, heads: tuple[int, ...]) -> Geometry:
         """The same call for some of its query heads, each with a key head of its own."""
         sinks = None if self.sinks is None else self.sinks[list(heads)]
-        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={})
+        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={})
 
     def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
         """Each packed sequence that has queries and keys: where they lie, and the call that it is on its own."""
@@ -205,6 +214,7 @@ class Geometry:
                         query_offset=key_length - length,
                         query_mask=None if self.query_mask is None else self.query_mask[:, queries],
                         packing=None,
+                        memo={},
                     ),
                 )
 
@@ -256,8 +266,10 @@ class AttentionResult(NamedTuple):
     statistics: Statistics
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: it would round the scores of float32 inputs to half precision, away from their lse."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

@@ -53,6 +53,17 @@ def forward(
     return _fitting(kernel, geometry, dim, lambda config: _forward(query, key, value, geometry, plan, lse, config))
 
 
+class _Prepared(NamedTuple):
+    """What calls of one geometry share."""
+
+    programs: int
+    sizes: tuple[float | None, ...]
+    constants: dict[str, Any]
+    config: Config  # its BM counts positions
+    parts: int = 0  # splits of the keys
+    slots: int = 0
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -64,84 +75,33 @@ def _forward(
 ) -> Evaluation:
     from attnstats.kernels.forward import forward as kernel
 
+    known = ("forward", plan, config, value is None)
+    if known not in geometry.memo:
+        geometry.memo[known] = _prepared_forward(geometry, plan, config, value is None)
+    programs, sizes, constants, config, parts, slots = geometry.memo[known]
     dtype = query.dtype
     query, key = _input(query), _input(key)
     shape = (geometry.batch, geometry.query_heads, geometry.query_length)
-    longest = _longest(geometry)[0]
-    parts = splits(geometry)
-    heads = 1
-    if parts:
-        heads = min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
-        config = config._replace(BM=max(config.BM // heads, _power_of_two(longest)))
     partial = (parts,) if parts else ()
-    output = lse2 = None
+    output: Tensor | None = None
+    written: Tensor | None = None
     if value is None:
         assert lse is not None
         natural = divisor_of(lse) * LOG2E
     else:
         value = _input(value)
-        output_shape = (*partial, *shape, geometry.value_dim)
-        output = _empty(geometry, output_shape, torch.float32 if parts else query.dtype)
+        output = _empty(geometry, (*partial, *shape, geometry.value_dim), torch.float32 if parts else query.dtype)
+        written = output[0] if parts else output
         natural = _empty(geometry, (*partial, *shape), fill=-torch.inf)  # written by the kernel, not in exp2's domain
-    behind, ahead = plan.reach(geometry)
     rows = _empty(geometry, (len(plan.in_rows), *partial, *shape))
-    columns = _slots(plan, geometry, behind, ahead, config.BM, geometry.query_heads)
-    blocks = -(-longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
+    columns = _slots(plan, geometry, slots, geometry.query_heads)
     sinks2 = _sinks2(geometry)
+    counted, present = _flags(geometry.counted()), _flags(geometry.key_mask)
+    reach = _on_device(plan.reach_of_heads(geometry), geometry.device)
+    in_pass = (None if parts else sinks2, *_boundaries(geometry), reach)
+    tensors = (query, key, value, output, natural, rows, columns, counted, present, *in_pass)
     _launch(
-        kernel,
-        blocks * _sequences(geometry) * max(parts, 1),
-        (
-            query,
-            key,
-            value,
-            output,
-            natural,
-            rows,
-            columns,
-            _flags(geometry.counted()),
-            _flags(geometry.key_mask),
-            None if parts else sinks2,
-            *_boundaries(geometry),
-            _on_device(plan.reach_of_heads(geometry), geometry.device),
-        ),
-        (
-            geometry.batch,
-            _sequences(geometry),
-            geometry.query_heads,
-            geometry.group,
-            geometry.offset,
-            geometry.query_length,
-            geometry.key_length,
-            longest,
-            *_window(geometry),
-            *_score(geometry),
-        ),
-        tuple(_strides(x) for x in (query, key, value, output if output is None or not parts else output[0])),
-        {
-            "MOMENT": len(plan.moment),
-            "LOOP_ROWS": _flat(plan.loop_rows, tails=False),
-            "ENTROPY": len(plan.entropy),
-            "MAX_LOGIT": len(plan.max_logit),
-            "BAND_ROWS": _flat(plan.band_rows),
-            "BAND_COLUMNS": _flat(plan.band_columns),
-            "BEHIND": behind,
-            "ROWS_BEHIND": plan.rows_behind(geometry),
-            "AHEAD": ahead,
-            "BAND_BOUND": plan.bound(geometry),
-            "FROM_LSE": value is None,
-            "CHUNK": chunk(geometry.device),
-            "SPLIT_KEYS": (INTERPRETED_SPLIT_KEYS if interpreted() else SPLIT_KEYS) if parts else 0,
-            "HEADS": heads,
-            "BM": config.BM,
-            "BN": config.BN,
-            "BAND_BN": min(64, config.BN),
-            "DIM": geometry.head_dim,
-            "BLOCK_DIM": block_dim(geometry.head_dim),
-            "VALUE_DIM": geometry.value_dim,
-            "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
-        },
-        config,
+        kernel, programs, tensors, sizes, tuple(_strides(x) for x in (query, key, value, written)), constants, config
     )
     lse2 = natural
     if parts and value is None:
@@ -149,9 +109,48 @@ def _forward(
     elif parts:
         assert output is not None
         output, lse2, rows = _combine(output, natural, rows, sinks2, plan, geometry, query.dtype)
-    tensors: dict[Statistic, Tensor] = dict(zip(plan.in_rows, rows, strict=True))
-    tensors |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
-    return Evaluation(query if output is None else output.to(dtype), lse2, tensors)
+    results: dict[Statistic, Tensor] = dict(zip(plan.in_rows, rows, strict=True))
+    if plan.band_columns:
+        results |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
+    return Evaluation(query if output is None else output.to(dtype), lse2, results)
+
+
+def _prepared_forward(geometry: Geometry, plan: Plan, config: Config, from_lse: bool) -> _Prepared:
+    longest = _longest(geometry)[0]
+    parts = splits(geometry)
+    heads = 1
+    if parts:
+        heads = min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
+        config = config._replace(BM=max(config.BM // heads, _power_of_two(longest)))
+    behind, ahead = plan.reach(geometry)
+    blocks = -(-longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
+    constants = {
+        "MOMENT": len(plan.moment),
+        "LOOP_ROWS": _flat(plan.loop_rows, tails=False),
+        "ENTROPY": len(plan.entropy),
+        "MAX_LOGIT": len(plan.max_logit),
+        "BAND_ROWS": _flat(plan.band_rows),
+        "BAND_COLUMNS": _flat(plan.band_columns),
+        "BEHIND": behind,
+        "ROWS_BEHIND": plan.rows_behind(geometry),
+        "AHEAD": ahead,
+        "BAND_BOUND": plan.bound(geometry),
+        "FROM_LSE": from_lse,
+        "SPLIT_KEYS": (INTERPRETED_SPLIT_KEYS if interpreted() else SPLIT_KEYS) if parts else 0,
+        "CHUNK": chunk(geometry.device),
+        "HEADS": heads,
+        "BM": config.BM,
+        "BN": config.BN,
+        "BAND_BN": min(64, config.BN),
+        "DIM": geometry.head_dim,
+        "BLOCK_DIM": block_dim(geometry.head_dim),
+        "VALUE_DIM": geometry.value_dim,
+        "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
+    }
+    sizes = (geometry.batch, _sequences(geometry), geometry.query_heads, *_sizes(geometry), longest)
+    programs = blocks * _sequences(geometry) * max(parts, 1)
+    slots = slot_count(behind, ahead, config.BM)
+    return _Prepared(programs, (*sizes, *_window(geometry), *_score(geometry)), constants, config, parts, slots)
 
 
 def _combine(
@@ -210,60 +209,48 @@ def _band(
 ) -> dict[Statistic, Tensor]:
     from attnstats.kernels.band import band as kernel
 
+    known = ("band", plan, config, heads)
+    if known not in geometry.memo:
+        geometry.memo[known] = _prepared_band(geometry, plan, config, heads)
+    programs, sizes, constants, config, _, slots = geometry.memo[known]
     query, key = _input(query), _input(key)
-    packed, config = band_tile(geometry, heads, config)
-    behind, ahead = plan.reach(geometry)
     count = geometry.query_heads if heads is None else len(heads)
     rows = _empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
-    columns = _slots(plan, geometry, behind, ahead, config.BM, count)
-    longest = _longest(geometry)[0]
-    left, right = _window(geometry)
-    programs = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
-    _launch(
-        kernel,
-        -(-longest // config.BM) * programs * _sequences(geometry),
-        (
-            query,
-            key,
-            divisor_of(lse) * LOG2E,
-            rows,
-            columns,
-            _flags(geometry.counted()),
-            _flags(geometry.key_mask),
-            _sinks2(geometry),
-            *_boundaries(geometry),
-            _on_device(heads, geometry.device),
-        ),
-        (
-            geometry.batch,
-            geometry.query_heads,
-            count,
-            geometry.group,
-            geometry.offset,
-            geometry.query_length,
-            geometry.key_length,
-            longest,
-            left if plan.bound(geometry) else None,
-            right,
-            *_score(geometry),
-        ),
-        (_strides(query), _strides(key)),
-        {
-            "ROWS": _flat(plan.band_rows),
-            "COLUMNS": _flat(plan.band_columns),
-            "BEHIND": behind,
-            "ROWS_BEHIND": plan.rows_behind(geometry),
-            "AHEAD": ahead,
-            "HEADS": packed,
-            "BM": config.BM,
-            "BN": config.BN,
-            "DIM": geometry.head_dim,
-            "BLOCK_DIM": block_dim(geometry.head_dim),
-        },
-        config,
-    )
+    columns = _slots(plan, geometry, slots, count)
+    counted, present = _flags(geometry.counted()), _flags(geometry.key_mask)
+    which = (_sinks2(geometry), *_boundaries(geometry), _on_device(heads, geometry.device))
+    tensors = (query, key, divisor_of(lse) * LOG2E, rows, columns, counted, present, *which)
+    _launch(kernel, programs, tensors, sizes, (_strides(query), _strides(key)), constants, config)
     results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
-    return results | dict(zip(plan.band_columns, columns.sum(1), strict=True))
+    if plan.band_columns:
+        results |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
+    return results
+
+
+def _prepared_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) -> _Prepared:
+    packed, config = band_tile(geometry, heads, config)
+    behind, ahead = plan.reach(geometry)
+    longest = _longest(geometry)[0]
+    count = geometry.query_heads if heads is None else len(heads)
+    of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
+    left, right = _window(geometry)
+    constants = {
+        "ROWS": _flat(plan.band_rows),
+        "COLUMNS": _flat(plan.band_columns),
+        "BEHIND": behind,
+        "ROWS_BEHIND": plan.rows_behind(geometry),
+        "AHEAD": ahead,
+        "HEADS": packed,
+        "BM": config.BM,
+        "BN": config.BN,
+        "DIM": geometry.head_dim,
+        "BLOCK_DIM": block_dim(geometry.head_dim),
+    }
+    sizes = (geometry.batch, geometry.query_heads, count, *_sizes(geometry), longest)
+    window = (left if plan.bound(geometry) else None, right)
+    programs = -(-longest // config.BM) * of_sequence * _sequences(geometry)
+    slots = slot_count(behind, ahead, config.BM)
+    return _Prepared(programs, (*sizes, *window, *_score(geometry)), constants, config, slots=slots)
 
 
 def columns(
@@ -326,49 +313,40 @@ def _column(
     lse2 = divisor_of(lse) * LOG2E
     if counted is not None:
         lse2 = lse2.masked_fill(~counted[:, None], torch.inf)
+    what = (tuple(statistics), sums.shape[2], sums.shape[3] if cut else 1, counted is not None)
+    known = ("column", config, *what)
+    if known not in geometry.memo:
+        geometry.memo[known] = _prepared_column(geometry, config, *what)
+    programs, sizes, constants, *_ = geometry.memo[known]
+    which = (*_boundaries(geometry), _on_device(heads, geometry.device), *(cut or (None, None, None)))
+    tensors = (query, key, lse2, sums, _flags(geometry.key_mask), *which)
+    _launch(kernel, programs, tensors, sizes, (_strides(query), _strides(key)), constants, config)
+
+
+def _prepared_column(
+    geometry: Geometry,
+    config: Config,
+    statistics: tuple[ColumnStatistic, ...],
+    count: int,
+    segments: int,
+    counted: bool,
+) -> _Prepared:
     longest = _longest(geometry)[1]
-    count = sums.shape[2]
     constant = [s.far for s in statistics]
-    _launch(
-        kernel,
-        -(-longest // config.BN) * count * _sequences(geometry),
-        (
-            query,
-            key,
-            lse2,
-            sums,
-            _flags(geometry.key_mask),
-            *_boundaries(geometry),
-            _on_device(heads, geometry.device),
-            *(cut or (None, None, None)),
-        ),
-        (
-            geometry.batch,
-            geometry.query_heads,
-            count,
-            geometry.group,
-            geometry.offset,
-            geometry.query_length,
-            geometry.key_length,
-            longest,
-            sums.shape[3] if cut else 1,
-            *_window(geometry),
-            _farthest(statistics),
-            *_score(geometry),
-        ),
-        (_strides(query), _strides(key)),
-        {
-            "COLUMNS": _flat(statistics),
-            "FAR": _bounded(max(far[0] for far in constant if far)) if all(constant) else None,
-            "FAR_WEIGHTS": tuple(far[1] for far in constant if far),
-            "COUNTED": counted is not None,
-            "BM": config.BM,
-            "BN": config.BN,
-            "DIM": geometry.head_dim,
-            "BLOCK_DIM": block_dim(geometry.head_dim),
-        },
-        config,
-    )
+    constants = {
+        "COLUMNS": _flat(statistics),
+        "FAR": _bounded(max(far[0] for far in constant if far)) if all(constant) else None,
+        "FAR_WEIGHTS": tuple(far[1] for far in constant if far),
+        "COUNTED": counted,
+        "BM": config.BM,
+        "BN": config.BN,
+        "DIM": geometry.head_dim,
+        "BLOCK_DIM": block_dim(geometry.head_dim),
+    }
+    sizes = (geometry.batch, geometry.query_heads, count, *_sizes(geometry), longest, segments)
+    programs = -(-longest // config.BN) * count * _sequences(geometry)
+    reach = _farthest(statistics)
+    return _Prepared(programs, (*sizes, *_window(geometry), reach, *_score(geometry)), constants, config)
 
 
 class _Pieces(NamedTuple):
@@ -466,6 +444,10 @@ def _boundaries(geometry: Geometry) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if geometry.packing is None else (geometry.packing.queries, geometry.packing.keys)
 
 
+def _sizes(geometry: Geometry) -> tuple[int, ...]:
+    return geometry.group, geometry.offset, geometry.query_length, geometry.key_length
+
+
 def _score(geometry: Geometry) -> tuple[float, float | None]:
     """scale2 and cap2 of tiles.scores."""
     return geometry.scale * LOG2E, None if geometry.softcap is None else geometry.softcap * LOG2E
@@ -482,9 +464,8 @@ def _empty(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype = torc
     return torch.full(shape, fill, dtype=dtype, device=geometry.device)
 
 
-def _slots(plan: Plan, geometry: Geometry, behind: int, ahead: int, block_rows: int, heads: int) -> Tensor:
+def _slots(plan: Plan, geometry: Geometry, slots: int, heads: int) -> Tensor:
     """[columns, slots, B, heads, Tk] zeros: where each query block leaves its part of a key's band columns."""
-    slots = slot_count(behind, ahead, block_rows)
     shape = (len(plan.band_columns), slots, geometry.batch, heads, geometry.key_length)
     return torch.zeros(shape, dtype=torch.float32, device=geometry.device)
 

@@ -27,7 +27,7 @@ MAX_HEAD_DIM = 256
 
 def unavailable(geometry: Geometry) -> str | None:
     """Why this backend can't take a call, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed"
     if geometry.device.type == "cpu" and not interpreted():
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
@@ -40,6 +40,11 @@ def unavailable(geometry: Geometry) -> str | None:
     if geometry.scale <= 0:
         return f"the online softmax needs scale > 0, got {geometry.scale}"
     return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def attend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from attnstats.diagonal import is_narrow
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     lse: tuple[Statistic, ...]
 
     @staticmethod
+    @functools.lru_cache(maxsize=256)
     def of(statistics: tuple[Statistic, ...], causal: bool) -> Plan:
         moment = tuple(s for s in statistics if type(s) is MeanDistance and causal)
         rows = [s for s in statistics if isinstance(s, RowStatistic)]
