@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnstats import diagonal, sweep
+from attnstats import diagonal, native, sweep
 from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
 from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, SinkMass, Statistic
 
@@ -56,8 +56,11 @@ def _evaluate(
     """`from_lse` for all heads."""
     if geometry.packing is not None:
         return _evaluate_by_sequence(query, key, lse, geometry, statistics)
-    banded, swept = _split(statistics)
+    compiled = tuple(s for s in statistics if native.takes(geometry, s))
+    banded, swept = _split(tuple(s for s in statistics if s not in compiled))
     tensors: dict[Statistic, Tensor] = {}
+    if compiled:
+        tensors = native.evaluate(query, key, lse, geometry, compiled)
     if banded:
         tensors |= diagonal.evaluate(query, key, lse, geometry, banded)
     if swept:

@@ -1,0 +1,169 @@
+"""The compiled sums: every instruction set against the reference, the same bits at any number of threads, no need of it."""
+
+import pytest
+import torch
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, native, reference
+from tests.cases import Case, check
+
+compiled = pytest.mark.skipif(native._library() is None, reason="attnstats._native was not built")
+ASKED = (WAAD(10), FAI(10, 100), FAI(5, None), Received(), Received(40), MeanDistance(), Entropy(), MaxLogit())
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(dtype="bfloat16", padding="left", layout="bthd"),
+        Case(dtype="float16", padding="holes", layout="guarded"),
+        Case(is_causal=False, counted="some", padding="right"),
+        Case(is_causal=False, query_length=5, key_length=300),
+        Case(query_length=1, key_length=131, group=3),
+        Case(query_length=7, key_length=29, query_offset=11),
+        Case(query_length=19, key_length=23, query_offset=300, counted="some"),
+        Case(batch=1, query_length=300, key_length=300, head_dim=80, value_dim=80, counted="some"),
+        Case(batch=1, query_length=29, key_length=29, head_dim=1, value_dim=1),
+        Case(padding="all", counted="none"),
+        Case(spread=40.0),
+    ],
+    ids=str,
+)
+def test_instruction_sets(case, lanes, monkeypatch):
+    """A machine without vectors this wide runs the widest that it has."""
+    monkeypatch.setattr(native, "lanes", lanes)
+    check(case, "tiled")
+    check(case, "tiled", from_lse=True)
+
+
+@compiled
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_many_chunks_and_blocks(is_causal):
+    case = Case(batch=1, key_heads=1, query_length=1700, key_length=1700, is_causal=is_causal, asked=(1, 3, 4, 9, 11, 12))
+    check(case, "tiled")
+
+
+@compiled
+def test_bands_of_any_reach():
+    asked = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
+    case = Case(batch=1, key_heads=1, query_length=601, key_length=601)
+    query, key, value = case.tensors()
+    wide = [x.double() for x in (query, key, value)]
+    for is_causal in (True, False):
+        _, truth = reference.attention(*wide, statistics=asked, is_causal=is_causal, enable_gqa=True)
+        _, found = attnstats.attention(query, key, value, statistics=asked, is_causal=is_causal, enable_gqa=True)
+        for s in asked:
+            bound = s.window if isinstance(s, WAAD) else 1
+            torch.testing.assert_close(found[s].double(), truth[s], rtol=0, atol=8e-6 * bound)
+
+
+@compiled
+def test_it_is_what_runs(monkeypatch):
+    query, key, value = Case().tensors()
+    calls = []
+    monkeypatch.setattr(native, "evaluate", lambda *a, real=native.evaluate: calls.append(a[-1]) or real(*a))
+    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
+    assert calls == [ASKED]
+    attnstats.attention(*(x.double() for x in (query, key, value)), statistics=ASKED, enable_gqa=True)
+    monkeypatch.setattr(native, "enabled", False)
+    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
+    assert calls == [ASKED]
+
+
+@compiled
+def test_the_same_bits_from_any_number_of_threads(threads):
+    query, key, _ = Case(batch=1, key_heads=3, group=1, query_length=1300, key_length=1300).tensors()
+    lse = attnstats.attention(query, key, key, is_causal=True).statistics.lse
+    runs = []
+    for count in (1, 2, 3, 2, 1):
+        threads(count)
+        runs.append(attnstats.statistics_from_lse(query, key, lse, statistics=ASKED[:-1]))
+    alone = attnstats.statistics_from_lse(query[:, 1:2], key[:, 1:2], lse[:, 1:2], statistics=ASKED[:-1])
+    for s in ASKED[:-1]:
+        assert all(torch.equal(run[s], runs[0][s]) for run in runs), s
+        assert torch.equal(alone[s][:, 0], runs[0][s][:, 1]), s
+
+
+def _attention_to_one_key(scores, statistic, lanes, monkeypatch, lse=0.0, **arguments):
+    """The statistic of single scores, in double: head_dim 1, one key of 1."""
+    monkeypatch.setattr(native, "lanes", lanes)
+    query = scores.view(1, 1, -1, 1)
+    key = torch.ones(1, 1, 1, 1)
+    rows = torch.full(query.shape[:3], lse)
+    found = native.evaluate(query, key, rows, _geometry(query, key, statistic, **arguments), (statistic,))
+    return found[statistic].view(-1).double()
+
+
+def _geometry(query, key, statistic, **arguments):
+    from attnstats.geometry import Geometry
+
+    return Geometry.resolve(query, key, None, (statistic,), is_causal=False, scale=1.0, query_offset=0, **arguments)
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_exponential(lanes, monkeypatch):
+    wide = LocalMass(10**6)  # so that its weight is 1 and no tail is involved
+    scores = torch.cat([torch.linspace(-87.3, 88.3, 200_001), torch.linspace(-1e-3, 1e-3, 10_001)])
+    found = _attention_to_one_key(scores, wide, lanes, monkeypatch)
+    truth = scores.double().exp()
+    ulp = 2.0 ** (truth.log2().floor() - 23)
+    assert float(((found - truth) / ulp).abs().max()) <= 2
+    extremes = torch.tensor([-torch.inf, -1e30, -1e5, -100.0, 0.0, 100.0, 1e30, torch.inf, torch.nan])
+    found = _attention_to_one_key(extremes, wide, lanes, monkeypatch)
+    assert found[:8].tolist() == [0, 0, 0, 0, 1, torch.inf, torch.inf, torch.inf]
+    assert found[8].isnan()
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_nan_and_inf_stay_in_their_rows_and_heads(lanes, monkeypatch):
+    monkeypatch.setattr(native, "lanes", lanes)
+    case = Case(batch=1, key_heads=2, group=1, query_length=150, key_length=150)
+    query, key, value = case.tensors()
+    asked = [WAAD(10), LocalMass(3), FAI(2, 5), Entropy(), MaxLogit(), Received()]
+    clean = attnstats.attention(query, key, value, statistics=asked).statistics
+    for poison in (torch.nan, torch.inf):
+        bad = query.clone()
+        bad[0, 0, 40, 3] = poison
+        found = attnstats.attention(bad, key, value, statistics=asked).statistics
+        for s in asked:
+            touched = torch.zeros_like(clean[s], dtype=torch.bool)
+            if isinstance(s, FAI):
+                touched[0, 0, 35:39] = True
+            elif isinstance(s, Received):
+                touched[0, 0, :41] = True
+            else:
+                touched[0, 0, 40] = True
+            assert torch.equal(found[s][~touched], clean[s][~touched]), s
+            if not isinstance(s, MaxLogit):
+                assert found[s][touched].isnan().all(), s
+
+
+@pytest.mark.parametrize("break_it", ["off", "missing", "another version", "not a library"])
+def test_without_the_library(break_it, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)  # uncached
+    if break_it == "off":
+        monkeypatch.setattr(native, "enabled", False)
+    elif break_it == "another version":
+        monkeypatch.setattr(native, "VERSION", -1)
+    else:
+        spec = None
+        if break_it == "not a library":
+            (tmp_path / "_native.so").write_text("nothing")
+            spec = type("Spec", (), {"origin": str(tmp_path / "_native.so")})
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    query, key, value = Case().tensors()
+    monkeypatch.setattr(native, "evaluate", None)  # a call would fail
+    for statistic in ASKED:
+        assert not native.takes(None, statistic) if break_it == "off" else True
+    check(Case(), "tiled")
