@@ -12,12 +12,13 @@ import functools
 import importlib.util
 import os
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnstats.diagonal import is_narrow
-from attnstats.geometry import Geometry
+from attnstats import diagonal
+from attnstats.geometry import Geometry, Step
 from attnstats.statistics import ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, Statistic
 
 VERSION = 1  # of the interface; a library that says another is not used
@@ -89,22 +90,52 @@ def evaluate(
 ) -> dict[Statistic, Tensor]:
     """Statistics that it takes, as sums (`Geometry.finish` divides), all from the same scores."""
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    lse = lse.to(torch.float32)
-    left, right = _window(geometry)
     tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
-    weights = [_weights(s, geometry, left, right) for s in statistics]
-    counted = [_counted(s, geometry) for s in statistics]
+    weights = {s: _weights(s, geometry) for s in statistics}
+    counted = {s: _counted(s, geometry) for s in statistics}
     key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
-    asked = (_Statistic * len(statistics))(
-        *(
-            _Statistic(_kind(s), tensors[s].data_ptr(), _pointer(w), farthest, 0 if w is None else len(w), _pointer(c))
-            for s, (farthest, w), c in zip(statistics, weights, counted, strict=True)
-        )
-    )
-    call = _Call(
-        query=_Tensor.of(query),
-        key=_Tensor.of(key),
-        lse=_Tensor.of(lse[..., None]),
+    call = _call(geometry, weights)
+    call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
+    call.key_mask = _pointer(key_mask)
+    for s, asked in zip(statistics, call.statistics, strict=False):  # a C pointer has no length
+        asked.result, asked.counted = tensors[s].data_ptr(), _pointer(counted[s])
+    library = _library()
+    assert library is not None
+    if library.attnstats_evaluate(ctypes.byref(call)):
+        raise MemoryError("attnstats: no memory for the statistics' working space")
+    mass = geometry.row_mass(lse) if any(_tail(s) for s in statistics) else None
+    return {s: x if mass is None or not _tail(s) else x.add_(mass, alpha=_tail(s)) for s, x in tensors.items()}
+
+
+def plan(geometry: Geometry, statistics: tuple[Statistic, ...]) -> Step:
+    """What `evaluate` does."""
+    weights = {s: _weights(s, geometry) for s in statistics}
+    library = _library()
+    assert library is not None
+    scratch = library.attnstats_scratch_bytes(ctypes.byref(_call(geometry, weights)))
+    banded = tuple(s for s in statistics if isinstance(s, DistanceWeighted) and diagonal.is_narrow(s))
+    if len(banded) == len(statistics):
+        return diagonal.plan(geometry, banded)._replace(runs="band, compiled", scratch_bytes=scratch)
+    flops = 2 * geometry.visible_pairs() * geometry.query_heads * geometry.head_dim
+    return Step("sweep, compiled", ", ".join(s.name for s in statistics), flops, scratch)
+
+
+class _Weights(NamedTuple):
+    """What a statistic weights A with, from the farthest distance down, less its tail; None: 1 everywhere."""
+
+    farthest: int
+    weights: Tensor | None
+
+
+def _call(geometry: Geometry, weights: dict[Statistic, _Weights]) -> _Call:
+    """The call without its tensors."""
+    asked = (_Statistic * len(weights))()
+    for statistic, (s, (farthest, by_distance)) in zip(asked, weights.items(), strict=True):
+        statistic.kind, statistic.farthest = _kind(s), farthest
+        if by_distance is not None:
+            statistic.weights, statistic.distances = by_distance.data_ptr(), len(by_distance)
+    left, right = _window(geometry)
+    return _Call(
         type=TYPES[geometry.dtype],
         batch=geometry.batch,
         heads=geometry.query_heads,
@@ -117,22 +148,17 @@ def evaluate(
         right=right,
         scale=geometry.scale,
         softcap=geometry.softcap or 0.0,
-        key_mask=_pointer(key_mask),
         count=len(asked),
         statistics=asked,
         threads=torch.get_num_threads(),
         lanes=lanes,
     )
-    library = _library()
-    assert library is not None
-    if library.attnstats_evaluate(ctypes.byref(call)):
-        raise MemoryError("attnstats: no memory for the statistics' working space")
-    mass = geometry.row_mass(lse) if any(_tail(s) for s in statistics) else None
-    return {s: x if mass is None or not _tail(s) else x.add_(mass, alpha=_tail(s)) for s, x in tensors.items()}
 
 
 def _window(geometry: Geometry) -> tuple[int, int]:
-    return tuple(UNBOUNDED if reach is None else min(reach, UNBOUNDED) for reach in (geometry.left, geometry.right))  # type: ignore[return-value]
+    """How far behind and ahead of itself a query sees."""
+    left, right = (UNBOUNDED if reach is None else min(reach, UNBOUNDED) for reach in (geometry.left, geometry.right))
+    return left, right
 
 
 def _kind(statistic: Statistic) -> int:
@@ -142,22 +168,23 @@ def _kind(statistic: Statistic) -> int:
 
 
 def _tail(statistic: Statistic) -> float:
-    """What is summed as a share of the row's mass, so that the band suffices; over a wide band that would cost digits."""
-    return statistic.tail if isinstance(statistic, DistanceWeighted) and is_narrow(statistic) else 0.0
+    """What is summed as a share of the row's mass, so that the band suffices; 0 where that would cost digits."""
+    return statistic.tail if isinstance(statistic, DistanceWeighted) and diagonal.is_narrow(statistic) else 0.0
 
 
-def _weights(statistic: Statistic, geometry: Geometry, left: int, right: int) -> tuple[int, Tensor | None]:
-    """The farthest distance and the weights, less the tail, from there down; None where the weight is always 1."""
+def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
     if not isinstance(statistic, DistanceWeighted) or not statistic.uses_distance:
-        return 0, None
+        return _Weights(0, None)
+    left, right = _window(geometry)
     farthest = min(geometry.offset + geometry.query_length - 1, left)
     nearest = max(geometry.offset - geometry.key_length + 1, -right)
-    if statistic.band is not None and statistic.tail == _tail(statistic):
+    tail = _tail(statistic)
+    if statistic.band is not None and statistic.tail == tail:
         nearest, farthest = max(nearest, statistic.band[0]), min(farthest, statistic.band[1])
     if nearest > farthest:  # no key is that near
-        return 0, torch.zeros(1)
-    distance = torch.arange(farthest, nearest - 1, -1)
-    return farthest, statistic.weight(distance).to(torch.float32).sub(_tail(statistic)).contiguous()
+        return _Weights(0, torch.zeros(1))
+    weights = statistic.weight(torch.arange(farthest, nearest - 1, -1)).to(torch.float32)
+    return _Weights(farthest, (weights - tail if tail else weights).contiguous())
 
 
 def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
@@ -179,8 +206,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(spec.origin)
-        library.attnstats_version.restype = library.attnstats_evaluate.restype = c_int64
-        library.attnstats_evaluate.argtypes = (POINTER(_Call),)
+        library.attnstats_version.restype = c_int64
+        for function in (library.attnstats_evaluate, library.attnstats_scratch_bytes):
+            function.restype, function.argtypes = c_int64, (POINTER(_Call),)
     except (OSError, AttributeError):
         return None
     return library if library.attnstats_version() == VERSION else None

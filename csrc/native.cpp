@@ -232,17 +232,27 @@ static void add_slots(const Call& call, const Plan& plan, const std::vector<Task
     }
 }
 
-static void evaluate(const Call& call) {
-    const Run run = best(call.lanes);
+// Everything about a call but its numbers.
+struct Schedule {
     std::vector<Weights> weights;
     std::vector<float> padded;
-    const Plan plan = plan_of(call, weights, padded);
-    std::vector<Task> tasks = tasks_of(call, plan);
-    const Sizes sizes(call, plan);
-    const Memory rooms(call.threads * sizes.total());
-    int64_t total = 0;
-    for (const Task& task : tasks) total += plan.columns * task.span;
-    const Memory slots(total);
+    Plan plan;
+    std::vector<Task> tasks;
+    Sizes room;
+    int64_t slots = 0;  // floats of all slots together
+
+    explicit Schedule(const Call& call) : plan(plan_of(call, weights, padded)), tasks(tasks_of(call, plan)), room(call, plan) {
+        for (const Task& task : tasks) slots += plan.columns * task.span;
+    }
+};
+
+static void evaluate(const Call& call) {
+    const Run run = best(call.lanes);
+    Schedule schedule(call);
+    const Plan& plan = schedule.plan;
+    std::vector<Task>& tasks = schedule.tasks;
+    const Memory rooms(call.threads * schedule.room.total());
+    const Memory slots(schedule.slots);
     float* slot = slots.data();
     for (Task& task : tasks) {
         task.columns = slot;
@@ -255,7 +265,7 @@ static void evaluate(const Call& call) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        const Room room = room_of(sizes, rooms.data() + thread * sizes.total());
+        const Room room = room_of(schedule.room, rooms.data() + thread * schedule.room.total());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < count; ++t) {
             memset(tasks[t].columns, 0, plan.columns * tasks[t].span * sizeof(float));
@@ -277,6 +287,12 @@ static void evaluate(const Call& call) {
 extern "C" {
 
 int64_t attnstats_version() { return 1; }
+
+// Working memory that a call takes, of which no result is needed.
+int64_t attnstats_scratch_bytes(const Call* call) {
+    const Schedule schedule(*call);
+    return sizeof(float) * (schedule.slots + call->threads * schedule.room.total());
+}
 
 // 0, or 1 where memory ran out.
 int64_t attnstats_evaluate(const Call* call) {

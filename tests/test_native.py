@@ -1,4 +1,7 @@
-"""The compiled sums: every instruction set against the reference, the same bits at any number of threads, no need of it."""
+"""The compiled sums: every instruction set against the reference, the same bits from any threads, no need of them."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,7 +56,9 @@ def test_instruction_sets(case, lanes, monkeypatch):
 @compiled
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_many_chunks_and_blocks(is_causal):
-    case = Case(batch=1, key_heads=1, query_length=1700, key_length=1700, is_causal=is_causal, asked=(1, 3, 4, 9, 11, 12))
+    case = Case(
+        batch=1, key_heads=1, query_length=1700, key_length=1700, is_causal=is_causal, asked=(1, 3, 4, 9, 11, 12)
+    )
     check(case, "tiled")
 
 
@@ -69,6 +74,27 @@ def test_bands_of_any_reach():
         for s in asked:
             bound = s.window if isinstance(s, WAAD) else 1
             torch.testing.assert_close(found[s].double(), truth[s], rtol=0, atol=8e-6 * bound)
+
+
+MEMORY = """
+import resource, torch, attnstats
+query = torch.randn(1, 1, 65536, 64)
+lse = torch.full((1, 1, 65536), 11.0)
+asked = [attnstats.WAAD(), attnstats.FAI(), attnstats.Received(), attnstats.MeanDistance()]
+small = [x[:, :, :600].contiguous() for x in (query, query, lse)]
+attnstats.statistics_from_lse(*small, statistics=asked)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attnstats.statistics_from_lse(query, query, lse, statistics=asked)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@compiled
+@pytest.mark.slow
+def test_memory_is_linear():
+    """One T x T map of float32 would be 16 GiB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 48, f"{run.stdout} MiB"
 
 
 @compiled
@@ -104,7 +130,11 @@ def _of_one_key(scores, statistic, **arguments):
     arguments |= {"is_causal": False, "scale": 1.0, "query_offset": 0, "statistics": [statistic]}
     if isinstance(statistic, MaxLogit):
         return attnstats.attention(query, key, key, **arguments).statistics[statistic].view(-1).double()
-    return attnstats.statistics_from_lse(query, key, torch.zeros(1, 1, len(scores)), **arguments)[statistic].view(-1).double()
+    return (
+        attnstats.statistics_from_lse(query, key, torch.zeros(1, 1, len(scores)), **arguments)[statistic]
+        .view(-1)
+        .double()
+    )
 
 
 def _ulps(found, truth):
@@ -172,6 +202,5 @@ def test_without_the_library(break_it, monkeypatch, tmp_path):
             (tmp_path / "_native.so").write_text("nothing")
             spec = type("Spec", (), {"origin": str(tmp_path / "_native.so")})
         monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    query, key, value = Case().tensors()
     monkeypatch.setattr(native, "evaluate", None)  # a call would fail
     check(Case(), "tiled")
