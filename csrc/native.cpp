@@ -21,6 +21,7 @@ static const int64_t CHUNK = 512;          // rows: keys are transposed once per
 static const int64_t CHUNKS = 16;          // of a head at most, so that slots stay linear in the length
 static const int64_t ALIGNMENT = 12;       // of a chunk: the rows that each of the instruction sets works on together
 static const int64_t MARGIN = 64;          // zeros on both sides of weights, for whole vectors of whole groups
+static const int64_t AHEAD = 8;             // rows that are fetched before their turn
 static const int64_t LINE = 16;            // floats of a cache line
 
 struct Weights {

@@ -61,6 +61,13 @@ static inline Float hyperbolic_tangent(Float x) {
     return size < 0.625f ? small : large;
 }
 
+// Rows of strided tensors are further apart than the processor looks ahead.
+static inline void fetch(const Call& call, const Tensor& x, int64_t at) {
+    const int64_t size = call.type == FLOAT32 ? 4 : 2;
+    const char* row = (const char*)x.data + at * size;
+    for (int64_t byte = 0; byte < call.dim * size; byte += 64) __builtin_prefetch(row + byte);
+}
+
 // `count` numbers from element `begin` on, times `scale`.
 static void convert(const void* data, int64_t begin, int64_t type, int64_t count, float scale, float* to) {
     if (type == FLOAT32) {
@@ -225,6 +232,7 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
         float* group = room.rows + i * dim;
         for (int64_t r = 0; r < GROUP && i + r < task.rows; ++r) {
             int64_t row = task.batch * call.query.batch + task.head * call.query.head + (task.row + i + r) * call.query.row;
+            if (i + r + AHEAD < task.rows) fetch(call, call.query, row + AHEAD * call.query.row);
             convert(call.query.data, row, call.type, dim, call.scale, room.line);
             for (int64_t d = 0; d < dim; ++d) group[d * GROUP + r] = room.line[d];
         }
@@ -241,6 +249,7 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
             float* panel = room.keys + j / PANEL * PANEL * dim + j % PANEL;
             if (j < present) {
                 int64_t row = task.batch * call.key.batch + task.head / call.group * call.key.head + (key + j) * call.key.row;
+                if (j + AHEAD < present) fetch(call, call.key, row + AHEAD * call.key.row);
                 convert(call.key.data, row, call.type, dim, 1.0f, room.line);
                 for (int64_t d = 0; d < dim; ++d) panel[d * PANEL] = room.line[d];
             } else {
