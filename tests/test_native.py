@@ -204,3 +204,15 @@ def test_without_the_library(break_it, monkeypatch, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     monkeypatch.setattr(native, "evaluate", None)  # a call would fail
     check(Case(), "tiled")
+
+
+@compiled
+def test_a_compiled_caller_gets_the_same():
+    query, key, value = Case(group=1).tensors()
+
+    def waad(query, key, value):
+        return attnstats.attention(query, key, value, statistics=[WAAD(10), FAI(3, 20)]).statistics["waad"] + 1
+
+    with torch.no_grad():
+        found = torch.compile(waad, backend="eager")(query, key, value)
+        torch.testing.assert_close(found, waad(query, key, value), rtol=0, atol=2e-5)
