@@ -21,6 +21,7 @@ static const int64_t CHUNK = 512;          // rows: keys are transposed once per
 static const int64_t CHUNKS = 16;          // of a head at most, so that slots stay linear in the length
 static const int64_t ALIGNMENT = 12;       // of a chunk: the rows that each of the instruction sets works on together
 static const int64_t MARGIN = 64;          // zeros on both sides of weights, for whole vectors of whole groups
+static const int64_t FEW = 3;               // rows of a chunk whose scores are plain dot products
 static const int64_t AHEAD = 8;             // rows that are fetched before their turn
 static const int64_t LINE = 16;            // floats of a cache line
 
@@ -242,7 +243,8 @@ struct Schedule {
     Sizes room;
     int64_t slots = 0;  // floats of all slots together
 
-    explicit Schedule(const Call& call) : plan(plan_of(call, weights, padded)), tasks(tasks_of(call, plan)), room(call, plan) {
+    explicit Schedule(const Call& call)
+        : plan(plan_of(call, weights, padded)), tasks(tasks_of(call, plan)), room(call, plan) {
         for (const Task& task : tasks) slots += plan.columns * task.span;
     }
 };

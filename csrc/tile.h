@@ -26,9 +26,11 @@ static inline void store(float* to, Float x) { __builtin_memcpy(to, &x, sizeof x
 static inline Float splat(float x) { return x - Float{}; }
 
 static inline float sum(Float x) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
-    return total;
+    float part[LANES];
+    store(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
 }
 
 // Within 2 ulp where the result is a normal number; 0 below, inf above. -inf gives 0, NaN stays.
@@ -97,6 +99,15 @@ static void convert(const void* data, int64_t begin, int64_t type, int64_t count
         __builtin_memcpy(&x, &bits, sizeof x);
         to[i] = x * scale;
     }
+}
+
+static float dot(const float* a, const float* b, int64_t dim) {
+    Float total = {};
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) total += load(a + d) * load(b + d);
+    float rest = 0;
+    for (; d < dim; ++d) rest += a[d] * b[d];
+    return sum(total) + rest;
 }
 
 // scores[ROWS][PANEL] = rows x one panel of keys
@@ -226,37 +237,49 @@ static void exponentiate(const Tile& tile, const float* lse, double* entropy) {
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static void run(const Call& call, const Plan& plan, const Task& task, const Room& room) {
-    const int64_t dim = call.dim;
-    for (int64_t i = 0; i < task.rows; i += GROUP) {  // GROUP rows side by side
-        float* group = room.rows + i * dim;
-        for (int64_t r = 0; r < GROUP && i + r < task.rows; ++r) {
-            int64_t row = task.batch * call.query.batch + task.head * call.query.head + (task.row + i + r) * call.query.row;
-            if (i + r + AHEAD < task.rows) fetch(call, call.query, row + AHEAD * call.query.row);
-            convert(call.query.data, row, call.type, dim, call.scale, room.line);
-            for (int64_t d = 0; d < dim; ++d) group[d * GROUP + r] = room.line[d];
-        }
-    }
+// GROUP rows side by side; a few stay one after the other.
+static void load_rows(const Call& call, const Task& task, const Room& room, bool few) {
     for (int64_t i = 0; i < task.rows; ++i) {
+        int64_t at = task.batch * call.query.batch + task.head * call.query.head + (task.row + i) * call.query.row;
+        if (i + AHEAD < task.rows) fetch(call, call.query, at + AHEAD * call.query.row);
+        float* line = few ? room.rows + i * call.dim : room.line;
+        convert(call.query.data, at, call.type, call.dim, call.scale, line);
+        float* group = room.rows + i / GROUP * GROUP * call.dim + i % GROUP;
+        for (int64_t d = 0; !few && d < call.dim; ++d) group[d * GROUP] = line[d];
         const float* lse = (const float*)call.lse.data + task.batch * call.lse.batch + task.head * call.lse.head;
         float x = lse[(task.row + i) * call.lse.row];
         room.lse[i] = x == -__builtin_inff() ? -x : x;  // a row that sees nothing: A is 0, not NaN
     }
+}
+
+// Panels of keys; for a few rows their scores at once, as the panels would cost more than they save.
+static void load_keys(const Call& call, const Task& task, const Room& room, int64_t key, int64_t present, bool few) {
+    const int64_t dim = call.dim;
+    for (int64_t j = 0; j < KEYS; ++j) {
+        float* panel = room.keys + j / PANEL * PANEL * dim + j % PANEL;
+        if (j < present) {
+            int64_t head = task.head / call.group;
+            int64_t at = task.batch * call.key.batch + head * call.key.head + (key + j) * call.key.row;
+            if (j + AHEAD < present) fetch(call, call.key, at + AHEAD * call.key.row);
+            convert(call.key.data, at, call.type, dim, 1.0f, room.line);
+            for (int64_t d = 0; !few && d < dim; ++d) panel[d * PANEL] = room.line[d];
+            for (int64_t i = 0; few && i < task.rows; ++i)
+                room.scores[i * KEYS + j] = dot(room.rows + i * dim, room.line, dim);
+        } else {
+            for (int64_t d = 0; !few && d < dim; ++d) panel[d * PANEL] = 0;
+        }
+        if (call.key_mask) room.seen[j] = j < present && call.key_mask[task.batch * call.keys + key + j];
+    }
+}
+
+static void run(const Call& call, const Plan& plan, const Task& task, const Room& room) {
+    const int64_t dim = call.dim;
+    const bool few = task.rows <= FEW;
+    load_rows(call, task, room, few);
     const int64_t position = call.offset + task.row;
     for (int64_t key = task.key_begin / KEYS * KEYS; key < task.key_end; key += KEYS) {
         const int64_t present = smaller(KEYS, call.keys - key);
-        for (int64_t j = 0; j < KEYS; ++j) {
-            float* panel = room.keys + j / PANEL * PANEL * dim + j % PANEL;
-            if (j < present) {
-                int64_t row = task.batch * call.key.batch + task.head / call.group * call.key.head + (key + j) * call.key.row;
-                if (j + AHEAD < present) fetch(call, call.key, row + AHEAD * call.key.row);
-                convert(call.key.data, row, call.type, dim, 1.0f, room.line);
-                for (int64_t d = 0; d < dim; ++d) panel[d * PANEL] = room.line[d];
-            } else {
-                for (int64_t d = 0; d < dim; ++d) panel[d * PANEL] = 0;
-            }
-            if (call.key_mask) room.seen[j] = j < present && call.key_mask[task.batch * call.keys + key + j];
-        }
+        load_keys(call, task, room, key, present, few);
         for (int64_t i = 0; i < task.rows; i += GROUP) {
             Tile tile = {room.scores, smaller(GROUP, task.rows - i), position + i, key, 0, 0};
             int64_t last = tile.position + tile.rows - 1;
@@ -265,7 +288,7 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
             if (begin >= end) continue;
             tile.begin = begin / PANEL * PANEL;
             tile.end = (end + PANEL - 1) / PANEL * PANEL;
-            for (int64_t j = tile.begin; j < tile.end; j += PANEL) {
+            for (int64_t j = tile.begin; !few && j < tile.end; j += PANEL) {
                 const float* rows = room.rows + i * dim;
                 const float* panel = room.keys + j * dim;
                 if (tile.rows > GROUP / 2) multiply<GROUP>(rows, panel, dim, tile.scores + j);
@@ -290,8 +313,8 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
                 } else if (statistic.kind == COLUMN_SUM) {
                     const uint8_t* counted = statistic.counted;
                     if (counted) counted += task.batch * call.rows + task.row + i;
-                    float* columns = task.columns + plan.weights[s].column * task.span + (key - task.key_begin / KEYS * KEYS);
-                    add_columns(tile, plan.weights[s], counted, columns);
+                    float* slot = task.columns + plan.weights[s].column * task.span;
+                    add_columns(tile, plan.weights[s], counted, slot + key - task.key_begin / KEYS * KEYS);
                 }
             }
         }

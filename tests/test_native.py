@@ -32,6 +32,7 @@ def threads():
         Case(is_causal=False, counted="some", padding="right"),
         Case(is_causal=False, query_length=5, key_length=300),
         Case(query_length=1, key_length=131, group=3),
+        Case(query_length=3, key_length=290, head_dim=33, value_dim=33, dtype="bfloat16", padding="holes"),
         Case(query_length=7, key_length=29, query_offset=11),
         Case(query_length=19, key_length=23, query_offset=300, counted="some"),
         Case(batch=1, query_length=300, key_length=300, head_dim=80, value_dim=80, counted="some"),
