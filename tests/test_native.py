@@ -55,12 +55,12 @@ def test_instruction_sets(case, lanes, monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_many_chunks_and_blocks(is_causal):
-    case = Case(
-        batch=1, key_heads=1, query_length=1700, key_length=1700, is_causal=is_causal, asked=(1, 3, 4, 9, 11, 12)
-    )
-    check(case, "tiled")
+@pytest.mark.parametrize(
+    "changed", [{}, {"is_causal": False, "counted": "some"}, {"window_size": (300, 0), "softcap": 3.0}], ids=str
+)
+def test_many_chunks_and_blocks(changed):
+    asked = (1, 3, 4, 9, 11, 12)
+    check(Case(1, 1, 2, query_length=1300, key_length=1300, asked=asked, **changed), "tiled")
 
 
 @compiled
