@@ -50,7 +50,7 @@ $(BIN)/python:
 	@echo "[1/4] making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml setup.py Makefile | $(BIN)/python
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*) | $(BIN)/python
 	@rm -f $(VENV)/.installed-*
 	@echo "[2/4] installing $(TORCH) (the largest download)"
 	@$(PIP) install $(TORCH)

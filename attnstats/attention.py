@@ -257,14 +257,12 @@ def explain(
     Example:
         >>> import torch, attnstats
         >>> query = torch.zeros(1, 8, 1024, 64)
-        >>> attnstats.explain(query, query, query, statistics=["waad", "received"], backend="tiled")
+        >>> attnstats.explain(query, query, query, statistics=["waad"], backend="tiled")
         backend: tiled
           torch's flash attention for CPU
             output, lse: 1.07 GFLOP, 0.0 MB of scratch
-          band, blocks of 64 rows x 73 keys
-            waad: 0.08 GFLOP, 2.4 MB of scratch
-          sweep, blocks of rows
-            received: 0.54 GFLOP, 3.1 MB of scratch
+          band, ...
+            waad: 0.08 GFLOP, ... MB of scratch
     """
     wanted = _from_lse(statistics) if value is None else resolve(statistics)
     query, key, value, geometry = _resolve("explain", query, key, value, wanted, cu_seqlens_q, others)
@@ -328,13 +326,13 @@ def _backend(name: str, geometry: Geometry) -> ModuleType:
             "attn_mask: a mask that depends on the query takes O(Tq * Tk) memory; use is_causal, key_padding_mask "
             "or a bool mask of shape (B, 1, 1, Tk), or backend='reference'"
         )
-    if name == "tiled":
+    if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
         return tiled
     from attnstats import ops
 
     reason = ops.unavailable(geometry)
     if name == "auto":
-        return tiled if reason or geometry.device.type == "cpu" else ops
+        return tiled if reason else ops
     if reason:
         raise ValueError(f"backend='triton': {reason}; backend='tiled' would work")
     return ops

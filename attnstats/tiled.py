@@ -1,9 +1,9 @@
-"""The backend "tiled": attention and its statistics in plain PyTorch at O(T) memory, the default without a GPU.
+"""The backend "tiled": attention and its statistics in PyTorch at O(T) memory, the default without a GPU.
 
 Attention is torch's flash kernel for the CPU, which also returns the lse; on other devices, and for what that
 kernel can't do, a sweep over blocks of rows. The statistics follow from (query, key, lse): those whose weight is
 constant beyond a distance from the keys near the diagonal (`diagonal`, O(T) time), all others from every visible
-pair once (`sweep`).
+pair once (`sweep`). On a CPU `native` does both at once where it was compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnstats import diagonal, sweep
+from attnstats import diagonal, native, sweep
 from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
 from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, SinkMass, Statistic
 
@@ -56,8 +56,10 @@ def _evaluate(
     """`from_lse` for all heads."""
     if geometry.packing is not None:
         return _evaluate_by_sequence(query, key, lse, geometry, statistics)
-    banded, swept = _split(statistics)
+    compiled, banded, swept = _split(geometry, statistics)
     tensors: dict[Statistic, Tensor] = {}
+    if compiled:
+        tensors = native.evaluate(query, key, lse, geometry, compiled)
     if banded:
         tensors |= diagonal.evaluate(query, key, lse, geometry, banded)
     if swept:
@@ -100,12 +102,14 @@ def _evaluate_by_sequence(
 def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
     """What `attend` (or `from_lse`) runs."""
     heads = geometry.batch * geometry.query_heads
-    pairs = geometry.visible_pairs() * heads
-    banded, swept = _split(statistics)
+    pairs = geometry.visible_pairs() * geometry.query_heads
+    compiled, banded, swept = _split(geometry, statistics)
     steps = []
     if attends:
         runs = "torch's flash attention for CPU" if _flash_takes(geometry) else "attention, blocks of rows"
         steps.append(Step(runs, "output, lse", 2 * pairs * (geometry.head_dim + geometry.value_dim), 0))
+    if compiled:
+        steps.append(native.plan(geometry, compiled))
     if banded:
         steps.append(diagonal.plan(geometry, banded))
     if swept:
@@ -117,9 +121,14 @@ def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -
     return steps
 
 
-def _split(statistics: tuple[Statistic, ...]) -> tuple[tuple[DistanceWeighted, ...], tuple[Statistic, ...]]:
-    banded = tuple(s for s in statistics if isinstance(s, DistanceWeighted) and diagonal.is_narrow(s))
-    return banded, tuple(s for s in statistics if s not in banded and not isinstance(s, (LSE, SinkMass)))
+def _split(
+    geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> tuple[tuple[Statistic, ...], tuple[DistanceWeighted, ...], tuple[Statistic, ...]]:
+    """Those that `native`, `diagonal` and `sweep` evaluate."""
+    compiled = tuple(s for s in statistics if native.takes(geometry, s))
+    rest = tuple(s for s in statistics if s not in compiled and not isinstance(s, (LSE, SinkMass)))
+    banded = tuple(s for s in rest if isinstance(s, DistanceWeighted) and diagonal.is_narrow(s))
+    return compiled, banded, tuple(s for s in rest if s not in banded)
 
 
 def _names(statistics: tuple[Statistic, ...]) -> str:

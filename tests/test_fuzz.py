@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
+from attnstats import native
 from tests.cases import Case, check, one_line
 
 SHARDS = 10  # so that parallel workers share the work
@@ -52,10 +53,14 @@ def cases(draw: st.DrawFn) -> Case:
 def test_drawn_cases(shard, device):
     @seed(shard)
     @settings(max_examples=DRAWN, database=None, suppress_health_check=list(HealthCheck))
-    @given(cases(), st.sampled_from(["tiled", "triton", "triton from_lse"]))
+    @given(cases(), st.sampled_from(["tiled", "tiled plain", "triton", "triton from_lse"]))
     def run(case: Case, path: str) -> None:
-        backend, _, from_lse = path.partition(" ")
-        note(f"seed {shard}; reproduce: {one_line(case, backend, bool(from_lse))}")
-        check(case, backend, device if backend == "triton" else "cpu", bool(from_lse))
+        backend, _, how = path.partition(" ")
+        plain = "ATTNSTATS_NATIVE=0 " if how == "plain" else ""
+        note(f"seed {shard}; reproduce: {plain}{one_line(case, backend, how == 'from_lse')}")
+        with pytest.MonkeyPatch.context() as patch:
+            if plain:
+                patch.setattr(native, "enabled", False)
+            check(case, backend, device if backend == "triton" else "cpu", how == "from_lse")
 
     run()

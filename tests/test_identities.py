@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, PooledMap, Received, SinkMass
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, PooledMap, Received, SinkMass, native
 from tests.cases import Case
 
-BACKENDS = ("tiled", "triton")
+BACKENDS = ("tiled", "plain", "triton")
 CASES = {
     "causal": Case(),
     "full": Case(is_causal=False),
@@ -25,7 +25,11 @@ CASES = {
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def backend(request, monkeypatch):
+    """ "plain" is tiled without the compiled sums."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "enabled", False)
+        return "tiled"
     return request.param
 
 

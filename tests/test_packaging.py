@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "build", "dist", "out")
+NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "out")
+COMPILED = "attnstats/_native.abi3.so"
 
 FIND = """
 import importlib.util, json, site, sys
@@ -36,11 +37,11 @@ print(json.dumps({name: where(name) for name in ("attnstats", "attnstats.kernels
 """
 
 
-def run(code: str, *arguments: str, cwd: Path = ROOT, path: str = "") -> str:
+def run(code: str, *arguments: str, cwd: Path = ROOT, path: str = "", **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -67,9 +68,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def build(hook: str, tree: Path, into: Path) -> Path:
+def build(hook: str, tree: Path, into: Path, **environment: str) -> Path:
     into.mkdir()
-    run(f"import sys, setuptools.build_meta as b; print(b.{hook}(sys.argv[1]))", str(into), cwd=tree)
+    code = f"import sys, setuptools.build_meta as b; print(b.{hook}(sys.argv[1]))"
+    run(code, str(into), cwd=tree, **environment)
     (artefact,) = into.iterdir()
     return artefact
 
@@ -77,11 +79,15 @@ def build(hook: str, tree: Path, into: Path) -> Path:
 @pytest.fixture(scope="session")
 def wheel(tree: Path) -> Path:
     """The wheel as an index would serve it: built from the sdist, not from the tree."""
-    sdist = build("build_sdist", tree, tree.parent / "sdist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tree.parent / "unpacked", filter="data")
-    (unpacked,) = (tree.parent / "unpacked").iterdir()
-    return build("build_wheel", unpacked, tree.parent / "wheel")
+    return build("build_wheel", unpack(tree, tree.parent / "unpacked"), tree.parent / "wheel")
+
+
+def unpack(tree: Path, into: Path) -> Path:
+    """The tree as its sdist has it."""
+    with tarfile.open(build("build_sdist", tree, into.with_suffix(".sdist"))) as archive:
+        archive.extractall(into, filter="data")
+    (unpacked,) = into.iterdir()
+    return unpacked
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +125,7 @@ def test_wheel_holds_every_module_and_template(wheel: Path) -> None:
         for path in folder.rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:
-        in_wheel = {name for name in archive.namelist() if ".dist-info/" not in name}
+        in_wheel = {name for name in archive.namelist() if ".dist-info/" not in name} - {COMPILED}
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert b"attnstats = attnstats.cli:main" in archive.read(entry_points)
@@ -127,6 +133,42 @@ def test_wheel_holds_every_module_and_template(wheel: Path) -> None:
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     assert {"attnstats/__init__.py", "attnstats/kernels/weights.py", "attnstats/report/report.html.jinja"} <= in_wheel
     assert in_wheel == in_tree
+
+
+LOAD = """
+import attnstats.native
+library = attnstats.native._library()
+if library is not None:
+    maps = open("/proc/self/maps").read()
+    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1, "threads are torch's own"
+print(attnstats.native.__file__, library is not None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux")
+def test_wheel_holds_the_compiled_sums(wheel: Path, installed: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        assert COMPILED in archive.namelist()
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
+    assert wheel.name.split("-")[4].startswith("linux_")
+    file, loaded = run(LOAD, cwd=tmp_path, path=str(installed)).split()
+    assert is_ours([file], installed)
+    assert loaded == "True"
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_installs_without_a_compiler(hook: str, tree: Path, tmp_path: Path) -> None:
+    unpacked = unpack(tree, tmp_path / "unpacked")
+    no_compiler = dict.fromkeys(("CC", "CXX", "LDSHARED", "LDCXXSHARED"), "/nonexistent/compiler")
+    artefact = build(hook, unpacked, tmp_path / "wheel", **no_compiler)
+    with zipfile.ZipFile(artefact) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    assert not list((unpacked / "attnstats").glob("*.so"))
+    path = tmp_path / "site" if hook == "build_wheel" else unpacked
+    file, loaded = run(LOAD, cwd=tmp_path, path=str(path)).split()
+    assert is_ours([file], path)
+    assert loaded == "False"
 
 
 def test_kernels_is_ours_only_below_attnstats_in_a_wheel(installed: Path, tmp_path: Path) -> None:

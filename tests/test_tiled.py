@@ -7,8 +7,15 @@ import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, diagonal, reference, sweep
+from attnstats import FAI, WAAD, diagonal, native, reference, sweep
 from tests.cases import Case, check
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def sums(request, monkeypatch):
+    """The compiled sums where they were built, and without them."""
+    monkeypatch.setattr(native, "enabled", request.param == "compiled")
+
 
 # 1 GiB is one T x T map of float32 at T = 16384, 256 MiB one of bool.
 MEMORY = """
@@ -35,6 +42,7 @@ def test_no_map_at_16384(changed):
     assert int(run.stdout) < 192, f"{run.stdout} MiB"
 
 
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize(
     "case", [Case(), Case(is_causal=False), Case(query_length=9, key_length=37, padding="left")], ids=str
 )
@@ -47,6 +55,7 @@ def test_small_blocks(case, monkeypatch):
     check(case, "tiled", from_lse=True)
 
 
+@pytest.mark.usefixtures("sums")
 def test_a_wide_band_is_swept():
     asked = [WAAD(2000), FAI(0, 1500), FAI(3, 20)]
     query, key, value = Case(batch=1, key_heads=1, group=1).tensors()
@@ -56,6 +65,7 @@ def test_a_wide_band_is_swept():
         torch.testing.assert_close(found[s], expected[s], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("sums")
 def test_without_torchs_private_kernel(monkeypatch):
     monkeypatch.setattr("attnstats.tiled._flash_takes", lambda geometry: False)
     for case in (Case(), Case(is_causal=False, padding="left"), Case(dtype="bfloat16", padding="all")):

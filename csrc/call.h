@@ -1,0 +1,40 @@
+// One call as attnstats/native.py fills it in: the ctypes structures there mirror these, field by field.
+// Strides count elements; the last dimension of every tensor is contiguous.
+
+#pragma once
+
+#include <cstdint>
+
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+enum Kind : int64_t { ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT };
+
+struct Tensor {
+    const void* data;
+    int64_t batch, head, row;  // strides
+};
+
+// Weights by distance stand from the largest distance down, so that they rise with the key; beyond them the weight
+// is 0. None: the weight is 1 everywhere.
+struct Statistic {
+    int64_t kind;
+    float* result;  // [batch, heads, rows or keys], contiguous
+    const float* weights;
+    int64_t farthest;  // distance of weights[0]
+    int64_t distances;
+    const uint8_t* counted;  // [batch, rows], columns only; none: every row counts
+};
+
+struct Call {
+    Tensor query, key, lse;
+    int64_t type;
+    int64_t batch, heads, group, rows, keys, dim;
+    int64_t offset;       // position of the first row
+    int64_t left, right;  // row t sees key s where -right <= t - s <= left
+    float scale, softcap;  // softcap 0: none
+    const uint8_t* key_mask;  // [batch, keys]; none: all may be seen
+    int64_t count;
+    const Statistic* statistics;
+    int64_t threads;
+    int64_t lanes;  // 4, 8 or 16: the widest vectors to use; 0: what the machine has
+};

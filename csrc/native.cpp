@@ -1,0 +1,309 @@
+// Sums over A = exp(scores - lse) by rows and by columns, near the diagonal or over every visible pair, on a CPU.
+//
+// Called from attnstats/native.py through ctypes: a plain C interface, so one build serves every Python and torch.
+// The rows of a head are cut into chunks, whose number depends on the lengths alone. A task is a chunk of one head: it
+// owns its rows, and writes column sums to a slot of its own. The slots are added in the order of the chunks, so
+// the bits depend neither on the number of threads nor on the other heads.
+
+#include "call.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+static const int64_t KEYS = 128;           // of a block: with 64 dimensions 32 KiB, which stay in L2
+static const int64_t CHUNK = 512;          // rows: keys are transposed once per chunk
+static const int64_t CHUNKS = 16;          // of a head at most, so that slots stay linear in the length
+static const int64_t ALIGNMENT = 12;       // of a chunk: the rows that each of the instruction sets works on together
+static const int64_t MARGIN = 64;          // zeros on both sides of weights, for whole vectors of whole groups
+static const int64_t FEW = 3;               // rows of a chunk whose scores are plain dot products
+static const int64_t AHEAD = 8;             // rows that are fetched before their turn
+static const int64_t LINE = 16;            // floats of a cache line
+
+struct Weights {
+    const float* data;  // of the farthest distance, downwards; none: 1 everywhere
+    int64_t farthest, distances;
+    int64_t column;  // which of the column sums, if it is one
+};
+
+struct Plan {
+    int64_t chunk;             // rows
+    int64_t nearest, farthest;  // distances where anything is to be summed
+    bool exponentials;         // whether A itself is needed
+    int64_t columns;           // column sums among the statistics
+    const Weights* weights;    // [count]
+};
+
+struct Task {
+    int64_t batch, head, row, rows;
+    int64_t key_begin, key_end;  // keys that any of the rows needs
+    int64_t span;                // of a slot: whole blocks of keys
+    float* columns;              // [plan.columns][span]
+};
+
+// A thread's working memory.
+struct Room {
+    float* rows;      // [chunk / GROUP][dim][GROUP]
+    float* keys;      // [KEYS / PANEL][dim][PANEL]
+    float* scores;    // [GROUP][KEYS]
+    float* line;      // [dim]
+    float* lse;       // [chunk]
+    int32_t* seen;    // [KEYS]
+    double* results;  // [count][chunk]
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDER_SETS
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
+#define LANES 16
+#define GROUP 12
+namespace lanes16 {
+#include "tile.h"
+}  // namespace
+#undef LANES
+#undef GROUP
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define GROUP 6
+namespace lanes8 {
+#include "tile.h"
+}  // namespace
+#undef LANES
+#undef GROUP
+#pragma GCC pop_options
+#endif
+
+#define LANES 4
+#define GROUP 6
+namespace lanes4 {
+#include "tile.h"
+}  // namespace
+#undef LANES
+#undef GROUP
+
+using Run = void (*)(const Call&, const Plan&, const Task&, const Room&);
+
+static Run best(int64_t lanes) {
+#ifdef WIDER_SETS
+    bool all = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (all && (lanes == 0 || lanes >= 16)) return lanes16::run;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (lanes == 0 || lanes >= 8))
+        return lanes8::run;
+#endif
+    (void)lanes;
+    return lanes4::run;
+}
+
+static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static Plan plan_of(const Call& call, std::vector<Weights>& weights, std::vector<float>& padded) {
+    Plan plan = {};
+    int64_t chunks = smaller(CHUNKS, larger(1, (call.rows + CHUNK / 2) / CHUNK));
+    plan.chunk = round_up((call.rows + chunks - 1) / chunks, ALIGNMENT);
+    bool everywhere = false, met = false;
+    int64_t total = 0;
+    for (int64_t s = 0; s < call.count; ++s) {
+        const Statistic& statistic = call.statistics[s];
+        plan.exponentials |= statistic.kind != MAX_LOGIT;
+        if (!statistic.weights) {
+            everywhere = true;
+            continue;
+        }
+        int64_t nearest = statistic.farthest - statistic.distances + 1;
+        plan.farthest = met ? larger(plan.farthest, statistic.farthest) : statistic.farthest;
+        plan.nearest = met ? smaller(plan.nearest, nearest) : nearest;
+        met = true;
+        total += statistic.distances + 2 * MARGIN;
+    }
+    if (everywhere || plan.farthest > call.left) plan.farthest = call.left;
+    if (everywhere || plan.nearest < -call.right) plan.nearest = -call.right;
+    padded.assign(total, 0.0f);
+    weights.resize(call.count);
+    float* at = padded.data();
+    for (int64_t s = 0; s < call.count; ++s) {
+        const Statistic& statistic = call.statistics[s];
+        weights[s] = {nullptr, 0, 0, plan.columns};
+        plan.columns += statistic.kind == COLUMN_SUM;
+        if (!statistic.weights) continue;
+        memcpy(at + MARGIN, statistic.weights, statistic.distances * sizeof(float));
+        weights[s].data = at + MARGIN;
+        weights[s].farthest = statistic.farthest;
+        weights[s].distances = statistic.distances;
+        at += statistic.distances + 2 * MARGIN;
+    }
+    plan.weights = weights.data();
+    return plan;
+}
+
+// Long chunks first: later ones fill the gaps that they leave.
+static std::vector<Task> tasks_of(const Call& call, const Plan& plan) {
+    std::vector<Task> tasks;
+    for (int64_t row = (call.rows - 1) / plan.chunk * plan.chunk; row >= 0; row -= plan.chunk) {
+        Task task = {};
+        task.row = row;
+        task.rows = smaller(plan.chunk, call.rows - row);
+        int64_t first = call.offset + row, last = first + task.rows - 1;
+        task.key_begin = larger(0, first - plan.farthest);
+        task.key_end = smaller(call.keys, last - plan.nearest + 1);
+        if (task.key_end <= task.key_begin) task.key_begin = task.key_end = 0;
+        task.span = round_up(task.key_end, KEYS) - task.key_begin / KEYS * KEYS;
+        for (task.batch = 0; task.batch < call.batch; ++task.batch)
+            for (task.head = 0; task.head < call.heads; ++task.head) tasks.push_back(task);
+    }
+    return tasks;
+}
+
+// Memory that is not touched before its use, from the start of a cache line.
+class Memory {
+public:
+    explicit Memory(int64_t floats) : memory_(malloc((floats + LINE) * sizeof(float))) {
+        if (!memory_) throw std::bad_alloc();
+    }
+    Memory(const Memory&) = delete;
+    ~Memory() { free(memory_); }
+
+    float* data() const {
+        const uintptr_t line = LINE * sizeof(float);
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + line - 1) / line * line);
+    }
+
+private:
+    void* memory_;
+};
+
+// How much of it the pieces of a room take.
+struct Sizes {
+    int64_t rows, keys, scores, line, lse, seen, results;
+
+    Sizes(const Call& call, const Plan& plan)
+        : rows(round_up(plan.chunk * call.dim, LINE)),
+          keys(round_up(KEYS * call.dim, LINE)),
+          scores(ALIGNMENT * KEYS),
+          line(round_up(call.dim, LINE)),
+          lse(round_up(plan.chunk, LINE)),
+          seen(KEYS),
+          results(round_up(2 * call.count * plan.chunk, LINE)) {}
+
+    int64_t total() const { return rows + keys + scores + line + lse + seen + results; }
+};
+
+static Room room_of(const Sizes& sizes, float* at) {
+    Room room;
+    room.rows = at;
+    room.keys = at += sizes.rows;
+    room.scores = at += sizes.keys;
+    room.line = at += sizes.scores;
+    room.lse = at += sizes.line;
+    room.seen = reinterpret_cast<int32_t*>(at += sizes.lse);
+    room.results = reinterpret_cast<double*>(at += sizes.seen);
+    return room;
+}
+
+static void write_rows(const Call& call, const Plan& plan, const Task& task, const Room& room) {
+    for (int64_t s = 0; s < call.count; ++s) {
+        if (call.statistics[s].kind == COLUMN_SUM) continue;
+        float* to = call.statistics[s].result + (task.batch * call.heads + task.head) * call.rows + task.row;
+        for (int64_t i = 0; i < task.rows; ++i) to[i] = room.results[s * plan.chunk + i];
+    }
+}
+
+static void add_slots(const Call& call, const Plan& plan, const std::vector<Task>& tasks, int64_t batch, int64_t head) {
+    const int64_t heads = call.batch * call.heads, this_one = batch * call.heads + head;
+    for (int64_t s = 0; s < call.count; ++s) {
+        if (call.statistics[s].kind != COLUMN_SUM) continue;
+        float* to = call.statistics[s].result + this_one * call.keys;
+        memset(to, 0, call.keys * sizeof(float));
+        for (size_t t = this_one; t < tasks.size(); t += heads) {
+            const Task& task = tasks[t];
+            const float* from = task.columns + plan.weights[s].column * task.span - task.key_begin / KEYS * KEYS;
+            for (int64_t key = task.key_begin; key < task.key_end; ++key) to[key] += from[key];
+        }
+    }
+}
+
+// Everything about a call but its numbers.
+struct Schedule {
+    std::vector<Weights> weights;
+    std::vector<float> padded;
+    Plan plan;
+    std::vector<Task> tasks;
+    Sizes room;
+    int64_t slots = 0;  // floats of all slots together
+
+    explicit Schedule(const Call& call)
+        : plan(plan_of(call, weights, padded)), tasks(tasks_of(call, plan)), room(call, plan) {
+        for (const Task& task : tasks) slots += plan.columns * task.span;
+    }
+};
+
+static void evaluate(const Call& call) {
+    const Run run = best(call.lanes);
+    Schedule schedule(call);
+    const Plan& plan = schedule.plan;
+    std::vector<Task>& tasks = schedule.tasks;
+    const Memory rooms(call.threads * schedule.room.total());
+    const Memory slots(schedule.slots);
+    float* slot = slots.data();
+    for (Task& task : tasks) {
+        task.columns = slot;
+        slot += plan.columns * task.span;
+    }
+    const int64_t count = tasks.size(), heads = call.batch * call.heads;
+#pragma omp parallel num_threads(call.threads)
+    {
+        int64_t thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        const Room room = room_of(schedule.room, rooms.data() + thread * schedule.room.total());
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < count; ++t) {
+            memset(tasks[t].columns, 0, plan.columns * tasks[t].span * sizeof(float));
+            for (int64_t s = 0; s < call.count; ++s) {
+                double start = call.statistics[s].kind == MAX_LOGIT ? -__builtin_inf() : 0.0;
+                for (int64_t i = 0; i < plan.chunk; ++i) room.results[s * plan.chunk + i] = start;
+            }
+            run(call, plan, tasks[t], room);
+            write_rows(call, plan, tasks[t], room);
+        }
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < heads; ++h) add_slots(call, plan, tasks, h / call.heads, h % call.heads);
+    }
+}
+
+#ifdef __GNUC__
+#pragma GCC visibility push(default)
+#endif
+extern "C" {
+
+int64_t attnstats_version() { return 1; }
+
+// Working memory that a call takes, of which no result is needed.
+int64_t attnstats_scratch_bytes(const Call* call) {
+    const Schedule schedule(*call);
+    return sizeof(float) * (schedule.slots + call->threads * schedule.room.total());
+}
+
+// 0, or 1 where memory ran out.
+int64_t attnstats_evaluate(const Call* call) {
+    try {
+        evaluate(*call);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+}

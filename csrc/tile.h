@@ -1,0 +1,322 @@
+// A chunk of rows of one head against all keys that it needs, in float32 vectors of LANES.
+//
+// native.cpp includes this file once per instruction set, in a namespace of its own, with LANES and GROUP set. It must
+// instantiate nothing of the standard library: such code would be shared with the sets that lack its instructions.
+//
+//     for each block of KEYS keys         transposed to panels [dim][2 * LANES] in L2
+//       for each group of GROUP rows      transposed to [dim][GROUP]
+//         scores = rows x keys            sums in registers, then in `scores` [GROUP][KEYS] in L1
+//         A = exp(scores - lse)           in place
+//         rows and columns += A * weight
+
+typedef float Float __attribute__((vector_size(4 * LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
+
+static const int PANEL = 2 * LANES;
+
+static inline Float load(const float* from) {
+    Float x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store(float* to, Float x) { __builtin_memcpy(to, &x, sizeof x); }
+
+static inline Float splat(float x) { return x - Float{}; }
+
+static inline float sum(Float x) {
+    float part[LANES];
+    store(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+// Within 2 ulp where the result is a normal number; 0 below, inf above. -inf gives 0, NaN stays.
+static inline Float exponential(Float x) {
+    const float rounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    Float shifted = x * 1.44269504f + rounding;
+    Float n = shifted - rounding;
+    Float r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts, n times the first is exact
+    Float p = r * 0.00138144672f + 0.00836878084f;
+    p = p * r + 0.0416683927f;
+    p = p * r + 0.166665196f;
+    p = p * r + 0.49999994f;
+    p = p * (r * r) + (r + 1.0f);
+    Float y = p * (Float)(((Unsigned)shifted << 23) + (127u << 23));
+    y = x < -87.3365448f ? Float{} : y;
+    return x > 88.3762627f ? splat(__builtin_inff()) : y;
+}
+
+// Within 4 ulp.
+static inline Float hyperbolic_tangent(Float x) {
+    Float size = x < 0.0f ? -x : x;
+    Float square = x * x;
+    Float p = square * -0.00570498733f + 0.0206390880f;
+    p = p * square - 0.0537397154f;
+    p = p * square + 0.133314416f;
+    p = p * square - 0.333332807f;
+    Float small = x + x * (square * p);
+    Float large = 1.0f - 2.0f / (exponential(size + size) + 1.0f);
+    large = x < 0.0f ? -large : large;
+    return size < 0.625f ? small : large;
+}
+
+// Rows of strided tensors are further apart than the processor looks ahead.
+static inline void fetch(const Call& call, const Tensor& x, int64_t at) {
+    const int64_t size = call.type == FLOAT32 ? 4 : 2;
+    const char* row = (const char*)x.data + at * size;
+    for (int64_t byte = 0; byte < call.dim * size; byte += 64) __builtin_prefetch(row + byte);
+}
+
+// `count` numbers from element `begin` on, times `scale`.
+static void convert(const void* data, int64_t begin, int64_t type, int64_t count, float scale, float* to) {
+    if (type == FLOAT32) {
+        const float* from = (const float*)data + begin;
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i] * scale;
+        return;
+    }
+    const uint16_t* from = (const uint16_t*)data + begin;
+    if (type == BFLOAT16) {
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t bits = (uint32_t)from[i] << 16;
+            float x;
+            __builtin_memcpy(&x, &bits, sizeof x);
+            to[i] = x * scale;
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        // The exponent is 112 too small in place, which a product mends, for subnormals too; inf and NaN get theirs.
+        uint32_t bits = (uint32_t)(from[i] & 0x7fff) << 13;
+        uint32_t special = bits >= 0x0f800000 ? 0x7f800000 : 0;
+        float x;
+        __builtin_memcpy(&x, &bits, sizeof x);
+        x *= 0x1p112f;
+        __builtin_memcpy(&bits, &x, sizeof x);
+        bits |= special | (uint32_t)(from[i] & 0x8000) << 16;
+        __builtin_memcpy(&x, &bits, sizeof x);
+        to[i] = x * scale;
+    }
+}
+
+static float dot(const float* a, const float* b, int64_t dim) {
+    Float total = {};
+    int64_t d = 0;
+    for (; d + LANES <= dim; d += LANES) total += load(a + d) * load(b + d);
+    float rest = 0;
+    for (; d < dim; ++d) rest += a[d] * b[d];
+    return sum(total) + rest;
+}
+
+// scores[ROWS][PANEL] = rows x one panel of keys
+template <int ROWS>
+static void multiply(const float* rows, const float* panel, int64_t dim, float* scores) {
+    Float low[ROWS] = {}, high[ROWS] = {};
+    for (int64_t d = 0; d < dim; ++d) {
+        Float first = load(panel), second = load(panel + LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+            low[i] += rows[i] * first;
+            high[i] += rows[i] * second;
+        }
+        rows += GROUP;
+        panel += PANEL;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+        store(scores + i * KEYS, low[i]);
+        store(scores + i * KEYS + LANES, high[i]);
+    }
+}
+
+// A group of rows and the keys of a block that it needs.
+struct Tile {
+    float* scores;          // [GROUP][KEYS], then A
+    int64_t rows;           // in use
+    int64_t position;       // of the first row
+    int64_t key;            // position of the block's first key
+    int64_t begin, end;     // of its keys, in whole panels
+};
+
+// The part of the tile where a weight may not be 0, in whole vectors, and that weight's place for row 0, key 0.
+struct Part {
+    int64_t begin, end;
+    const float* weights;  // row i, key j: weights[j - i]; none: 1
+};
+
+static inline Part part_of(const Tile& tile, const Weights& weights) {
+    Part part = {tile.begin, tile.end, nullptr};
+    if (!weights.data) return part;
+    int64_t nearest = weights.farthest - weights.distances + 1;
+    int64_t begin = tile.position - weights.farthest - tile.key;
+    int64_t end = tile.position + tile.rows - nearest - tile.key;
+    if (begin > part.begin) part.begin = begin / LANES * LANES;
+    if (end < part.end) part.end = end <= part.begin ? part.begin : (end + LANES - 1) / LANES * LANES;
+    part.weights = weights.data + (weights.farthest - (tile.position - tile.key));
+    return part;
+}
+
+// A weight of 0 takes NaN and inf away too.
+static inline Float weighted(Float a, const float* weights, int64_t at) {
+    if (!weights) return a;
+    Float w = load(weights + at);
+    return w != 0.0f ? a * w : Float{};
+}
+
+static void add_rows(const Tile& tile, const Weights& weights, double* result) {
+    Part part = part_of(tile, weights);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        Float total = {};
+        for (int64_t j = part.begin; j < part.end; j += LANES)
+            total += weighted(load(tile.scores + i * KEYS + j), part.weights, j - i);
+        result[i] += sum(total);
+    }
+}
+
+static void add_columns(const Tile& tile, const Weights& weights, const uint8_t* counted, float* result) {
+    Part part = part_of(tile, weights);
+    for (int64_t j = part.begin; j < part.end; j += LANES) {
+        Float total = {};
+        for (int64_t i = 0; i < tile.rows; ++i)
+            if (!counted || counted[i]) total += weighted(load(tile.scores + i * KEYS + j), part.weights, j - i);
+        store(result + j, load(result + j) + total);
+    }
+}
+
+static void hide(const Tile& tile, const Call& call, const int32_t* seen) {
+    const float nothing = -__builtin_inff();
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        float* row = tile.scores + i * KEYS;
+        if (seen)
+            for (int64_t j = tile.begin; j < tile.end; ++j) row[j] = seen[j] ? row[j] : nothing;
+        int64_t at = tile.position + i - tile.key;
+        int64_t first = call.left < at ? at - call.left : 0;
+        int64_t end = call.keys - tile.key;
+        if (call.right < end - at - 1) end = at + call.right + 1;
+        for (int64_t j = tile.begin; j < tile.end && j < first; ++j) row[j] = nothing;
+        for (int64_t j = end > tile.begin ? end : tile.begin; j < tile.end; ++j) row[j] = nothing;
+    }
+}
+
+static void cap(const Tile& tile, float softcap) {
+    for (int64_t i = 0; i < tile.rows; ++i)
+        for (int64_t j = tile.begin; j < tile.end; j += LANES) {
+            float* at = tile.scores + i * KEYS + j;
+            store(at, softcap * hyperbolic_tangent(load(at) * (1 / softcap)));
+        }
+}
+
+static void take_maximum(const Tile& tile, double* result) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        float largest = result[i];
+        const float* row = tile.scores + i * KEYS;
+        for (int64_t j = tile.begin; j < tile.end; ++j)
+            largest = largest >= row[j] || largest != largest ? largest : row[j];  // NaN stays
+        result[i] = largest;
+    }
+}
+
+// A = exp(scores - lse) in place, 0 where the score is -inf whatever the lse; adds the rows' entropy.
+static void exponentiate(const Tile& tile, const float* lse, double* entropy) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        float* row = tile.scores + i * KEYS;
+        Float total = {};
+        for (int64_t j = tile.begin; j < tile.end; j += LANES) {
+            Float x = load(row + j);
+            x = x == -__builtin_inff() ? x : x - lse[i];
+            Float a = exponential(x);
+            store(row + j, a);
+            if (entropy) total -= a * (x < -1e4f ? splat(-1e4f) : x);  // 0 * -inf would be NaN
+        }
+        if (entropy) entropy[i] += sum(total);
+    }
+}
+
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// GROUP rows side by side; a few stay one after the other.
+static void load_rows(const Call& call, const Task& task, const Room& room, bool few) {
+    for (int64_t i = 0; i < task.rows; ++i) {
+        int64_t at = task.batch * call.query.batch + task.head * call.query.head + (task.row + i) * call.query.row;
+        if (i + AHEAD < task.rows) fetch(call, call.query, at + AHEAD * call.query.row);
+        float* line = few ? room.rows + i * call.dim : room.line;
+        convert(call.query.data, at, call.type, call.dim, call.scale, line);
+        float* group = room.rows + i / GROUP * GROUP * call.dim + i % GROUP;
+        for (int64_t d = 0; !few && d < call.dim; ++d) group[d * GROUP] = line[d];
+        const float* lse = (const float*)call.lse.data + task.batch * call.lse.batch + task.head * call.lse.head;
+        float x = lse[(task.row + i) * call.lse.row];
+        room.lse[i] = x == -__builtin_inff() ? -x : x;  // a row that sees nothing: A is 0, not NaN
+    }
+}
+
+// Panels of keys; for a few rows their scores at once, as the panels would cost more than they save.
+static void load_keys(const Call& call, const Task& task, const Room& room, int64_t key, int64_t present, bool few) {
+    const int64_t dim = call.dim;
+    for (int64_t j = 0; j < KEYS; ++j) {
+        float* panel = room.keys + j / PANEL * PANEL * dim + j % PANEL;
+        if (j < present) {
+            int64_t head = task.head / call.group;
+            int64_t at = task.batch * call.key.batch + head * call.key.head + (key + j) * call.key.row;
+            if (j + AHEAD < present) fetch(call, call.key, at + AHEAD * call.key.row);
+            convert(call.key.data, at, call.type, dim, 1.0f, room.line);
+            for (int64_t d = 0; !few && d < dim; ++d) panel[d * PANEL] = room.line[d];
+            for (int64_t i = 0; few && i < task.rows; ++i)
+                room.scores[i * KEYS + j] = dot(room.rows + i * dim, room.line, dim);
+        } else {
+            for (int64_t d = 0; !few && d < dim; ++d) panel[d * PANEL] = 0;
+        }
+        if (call.key_mask) room.seen[j] = j < present && call.key_mask[task.batch * call.keys + key + j];
+    }
+}
+
+static void run(const Call& call, const Plan& plan, const Task& task, const Room& room) {
+    const int64_t dim = call.dim;
+    const bool few = task.rows <= FEW;
+    load_rows(call, task, room, few);
+    const int64_t position = call.offset + task.row;
+    for (int64_t key = task.key_begin / KEYS * KEYS; key < task.key_end; key += KEYS) {
+        const int64_t present = smaller(KEYS, call.keys - key);
+        load_keys(call, task, room, key, present, few);
+        for (int64_t i = 0; i < task.rows; i += GROUP) {
+            Tile tile = {room.scores, smaller(GROUP, task.rows - i), position + i, key, 0, 0};
+            int64_t last = tile.position + tile.rows - 1;
+            int64_t begin = larger(0, tile.position - plan.farthest - key);
+            int64_t end = smaller(present, last - plan.nearest + 1 - key);
+            if (begin >= end) continue;
+            tile.begin = begin / PANEL * PANEL;
+            tile.end = (end + PANEL - 1) / PANEL * PANEL;
+            for (int64_t j = tile.begin; !few && j < tile.end; j += PANEL) {
+                const float* rows = room.rows + i * dim;
+                const float* panel = room.keys + j * dim;
+                if (tile.rows > GROUP / 2) multiply<GROUP>(rows, panel, dim, tile.scores + j);
+                else if (tile.rows > 1) multiply<GROUP / 2>(rows, panel, dim, tile.scores + j);
+                else multiply<1>(rows, panel, dim, tile.scores + j);
+            }
+            if (call.softcap > 0) cap(tile, call.softcap);
+            bool inside = key + tile.end <= call.keys && last - (key + tile.begin) <= call.left &&
+                          key + tile.end - 1 - tile.position <= call.right;
+            if (!inside || call.key_mask) hide(tile, call, call.key_mask ? room.seen : nullptr);
+            double* entropy = nullptr;
+            for (int64_t s = 0; s < call.count; ++s) {
+                if (call.statistics[s].kind == MAX_LOGIT) take_maximum(tile, room.results + s * plan.chunk + i);
+                if (call.statistics[s].kind == ENTROPY) entropy = room.results + s * plan.chunk + i;
+            }
+            if (!plan.exponentials) continue;
+            exponentiate(tile, room.lse + i, entropy);
+            for (int64_t s = 0; s < call.count; ++s) {
+                const Statistic& statistic = call.statistics[s];
+                if (statistic.kind == ROW_SUM) {
+                    add_rows(tile, plan.weights[s], room.results + s * plan.chunk + i);
+                } else if (statistic.kind == COLUMN_SUM) {
+                    const uint8_t* counted = statistic.counted;
+                    if (counted) counted += task.batch * call.rows + task.row + i;
+                    float* slot = task.columns + plan.weights[s].column * task.span;
+                    add_columns(tile, plan.weights[s], counted, slot + key - task.key_begin / KEYS * KEYS);
+                }
+            }
+        }
+    }
+}
