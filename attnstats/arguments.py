@@ -191,15 +191,18 @@ def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(0, 1)[None] for x in tensors.values())
 
 
-def natural_lse(lse: Tensor, base: str, geometry: Geometry) -> Tensor:
+def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) -> Tensor:
     """An lse as a kernel returned it, as (B, Hq, Tq) in natural logarithm, -inf where a row sees nothing.
 
     Dense calls take (B, Hq, Tq), packed ones (Hq, total) or (total, Hq); a last dimension of 1 is dropped.
     """
+    if layout not in (None, "HT", "TH"):
+        raise ValueError(f"lse_layout must be 'HT', 'TH' or None (by its shape), got {layout!r}")
     heads, length = geometry.query_heads, geometry.query_length
     shapes: list[tuple[int, ...]] = [(geometry.batch, heads, length)]
     if geometry.packing is not None:
-        shapes = [(heads, length), (length, heads)]
+        by_layout = {"HT": (heads, length), "TH": (length, heads)}
+        shapes = [by_layout[layout]] if layout else list(by_layout.values())
     if not isinstance(lse, Tensor):
         raise TypeError(f"lse must be a tensor, got {type(lse).__name__}")
     shape = tuple(lse.shape)
@@ -207,8 +210,8 @@ def natural_lse(lse: Tensor, base: str, geometry: Geometry) -> Tensor:
         shape = shape[:-1]
     if shape not in shapes:
         raise ValueError(f"lse must have the shape {' or '.join(map(str, shapes))}, got {tuple(lse.shape)}")
-    if geometry.packing is not None and heads == length > 1:
-        raise ValueError(f"lse of shape {shape} is ambiguous: as many heads as tokens. Pad the sequences by a token")
+    if geometry.packing is not None and heads == length > 1 and layout is None:
+        raise ValueError(f"lse of shape {shape} is ambiguous, as many heads as tokens; pass lse_layout='HT' or 'TH'")
     if lse.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"lse must be float32 or float64, got {lse.dtype}; in less its error is over 1 % of A")
     if lse.device != geometry.device:
@@ -217,7 +220,7 @@ def natural_lse(lse: Tensor, base: str, geometry: Geometry) -> Tensor:
         raise ValueError(f"lse_base must be 'e' or '2', got {base!r}")
     lse = lse.detach().to(geometry.accumulator).reshape(shape)
     if geometry.packing is not None:
-        lse = (lse if shape == shapes[0] else lse.T)[None]
+        lse = (lse.T if layout == "TH" or (layout is None and shape != (heads, length)) else lse)[None]
     if base == "2":
         lse = lse * math.log(2.0)
     return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)

@@ -205,6 +205,7 @@ def statistics_from_lse(
     *,
     statistics: Iterable[Statistic | str],
     lse_base: Literal["e", "2"] = "e",
+    lse_layout: Literal["HT", "TH"] | None = None,
     cu_seqlens_q: Tensor | None = None,
     backend: Backend = "auto",
     **others: Any,
@@ -222,6 +223,7 @@ def statistics_from_lse(
             the log of the row sums of exp(score). What stands in rows that see no key is ignored (kernels disagree:
             -inf, +inf and 0 all occur).
         lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
+        lse_layout: of a packed lse, "HT" for (Hq, total_q) or "TH"; needed only where both are the same number.
         cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.
         others: the other keyword arguments of `attention`, or of `varlen_attention`.
 
@@ -233,7 +235,7 @@ def statistics_from_lse(
     wanted = _from_lse(statistics)
     packed = cu_seqlens_q is not None
     query, key, _, geometry = _resolve("statistics_from_lse", query, key, None, wanted, cu_seqlens_q, others)
-    lse = arguments.natural_lse(lse, lse_base, geometry)
+    lse = arguments.natural_lse(lse, lse_base, lse_layout, geometry)
     with torch.no_grad(), full_precision(geometry.device):
         tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
     return _packed(tensors, lse, geometry) if packed else Statistics(tensors, geometry.validity, lse)

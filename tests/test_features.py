@@ -1,0 +1,198 @@
+"""Every feature of attention with every statistic, on every backend, from the pass itself and from its lse."""
+
+import itertools
+
+import pytest
+import torch
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, MeanDistance, PooledMap, Received, launch, reference
+from attnstats.arguments import resolve
+from tests.cases import Case, check
+
+BACKENDS = ["tiled", "triton"]
+
+FEATURES = {
+    "window": Case(window_size=(9, 0)),
+    "window-right": Case(window_size=(-1, 4), is_causal=False),
+    "window-both": Case(window_size=(6, 3), is_causal=False, counted="some"),
+    "window-left-alone": Case(window_size=(20, -1), is_causal=False, group=1),
+    "window-padded": Case(window_size=(5, 0), padding="holes"),
+    "softcap": Case(softcap=2.0, spread=4.0),
+    "sinks": Case(sinks=True, padding="left"),
+    "packed": Case(packed=((5, 5), (0, 0), (33, 33), (1, 1), (17, 17)), counted="some"),
+    "packed-queries-last": Case(packed=((5, 9), (0, 3), (4, 0), (20, 40), (20, 17))),
+    "packed-full": Case(packed=((5, 5), (33, 33)), is_causal=False, window_size=(9, 3)),
+    "packed-cross": Case(packed=((5, 9), (33, 20)), is_causal=False),
+    "packed-decoding": Case(packed=((1, 70), (4, 90)), sinks=True),
+    "heads-some": Case(heads="some", group=3, padding="right"),
+    "heads-split": Case(heads="split", group=3, counted="some"),
+    "decoding": Case(query_length=1, key_length=130, padding="left", group=3),
+    "decoding-few": Case(query_length=7, key_length=100, group=1, softcap=3.0, window_size=(70, 0)),
+    "decoding-sinks": Case(query_length=3, key_length=100, sinks=True, heads="split", dtype="float16"),
+    "all-together": Case(window_size=(9, 0), softcap=3.0, sinks=True, heads="split", counted="some", padding="left"),
+    "half": Case(window_size=(12, 0), softcap=5.0, sinks=True, dtype="bfloat16", value_dim=24),
+}
+
+
+@pytest.mark.parametrize("from_lse", [False, True], ids=["attention", "from_lse"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES.keys())
+def test_matches_reference(case, backend, from_lse, device):
+    check(case, backend, device if backend == "triton" else "cpu", from_lse)
+
+
+GRADIENTS = {
+    "window": {"window_size": (6, 0)},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "all": {"window_size": (6, 3), "is_causal": False, "softcap": 2.0, "sinks": True},
+    "packed": {"packed": ((5, 5), (0, 3), (14, 18)), "sinks": True},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_autograd(name, backend, device):
+    """Through the reference in float64, which autograd differentiates."""
+    case = Case(query_length=21, key_length=21, **GRADIENTS[name])
+    where = device if backend == "triton" else "cpu"
+    tensors, arguments = case.tensors(where), case.arguments(where)
+    ours, truth = attnstats.attention, reference.attention
+    if case.packed:
+        tensors = tuple(x[0].transpose(0, 1) for x in tensors)
+        ours, truth = attnstats.varlen_attention, reference.varlen_attention
+    found, expected = [], []
+    for function, grads, dtype in ((ours, found, torch.float32), (truth, expected, torch.float64)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        sinks = arguments["sinks"]
+        if sinks is not None:
+            sinks = sinks.detach().to(dtype).requires_grad_()
+        extra = {"backend": backend} if function is ours else {}
+        output, _ = function(*inputs, statistics=["waad"], **arguments | {"sinks": sinks}, **extra)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
+        (output * weights).sum().backward()
+        grads += [x.grad for x in [*inputs, *([sinks] if sinks is not None else [])]]
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packing_equals_concatenation(backend, device):
+    where = device if backend == "triton" else "cpu"
+    lengths = (7, 33, 1, 16)
+    case = Case(packed=tuple((n, n) for n in lengths))
+    query, key, value = (x[0].transpose(0, 1) for x in case.tensors(where))
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=where)
+    asked = [WAAD(4), FAI(2, 9), FAI(0, None), Received(3), MeanDistance()]
+    output, packed = attnstats.varlen_attention(
+        query, key, value, cu_seqlens_q=cu_seqlens, statistics=asked, enable_gqa=True, backend=backend
+    )
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+        alone = [x[begin:end].transpose(0, 1)[None] for x in (query, key, value)]
+        expected, stats = attnstats.attention(*alone, statistics=asked, enable_gqa=True, backend=backend)
+        torch.testing.assert_close(output[begin:end].transpose(0, 1), expected[0])
+        for s in asked:
+            torch.testing.assert_close(packed[s][:, begin:end], stats[s][0], rtol=1e-5, atol=1e-5)
+            assert torch.equal(packed.valid[s][begin:end], stats.valid[s][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_after_the_last_sequence_are_nobodys(backend, device):
+    where = device if backend == "triton" else "cpu"
+    query, key, value = (x[0].transpose(0, 1) for x in Case(packed=((20, 20),), group=1).tensors(where))
+    query[12:], key[12:], value[12:] = torch.nan, torch.nan, torch.nan
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32, device=where)
+    asked = ["waad", "fai", "received", "entropy", "sink_mass"]
+    output, stats = attnstats.varlen_attention(
+        query, key, value, cu_seqlens_q=cu_seqlens, max_seqlen_q=7, statistics=asked, backend=backend
+    )
+    assert not output[12:].any()
+    assert bool((stats.lse[:, 12:] == -torch.inf).all())
+    for s in asked:
+        assert not stats[s][:, 12:].any()
+        assert not stats.valid[s][12:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_epilogue_changes_the_output(backend, device):
+    """I3: the same bits with band statistics, columns and statistics of the loop as without, and for a subset."""
+    where = device if backend == "triton" else "cpu"
+    case = Case(query_length=70, key_length=70, window_size=(40, 0))
+    tensors, arguments = case.tensors(where), case.arguments(where)
+    alone = attnstats.attention(*tensors, backend=backend, **arguments).output
+    for heads in (None, {"waad": [1], "fai": [0, 3]}):
+        asked = [WAAD(10), FAI(10, 60), Received(), Entropy(), MeanDistance()]
+        found = attnstats.attention(*tensors, statistics=asked, backend=backend, **arguments | {"heads": heads})
+        assert torch.equal(found.output, alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("segments", [(70, 70), (1, 64), (23, 7)])
+def test_pooled_maps_of_any_segments(backend, segments, device):
+    """As many segments as tokens, one, and boundaries that fit no tile."""
+    where = device if backend == "triton" else "cpu"
+    case = Case(batch=1, query_length=70, key_length=70, group=2)
+    query, key, value = case.tensors(where)
+    bounds = (0, 1, 2, 15, 16, 17, 33, 69, 70)
+    for asked in (PooledMap(*segments), PooledMap(bounds, segments[1]), PooledMap(segments[0], bounds)):
+        found = attnstats.attention(query, key, value, statistics=[asked], enable_gqa=True, backend=backend)
+        wide = (x.double() for x in (query, key, value))
+        expected = reference.attention(*wide, statistics=[asked], enable_gqa=True)
+        torch.testing.assert_close(found.statistics[asked].double(), expected.statistics[asked], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, (2**31 - 2, 0)])
+def test_settings_near_two_to_the_31(window, device):
+    """Positions are 32 bits on the device; a window, a lower or an upper bound near their end must not wrap."""
+    query, key, value = Case(batch=1, group=1, query_length=40, key_length=40).tensors(device)
+    asked = [FAI(0, 2**31 - 3), FAI(2**31 - 3, None), FAI(2000, 2**31 - 3), Received(), WAAD(2**31 - 3)]
+    found = attnstats.attention(query, key, value, statistics=asked, window_size=window, backend="triton").statistics
+    expected = reference.attention(query, key, value, statistics=asked, window_size=window).statistics
+    for s in asked[:-1]:
+        torch.testing.assert_close(found[s], expected[s], rtol=1e-4, atol=1e-6)
+    # WAAD of such a window is the mean distance.
+    torch.testing.assert_close(found[asked[-1]], expected[asked[-1]], rtol=1e-4, atol=1e-4)
+
+
+def test_distances_at_a_million_positions(device):
+    """To 1e-6 relative: positions of a cache of 2^20 tokens, of which the last are there."""
+    length, offset = 40, 2**20
+    query, key, value = Case(batch=1, group=1, query_length=length, key_length=length).tensors(device)
+    asked = [MeanDistance()]
+    found = attnstats.attention(query, key, value, statistics=asked, query_offset=offset, backend="triton")
+    wide = (x.double() for x in (query, key, value))
+    expected = reference.attention(*wide, statistics=asked, query_offset=offset)
+    a, b = found.statistics[asked[0]].double(), expected.statistics[asked[0]]
+    assert float(((a - b) / b).abs().max()) <= 1e-6
+
+
+def test_row_sums_that_are_not_chunked(monkeypatch, device):
+    """As on sm_100 and AMD, where chunks of columns would move between threads."""
+    monkeypatch.setattr(launch, "chunk", lambda _: 1)
+    case = Case(asked=(3, 4, 6), key_length=50)
+    check(case, "triton", device)
+    check(case, "triton", device, from_lse=True)
+
+
+def test_a_configuration_that_does_not_fit_gives_way(monkeypatch, device):
+    from triton.runtime.errors import OutOfResources
+
+    tried = []
+
+    def small(config):
+        tried.append(config)
+        if len(tried) < 3:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return config
+
+    monkeypatch.setattr(launch, "_TOO_LARGE", {})
+    monkeypatch.setattr(launch, "candidates", lambda *_: iter([(64,), (32,), (16,), (8,)]))
+    query, key, _ = Case(group=1).tensors(device)
+    geometry = resolve(query, key, None, ())
+    assert launch._fitting("forward", geometry, 64, small) == (16,)
+    assert launch._fitting("forward", geometry, 64, small) == (16,)
+    assert tried == [(64,), (32,), (16,), (16,)]  # what didn't fit once isn't tried again
+    monkeypatch.setattr(launch, "candidates", lambda *_: iter([(64,)]))
+    with pytest.raises(ValueError, match=r"head_dim 64 in torch.float32 needs more shared memory.*backend='tiled'"):
+        launch._fitting("forward", geometry, 64, small)
