@@ -7,6 +7,7 @@ Called by compile_report.py.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -60,7 +61,7 @@ class Loop:
     @property
     def macs_per_warp(self) -> int:
         """Multiply-adds of the tensor instructions of one iteration whose shape their name tells, per warp."""
-        return sum(macs(instruction.opcode) for instruction in self.body)
+        return macs_per_warp(self.body)
 
 
 def parse_nvidia(listing: str) -> list[Instruction]:
@@ -149,6 +150,10 @@ def operations(instructions: Iterable[Instruction], kind: str) -> int:
     return sum(i.packed for i in instructions if kind_of(i.opcode) == kind)
 
 
+def macs_per_warp(instructions: Iterable[Instruction]) -> int:
+    return sum(macs(instruction.opcode) for instruction in instructions)
+
+
 def macs(opcode: str) -> int:
     """Multiply-adds per warp of a tensor instruction, 0 where the name doesn't tell (UTCHMMA) and for all others.
 
@@ -163,6 +168,18 @@ def macs(opcode: str) -> int:
     return 0
 
 
-def signature(loop: Loop) -> list[str]:
-    """A loop's opcodes in order: two loops with the same one are the same but for their registers and addresses."""
-    return [i.opcode for i in loop.body]
+def digest(loop: Loop) -> str:
+    """Names the loop's opcodes in order: equal for loops that differ in registers and addresses alone."""
+    return hashlib.sha256(" ".join(i.opcode for i in loop.body).encode()).hexdigest()[:12]
+
+
+def serialised(loop: Loop) -> bool:
+    """Whether each asynchronous matmul of Hopper waits for the one before (ptxas says C7510 to C7515 and goes on)."""
+    issued = sum(i.opcode.startswith("HGMMA") for i in loop.body)
+    waited = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop.body)
+    return issued >= 4 and 2 * waited > issued
+
+
+def forbidden(instruction: Instruction) -> bool:
+    """TF32, which would not reproduce scores, and atomics on memory, whose order is never the same."""
+    return bool(re.search(r"TF32|xf32", instruction.opcode) or re.match(r"(ATOM|RED)G?\b|\w+_atomic", instruction.opcode))

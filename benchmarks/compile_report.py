@@ -1,0 +1,299 @@
+"""What the compiler made of every shipped configuration, and a model of time: `python -m benchmarks.compile_report`.
+
+Needs no GPU. Compiles what launch.py would launch for each target, reads registers, spills and loops off the machine
+code (sass.py), models the time of a few shapes (model.py), checks the budgets (budgets.py) and compares with the
+committed results/compile.json. The exit status is 1 if a budget that was met is broken, one is missed that isn't
+known to be, or a known one got worse. `--update` writes results/compile.json and compile.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import sass
+from benchmarks.budgets import BUDGETS, Budget
+from benchmarks.model import HARDWARE, Cycles, Work, column_tiles, cycles, forward_tiles, model, resident
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = (2048, 8192, 32768)
+HEADS, KEY_HEADS = 32, 8  # of the modelled shapes; batch 1, causal
+SLACK = 1.02  # what a known miss may get worse by before it fails: compilers differ a little
+
+# What is asked for, and whether attention runs too or an lse is given.
+ASKED: dict[str, tuple[str, bool]] = {
+    "attention": ("", True),
+    "attention + WAAD + FAI": ("WAAD(10), FAI(10, 100)", True),
+    "attention + Entropy": ("Entropy()", True),
+    "attention + MeanDistance": ("MeanDistance()", True),
+    "attention + Entropy + MeanDistance + MaxLogit": ("Entropy(), MeanDistance(), MaxLogit()", True),
+    "band WAAD + FAI": ("WAAD(10), FAI(10, 100)", False),
+    "column Received": ("Received()", False),
+    "column FAI(10, open)": ("FAI(10, None)", False),
+    "rows Entropy + MeanDistance": ("Entropy(), MeanDistance()", False),
+}
+ALL = tuple(ASKED)
+MAIN = ("attention", "attention + WAAD + FAI", "attention + Entropy + MeanDistance + MaxLogit", *ALL[5:7])
+
+
+@dataclass(frozen=True)
+class Case:
+    target: str
+    dim: int
+    dtype: str
+    asked: str
+    layout: str = "causal"
+
+    @property
+    def name(self) -> str:
+        return f"{self.target} D{self.dim} {self.dtype} {self.layout}: {self.asked}"
+
+
+CASES = (
+    *(Case("sm_90", 128, "bfloat16", asked) for asked in ALL),
+    *(Case("sm_90", dim, "bfloat16", asked) for dim in (64, 256) for asked in MAIN),
+    *(Case("sm_90", 64, "float16", asked, "full, padded") for asked in MAIN),
+    *(Case("sm_90", 128, "bfloat16", asked, "window, softcap, sinks") for asked in MAIN[:2]),
+    *(Case("sm_90", 128, "bfloat16", asked, "decode") for asked in MAIN[:1]),
+    *(Case("sm_90", dim, "float32", asked) for dim in (64, 128, 256) for asked in (MAIN[1], *MAIN[3:])),
+    *(Case(target, dim, "bfloat16", asked) for target in ("sm_80", "sm_100") for dim in (64, 128, 256) for asked in MAIN),
+    *(Case("gfx942", dim, "float16", asked) for dim in (64, 128, 256) for asked in MAIN),
+)
+
+
+def compiled_case(case: Case) -> list[dict[str, Any]]:
+    """Compiles a case's launches. Runs in a process without TRITON_INTERPRET."""
+    import torch
+
+    import attnstats
+    from attnstats import ops
+    from attnstats.arguments import resolve
+    from attnstats.kernels.tiles import FIELDS
+    from benchmarks.aot import compiled, recorded, resources
+
+    text, attends = ASKED[case.asked]
+    statistics = eval(f"({text}{',' if text else ''})", vars(attnstats))
+    dtype = getattr(torch, case.dtype)
+    queries, keys = (1, 4096) if case.layout == "decode" else (512, 512)
+    query = torch.empty(2, 8, queries, case.dim, dtype=dtype)
+    key = torch.empty(2, 2, keys, case.dim, dtype=dtype)
+    options: dict[str, Any] = {}
+    if case.layout == "full, padded":
+        options = {"is_causal": False, "key_padding_mask": torch.ones(2, keys, dtype=torch.bool)}
+    elif case.layout == "window, softcap, sinks":
+        options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
+    geometry = resolve(query, key, key, statistics, enable_gqa=True, **options)
+    with recorded(case.target) as launches:
+        if attends:
+            ops.attend(query, key, key, geometry, statistics)
+        else:
+            ops.from_lse(query, key, torch.zeros(2, 8, queries), geometry, statistics)
+    found = []
+    for launch in launches:
+        used = resources(compiled(launch, case.target))
+        shape = {name: value for name, value in launch.constants.items() if isinstance(value, int)}
+        shape["with_value"] = int("FROM_LSE" in shape and not shape["FROM_LSE"])
+        for name, value in launch.constants.items():
+            if isinstance(value, tuple):
+                shape[name] = len(value) // FIELDS.value
+        record = {
+            "kernel": launch.kernel.__name__,
+            "config": list(launch.config),
+            "registers": used.registers,
+            "spilled_bytes": used.spilled_bytes,
+            "shared_bytes": used.shared_bytes,
+            "shape": shape,
+        }
+        found.append(record | read(case, record, used.listing))
+    return found
+
+
+def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
+    """What the machine code says: forbidden instructions, and each loop that does matmuls."""
+    instructions = (sass.parse_amd if case.target.startswith("gfx") else sass.parse_nvidia)(listing)
+    heavy = [loop for loop in sass.loops(instructions) if loop.innermost and _weight(loop)]
+    most = max(map(_weight, heavy), default=0)
+    heavy = [loop for loop in heavy if 16 * _weight(loop) >= most]
+    shape, warps = record["shape"], record["config"][2]
+    rows = shape.get("BM", 0) * shape.get("HEADS", 1)
+    depth = shape.get("BLOCK_DIM", 0) + shape["with_value"] * shape.get("BLOCK_VALUE_DIM", 0)
+    described: list[dict[str, Any]] = []
+    for loop in heavy:
+        # The loops of the forward's epilogue have one matmul, on tiles of their own.
+        band = record["kernel"] == "band" or _weight(loop) < 0.7 * most
+        elements = rows * (shape.get("BAND_BN", shape["BN"]) if band else shape["BN"])
+        total = sum(loop.counts.values())
+        described.append(
+            {
+                "role": "band" if band else "main",
+                "elements": elements,
+                "macs": loop.macs_per_warp * warps or elements * (shape["BLOCK_DIM"] if band else depth),
+                "serialised": sass.serialised(loop),
+                "instructions": loop.counts | {"fma results": sass.operations(loop.body, "fma")},
+                "per_element": round(total * warps * HARDWARE[case.target].lanes / elements, 3),
+                "opcodes": sass.digest(loop),
+            }
+        )
+    tiles = sorted((x for x in described if x["role"] == "main"), key=lambda x: x["per_element"])
+    for loop in tiles[1:]:
+        loop["role"] = "edge"  # the same with masks
+    once = sass.outside(instructions, heavy)
+    return {
+        "resident": resident(record["registers"], record["shared_bytes"], warps, HARDWARE[case.target]),
+        "loops": described,
+        "once": {
+            "macs": sass.macs_per_warp(once) * warps,
+            "instructions": sass.counts(once) | {"fma results": sass.operations(once, "fma")},
+        },
+        "local": sum(sass.kind_of(i.opcode) == "local" for i in instructions),
+        "forbidden": sorted({i.opcode for i in instructions if sass.forbidden(i)}),
+    }
+
+
+def _weight(loop: sass.Loop) -> int:
+    """How much matmul a loop does: in float32 NVIDIA has nothing but FMA for it."""
+    counts = loop.counts
+    return loop.macs_per_warp or counts["tensor"] or (counts["fma"] if counts["fma"] > 256 else 0)
+
+
+def timed(case: Case, record: dict[str, Any], length: int) -> dict[str, Any] | None:
+    """The modelled time of a launch at batch 1, 32 query heads and 8 key heads, causal; None for other layouts."""
+    hardware, shape, kernel = HARDWARE[case.target], record["shape"], record["kernel"]
+    if case.layout != "causal" or not record["loops"] or not record["resident"]:
+        return None
+    warps, bm, bn = record["config"][2], shape["BM"], shape["BN"]
+    groups = record["resident"] * warps * hardware.lanes // 128
+    overlapped = groups >= 2 and not any(loop["serialised"] for loop in record["loops"])
+
+    def cost(part: dict[str, Any]) -> Cycles:
+        counted = part["instructions"]
+        # A matrix core of AMD has an issue port of its own.
+        issued = sum(counted[name] for name in sass.CLASSES if hardware.lanes == 32 or name != "tensor")
+        work = Work(issued, counted["mufu"], counted["fma results"], part["macs"] if counted["tensor"] else 0)
+        return cycles(work, warps, hardware, case.dtype == "float32")
+
+    by_role = {role: [cost(x) for x in record["loops"] if x["role"] == role] for role in ("main", "edge", "band")}
+    first = (by_role["main"] or by_role["band"])[0]
+    main, edge = first.time(overlapped), max([first, *by_role["edge"]]).time(overlapped)
+    fixed = cost(record["once"]).time(overlapped)
+    trips = _band_trips(record)
+    band = sum(n * c.time(overlapped) for n, c in zip(trips, by_role["band"], strict=True))
+    row_bytes = shape["DIM"] * (4 if case.dtype == "float32" else 2)
+
+    blocks = range(-(-length // (bn if kernel == "column" else bm)))
+    programs: list[float] = []
+    l2 = 0.0
+    for block in blocks if kernel == "column" else reversed(blocks):  # the longest first, as they are launched
+        whole, partly = 0, 0
+        if kernel != "band":
+            count = forward_tiles if kernel == "forward" else column_tiles
+            whole, partly = count(block, length, length, 0, bm, bn)
+        programs.append(whole * main + partly * edge + band + fixed)
+        streamed = bm if kernel == "column" else bn * (1 + shape["with_value"])
+        l2 += row_bytes * ((whole + partly) * streamed + _band_steps(shape) * _band_width(shape) + bm + bn)
+    heads = HEADS // shape.get("HEADS", 1)
+    once_read = length * (HEADS * (row_bytes + 4) + KEY_HEADS * row_bytes)  # q, lse, k
+    once_read += shape["with_value"] * length * (HEADS + KEY_HEADS) * row_bytes  # output, v
+    columns = shape.get("BAND_COLUMNS", shape.get("COLUMNS", 0))
+    rows = shape.get("BAND_ROWS", shape.get("ROWS", 0)) + shape.get("LOOP_ROWS", 0)
+    floor = once_read + 4 * (rows + columns) * length * HEADS
+    slots = -(-shape.get("BEHIND", 0) // bm)  # those beyond the result: zeroed, written, summed
+    hbm = floor + 3 * 4 * columns * slots * length * HEADS
+    times = model(programs * heads, record["resident"], hbm, l2 * heads, first.bound(), overlapped, hardware)
+    return {name: round(1e6 * value, 2) if isinstance(value, float) else value for name, value in times._asdict().items()} | {
+        "overlapped": overlapped,
+        "floor": round(1e6 * floor / hardware.hbm, 2),
+    }
+
+
+def _band_width(shape: dict[str, int]) -> int:
+    return shape.get("BAND_BN", shape["BN"])
+
+
+def _band_steps(shape: dict[str, int]) -> int:
+    """Key tiles of the band of one query block."""
+    if not any(shape.get(name) for name in ("ROWS", "BAND_ROWS", "BAND_COLUMNS")):
+        return 0
+    return -(-shape["BEHIND"] // _band_width(shape)) + -(-shape["BM"] // _band_width(shape))
+
+
+def _band_trips(record: dict[str, Any]) -> list[int]:
+    """How often each band loop runs. Steps that the compiler unrolled are among what runs once, told by their matmuls.
+
+    In the order of the code: the far keys, those nearer than a row statistic reaches (one tile), the diagonal.
+    """
+    loops = [loop for loop in record["loops"] if loop["role"] == "band"]
+    if not loops:
+        return []
+    shape = record["shape"]
+    steps = _band_steps(shape) - record["once"]["macs"] // loops[0]["macs"]
+    diagonal = min(steps, -(-shape["BM"] // _band_width(shape))) if len(loops) > 1 else 0
+    middle = [1] * (len(loops) - 2)
+    return [max(0, steps - diagonal - len(middle)), *middle, *([diagonal] if len(loops) > 1 else [])]
+
+
+def measured(cases: tuple[Case, ...], workers: int) -> dict[str, list[dict[str, Any]]]:
+    """Records by the name of the case, compiled in processes of their own."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read by Triton when it is imported, which only the workers do
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return dict(zip([case.name for case in cases], pool.map(compiled_case, cases), strict=True))
+
+
+def report(cases: tuple[Case, ...], workers: int) -> dict[str, Any]:
+    """The whole document: versions, what was read from the binaries, modelled times, budgets."""
+    import triton
+
+    from benchmarks.aot import assembler
+
+    records = measured(cases, workers)
+    times = {}
+    for case in cases:
+        for record in records[case.name]:
+            for length in LENGTHS:
+                if modelled := timed(case, record, length):
+                    times[f"{case.name} / {record['kernel']} / T {length}"] = modelled
+    document = {
+        "versions": {"triton": triton.__version__, "ptxas": assembler()},
+        "shapes": f"batch 1, {HEADS} query heads, {KEY_HEADS} key heads, causal; times in microseconds, all modelled",
+        "binaries": records,
+        "modelled": times,
+    }
+    return document | {"budgets": [_judged(budget, document) for budget in BUDGETS if budget.applies(document)]}
+
+
+def _judged(budget: Budget, document: dict[str, Any]) -> dict[str, Any]:
+    value = budget.measure(document)
+    met = value <= budget.limit
+    status = "met" if met else "missed, known" if budget.bound else "missed"
+    return {"name": budget.name, "limit": budget.limit, "value": round(value, 4), "source": budget.source, "status": status}
+
+
+def complaints(document: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
+    """What fails the run."""
+    found = [f"{b['name']}: {b['value']} > {b['limit']}" for b in document["budgets"] if b["status"] == "missed"]
+    if committed is None or committed["versions"] != document["versions"]:
+        return found  # another compiler: the absolute budgets stand, a comparison would not be of ours
+    before = {b["name"]: b for b in committed["budgets"]}
+    for budget in document["budgets"]:
+        old = before.get(budget["name"], budget)
+        if budget["status"] != "met" and old["status"] == "met":
+            found.append(f"{budget['name']}: was met at {old['value']}, now {budget['value']} > {budget['limit']}")
+        elif budget["status"] != "met" and budget["value"] > SLACK * old["value"]:
+            found.append(f"{budget['name']}: known miss got worse, {old['value']} to {budget['value']}")
+    for name, launches in document["binaries"].items():
+        for new, old in zip(launches, committed["binaries"].get(name, launches), strict=False):
+            for loop, was in zip(new["loops"], old["loops"], strict=False):
+                if loop["role"] == "main" and loop["per_element"] > SLACK * was["per_element"]:
+                    found.append(f"{name}: {was['per_element']} to {loop['per_element']} instructions per element")
+    return found
