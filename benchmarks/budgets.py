@@ -5,11 +5,16 @@ A budget with a `bound` may be missed (it then must not get worse); one without 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 Document = dict[str, Any]
+HOPPER = "sm_90 D128 bfloat16 causal: "
+BARE, PAPER = HOPPER + "attention", HOPPER + "attention + WAAD + FAI"
+BARE_LOOP = "sm_90 D128 bfloat16 tiles of forward_loop: attention"  # what statistics in the loop are compared with
+ENTROPY, MEAN_DISTANCE = HOPPER + "attention + Entropy", HOPPER + "attention + MeanDistance"
+COLUMN, BAND = HOPPER + "column Received", HOPPER + "band WAAD + FAI"
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Budget:
     limit: float
     source: str  # "binary": read from machine code; "modelled": computed from it by model.py
     measure: Callable[[Document], float]
-    needs: tuple[str, ...] = ()  # names of cases
+    needs: tuple[str, ...] = ()  # names of cases; without one of them the budget is left out
     tried: str = ""
     bound: str = ""  # why it is missed
 
@@ -26,4 +31,134 @@ class Budget:
         return all(name in document["binaries"] for name in self.needs)
 
 
-BUDGETS: tuple[Budget, ...] = ()
+def _records(document: Document) -> Iterator[dict[str, Any]]:
+    for launches in document["binaries"].values():
+        yield from launches
+
+
+def _main(document: Document, case: str) -> dict[str, Any]:
+    """The main loop of a case's first launch, or the busiest where there is no main one."""
+    loops = document["binaries"][case][0]["loops"]
+    return min(loops, key=lambda loop: (loop["role"] != "main", -loop["macs"]))
+
+
+def _threads(document: Document, case: str) -> int:
+    return 32 * document["binaries"][case][0]["config"][2]
+
+
+def _instructions(document: Document, case: str) -> int:
+    counted = _main(document, case)["instructions"]
+    return sum(n for name, n in counted.items() if name not in ("fma results", "ffma"))
+
+
+def _of(document: Document, case: str, kind: str) -> float:
+    """Instructions of a class per element."""
+    loop = _main(document, case)
+    return loop["instructions"][kind] * _threads(document, case) / loop["elements"]
+
+
+def _longer(document: Document) -> float:
+    bare, paper = _main(document, BARE), _main(document, PAPER)
+    return 0.0 if bare["opcodes"] == paper["opcodes"] else _instructions(document, PAPER) / _instructions(document, BARE) - 1
+
+
+def _other_units(document: Document) -> float:
+    bare, paper = (_main(document, case)["instructions"] for case in (BARE, PAPER))
+    return sum(abs(paper[kind] - bare[kind]) for kind in ("tensor", "mufu"))
+
+
+def _time(document: Document, case: str, length: int, part: str = "total") -> float:
+    kernel = document["binaries"][case][0]["kernel"]
+    return document["modelled"][f"{case} / {kernel} / T {length}"][part]
+
+
+def _overhead(length: int) -> Callable[[Document], float]:
+    return lambda document: _time(document, PAPER, length) / _time(document, BARE, length) - 1
+
+
+def _over_floor(length: int) -> Callable[[Document], float]:
+    return lambda document: _time(document, BAND, length) / _time(document, BAND, length, "floor")
+
+
+def _rereads(document: Document) -> float:
+    """How often a group's key tile is read: its four query heads divided by those packed into a tile."""
+    return 4 / document["binaries"][BAND][0]["shape"]["HEADS"]
+
+
+BUDGETS: tuple[Budget, ...] = (
+    Budget("spilled bytes, all configurations", 0, "binary", lambda d: sum(r["spilled_bytes"] for r in _records(d))),
+    Budget("instructions on local memory, all configurations", 0, "binary", lambda d: sum(r["local"] for r in _records(d))),
+    Budget("TF32 and atomic instructions", 0, "binary", lambda d: sum(len(r["forbidden"]) for r in _records(d))),
+    Budget(
+        "configurations that don't fit a multiprocessor", 0, "binary", lambda d: sum(not r["resident"] for r in _records(d))
+    ),
+    Budget(
+        "sm_90: loops whose matmuls the assembler serialised",
+        0,
+        "binary",
+        lambda d: sum(loop["serialised"] for r in _records(d) for loop in r["loops"]),
+        tried="A loop that may run zero times joins its exit with the matmul of P V still in flight, and ptxas then waits "
+        "after each one (C7515). Guarding the loop with `if first < last` removes that path.",
+    ),
+    Budget(
+        "forward, main loop with WAAD + FAI: instructions more than without",
+        0.01,
+        "binary",
+        _longer,
+        (BARE, PAPER),
+        tried="The band stands in an epilogue; the loops then differ by what the register allocator moves.",
+    ),
+    Budget("forward, main loop with WAAD + FAI: tensor and MUFU more than without", 0, "binary", _other_units, (BARE, PAPER)),
+    *(
+        Budget(
+            f"forward, {name}: FFMA per element more than attention alone",
+            1.15,
+            "binary",
+            lambda d, case=case: _of(d, case, "ffma") - _of(d, BARE_LOOP, "ffma"),
+            (case, BARE_LOOP),
+            tried="tl.sum(a * x) takes 1.5 instructions per element (pairs: FMUL, FFMA, FADD), an integer distance 5. Chains "
+            "over chunks of 8 columns take one; what rescales the chunks' sums is 4 per thread and tile: 0.125 at BN = 64.",
+        )
+        for name, case in (("Entropy", ENTROPY), ("MeanDistance", MEAN_DISTANCE))
+    ),
+    Budget(
+        "column, main loop: instructions per element",
+        5.2,
+        "binary",
+        lambda d: _main(d, COLUMN)["per_element"],
+        (COLUMN,),
+        tried="A = Q K^T accumulated elementwise needs two lse per thread, its transpose 32: 5.27 to 5.06. K^T made before the "
+        "loop, not stored to shared memory in each iteration: 4.80. TMA descriptors: 4.36, but the tensor core and MUFU take 8 "
+        "cycles per 32 elements where these are 4.8, so nothing is won. warp_specialize: no effect with 8 warps, a compiler "
+        "crash with 4 (Triton 3.9).",
+    ),
+    Budget("column, main loop: MUFU per element", 1, "binary", lambda d: _of(d, COLUMN, "mufu"), (COLUMN,)),
+    Budget("column, main loop: shuffles", 0, "binary", lambda d: _of(d, COLUMN, "shuffle"), (COLUMN,)),
+    Budget("band: reads of a key tile per GQA group", 1, "binary", _rereads, (BAND,)),
+    *(
+        Budget(f"band: modelled time over the HBM floor at {length}", 1.4, "modelled", _over_floor(length), (BAND,))
+        for length in (8192, 32768)
+    ),
+    Budget(
+        "modelled time of column over forward at 8192",
+        0.75,
+        "modelled",
+        lambda d: _time(d, COLUMN, 8192) / _time(d, BARE, 8192),
+        (COLUMN, BARE),
+    ),
+    *(
+        Budget(
+            f"modelled overhead of WAAD + FAI over attention alone at {length}",
+            limit,
+            "modelled",
+            _overhead(length),
+            (BARE, PAPER),
+            tried="Transposed band tiles (columns are sums along rows: 6 shuffles instead of 52 per 64 keys; rows accumulate "
+            "elementwise), distances in float32, masks on the diagonal alone, no rows where none reaches: 35 to 16 "
+            "instructions per element of the diagonal, 12 of the far keys.",
+            bound="The epilogue looks at 256 keys per query of which 101 count, on units that attention's loop leaves idle "
+            "but a single resident program can't overlap: about 2000 issue cycles of masks and weights per warp.",
+        )
+        for length, limit in ((8192, 0.05), (32768, 0.013))
+    ),
+)

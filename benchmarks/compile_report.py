@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ CASES = (
     *(Case("sm_90", dim, "bfloat16", asked) for dim in (64, 256) for asked in MAIN),
     *(Case("sm_90", 64, "float16", asked, "full, padded") for asked in MAIN),
     *(Case("sm_90", 128, "bfloat16", asked, "window, softcap, sinks") for asked in MAIN[:2]),
-    *(Case("sm_90", 128, "bfloat16", asked, "decode") for asked in MAIN[:1]),
+    Case("sm_90", 128, "bfloat16", "attention", "decode"),
+    Case("sm_90", 128, "bfloat16", "attention", "tiles of forward_loop"),
     *(Case("sm_90", dim, "float32", asked) for dim in (64, 128, 256) for asked in (MAIN[1], *MAIN[3:])),
     *(Case(target, dim, "bfloat16", asked) for target in ("sm_80", "sm_100") for dim in (64, 128, 256) for asked in MAIN),
     *(Case("gfx942", dim, "float16", asked) for dim in (64, 128, 256) for asked in MAIN),
@@ -78,6 +81,7 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     import attnstats
     from attnstats import ops
     from attnstats.arguments import resolve
+    from attnstats.configs import candidates, configured, targeting
     from attnstats.kernels.tiles import FIELDS
     from benchmarks.aot import compiled, recorded, resources
 
@@ -93,7 +97,11 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     elif case.layout == "window, softcap, sinks":
         options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
     geometry = resolve(query, key, key, statistics, enable_gqa=True, **options)
-    with recorded(case.target) as launches:
+    tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if case.layout == "tiles of forward_loop":
+        with targeting(case.target):
+            tiles = configured("forward", next(candidates("forward_loop", query.device, dtype, case.dim)))
+    with recorded(case.target) as launches, tiles:
         if attends:
             ops.attend(query, key, key, geometry, statistics)
         else:
@@ -139,7 +147,7 @@ def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
                 "elements": elements,
                 "macs": loop.macs_per_warp * warps or elements * (shape["BLOCK_DIM"] if band else depth),
                 "serialised": sass.serialised(loop),
-                "instructions": loop.counts | {"fma results": sass.operations(loop.body, "fma")},
+                "instructions": loop.counts | _fma(loop.body),
                 "per_element": round(total * warps * HARDWARE[case.target].lanes / elements, 3),
                 "opcodes": sass.digest(loop),
             }
@@ -153,7 +161,7 @@ def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
         "loops": described,
         "once": {
             "macs": sass.macs_per_warp(once) * warps,
-            "instructions": sass.counts(once) | {"fma results": sass.operations(once, "fma")},
+            "instructions": sass.counts(once) | _fma(once),
         },
         "local": sum(sass.kind_of(i.opcode) == "local" for i in instructions),
         "forbidden": sorted({i.opcode for i in instructions if sass.forbidden(i)}),
@@ -164,6 +172,11 @@ def _weight(loop: sass.Loop) -> int:
     """How much matmul a loop does: in float32 NVIDIA has nothing but FMA for it."""
     counts = loop.counts
     return loop.macs_per_warp or counts["tensor"] or (counts["fma"] if counts["fma"] > 256 else 0)
+
+
+def _fma(instructions: Sequence[sass.Instruction]) -> dict[str, int]:
+    ffma = sum(i.opcode.startswith(("FFMA", "v_fma", "v_pk_fma")) for i in instructions)
+    return {"fma results": sass.operations(instructions, "fma"), "ffma": ffma}
 
 
 def timed(case: Case, record: dict[str, Any], length: int) -> dict[str, Any] | None:
@@ -297,3 +310,79 @@ def complaints(document: dict[str, Any], committed: dict[str, Any] | None) -> li
                 if loop["role"] == "main" and loop["per_element"] > SLACK * was["per_element"]:
                     found.append(f"{name}: {was['per_element']} to {loop['per_element']} instructions per element")
     return found
+
+
+def tables(document: dict[str, Any]) -> list[Table]:
+    budgets = Table("budget", "limit", "value", "from", "status", title="Budgets")
+    for b in document["budgets"]:
+        budgets.add_row(b["name"], f"{b['limit']:g}", f"{b['value']:.4g}", b["source"], b["status"])
+    binaries = Table(
+        "configuration", "kernel", "BM BN warps stages", "registers", "spilled", "shared KB", "programs per SM",
+        "loop", *sass.CLASSES, "per element", title="Read from the binaries; instructions of one pass through a loop",
+    )  # fmt: skip
+    for name, launches in document["binaries"].items():
+        for r in launches:
+            config = " ".join(map(str, (r["shape"].get("BM", r["config"][0]), *r["config"][1:])))
+            head = (name, r["kernel"], config, r["registers"], r["spilled_bytes"], r["shared_bytes"] // 1024, r["resident"])
+            for loop in r["loops"] or [None]:
+                row = []
+                if loop:
+                    row = [loop["role"], *(loop["instructions"][c] for c in sass.CLASSES), f"{loop['per_element']:.2f}"]
+                binaries.add_row(*map(str, (*head, *row)))
+                head = ("",) * len(head)
+    times = Table(
+        "configuration", "kernel", "T", "units", "waves", "HBM", "L2", "time", "bound", title=f"Modelled: {document['shapes']}"
+    )
+    for name, t in document["modelled"].items():
+        case, kernel, length = name.split(" / ")
+        numbers = (f"{t[part]:.1f}" for part in ("processors", "quantised", "hbm", "l2", "total"))
+        times.add_row(case, kernel, length.removeprefix("T "), *numbers, t["bound"])
+    return [budgets, binaries, times]
+
+
+def markdown(document: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    parts = [
+        "# Compiled kernels",
+        f"Written by `python -m benchmarks.compile_report --update` with {versions}; no GPU was there. Registers, spills, "
+        "shared memory and instructions are read from the machine code. Times are modelled from them (benchmarks/model.py "
+        "says how) and are bounds from below, not measurements.",
+    ]
+    for table in tables(document):
+        rows = [[str(cell) for cell in column.cells] for column in table.columns]
+        lines = [[str(column.header) for column in table.columns], ["--"] * len(rows), *map(list, zip(*rows, strict=True))]
+        parts += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+    parts.append("## What was tried, and what bounds what is missed")
+    status = {b["name"]: b["status"] for b in document["budgets"]}
+    for budget in BUDGETS:
+        if budget.name in status and (budget.tried or status[budget.name] != "met"):
+            bound = f" Bound: {budget.bound}" if status[budget.name] != "met" else ""
+            parts.append(f"- {budget.name} ({status[budget.name]}). {budget.tried}{bound}")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write results/compile.json and compile.md")
+    parser.add_argument("--only", default="", help="compile the cases whose name contains this")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    arguments = parser.parse_args()
+    cases = tuple(case for case in CASES if arguments.only in case.name)
+    document = report(cases, arguments.workers)
+    console = Console(width=200 if not sys.stdout.isatty() else None)
+    for table in tables(document):
+        console.print(table)
+    path = RESULTS / "compile.json"
+    committed = json.loads(path.read_text()) if path.exists() else None
+    if arguments.update:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(document))
+        committed = None
+    found = complaints(document, committed)
+    for line in found:
+        console.print(f"[red]{line}")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
