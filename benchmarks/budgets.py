@@ -59,7 +59,9 @@ def _of(document: Document, case: str, kind: str) -> float:
 
 def _longer(document: Document) -> float:
     bare, paper = _main(document, BARE), _main(document, PAPER)
-    return 0.0 if bare["opcodes"] == paper["opcodes"] else _instructions(document, PAPER) / _instructions(document, BARE) - 1
+    if bare["opcodes"] == paper["opcodes"]:
+        return 0.0
+    return _instructions(document, PAPER) / _instructions(document, BARE) - 1
 
 
 def _other_units(document: Document) -> float:
@@ -87,18 +89,23 @@ def _rereads(document: Document) -> float:
 
 BUDGETS: tuple[Budget, ...] = (
     Budget("spilled bytes, all configurations", 0, "binary", lambda d: sum(r["spilled_bytes"] for r in _records(d))),
-    Budget("instructions on local memory, all configurations", 0, "binary", lambda d: sum(r["local"] for r in _records(d))),
+    Budget(
+        "instructions on local memory, all configurations", 0, "binary", lambda d: sum(r["local"] for r in _records(d))
+    ),
     Budget("TF32 and atomic instructions", 0, "binary", lambda d: sum(len(r["forbidden"]) for r in _records(d))),
     Budget(
-        "configurations that don't fit a multiprocessor", 0, "binary", lambda d: sum(not r["resident"] for r in _records(d))
+        "configurations that don't fit a multiprocessor",
+        0,
+        "binary",
+        lambda d: sum(not r["resident"] for r in _records(d)),
     ),
     Budget(
         "sm_90: loops whose matmuls the assembler serialised",
         0,
         "binary",
         lambda d: sum(loop["serialised"] for r in _records(d) for loop in r["loops"]),
-        tried="A loop that may run zero times joins its exit with the matmul of P V still in flight, and ptxas then waits "
-        "after each one (C7515). Guarding the loop with `if first < last` removes that path.",
+        tried="A loop that may run zero times joins its exit with the matmul of P V still in flight, and ptxas then "
+        "waits after each one (C7515). Guarding the loop with `if first < last` removes that path.",
     ),
     Budget(
         "forward, main loop with WAAD + FAI: instructions more than without",
@@ -108,7 +115,13 @@ BUDGETS: tuple[Budget, ...] = (
         (BARE, PAPER),
         tried="The band stands in an epilogue; the loops then differ by what the register allocator moves.",
     ),
-    Budget("forward, main loop with WAAD + FAI: tensor and MUFU more than without", 0, "binary", _other_units, (BARE, PAPER)),
+    Budget(
+        "forward, main loop with WAAD + FAI: tensor and MUFU more than without",
+        0,
+        "binary",
+        _other_units,
+        (BARE, PAPER),
+    ),
     *(
         Budget(
             f"forward, {name}: FFMA per element more than attention alone",
@@ -116,8 +129,9 @@ BUDGETS: tuple[Budget, ...] = (
             "binary",
             lambda d, case=case: _of(d, case, "ffma") - _of(d, BARE_LOOP, "ffma"),
             (case, BARE_LOOP),
-            tried="tl.sum(a * x) takes 1.5 instructions per element (pairs: FMUL, FFMA, FADD), an integer distance 5. Chains "
-            "over chunks of 8 columns take one; what rescales the chunks' sums is 4 per thread and tile: 0.125 at BN = 64.",
+            tried="tl.sum(a * x) takes 1.5 instructions per element (pairs: FMUL, FFMA, FADD), an integer distance 5. "
+            "Chains over chunks of 8 columns take one; rescaling the chunks' sums is 4 per thread and tile: 0.125 at "
+            "BN = 64.",
         )
         for name, case in (("Entropy", ENTROPY), ("MeanDistance", MEAN_DISTANCE))
     ),
@@ -127,10 +141,10 @@ BUDGETS: tuple[Budget, ...] = (
         "binary",
         lambda d: _main(d, COLUMN)["per_element"],
         (COLUMN,),
-        tried="A = Q K^T accumulated elementwise needs two lse per thread, its transpose 32: 5.27 to 5.06. K^T made before the "
-        "loop, not stored to shared memory in each iteration: 4.80. TMA descriptors: 4.36, but the tensor core and MUFU take 8 "
-        "cycles per 32 elements where these are 4.8, so nothing is won. warp_specialize: no effect with 8 warps, a compiler "
-        "crash with 4 (Triton 3.9).",
+        tried="A = Q K^T accumulated elementwise needs two lse per thread, its transpose 32: 5.27 to 5.06. K^T made "
+        "before the loop, not stored to shared memory in each iteration: 4.80. TMA descriptors: 4.36, but the tensor "
+        "core and MUFU take 8 cycles per 32 elements where these are 4.8, so nothing is won. warp_specialize: no effect "
+        "with 8 warps, a compiler crash with 4 (Triton 3.9).",
     ),
     Budget("column, main loop: MUFU per element", 1, "binary", lambda d: _of(d, COLUMN, "mufu"), (COLUMN,)),
     Budget("column, main loop: shuffles", 0, "binary", lambda d: _of(d, COLUMN, "shuffle"), (COLUMN,)),
@@ -153,11 +167,12 @@ BUDGETS: tuple[Budget, ...] = (
             "modelled",
             _overhead(length),
             (BARE, PAPER),
-            tried="Transposed band tiles (columns are sums along rows: 6 shuffles instead of 52 per 64 keys; rows accumulate "
-            "elementwise), distances in float32, masks on the diagonal alone, no rows where none reaches: 35 to 16 "
-            "instructions per element of the diagonal, 12 of the far keys.",
-            bound="The epilogue looks at 256 keys per query of which 101 count, on units that attention's loop leaves idle "
-            "but a single resident program can't overlap: about 2000 issue cycles of masks and weights per warp.",
+            tried="Transposed band tiles (columns are sums along a tile's rows: 6 shuffles instead of 52; rows "
+            "accumulate elementwise), distances in float32, masks on the diagonal alone, no rows where none reaches: 35 "
+            "to 16 instructions per element on the diagonal, 12 on the far keys. Two programs per multiprocessor would "
+            "overlap one's epilogue with the other's loop, but need tiles of 64 queries, which L2 can't feed.",
+            bound="Issue slots: an epilogue computes 256 keys per query of which 101 count, and the one resident "
+            "program has nothing to overlap it with. Masks and weights take 5 to 10 instructions per element.",
         )
         for length, limit in ((8192, 0.05), (32768, 0.013))
     ),

@@ -36,24 +36,55 @@ class Hardware:
     warps: int  # resident at most
 
 
-# A100: NVIDIA A100 whitepaper (312 TFLOPS bf16, 1410 MHz, 108 SMs, 5120 bytes per clock from L2, 2.04 TB/s for 80 GB).
-# H100 SXM: NVIDIA H100 whitepaper (989 TFLOPS, 132 SMs, 1830 MHz); HBM 3.0 of its 3.35 TB/s is what is measured; L2
-# taken as wide as the A100's. B200: NVIDIA Blackwell architecture brief (2250 TFLOPS, 148 SMs, 8 TB/s); L2 as wide again.
-# MI300X: AMD CDNA 3 whitepaper (1307 TFLOPS bf16, 163 fp32, 304 CUs, 2100 MHz, 5.3 TB/s, 128 bytes per clock from each of
-# 16 channels of 8 L2s); a wave of 64 takes a SIMD 4 clocks, 16 for exp. MUFU and FMA rates: CUDA programming guide,
-# arithmetic instructions; shared memory and registers: its table of compute capabilities.
+# A100: NVIDIA A100 whitepaper (312 TFLOPS bf16, 1410 MHz, 108 SMs, 5120 bytes per clock from L2, 2.04 TB/s with 80 GB).
+# H100 SXM: NVIDIA H100 whitepaper (989 TFLOPS, 132 SMs, 1830 MHz); 3.0 of its 3.35 TB/s of HBM are what is measured;
+# L2 taken as wide as the A100's. B200: NVIDIA Blackwell architecture brief (2250 TFLOPS, 148 SMs, 8 TB/s); L2 as wide
+# again. MI300X: AMD CDNA 3 whitepaper (1307 TFLOPS bf16, 163 fp32, 304 CUs, 2100 MHz, 5.3 TB/s, 128 bytes per clock of
+# each of 16 channels of 8 L2s); a wave of 64 takes a SIMD 4 clocks, 16 for exp. MUFU and FMA rates: CUDA programming
+# guide, arithmetic instructions; shared memory and registers: its table of compute capabilities.
+_KB = 1024
 HARDWARE = {
     "sm_80": Hardware(
-        "A100 SXM", 108, 1.41e9, 1024, 0, 16, 64, 4, 32, 2.04e12, 5120 * 1.41e9, 65536, 164 << 10, 163 << 10, 1 << 10, 64
+        "A100 SXM",
+        108,
+        1.41e9,
+        1024,
+        0,
+        16,
+        64,
+        4,
+        32,
+        2.04e12,
+        5120 * 1.41e9,
+        65536,
+        164 * _KB,
+        163 * _KB,
+        1 * _KB,
+        64,
     ),
     "sm_90": Hardware(
-        "H100 SXM", 132, 1.83e9, 2048, 0, 16, 128, 4, 32, 3.0e12, 5120 * 1.83e9, 65536, 228 << 10, 227 << 10, 1 << 10, 64
+        "H100 SXM",
+        132,
+        1.83e9,
+        2048,
+        0,
+        16,
+        128,
+        4,
+        32,
+        3.0e12,
+        5120 * 1.83e9,
+        65536,
+        228 * _KB,
+        227 * _KB,
+        1 * _KB,
+        64,
     ),
     "sm_100": Hardware(
-        "B200", 148, 1.85e9, 4096, 0, 16, 128, 4, 32, 8.0e12, 5120 * 1.85e9, 65536, 228 << 10, 227 << 10, 1 << 10, 64
+        "B200", 148, 1.85e9, 4096, 0, 16, 128, 4, 32, 8.0e12, 5120 * 1.85e9, 65536, 228 * _KB, 227 * _KB, 1 * _KB, 64
     ),
     "gfx942": Hardware(
-        "MI300X", 304, 2.1e9, 1024, 128, 16, 128, 1, 64, 5.3e12, 16 * 8 * 128 * 2.1e9, 131072, 64 << 10, 64 << 10, 0, 32
+        "MI300X", 304, 2.1e9, 1024, 128, 16, 128, 1, 64, 5.3e12, 16 * 8 * 128 * 2.1e9, 131072, 64 * _KB, 64 * _KB, 0, 32
     ),
 }
 
@@ -122,7 +153,13 @@ def makespan(durations: list[float], places: int) -> float:
 
 
 def model(
-    programs: list[float], places: int, hbm_bytes: float, l2_bytes: float, unit: str, overlapped: bool, hardware: Hardware
+    programs: list[float],
+    places: int,
+    hbm_bytes: float,
+    l2_bytes: float,
+    unit: str,
+    overlapped: bool,
+    hardware: Hardware,
 ) -> Times:
     """The time of a launch. programs: cycles of each, in launch order, of a multiprocessor that does nothing else.
 

@@ -116,9 +116,7 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
         inner = [(a, b) for a, b in spans.items() if first <= a and b <= last and (a, b) != (first, last)]
         depth = sum(a <= first and last <= b for a, b in spans.items()) - 1
         body = tuple(
-            i
-            for i in instructions
-            if first <= i.address <= last and not any(a <= i.address <= b for a, b in inner)
+            i for i in instructions if first <= i.address <= last and not any(a <= i.address <= b for a, b in inner)
         )
         found.append(Loop(first, last, body, not inner, depth))
     return found
@@ -182,4 +180,4 @@ def serialised(loop: Loop) -> bool:
 
 def forbidden(instruction: Instruction) -> bool:
     """TF32, which would not reproduce scores, and atomics on memory, whose order is never the same."""
-    return bool(re.search(r"TF32|xf32", instruction.opcode) or re.match(r"(ATOM|RED)G?\b|\w+_atomic", instruction.opcode))
+    return bool(re.search(r"TF32|xf32|^(ATOM|RED)G?\b|_atomic", instruction.opcode))
