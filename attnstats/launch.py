@@ -118,10 +118,13 @@ def _forward(
 def _prepared_forward(geometry: Geometry, plan: Plan, config: Config, from_lse: bool) -> _Prepared:
     longest = _longest(geometry)[0]
     parts = splits(geometry)
-    heads = 1
     if parts:
         heads = min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
         config = config._replace(BM=max(config.BM // heads, _power_of_two(longest)))
+    else:
+        # Heads of a group share a tile's keys either way. In one tile they also share the band's keys and weights.
+        heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
+        config = config._replace(BM=config.BM // heads)
     behind, ahead = plan.reach(geometry)
     blocks = -(-longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
     constants = {
@@ -483,8 +486,12 @@ def _flags(mask: Tensor | None) -> Tensor | None:
 
 
 def _input(x: Tensor) -> Tensor:
-    """The interpreter's arithmetic on bfloat16 is wrong (it works on bit patterns): it gets float32."""
-    return x.detach().float() if interpreted() and x.dtype == torch.bfloat16 else x.detach()
+    """As the kernels can take it: no bfloat16 in the interpreter, whose arithmetic on it is wrong (it works on bit
+    patterns), and no rows so far apart that an offset within a tile passes 32 bits."""
+    x = x.detach()
+    if max(x.stride()[2:]) > 2**22:
+        x = x.contiguous()
+    return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
 
 
 def _on_device(numbers: tuple[int, ...] | None, device: torch.device) -> Tensor | None:

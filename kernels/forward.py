@@ -181,7 +181,8 @@ def forward(
     i_batch, q_begin, rows, k_begin, keys, offset = extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys)
     if p_cu_q is not None:  # the grid is that of the longest sequence
         keys = tl.where(i_block * BM < rows, keys, 0)
-    o_head, o_row, m_row = packed_rows(i_block, tl.minimum(HEADS, group - i_part * HEADS), rows, HEADS, BM)
+    packed = tl.minimum(HEADS, group - i_part * HEADS)
+    o_head, o_row, m_row = packed_rows(i_block, packed, rows, HEADS, BM)
     o_position = offset + o_row
     o_flat = (wide(i_batch) * n_query_heads + i_head + o_head) * n_queries + q_begin + o_row  # in [B, Hq, Tq]
     n_flat = wide(n_batch) * n_query_heads * n_queries
@@ -292,10 +293,11 @@ def forward(
         tl.store(p_rows + (N_LOOP + N_BAND + ENTROPY) * n_stored + o_flat, b_max * LN2, mask=m_row)
 
     if len(BAND_ROWS) + len(BAND_COLUMNS) > 0:
-        tl.static_assert(HEADS == 1 and SPLIT_KEYS == 0, "the epilogue needs a whole row")
+        tl.static_assert(SPLIT_KEYS == 0, "the epilogue needs a whole row")
         behind = BEHIND
-        if p_reach is not None:  # of this head; BEHIND is the largest of them
-            behind = tl.load(p_reach + i_head)
+        if p_reach is not None:  # of these heads; BEHIND is the largest of all
+            o_place = tl.arange(0, HEADS)
+            behind = tl.max(tl.load(p_reach + i_head + o_place, mask=o_place < packed, other=-1), 0)
         if p_cu_q is not None:
             behind = tl.where(keys > 0, behind, -1)
         m_counted = None
@@ -303,9 +305,9 @@ def forward(
             m_counted = tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
         near = band_sweep(
             b_q, b_lse2, m_counted, i_block, p_k_head, k_strides, p_key_mask, p_columns,
-            i_batch, i_head, n_batch, n_query_heads, 1, position, behind, k_begin, keys, n_keys,
+            i_batch, i_head, n_batch, n_query_heads, packed, position, behind, k_begin, keys, n_keys,
             left if BAND_BOUND else None, right, scale2, cap2,
-            BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD, 1, BM, BAND_BN, DIM, BLOCK_DIM,
+            BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD, HEADS, BM, BAND_BN, DIM, BLOCK_DIM,
         )  # fmt: skip
         for j in tl.static_range(N_BAND):
             b_row = near[j] + BAND_ROWS[FIELDS * j + 3] * b_mass

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 FIELDS = tl.constexpr(5)
+FAR = tl.constexpr(1.0e9)  # further than any key
 
 
 @triton.jit
@@ -73,11 +74,12 @@ def load_tile(
 ):  # fmt: skip
     """[ROWS, BLOCK_DIM] the rows from `start` on, 0 beyond DIM and, if CHECKED, where there is no such row.
 
-    The start moves a scalar 64-bit pointer; what a loop repeats are offsets within a tile, which don't change.
+    The start moves a scalar 64-bit pointer; what a loop repeats are offsets within a tile, which don't change. Those
+    are 32 bits (launch.py sees to it): with 64 the main loop of 128 x 128 tiles takes 70 instructions more.
     """
     o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
     p_tile = p_head + wide(start) * strides[2]
-    pointers = p_tile + o_row.to(tl.int64)[:, None] * strides[2] + o_dim.to(tl.int64)[None, :] * strides[3]
+    pointers = p_tile + (o_row[:, None] * strides[2] + o_dim[None, :] * strides[3])
     if CHECKED:
         m_row = (start + o_row >= 0) & (start + o_row < n_rows)
         return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
@@ -168,12 +170,19 @@ def band_step(
     o_key = start + o_tile
     b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
     b_x = scores(b_k, b_qt, scale2, cap2) - b_lse2[None, :]  # [BN, HEADS * BM]
-    distance = o_row[None, :] - (relative + o_tile).to(tl.float32)[:, None]
+    o_near = (relative + o_tile).to(tl.float32)
     m_key = o_key >= 0
     if EDGE:
         m_key = keys_present(p_key_mask, i_batch, o_key, n_keys)
+        if right is not None:  # a key that isn't there lies in every row's future: one comparison hides both
+            o_near = tl.where(m_key, o_near, FAR)
+    distance = o_row[None, :] - o_near[:, None]
+    if EDGE:
+        m_seen = m_key[:, None]
+        if right is not None:
+            m_seen = distance == distance
         # Hidden before exp2: a padded score of 0 less an lse of -90 would overflow.
-        b_x = tl.where(inside(m_key[:, None], distance, left, right), b_x, float("-inf"))
+        b_x = tl.where(inside(m_seen, distance, left, right), b_x, float("-inf"))
     b_a = tl.exp2(b_x)
     updated = ()
     for j in tl.static_range(len(ROWS) // FIELDS):
@@ -208,25 +217,28 @@ def band_sweep(
 
         keys      first                              block_start, the first query's position
                   |<- columns alone ->|<-- rows too -->|<-- BM -->|<- AHEAD ->|
-                  [ tile ][ tile ]... [ tile ]...      [ tile ]...
-        relative -behind              -ROWS_BEHIND     0
+                  [ tile ][ tile ]...  [ tile ]...  [ tile ]...
+        relative -behind                            LAST
 
     behind is BEHIND or, for a head that needs less, less; -1: nothing is needed.
     Row sums are of A * (weight - tail). A key's column sum comes from several query blocks: each writes its
     part to the slot `how many blocks of BM the key lies behind the queries, plus those AHEAD`, [COLUMNS, slots,
     B, heads, all keys], so that no two programs write to one place and the sum over slots is always the same.
     """
-    first = -tl.minimum(tl.cdiv(behind, BN), tl.cdiv(tl.maximum(block_start, 0), BN)) * BN
+    # Tiles end where the block does: with BM < BN the last one then holds all keys that a row statistic looks at.
+    LAST: tl.constexpr = BM - (BM + BN - 1) // BN * BN
+    NEAR: tl.constexpr = LAST - (max(ROWS_BEHIND + LAST, 0) + BN - 1) // BN * BN
+    first = LAST - tl.maximum(tl.cdiv(tl.minimum(behind, block_start) + LAST, BN), 0) * BN
     last = tl.minimum(BM + AHEAD, n_keys - block_start)
-    last = tl.where(behind < 0, 0, last)
+    last = tl.where(behind < 0, LAST, last)
     if left is None and p_key_mask is None:
         # Whole tiles of keys behind the block are seen by all its rows; the first tile may begin before key 0.
-        inner = tl.minimum(tl.where(block_start + first < 0, first + BN, first), 0)
-        inner = tl.where(block_start <= n_keys, inner, 0)
+        inner = tl.minimum(tl.where(block_start + first < 0, first + BN, first), LAST)
+        inner = tl.where(block_start <= n_keys, inner, LAST)
     else:
-        inner = first * 0
-    near = tl.maximum(inner, -((ROWS_BEHIND + BN - 1) // BN) * BN)
-    before = (inner - first) // BN  # tiles, and after them those from 0 on
+        inner = first * 0 + LAST
+    near = tl.maximum(inner, NEAR)
+    before = (inner - first) // BN  # tiles, and after them those from LAST on
     b_qt = tl.trans(b_q)
     o_row = (tl.arange(0, HEADS * BM) % BM).to(tl.float32)
     sums = zeros_for(len(ROWS) // FIELDS, (BN, HEADS * BM))
@@ -237,15 +249,15 @@ def band_sweep(
                 i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
                 left, right, scale2, cap2, (), COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
             )  # fmt: skip
-    for relative in range(near, 0, BN):
+    for relative in range(near, LAST, BN):
         sums = band_step(
             sums, relative, b_qt, b_lse2, m_counted, o_row, p_k, k_strides, p_key_mask, p_columns,
             i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
             left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
         )  # fmt: skip
-    for i_tile in range(before + tl.cdiv(tl.maximum(last, 0), BN)):
+    for i_tile in range(before + tl.cdiv(tl.maximum(last - LAST, 0), BN)):
         sums = band_step(
-            sums, tl.where(i_tile < before, first, 0 - before * BN) + i_tile * BN, b_qt, b_lse2, m_counted, o_row,
+            sums, tl.where(i_tile < before, first, LAST - before * BN) + i_tile * BN, b_qt, b_lse2, m_counted, o_row,
             p_k, k_strides, p_key_mask, p_columns,
             i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
             left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, True, HEADS, BM, BN, DIM, BLOCK_DIM,
