@@ -228,10 +228,12 @@ def timed(case: Case, record: dict[str, Any], length: int) -> dict[str, Any] | N
     columns = shape.get("BAND_COLUMNS", shape.get("COLUMNS", 0))
     rows = shape.get("BAND_ROWS", shape.get("ROWS", 0)) + shape.get("LOOP_ROWS", 0)
     floor = once_read + 4 * (rows + columns) * length * HEADS
-    slots = -(-shape.get("BEHIND", 0) // bm)  # those beyond the result: zeroed, written, summed
-    hbm = floor + 3 * 4 * columns * slots * length * HEADS
+    slots = -(-shape.get("BEHIND", 0) // bm) if _band_steps(shape) else 0  # beyond the one that counts as the result
+    slot_bytes = 4 * columns * length * HEADS
+    hbm = floor + slot_bytes * slots
     times = model(programs * heads, record["resident"], hbm, l2 * heads, first.bound(), overlapped, hardware)
-    seconds = times._asdict() | {"floor": floor / hardware.hbm}
+    beside = 2 * slot_bytes * (slots + 1) / hardware.l2 if slots else 0.0  # zeroed before, summed after: they fit L2
+    seconds = times._asdict() | {"total": times.total + beside, "beside": beside, "floor": floor / hardware.hbm}
     return {name: round(1e6 * value, 2) if isinstance(value, float) else value for name, value in seconds.items()} | {
         "overlapped": overlapped
     }
