@@ -1,8 +1,8 @@
 """Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them: what `tiled` tries first.
 
 The library is optional. It has a plain C interface, so one build serves every Python and torch; it shares torch's
-threads, because it asks for libgomp by the name under which torch has loaded its own. `enabled = False`, or
-ATTNSTATS_NATIVE=0 in the environment, leaves all to plain PyTorch.
+threads, because it asks for libgomp by the name under which torch has loaded its own (a torch that calls it otherwise
+gets a second pool beside it). `enabled = False`, or ATTNSTATS_NATIVE=0 in the environment, leaves all to plain PyTorch.
 """
 
 from __future__ import annotations
