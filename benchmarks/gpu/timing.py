@@ -1,0 +1,219 @@
+"""Attention with statistics against its rivals in the same run, and either from an lse: the part "timing".
+
+A case is a shape; its contenders are first compared with float64 (on two heads, up to 16k tokens; beyond that with
+our own kernel), then timed in turns. Cases run in the order of their weight, so that what falls to the end of the
+time is what matters least. Rows of the section hold one contender in one case.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import attnstats
+from attnstats import Received, reference
+from benchmarks.contenders import STATISTICS
+from benchmarks.gpu import contenders, floors
+from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Answer, Contender, Inputs, Packed
+from benchmarks.gpu.environment import l2_bytes
+from benchmarks.gpu.floors import Ceilings, Shape
+from benchmarks.gpu.measure import Entrant, race
+from benchmarks.gpu.part import Part
+
+TRUTH_LENGTH = 16384  # up to which a head's map in float64 is affordable: 2 GiB, a few times over
+SLOWEST = 3.0  # seconds a call may be expected to take
+# By a rival that reads its statistics off rounded weights or scores; ours are a hundred times closer, and the part
+# "correctness" holds them to far less. Absolute for output and WAAD, of the largest value for the columns.
+TOLERANCE = {"output": 3e-2, "waad": 0.1, "fai": 0.05, "received": 0.02}
+
+
+class Case(NamedTuple):
+    name: str
+    shape: Shape
+    rivals: bool = True  # all of them, or only torch's kernels and ours
+    weight: float = 1.0  # of the time
+    sequences: int = 0  # packed, if any
+
+
+def cases(smoke: bool) -> list[Case]:
+    if smoke:
+        small = functools.partial(Shape, query_heads=2, key_heads=1, head_dim=16)
+        return [
+            Case("T = 160", small(160)),
+            Case("packed", small(40), False, sequences=2),
+            Case("decode", small(70, queries=1), False),
+        ]
+    lengths = {8192: 3.0, 32768: 3.0, 2048: 1.0, 131072: 1.5, 1024: 1.0, 4096: 1.0, 16384: 1.0, 65536: 1.0}
+    named = {f"T = {length // 1024}k": (Shape(length), weight) for length, weight in lengths.items()}
+    main = [Case(name, shape, True, weight) for name, (shape, weight) in named.items()]
+    others = [
+        Case("D = 64, T = 8k", Shape(8192, head_dim=64), False),
+        Case("D = 256, T = 8k", Shape(8192, query_heads=16, key_heads=8, head_dim=256), False),
+        Case("MHA, T = 8k", Shape(8192, key_heads=32), False),
+        Case("packed, 8 x 2k", Shape(2048, batch=8), False, sequences=8),
+        Case("decode, 8 x 32k", Shape(32768, batch=8, queries=1), False),
+    ]
+    return [*main[:2], *others, *main[2:]]
+
+
+def run(part: Part, ceilings: Ceilings | None) -> None:
+    rows = part.section.setdefault("rows", [])
+    done = part.section.setdefault("cases", [])
+    pending = [case for case in cases(part.smoke) if case.name not in done]
+    while pending:
+        case = pending.pop(0)
+        # What a crash left of this case is measured again, without what crashed.
+        rows[:] = [row for row in rows if row["case"] != case.name]
+        if part.out_of_time(case.name, 0.0 if part.smoke else 8.0):
+            continue
+        share = part.left() * case.weight / (case.weight + sum(other.weight for other in pending))
+        outcome = part.attempt(f"{case.name}: inputs", lambda case=case: _inputs(case, part))
+        if outcome.value is not None:
+            rows += _measure(part, case, outcome.value, share, ceilings)
+        done.append(case.name)
+        outcome = None  # frees the inputs
+        contenders.forget()
+        part.save()
+
+
+def _measure(part: Part, case: Case, inputs: list[Any], share: float, ceilings: Ceilings | None) -> list[Any]:
+    """One row per contender."""
+    members = PACKED if case.sequences else {n: c for n, c in CONTENDERS.items() if case.rivals or c.many}
+    entrants: dict[str, Entrant] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    expected = part.attempt(f"{case.name}: float64", lambda: _truth(case, inputs[0]))
+    truth: Any = expected.value
+    for name, contender in members.items():
+        row = rows[name] = _head(case, name, contender, ceilings)
+        if contender.needs_cuda and part.device.type != "cuda":
+            row["failure"] = "needs CUDA"
+        elif contender.square and case.shape.queries is not None and not case.sequences:
+            row["failure"] = "not for decoding"
+        elif case.shape.length > contender.longest:
+            row["failure"] = f"left out over {contender.longest} tokens"
+        elif _too_slow(part, case, name):
+            row["failure"] = f"left out: over {SLOWEST:.0f} s a call"
+        else:
+            outcome = part.attempt(
+                f"{case.name}: {name}", lambda c=contender: _answer(c, inputs[0], truth, case)
+            )
+            if outcome.value is None:
+                row["failure"] = outcome.failure
+                continue
+            row["errors"], row["against"] = outcome.value
+            if wrong := {k: e for k, e in row["errors"].items() if not e <= TOLERANCE[k]}:
+                row["failure"] = f"wrong: {', '.join(f'{k} by {e:.2g}' for k, e in wrong.items())}"
+            else:
+                entrants[name] = Entrant(_call(contender, inputs), contender.around)
+    for name, found in race(part, case.name, entrants, len(inputs), 0.6 * share).items():
+        rows[name] |= found
+        if found.get("ms") and rows[name].get("floor_ms"):
+            rows[name]["share_of_floor"] = round(rows[name]["floor_ms"] / found["ms"], 4)
+    return list(rows.values())
+
+
+def _call(contender: Contender, inputs: list[Any]) -> Callable[[int], Any]:
+    return lambda i: contender.run(inputs[i])
+
+
+def _head(case: Case, name: str, contender: Contender, ceilings: Ceilings | None) -> dict[str, Any]:
+    shape = case.shape
+    row = {
+        "case": case.name,
+        "length": shape.length,
+        "main": case.rivals,
+        "group": contender.group,
+        "contender": name,
+        "ours": contender.ours,
+    }
+    if ceilings is not None:
+        seconds = {"band": floors.band, "column": floors.column}.get(contender.group, floors.forward)(shape, ceilings)
+        row["floor_ms"] = round(seconds * 1e3, 6)
+    if contender.group == "band":
+        row["bytes"] = floors.band_bytes(shape)
+    return row
+
+
+def _too_slow(part: Part, case: Case, name: str) -> bool:
+    """By what it took at a smaller length of the same kind, quadratically."""
+    if part.smoke or not case.rivals:
+        return False
+    known = [r for r in part.section["rows"] if r["contender"] == name and r["main"] and r.get("ms")]
+    return any(r["ms"] / 1e3 * (case.shape.length / r["length"]) ** 2 > SLOWEST for r in known[-1:])
+
+
+def _inputs(case: Case, part: Part) -> list[Any]:
+    """So many sets that together they exceed twice the L2 cache."""
+    shape, device = case.shape, part.device
+    size = shape.query_bytes + 2 * shape.key_bytes
+    sets = 2 if part.smoke else max(2, min(16, -(-2 * l2_bytes(device) // size)))
+    dtype = torch.float16 if part.smoke else torch.bfloat16  # the interpreter's bfloat16 is float32 anyway
+    generator = torch.Generator(device).manual_seed(shape.length)
+
+    def drawn(heads: int, length: int) -> Tensor:
+        size = (length * case.sequences, heads) if case.sequences else (shape.batch, heads, length)
+        return torch.randn(*size, shape.head_dim, generator=generator, device=device, dtype=dtype)
+
+    found: list[Any] = []
+    for _ in range(sets):
+        query = drawn(shape.query_heads, shape.rows)
+        key, value = drawn(shape.key_heads, shape.length), drawn(shape.key_heads, shape.length)
+        if case.sequences:
+            bounds = torch.arange(case.sequences + 1, dtype=torch.int32, device=device) * shape.length
+            found.append(Packed(query, key, value, bounds, shape.length))
+        else:
+            _, stats = attnstats.attention(query, key, value, enable_gqa=True, backend="triton")
+            found.append(Inputs(query, key, value, stats.lse))
+    return found
+
+
+def _truth(case: Case, inputs: Any) -> dict[int, Answer] | Answer:
+    """By head, in float64, of the first and the last head; for long sequences our own of all heads."""
+    asked = (*STATISTICS, Received())
+    if case.sequences:
+        bounds = inputs.bounds.tolist()
+        first, last = bounds[-2], bounds[-1]
+        inputs = Inputs(*(x[first:last].transpose(0, 1)[None] for x in inputs[:3]))
+    query, key, value = inputs[:3]
+    if query.shape[2] * key.shape[2] > TRUTH_LENGTH**2:
+        output, stats = attnstats.attention(query, key, value, statistics=asked, enable_gqa=True, backend="triton")
+        return Answer(output, stats["waad"], stats["fai"], stats["received"])
+    found = {}
+    group = query.shape[1] // key.shape[1]
+    for head in (0, query.shape[1] - 1):
+        q, kv = slice(head, head + 1), slice(head // group, head // group + 1)
+        wide = (query[-1:, q].double(), key[-1:, kv].double(), value[-1:, kv].double())
+        output, stats = reference.attention(*wide, statistics=asked)
+        found[head] = Answer(*(x[0, 0] for x in (output, stats["waad"], stats["fai"], stats["received"])))
+    return found
+
+
+def _answer(contender: Contender, inputs: Any, truth: Any, case: Case) -> tuple[dict[str, float], str]:
+    """The worst errors of a contender's answer, and what they are errors against."""
+    with torch.no_grad(), contender.around():
+        answer = contender.run(inputs)
+    if truth is None:
+        return {}, "nothing: float64 failed"
+    if case.sequences:
+        # The last sequence: output [total, H, D], rows and columns [H, total].
+        assert answer.output is not None
+        length = case.shape.length
+        parts = (answer.output.transpose(0, 1)[None, :, -length:], *(x if x is None else x[None, :, -length:] for x in answer[1:]))
+        answer = Answer(*parts)
+    whole = isinstance(truth, Answer)
+    errors: dict[str, float] = {}
+    for name, found in answer._asdict().items():
+        if found is None:
+            continue
+        for head, expected in {None: truth}.items() if whole else truth.items():
+            right = getattr(expected, name).double()
+            mine = (found if head is None else found[-1, head]).double()
+            error = (mine - right).abs().max()
+            if name in ("fai", "received"):
+                error = error / right.abs().max()
+            errors[name] = max(errors.get(name, 0.0), float(error)) if error == error else float("inf")
+    return errors, AUTO.split()[0] if whole else "float64"
