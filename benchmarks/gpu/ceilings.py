@@ -28,7 +28,7 @@ def run(part: Part) -> None:
     seconds = part.left() / 4
     measured = part.section["ceilings"] = {}
     for name, measure in (("copy", _copy), ("matmul", _matmul), ("exp2", _exp2)):
-        outcome = part.attempt(name, lambda measure=measure: measure(part, seconds))
+        outcome = part.attempt(name, measure, part, seconds)
         if outcome.value is not None:
             measured[name] = outcome.value
     part.section["clocks_under_load"] = _under_load(part)

@@ -26,6 +26,7 @@ from benchmarks.contenders import HI, LO, STATISTICS, WINDOW
 
 CHUNK = 256  # query rows of the query-chunked rival
 BLOCK = 128  # rows of a block of the plain band
+FLEX = 2**15  # tokens up to which create_block_mask, which goes through a T x T mask, is no burden
 
 
 class Inputs(NamedTuple):
@@ -44,10 +45,11 @@ class Answer(NamedTuple):
 
 class Contender(NamedTuple):
     group: str  # attention, statistics, band, column
-    run: Callable[[Inputs], Answer]
+    run: Callable[[Any], Answer]  # given Inputs or Packed
     ours: bool = False
     needs_cuda: bool = False
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    compiled: bool = False  # by torch.compile, for each shape anew
     longest: int = 2**17  # tokens
     square: bool = True  # needs as many queries as keys
     many: bool = False  # takes part in every case, not only in those of all rivals
@@ -241,7 +243,7 @@ def _with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         request = flex_attention.AuxRequest(lse=True)
         output, aux = flex_attention.flex_attention(*args, **kwargs, return_aux=request)
         return output, aux.lse
-    return flex_attention.flex_attention(*args, **kwargs, return_lse=True)
+    return flex_attention.flex_attention(*args, **kwargs, return_lse=True)  # type: ignore[call-overload]
 
 
 def _flex_forward(query: Tensor, key: Tensor, value: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
@@ -323,6 +325,11 @@ def forget() -> None:
     torch.compiler.reset()
 
 
+def _beside(attend: Callable[..., tuple[Tensor, Tensor]]) -> Contender:
+    run = functools.partial(beside, attend)
+    return Contender("statistics", run, ours=True, needs_cuda=True, square=False, many=True)
+
+
 def _backend(name: str) -> Callable[[], AbstractContextManager[Any]]:
     return functools.partial(sdpa_kernel, getattr(SDPBackend, name))
 
@@ -330,6 +337,7 @@ def _backend(name: str) -> Callable[[], AbstractContextManager[Any]]:
 FLASH, CUDNN, EFFICIENT, DEFAULT = "SDPA flash", "SDPA cuDNN", "SDPA memory-efficient", "SDPA default"
 BARE, FUSED, AUTO = "attnstats without statistics", "attnstats fused", "attnstats auto"
 FLASH_BAND, CUDNN_BAND = "SDPA flash + attnstats band", "SDPA cuDNN + attnstats band"
+VARLEN, VARLEN_BAND = "torch varlen_attn", "torch varlen_attn + attnstats band"
 BAND, COLUMN = "attnstats band", "attnstats column"
 
 CONTENDERS = {
@@ -342,21 +350,17 @@ CONTENDERS = {
     ),
     FUSED: Contender("statistics", functools.partial(ours, backend="triton"), ours=True, square=False, many=True),
     AUTO: Contender("statistics", ours, ours=True, square=False, many=True),
-    FLASH_BAND: Contender(
-        "statistics", functools.partial(beside, flash_with_lse), ours=True, needs_cuda=True, many=True
-    ),
-    CUDNN_BAND: Contender(
-        "statistics", functools.partial(beside, cudnn_with_lse), ours=True, needs_cuda=True, many=True
-    ),
-    "SDPA flash + plain band, compiled": Contender("statistics", plain_beside, needs_cuda=True),
-    "FlexAttention": Contender("statistics", flex, longest=2**16),
+    FLASH_BAND: _beside(flash_with_lse),
+    CUDNN_BAND: _beside(cudnn_with_lse),
+    "SDPA flash + plain band, compiled": Contender("statistics", plain_beside, needs_cuda=True, compiled=True),
+    "FlexAttention": Contender("statistics", flex, compiled=True, longest=FLEX),
     "eager, query chunks": Contender("statistics", chunked),
     "eager": Contender("statistics", eager),
-    BAND: Contender("band", band, ours=True, many=True),
-    "plain band, compiled": Contender("band", plain_band),
-    "FlexAttention, WAAD and FAI": Contender("band", flex_band, longest=2**16),
-    COLUMN: Contender("column", column, ours=True, many=True),
-    "FlexAttention, keys as queries": Contender("column", flex_column, longest=2**16),
+    BAND: Contender("band", band, ours=True, square=False, many=True),
+    "plain band, compiled": Contender("band", plain_band, compiled=True),
+    "FlexAttention, WAAD and FAI": Contender("band", flex_band, compiled=True, longest=FLEX),
+    COLUMN: Contender("column", column, ours=True, square=False, many=True),
+    "FlexAttention, keys as queries": Contender("column", flex_column, compiled=True, longest=FLEX),
     "query chunks, column sums": Contender("column", chunked_column),
 }
 
@@ -372,13 +376,27 @@ class Packed(NamedTuple):
     longest: int
 
 
-def packed_torch(inputs: Packed) -> Answer:
+def packed_torch(inputs: Packed, **options: Any) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
     # Older torch has no enable_gqa and takes grouped heads as they are.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
     query, key, value, bounds, longest = inputs
-    return Answer(varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped))
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+
+
+def packed_beside(inputs: Packed) -> Answer:
+    """Our band kernel on the lse of torch's."""
+    from torch.nn.attention.varlen import AuxRequest
+
+    output, lse = packed_torch(inputs, return_aux=AuxRequest(lse=True))
+    query, key, _, bounds, longest = inputs
+    stats = attnstats.statistics_from_lse(
+        query, key, lse, statistics=STATISTICS, cu_seqlens_q=bounds, max_seqlen_q=longest, backend="triton",
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return Answer(output, stats["waad"], stats["fai"])
 
 
 def packed_ours(inputs: Packed, *, statistics: tuple[Any, ...] = STATISTICS, backend: Any = "triton") -> Answer:
@@ -391,8 +409,9 @@ def packed_ours(inputs: Packed, *, statistics: tuple[Any, ...] = STATISTICS, bac
 
 
 PACKED: dict[str, Contender] = {
-    "torch varlen_attn": Contender("attention", packed_torch, needs_cuda=True),  # type: ignore[arg-type]
-    BARE: Contender("attention", functools.partial(packed_ours, statistics=()), ours=True),  # type: ignore[arg-type]
-    FUSED: Contender("statistics", packed_ours, ours=True),  # type: ignore[arg-type]
-    AUTO: Contender("statistics", functools.partial(packed_ours, backend="auto"), ours=True),  # type: ignore[arg-type]
+    VARLEN: Contender("attention", lambda inputs: Answer(packed_torch(inputs)), needs_cuda=True),
+    BARE: Contender("attention", functools.partial(packed_ours, statistics=()), ours=True),
+    FUSED: Contender("statistics", packed_ours, ours=True),
+    AUTO: Contender("statistics", functools.partial(packed_ours, backend="auto"), ours=True),
+    VARLEN_BAND: Contender("statistics", packed_beside, ours=True, needs_cuda=True),
 }

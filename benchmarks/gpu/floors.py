@@ -58,7 +58,7 @@ def forward_bytes(shape: Shape) -> int:
 
 
 def band_bytes(shape: Shape) -> int:
-    """Queries, keys and lse; WAAD and FAI. Of the keys only what the queries' band touches would be less: not counted."""
+    """Queries, keys and lse; WAAD and FAI."""
     return shape.query_bytes + shape.key_bytes + 2 * shape.row_bytes + shape.column_bytes
 
 

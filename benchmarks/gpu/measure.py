@@ -42,7 +42,7 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
     warm: dict[str, Batch] = {}
     peaks: dict[str, float | None] = {}
     for name, entrant in entrants.items():
-        outcome = part.attempt(f"{prefix}: {name}", lambda entrant=entrant: _warm_up(part, entrant, inputs))
+        outcome = part.attempt(f"{prefix}: {name}", _warm_up, part, entrant, inputs)
         if outcome.value is None:
             found[name] = {"failure": outcome.failure}
             continue
@@ -50,9 +50,7 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
         calls[name] = 1 if part.smoke else max(1, min(MOST_CALLS, round(BATCH_SECONDS / warm[name].seconds)))
     share = seconds / max(1, len(warm))
     fewest, most = (2, 2) if part.smoke else ROUNDS
-    quota = {
-        name: max(2, min(most, int(share / (calls[name] * max(w.seconds, w.host))))) for name, w in warm.items()
-    }
+    quota = {name: max(2, min(most, int(share / (calls[name] * max(w.seconds, w.host))))) for name, w in warm.items()}
     quota = {name: max(count, fewest) if warm[name].seconds < share else count for name, count in quota.items()}
     batches: dict[str, list[Batch]] = {name: [] for name in warm}
     names = list(warm)
@@ -60,18 +58,17 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if turn < quota[name] and name not in found:
-                outcome = part.attempt(
-                    f"{prefix}: {name}",
-                    lambda name=name: _batch(part, entrants[name], inputs, calls[name], warm[name].host),
+                batch = part.attempt(
+                    f"{prefix}: {name}", _batch, part, entrants[name], inputs, calls[name], warm[name].host, turn
                 )
-                if outcome.value is None:
-                    found[name] = {"failure": outcome.failure}
+                if batch.value is None:
+                    found[name] = {"failure": batch.failure}
                 else:
-                    batches[name].append(outcome.value)
+                    batches[name].append(batch.value)
     for name in names:
         if name not in found:
             found[name] = _summary(batches[name], peaks[name])
-    return found
+    return {name: found[name] for name in entrants}
 
 
 def ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -104,13 +101,14 @@ def _warm_up(part: Part, entrant: Entrant, inputs: int) -> tuple[Batch, float | 
     return _batch(part, entrant, inputs, 1, 0.0), peak
 
 
-def _batch(part: Part, entrant: Entrant, inputs: int, calls: int, host: float) -> Batch:
-    """Seconds per call of `calls` calls in a row."""
+def _batch(part: Part, entrant: Entrant, inputs: int, calls: int, host: float, turn: int = 0) -> Batch:
+    """Seconds per call of `calls` calls in a row; the inputs go on from where the last turn left them."""
+    order = [i % inputs for i in range(turn * calls, (turn + 1) * calls)]
     with torch.no_grad(), entrant.around():
         if part.device.type != "cuda":
             started = time.perf_counter()
-            for i in range(calls):
-                entrant.call(i % inputs)
+            for i in order:
+                entrant.call(i)
             took = (time.perf_counter() - started) / calls
             return Batch(took, took)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -118,8 +116,8 @@ def _batch(part: Part, entrant: Entrant, inputs: int, calls: int, host: float) -
         _hold_up(min(0.05, 1.5 * host * calls))
         start.record()
         started = time.perf_counter()
-        for i in range(calls):
-            entrant.call(i % inputs)
+        for i in order:
+            entrant.call(i)
         queued = (time.perf_counter() - started) / calls
         end.record()
         end.synchronize()

@@ -62,7 +62,7 @@ class Part:
             return True
         return False
 
-    def attempt(self, name: str, call: Callable[[], T]) -> Outcome[T]:
+    def attempt(self, name: str, call: Callable[..., T], *args: Any) -> Outcome[T]:
         """Run `call`; an exception becomes a message. What failed before, even by a crash, isn't tried again."""
         failures = self.section["failures"]
         if name in failures:
@@ -71,7 +71,7 @@ class Part:
         flight.write_text(name)
         failure = None
         try:
-            value = call()
+            value = call(*args)
             self.synchronize()
         except Exception as error:
             failure = message_of(error)

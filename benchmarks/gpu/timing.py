@@ -8,6 +8,7 @@ time is what matters least. Rows of the section hold one contender in one case.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,14 +18,15 @@ from torch import Tensor
 import attnstats
 from attnstats import Received, reference
 from benchmarks.contenders import STATISTICS
-from benchmarks.gpu import contenders, floors
+from benchmarks.gpu import contenders, floors, workers
 from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Answer, Contender, Inputs, Packed
 from benchmarks.gpu.environment import l2_bytes
-from benchmarks.gpu.floors import Ceilings, Shape
+from benchmarks.gpu.floors import Shape
 from benchmarks.gpu.measure import Entrant, race
 from benchmarks.gpu.part import Part
 
 TRUTH_LENGTH = 16384  # up to which a head's map in float64 is affordable: 2 GiB, a few times over
+WARMING = 0.3  # of the time at most, for compiling side by side
 SLOWEST = 3.0  # seconds a call may be expected to take
 # By a rival that reads its statistics off rounded weights or scores; ours are a hundred times closer, and the part
 # "correctness" holds them to far less. Absolute for output and WAAD, of the largest value for the columns.
@@ -43,9 +45,9 @@ def cases(smoke: bool) -> list[Case]:
     if smoke:
         small = functools.partial(Shape, query_heads=2, key_heads=1, head_dim=16)
         return [
-            Case("T = 160", small(160)),
-            Case("packed", small(40), False, sequences=2),
-            Case("decode", small(70, queries=1), False),
+            Case("T = 48", small(48)),
+            Case("packed", small(20), False, sequences=2),
+            Case("decode", small(40, queries=1), False),
         ]
     lengths = {8192: 3.0, 32768: 3.0, 2048: 1.0, 131072: 1.5, 1024: 1.0, 4096: 1.0, 16384: 1.0, 65536: 1.0}
     named = {f"T = {length // 1024}k": (Shape(length), weight) for length, weight in lengths.items()}
@@ -60,10 +62,11 @@ def cases(smoke: bool) -> list[Case]:
     return [*main[:2], *others, *main[2:]]
 
 
-def run(part: Part, ceilings: Ceilings | None) -> None:
+def run(part: Part) -> None:
     rows = part.section.setdefault("rows", [])
     done = part.section.setdefault("cases", [])
     pending = [case for case in cases(part.smoke) if case.name not in done]
+    warmed = _warm_caches(part, pending)
     while pending:
         case = pending.pop(0)
         # What a crash left of this case is measured again, without what crashed.
@@ -71,71 +74,96 @@ def run(part: Part, ceilings: Ceilings | None) -> None:
         if part.out_of_time(case.name, 0.0 if part.smoke else 8.0):
             continue
         share = part.left() * case.weight / (case.weight + sum(other.weight for other in pending))
-        outcome = part.attempt(f"{case.name}: inputs", lambda case=case: _inputs(case, part))
+        sets = 2 if part.smoke else _sets(case.shape, part.device)
+        outcome = part.attempt(f"{case.name}: inputs", _inputs, case, part.device, sets)
         if outcome.value is not None:
-            rows += _measure(part, case, outcome.value, share, ceilings)
+            rows += _measure(part, case, outcome.value, share, warmed)
         done.append(case.name)
-        outcome = None  # frees the inputs
+        del outcome  # and the inputs with it
         contenders.forget()
         part.save()
 
 
-def _measure(part: Part, case: Case, inputs: list[Any], share: float, ceilings: Ceilings | None) -> list[Any]:
+def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: set[str]) -> list[Any]:
     """One row per contender."""
-    members = PACKED if case.sequences else {n: c for n, c in CONTENDERS.items() if case.rivals or c.many}
     entrants: dict[str, Entrant] = {}
     rows: dict[str, dict[str, Any]] = {}
-    expected = part.attempt(f"{case.name}: float64", lambda: _truth(case, inputs[0]))
+    expected = part.attempt(f"{case.name}: float64", _truth, case, inputs[0])
     truth: Any = expected.value
-    for name, contender in members.items():
-        row = rows[name] = _head(case, name, contender, ceilings)
+    for name, contender in _members(case).items():
+        row = rows[name] = _head(case, name, contender)
         if contender.needs_cuda and part.device.type != "cuda":
             row["failure"] = "needs CUDA"
         elif contender.square and case.shape.queries is not None and not case.sequences:
             row["failure"] = "not for decoding"
         elif case.shape.length > contender.longest:
-            row["failure"] = f"left out over {contender.longest} tokens"
+            row["failure"] = f"left out: over {contender.longest} tokens"
         elif _too_slow(part, case, name):
             row["failure"] = f"left out: over {SLOWEST:.0f} s a call"
+        elif contender.compiled and not part.smoke and f"{case.name}: {name}" not in warmed:
+            row["failure"] = "left out: not compiled in time, or not at all"
         else:
-            outcome = part.attempt(
-                f"{case.name}: {name}", lambda c=contender: _answer(c, inputs[0], truth, case)
-            )
+            outcome = part.attempt(f"{case.name}: {name}", _answer, contender, inputs[0], truth, case)
             if outcome.value is None:
                 row["failure"] = outcome.failure
                 continue
-            row["errors"], row["against"] = outcome.value
-            if wrong := {k: e for k, e in row["errors"].items() if not e <= TOLERANCE[k]}:
+            errors, row["against"] = outcome.value
+            row["errors"] = {k: e if math.isfinite(e) else None for k, e in errors.items()}  # JSON has no inf
+            if wrong := {k: e for k, e in errors.items() if not e <= TOLERANCE[k]}:
                 row["failure"] = f"wrong: {', '.join(f'{k} by {e:.2g}' for k, e in wrong.items())}"
             else:
                 entrants[name] = Entrant(_call(contender, inputs), contender.around)
     for name, found in race(part, case.name, entrants, len(inputs), 0.6 * share).items():
         rows[name] |= found
-        if found.get("ms") and rows[name].get("floor_ms"):
-            rows[name]["share_of_floor"] = round(rows[name]["floor_ms"] / found["ms"], 4)
     return list(rows.values())
+
+
+def _members(case: Case) -> dict[str, Contender]:
+    return PACKED if case.sequences else {n: c for n, c in CONTENDERS.items() if case.rivals or c.many}
+
+
+def _warm_caches(part: Part, pending: list[Case]) -> set[str]:
+    """Have workers compile, side by side, what torch.compile and Triton keep on disk. The names that ran."""
+    if part.smoke:
+        return set()
+    names = [
+        f"{case.name}: {name}"
+        for case in pending
+        for name, contender in _members(case).items()
+        if (contender.compiled or (contender.ours and case.shape.length <= 8192))
+        and case.shape.length <= contender.longest
+    ]
+    found = workers.perform_all(__name__, names, WARMING * part.left(), part.smoke)
+    for name, answer in found.items():
+        if not answer["ok"]:
+            part.section["failures"].setdefault(f"compiling {name}", answer["failure"])
+    return {name for name, answer in found.items() if answer["ok"]}
+
+
+def perform(name: str, smoke: bool) -> None:
+    """One call of one contender in one case, for what it leaves in the caches."""
+    case_name, _, contender_name = name.partition(": ")
+    case = next(case for case in cases(smoke) if case.name == case_name)
+    contender = _members(case)[contender_name]
+    with torch.no_grad(), contender.around():
+        contender.run(_inputs(case, torch.device("cpu" if smoke else "cuda"), 1)[0])
 
 
 def _call(contender: Contender, inputs: list[Any]) -> Callable[[int], Any]:
     return lambda i: contender.run(inputs[i])
 
 
-def _head(case: Case, name: str, contender: Contender, ceilings: Ceilings | None) -> dict[str, Any]:
-    shape = case.shape
+def _head(case: Case, name: str, contender: Contender) -> dict[str, Any]:
     row = {
         "case": case.name,
-        "length": shape.length,
+        "length": case.shape.length,
         "main": case.rivals,
         "group": contender.group,
         "contender": name,
         "ours": contender.ours,
+        "shape": case.shape._asdict(),
     }
-    if ceilings is not None:
-        seconds = {"band": floors.band, "column": floors.column}.get(contender.group, floors.forward)(shape, ceilings)
-        row["floor_ms"] = round(seconds * 1e3, 6)
-    if contender.group == "band":
-        row["bytes"] = floors.band_bytes(shape)
-    return row
+    return row | ({"bytes": floors.band_bytes(case.shape)} if contender.group == "band" else {})
 
 
 def _too_slow(part: Part, case: Case, name: str) -> bool:
@@ -146,12 +174,14 @@ def _too_slow(part: Part, case: Case, name: str) -> bool:
     return any(r["ms"] / 1e3 * (case.shape.length / r["length"]) ** 2 > SLOWEST for r in known[-1:])
 
 
-def _inputs(case: Case, part: Part) -> list[Any]:
-    """So many sets that together they exceed twice the L2 cache."""
-    shape, device = case.shape, part.device
-    size = shape.query_bytes + 2 * shape.key_bytes
-    sets = 2 if part.smoke else max(2, min(16, -(-2 * l2_bytes(device) // size)))
-    dtype = torch.float16 if part.smoke else torch.bfloat16  # the interpreter's bfloat16 is float32 anyway
+def _sets(shape: Shape, device: torch.device) -> int:
+    """So many inputs that together they exceed twice the L2 cache."""
+    return max(2, min(16, -(-2 * l2_bytes(device) // (shape.query_bytes + 2 * shape.key_bytes))))
+
+
+def _inputs(case: Case, device: torch.device, sets: int) -> list[Any]:
+    shape = case.shape
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is float32 anyway
     generator = torch.Generator(device).manual_seed(shape.length)
 
     def drawn(heads: int, length: int) -> Tensor:
@@ -202,8 +232,8 @@ def _answer(contender: Contender, inputs: Any, truth: Any, case: Case) -> tuple[
         # The last sequence: output [total, H, D], rows and columns [H, total].
         assert answer.output is not None
         length = case.shape.length
-        parts = (answer.output.transpose(0, 1)[None, :, -length:], *(x if x is None else x[None, :, -length:] for x in answer[1:]))
-        answer = Answer(*parts)
+        statistics = (x if x is None else x[None, :, -length:] for x in answer[1:])
+        answer = Answer(answer.output.transpose(0, 1)[None, :, -length:], *statistics)
     whole = isinstance(truth, Answer)
     errors: dict[str, float] = {}
     for name, found in answer._asdict().items():

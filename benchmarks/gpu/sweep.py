@@ -1,0 +1,174 @@
+"""Tile sizes, warps and stages, for the configuration table of attnstats/ops.py: the part "sweep".
+
+A job is a kernel with a set of statistics and a head size; its candidates are compiled and compared with the
+shipped configuration by workers side by side, then timed one by one at T = 8k. A row holds one candidate: its time
+as a ratio of the shipped configuration's, or why it can't run (registers, shared memory) or is wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, Received, ops
+from benchmarks.gpu import workers
+from benchmarks.gpu.measure import Entrant, race, ratio
+from benchmarks.gpu.part import Part
+
+SHIPPED = "shipped"
+WORKERS_SHARE = 0.55  # of the time, for compiling
+
+
+class Job(NamedTuple):
+    kernel: str
+    statistics: tuple[Any, ...]
+    from_lse: bool
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        asked = "+".join(s.name for s in self.statistics) or "no statistics"
+        return f"{self.kernel}, D = {self.head_dim}, {asked}"
+
+
+def jobs(smoke: bool) -> list[Job]:
+    paper = (WAAD(10), FAI(10, 100))
+    if smoke:
+        return [Job("forward", paper, False, 16), Job("band", paper, True, 16), Job("column", (Received(),), True, 16)]
+    found = []
+    for dim in (128, 64, 256):
+        found += [
+            Job("forward", paper, False, dim),
+            Job("forward", (), False, dim),
+            Job("column", (Received(),), True, dim),
+            Job("band", paper, True, dim),
+            Job("forward", (MeanDistance(), Entropy(), MaxLogit()), False, dim),
+        ]
+    return found
+
+
+def candidates(job: Job, smoke: bool) -> list[Any]:
+    """Configurations worth trying: what surely exceeds registers or shared memory isn't among them."""
+    if smoke:
+        return [ops.Config(32, 16, 4, 2), ops.Config(16, 32, 4, 2)]
+    found = []
+    for rows, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        tile, dim = rows * keys, job.head_dim
+        resident = rows if job.kernel != "column" else keys
+        streamed = keys if job.kernel != "column" else rows
+        shared = 2 * dim * (resident + stages * streamed * (2 if job.kernel == "forward" else 1))
+        accumulated = rows * dim if job.kernel == "forward" else tile  # floats that live through the loop
+        registers = (tile + accumulated) / (32 * warps)
+        if shared <= 227 * 1024 and registers <= 224 and not (warps == 8 and tile <= 64 * 32):
+            found.append(ops.Config(rows, keys, warps, stages))
+    # Middling tiles first: the time may end before the list.
+    return sorted(found, key=lambda c: (abs(math.log2(c.BM * c.BN) - 13), abs(c.num_stages - 3)))
+
+
+def run(part: Part) -> None:
+    rows = part.section["rows"] = []
+    by_name = _tasks(part.smoke)
+    # Breadth first: every job has tried some before one has tried all.
+    names = [n for group in itertools.zip_longest(*_by_job(by_name).values()) for n in group if n is not None]
+    tried = workers.perform_all(__name__, names, WORKERS_SHARE * part.left(), part.smoke)
+    every = jobs(part.smoke)
+    for i, job in enumerate(every):
+        if part.out_of_time(f"sweep of {job.name}", 0.0 if part.smoke else 2.0):
+            continue
+        runnable = {SHIPPED: None}
+        for name, (_, config) in by_name.items():
+            if by_name[name][0] != job:
+                continue
+            answer = tried.get(name)
+            if answer is None:
+                part.leave_out(name, "no time left")
+            elif answer["ok"]:
+                runnable[name] = config
+            else:
+                rows.append({"job": job.name, **config._asdict(), "failure": answer["failure"]})
+        rows += _race(part, job, runnable, part.left() / (len(every) - i))
+        part.save()
+
+
+def perform(name: str, smoke: bool) -> None:
+    """Compile a candidate and compare it with the shipped configuration, on a short sequence."""
+    job, config = _tasks(smoke)[name]
+    with torch.no_grad():
+        # A multiple of 16, as T = 8k is: Triton compiles others anew.
+        inputs = _inputs(job, smoke, 40 if smoke else 608, 1)[0]
+        for mine, right in zip(_call(job, config, inputs), _call(job, None, inputs), strict=True):
+            # Another order of the same sums; bf16 outputs differ by a rounding.
+            error = float((mine.float() - right.float()).abs().max() / right.float().abs().max())
+            assert error <= 0.02, f"differs from the shipped configuration by {error:.2g} of the largest value"
+
+
+def _race(part: Part, job: Job, runnable: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    outcome = part.attempt(f"{job.name}: inputs", _inputs, job, part.smoke, 40 if part.smoke else 8192, 2)
+    if outcome.value is None:
+        return []
+    inputs = outcome.value
+    entrants = {name: _entrant(job, config, inputs) for name, config in runnable.items()}
+    # A few milliseconds each are enough to rank them.
+    found = race(part, job.name, entrants, len(inputs), min(seconds, 0.08 * len(runnable)))
+    shipped = found[SHIPPED]
+    rows = []
+    for name, times in found.items():
+        row = {"job": job.name} | (runnable[name]._asdict() if runnable[name] else {"shipped": True}) | times
+        if times.get("ms") and shipped.get("ms"):
+            row["over_shipped"] = round(ratio(times, shipped), 4)
+        rows.append(row)
+    return rows
+
+
+def _entrant(job: Job, config: Any, inputs: list[Any]) -> Entrant:
+    return Entrant(lambda i: _call(job, config, inputs[i]))
+
+
+def _call(job: Job, config: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    query, key, lse = inputs
+    arguments: dict[str, Any] = {"statistics": job.statistics, "enable_gqa": True, "backend": "triton"}
+    call: Callable[..., Any] = functools.partial(attnstats.attention, query, key, key)
+    if job.from_lse:
+        call = functools.partial(attnstats.statistics_from_lse, query, key, lse)
+    if config is None:
+        found = call(**arguments)
+    else:
+        with ops.configured(job.kernel, config):
+            found = call(**arguments)
+    if job.from_lse:
+        return [found[s] for s in job.statistics]
+    return [found.output, *(found.statistics[s] for s in job.statistics)]
+
+
+def _inputs(job: Job, smoke: bool, length: int, sets: int) -> list[tuple[Tensor, ...]]:
+    device = "cpu" if smoke else "cuda"
+    dtype = torch.float16 if smoke else torch.bfloat16
+    heads, key_heads = (2, 1) if smoke else (32, 8) if job.head_dim <= 128 else (16, 8)
+    found: list[tuple[Tensor, ...]] = []
+    for _ in range(sets):
+        query, key = (torch.randn(1, h, length, job.head_dim, device=device, dtype=dtype) for h in (heads, key_heads))
+        _, stats = attnstats.attention(query, key, key, enable_gqa=True, backend="triton")
+        found.append((query, key, stats.lse))
+    return found
+
+
+def _tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
+    return {
+        f"{job.name}: {config.BM}x{config.BN}, {config.num_warps} warps, {config.num_stages} stages": (job, config)
+        for job in jobs(smoke)
+        for config in candidates(job, smoke)
+    }
+
+
+def _by_job(tasks: dict[str, tuple[Job, Any]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, (job, _) in tasks.items():
+        found.setdefault(job.name, []).append(name)
+    return found
