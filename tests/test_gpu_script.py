@@ -17,7 +17,16 @@ from attnstats import Received, reference
 from benchmarks.contenders import STATISTICS
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import (
-    contenders, correctness, end_to_end, environment, floors, measure, report, sweep, timing, workers,
+    contenders,
+    correctness,
+    end_to_end,
+    environment,
+    floors,
+    measure,
+    report,
+    sweep,
+    timing,
+    workers,
 )  # fmt: skip
 from benchmarks.gpu.contenders import CONTENDERS, PACKED, Answer, Inputs
 from benchmarks.gpu.floors import Ceilings, Shape

@@ -90,7 +90,7 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
     from benchmarks.gpu import report
 
     began = time.monotonic()
-    document: dict[str, Any] = {"sections": {}}
+    document: dict[str, Any] = {"layout": report.LAYOUT, "sections": {}}
     fresh: dict[str, Any] = {}  # of this run; the document also holds what others of the device left
     path: Path | None = None
     for i, name in enumerate(names):
@@ -102,14 +102,14 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
                 fresh[name] = section
                 if path is None and section.get("conditions"):
                     path = results / f"{'smoke' if smoke else _slug(section['conditions']['device'])}.json"
-                    document = _existing(path)
+                    document = _existing(path, document)
                 if path is not None:
                     document["sections"][name] = section
                     report.write_json(document, path)
         told = f"{name}: {report.in_a_line(name, fresh[name])}, {fresh[name]['seconds']:.0f} s"
         print(told, flush=True)
         if path is not None and (problem := report.write(document, path)) and i == len(names) - 1:
-            print(problem)
+            print(problem, flush=True)
     if path is not None:
         print(*map(str, report.targets(document)), f"kept in {path.with_suffix('.md')}", sep="\n")
     wrong = report.incorrect(fresh)
@@ -174,9 +174,12 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _existing(path: Path) -> dict[str, Any]:
+def _existing(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
+    """What earlier runs left of this device. A file laid out otherwise is set aside."""
     document = _read(path)
-    return document if "sections" in document else {"sections": {}}
+    if document and document.get("layout") != empty["layout"]:
+        path.rename(path.with_suffix(".old.json"))
+    return document if document.get("layout") == empty["layout"] else empty
 
 
 def _slug(device: str) -> str:

@@ -3,6 +3,7 @@
     case      every kernel, dtype and feature against float64, by the comparison and the tolerances of tests/cases.py
     repeat    every shipped configuration a thousand times on a small shape, bitwise, while other work is in flight
     memory    what a call allocates doubles with the length
+    graph     a call captured into a CUDA graph replays to the same bits
     sanitizer compute-sanitizer's memcheck and racecheck on small shapes, where it is installed
 
 Run as `python -m benchmarks.gpu.correctness` it makes the few small calls that the sanitizer watches.
@@ -10,6 +11,7 @@ Run as `python -m benchmarks.gpu.correctness` it makes the few small calls that 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -39,6 +41,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "groups of 5": {"key_heads": 1, "group": 5},
     "queries last": {"query_length": 70},
     "decode": {"query_length": 1},
+    "decode, keys in parts": {"query_length": 3, "key_length": 2500},
+    "decode, keys in parts, padding": {"query_length": 1, "key_length": 2500, "padding": "left"},
     "queries between": {"query_length": 100, "query_offset": 90},
     "left padding": {"padding": "left"},
     "right padding": {"padding": "right"},
@@ -62,6 +66,7 @@ REPEATED = {"bfloat16": (64, 128, 256), "float32": (64, 128, 256), "float16": (1
 REPEATS = 1000
 PASSES: dict[str, tuple[Any, ...]] = {
     "forward": (),
+    "decode": (WAAD(10), FAI(10, 100), Entropy()),
     "forward and band": (WAAD(10), FAI(10, 100)),
     "forward and loop": (MeanDistance(), Entropy(), MaxLogit()),
     "band from lse": (WAAD(10), FAI(10, 100)),
@@ -77,6 +82,7 @@ def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     if not smoke:
         found |= {f"sanitizer: {tool}": functools.partial(_sanitize, tool) for tool in SANITIZERS}
+        found["graph: attention"] = _graph
         found |= {f"memory: {way}": functools.partial(_memory, way == "from lse") for way in ("attention", "from lse")}
     dtypes = {"float16": (16,)} if smoke else REPEATED
     for dtype, dims in dtypes.items():
@@ -94,7 +100,7 @@ def run(part: Part) -> None:
     found = workers.perform_all(__name__, names, part.left(), part.smoke)
     checks = part.section["checks"] = {name: found[name] for name in names if name in found}
     if part.smoke:
-        for name in (*(f"sanitizer: {tool}" for tool in SANITIZERS), "memory"):
+        for name in (*(f"sanitizer: {tool}" for tool in SANITIZERS), "memory", "graph"):
             part.leave_out(name, "needs CUDA")
     for name in names:
         if name not in found:
@@ -136,7 +142,8 @@ def _repeat(way: str, dtype: str, dim: int, smoke: bool) -> None:
     """The same bits every time, while a second stream keeps the processors busy."""
     device = torch.device("cpu" if smoke else "cuda")
     length = 40 if smoke else LENGTH
-    case = Case(1, 2, 4, length, length, dim, dim, dtype)
+    sizes = (1, 100 if smoke else 2500) if way == "decode" else (length, length)
+    case = Case(1, 2, 4, *sizes, dim, dim, dtype)
     call = functools.partial(_tensors, way, case.tensors(device))
     first = [x.clone(memory_format=torch.contiguous_format) for x in call()]
     differing = torch.zeros((), dtype=torch.int64, device=device)
@@ -197,6 +204,25 @@ def _memory(from_lse: bool) -> dict[str, Any]:
     ratios = [later / earlier for earlier, later in itertools.pairwise(peaks)]
     assert max(ratios) < 2.2, f"peaks of {', '.join(f'{peak:.1f}' for peak in peaks)} MiB at T = 4k, 8k, 16k"
     return {"peak_mib": [round(peak, 2) for peak in peaks]}
+
+
+def _graph() -> None:
+    """Inputs that change under a captured call give what a plain call gives."""
+    case = Case(1, 2, 4, LENGTH, LENGTH, 64, 64, "bfloat16")
+    inputs, others = case.tensors("cuda"), dataclasses.replace(case, seed=1).tensors("cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _tensors("forward and band", inputs)  # compiles, and settles what is read once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = _tensors("forward and band", inputs)
+    for mine, other in zip(inputs, others, strict=True):
+        mine.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    for mine, right in zip(captured, _tensors("forward and band", others), strict=True):
+        assert torch.equal(_bits(mine), _bits(right)), "a captured call replays to other bits"
 
 
 def _sanitize(tool: str) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from benchmarks.gpu import floors
 from benchmarks.gpu.contenders import BAND, BARE, COLUMN, FLASH
 from benchmarks.gpu.measure import ratio
+from benchmarks.gpu.sweep import best
 
+LAYOUT = 1  # of the JSON: another number where the entries of a section change
 LONG = ("T = 8k", "T = 32k")  # the cases that targets are set for
 OVERHEADS = {"T = 8k": 0.05, "T = 32k": 0.013}
 PAPER, BANDWIDTH, COLUMN_OVER_FORWARD, OVER_FLASH = 0.005, 0.70, 0.8, 0.9
@@ -321,7 +323,16 @@ def _write_models(section: dict[str, Any]) -> list[str]:
 
 
 def _write_sweep(section: dict[str, Any]) -> list[str]:
-    lines = []
+    lines = [
+        "The best by head size, as rows of attnstats/configs.py, and their time over the shipped one's:",
+        "",
+        "```",
+    ]
+    for kernel, by_dim in best(section.get("rows", [])).items():
+        entries = ", ".join(f"{dim}: Config{tuple(config)}" for dim, (config, _) in sorted(by_dim.items()))
+        over = ", ".join(f"{ratio:.3f}" for _, (_, ratio) in sorted(by_dim.items()))
+        lines.append(f'"{kernel}": {{{entries}}},  # {over}')
+    lines += ["```", ""]
     for job in dict.fromkeys(row["job"] for row in section.get("rows", [])):
         mine = sorted(
             _timed(r for r in section["rows"] if r["job"] == job), key=lambda r: r.get("over_shipped") or r["ms"]

@@ -1,8 +1,9 @@
-"""Tile sizes, warps and stages, for the configuration table of attnstats/ops.py: the part "sweep".
+"""Tile sizes, warps and stages, for the table of attnstats/configs.py: the part "sweep".
 
 A job is a kernel with a set of statistics and a head size; its candidates are compiled and compared with the
 shipped configuration by workers side by side, then timed one by one at T = 8k. A row holds one candidate: its time
-as a ratio of the shipped configuration's, or why it can't run (registers, shared memory) or is wrong.
+as a ratio of the shipped configuration's, or why it can't run (registers, shared memory) or is wrong. `best` is
+what the rows say should stand in the table.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ import torch
 from torch import Tensor
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, Received, ops
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, Received
+from attnstats.configs import Config, Kernel, configured
 from benchmarks.gpu import workers
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import Part
 
 SHIPPED = "shipped"
+LENGTH = 8192
 WORKERS_SHARE = 0.55  # of the time, for compiling
 
 
 class Job(NamedTuple):
-    kernel: str
+    kernel: Kernel
     statistics: tuple[Any, ...]
     from_lse: bool
     head_dim: int
+    queries: int | None = None  # None: as many as keys
 
     @property
     def name(self) -> str:
@@ -49,25 +53,30 @@ def jobs(smoke: bool) -> list[Job]:
             Job("forward", (), False, dim),
             Job("column", (Received(),), True, dim),
             Job("band", paper, True, dim),
-            Job("forward", (MeanDistance(), Entropy(), MaxLogit()), False, dim),
+            Job("forward_loop", (MeanDistance(), Entropy(), MaxLogit()), False, dim),
+            Job("decode", paper, False, dim, queries=1),
         ]
     return found
 
 
-def candidates(job: Job, smoke: bool) -> list[Any]:
+def candidates(job: Job, smoke: bool) -> list[Config]:
     """Configurations worth trying: what surely exceeds registers or shared memory isn't among them."""
     if smoke:
-        return [ops.Config(32, 16, 4, 2), ops.Config(16, 32, 4, 2)]
+        return [Config(32, 16, 4, 2), Config(16, 32, 4, 2)]
+    if job.kernel == "decode":
+        # A tile holds the few rows of one group, whose number is not for the table to say.
+        return [Config(16, *rest) for rest in itertools.product((64, 32, 128), (4, 2, 8), (3, 2, 4))]
     found = []
     for rows, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
         tile, dim = rows * keys, job.head_dim
+        attends = job.kernel in ("forward", "forward_loop")
         resident = rows if job.kernel != "column" else keys
         streamed = keys if job.kernel != "column" else rows
-        shared = 2 * dim * (resident + stages * streamed * (2 if job.kernel == "forward" else 1))
-        accumulated = rows * dim if job.kernel == "forward" else tile  # floats that live through the loop
+        shared = 2 * dim * (resident + stages * streamed * (2 if attends else 1))
+        accumulated = rows * dim if attends else tile  # floats that live through the loop
         registers = (tile + accumulated) / (32 * warps)
         if shared <= 227 * 1024 and registers <= 224 and not (warps == 8 and tile <= 64 * 32):
-            found.append(ops.Config(rows, keys, warps, stages))
+            found.append(Config(rows, keys, warps, stages))
     # Middling tiles first: the time may end before the list.
     return sorted(found, key=lambda c: (abs(math.log2(c.BM * c.BN) - 13), abs(c.num_stages - 3)))
 
@@ -97,12 +106,34 @@ def run(part: Part) -> None:
         part.save()
 
 
+def best(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[Config, float]]]:
+    """By kernel and head size the candidate with the least time, and that as a ratio of the shipped one's.
+
+    A kernel that several sets of statistics share gets the least mean over them, of candidates that ran in all.
+    """
+    jobs: dict[tuple[str, int], dict[str, dict[Config, float]]] = {}
+    for row in rows:
+        if row.get("over_shipped") and not row.get("shipped"):
+            config = Config(*(row[field] for field in Config._fields))
+            by_job = jobs.setdefault((row["kernel"], row["head_dim"]), {})
+            by_job.setdefault(row["job"], {})[config] = row["over_shipped"]
+    found: dict[str, dict[int, tuple[Config, float]]] = {}
+    for (kernel, dim), by_job in jobs.items():
+        everywhere = set.intersection(*(set(ratios) for ratios in by_job.values()))
+        means = {c: sum(ratios[c] for ratios in by_job.values()) / len(by_job) for c in everywhere}
+        if means:
+            config = min(means, key=lambda c: means[c])
+            found.setdefault(kernel, {})[dim] = config, means[config]
+    return found
+
+
 def perform(name: str, smoke: bool) -> None:
     """Compile a candidate and compare it with the shipped configuration, on a short sequence."""
     job, config = _tasks(smoke)[name]
     with torch.no_grad():
-        # A multiple of 16, as T = 8k is: Triton compiles others anew.
-        inputs = _inputs(job, smoke, 40 if smoke else 608, 1)[0]
+        # A multiple of 16, as T = 8k is: Triton compiles others anew. Many keys, or the few queries of `decode` would
+        # not be its case.
+        inputs = _inputs(job, smoke, 40 if smoke else 608 if job.queries is None else LENGTH, 1)[0]
         for mine, right in zip(_call(job, config, inputs), _call(job, None, inputs), strict=True):
             # Another order of the same sums; bf16 outputs differ by a rounding.
             error = float((mine.float() - right.float()).abs().max() / right.float().abs().max())
@@ -110,7 +141,7 @@ def perform(name: str, smoke: bool) -> None:
 
 
 def _race(part: Part, job: Job, runnable: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
-    outcome = part.attempt(f"{job.name}: inputs", _inputs, job, part.smoke, 40 if part.smoke else 8192, 2)
+    outcome = part.attempt(f"{job.name}: inputs", _inputs, job, part.smoke, 40 if part.smoke else LENGTH, 2)
     if outcome.value is None:
         return []
     inputs = outcome.value
@@ -120,7 +151,11 @@ def _race(part: Part, job: Job, runnable: dict[str, Any], seconds: float) -> lis
     shipped = found[SHIPPED]
     rows = []
     for name, times in found.items():
-        row = {"job": job.name} | (runnable[name]._asdict() if runnable[name] else {"shipped": True}) | times
+        row = (
+            {"job": job.name, "kernel": job.kernel, "head_dim": job.head_dim}
+            | (runnable[name]._asdict() if runnable[name] else {"shipped": True})
+            | times
+        )
         if times.get("ms") and shipped.get("ms"):
             row["over_shipped"] = round(ratio(times, shipped), 4)
         rows.append(row)
@@ -140,7 +175,7 @@ def _call(job: Job, config: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     if config is None:
         found = call(**arguments)
     else:
-        with ops.configured(job.kernel, config):
+        with configured(job.kernel, config):
             found = call(**arguments)
     if job.from_lse:
         return [found[s] for s in job.statistics]
@@ -153,7 +188,8 @@ def _inputs(job: Job, smoke: bool, length: int, sets: int) -> list[tuple[Tensor,
     heads, key_heads = (2, 1) if smoke else (32, 8) if job.head_dim <= 128 else (16, 8)
     found: list[tuple[Tensor, ...]] = []
     for _ in range(sets):
-        query, key = (torch.randn(1, h, length, job.head_dim, device=device, dtype=dtype) for h in (heads, key_heads))
+        query = torch.randn(1, heads, job.queries or length, job.head_dim, device=device, dtype=dtype)
+        key = torch.randn(1, key_heads, length, job.head_dim, device=device, dtype=dtype)
         _, stats = attnstats.attention(query, key, key, enable_gqa=True, backend="triton")
         found.append((query, key, stats.lse))
     return found
