@@ -321,7 +321,7 @@ class Card:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     made = Card()
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: made.now)
+    monkeypatch.setattr("benchmarks.gpu.measure.time.perf_counter", lambda: made.now)
     fakes = {
         "Event": made.event, "_sleep": made.slept.append, "synchronize": lambda: None, "empty_cache": lambda: None,
         "memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 4 * 2**20,

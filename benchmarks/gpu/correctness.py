@@ -141,8 +141,8 @@ def _check(case: Case, smoke: bool, from_lse: bool) -> None:
 def _repeat(way: str, dtype: str, dim: int, smoke: bool) -> None:
     """The same bits every time, while a second stream keeps the processors busy."""
     device = torch.device("cpu" if smoke else "cuda")
-    length = 40 if smoke else LENGTH
-    sizes = (1, 100 if smoke else 2500) if way == "decode" else (length, length)
+    length = 20 if smoke else LENGTH
+    sizes = (1, 70 if smoke else 2500) if way == "decode" else (length, length)
     case = Case(1, 2, 4, *sizes, dim, dim, dtype)
     call = functools.partial(_tensors, way, case.tensors(device))
     first = [x.clone(memory_format=torch.contiguous_format) for x in call()]

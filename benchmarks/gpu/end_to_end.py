@@ -66,7 +66,7 @@ class Case(NamedTuple):
 
 def cases(smoke: bool) -> list[Case]:
     if smoke:
-        return [Case("tiny", 40, None, True), Case("tiny", 30, 2, False)]
+        return [Case("tiny", 20, None, True), Case("tiny", 16, 2, False)]
     paper = [
         Case(model, PROMPT + response, None, True) for model in ("Qwen3-4B", "Qwen3-8B") for response in (8192, 1024)
     ]
