@@ -440,6 +440,28 @@ def test_workers_end_with_their_time():
     assert workers.perform_all(__name__, ["hangs", "a"], 3.0, smoke=True) == {}
 
 
+@pytest.mark.parametrize(
+    ("says", "status", "verdict"),
+    [("ERROR SUMMARY: 0 errors", 0, "said"), ("ERROR SUMMARY: 2 errors", 99, "error"), ("no driver", 1, "left_out")],
+)
+def test_what_the_sanitizer_says(says, status, verdict, monkeypatch, tmp_path):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho $3 $4 '{says}'\nexit {status}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if verdict == "error":
+        with pytest.raises(AssertionError, match=r"memcheck: .*2 errors"):
+            correctness._sanitize("memcheck")
+    else:
+        assert says in correctness._sanitize("memcheck")[verdict]
+        assert "--error-exitcode 99" in correctness._sanitize("memcheck")[verdict]
+
+
+def test_without_a_sanitizer_it_is_left_out(monkeypatch):
+    monkeypatch.setattr(correctness.shutil, "which", lambda *_, **__: None)
+    assert "not installed" in correctness._sanitize("memcheck")["left_out"]
+
+
 CHILD = """
 import json, os, sys
 from pathlib import Path
@@ -473,6 +495,35 @@ def test_a_part_without_an_end_is_ended(monkeypatch, tmp_path):
     assert "finished" not in section
 
 
+RESULT = """
+import json, sys
+from pathlib import Path
+name, file = sys.argv[1], Path(sys.argv[2])
+section = {"conditions": {"device": "Card 1"}, "finished": True, "nothing": float("inf"), "rows": []}
+section["ceilings"] = {"copy": 1e12}
+if name == "sweep":
+    section["rows"] = [{"this": "is no row"}]
+    section["finished"] = False
+file.write_text(json.dumps(section))
+"""
+
+
+def test_parts_run_apart_fill_one_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "_command", lambda name, file, *_: [sys.executable, "-c", RESULT, name, str(file)])
+    (tmp_path / "card-1.json").write_text('{"layout": -1}')
+    assert script.orchestrate(["ceilings", "timing"], 60.0, tmp_path, smoke=False) == 0
+    assert (tmp_path / "card-1.old.json").read_text() == '{"layout": -1}'
+    assert script.orchestrate(["end_to_end"], 60.0, tmp_path, smoke=False) == 0
+    kept = json.loads((tmp_path / "card-1.json").read_text())
+    assert list(kept["sections"]) == ["ceilings", "timing", "end_to_end"]
+    assert kept["sections"]["ceilings"]["nothing"] is None
+    # A section that no table can be made of is kept all the same.
+    assert script.orchestrate(["sweep"], 60.0, tmp_path, smoke=False) == 2
+    assert "KeyError" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "card-1.json").read_text())
+    assert kept["sections"]["sweep"]["rows"] == [{"this": "is no row"}]
+
+
 # What is measured
 
 
@@ -496,8 +547,32 @@ def test_means_are_over_heads_of_all_layers():
 def test_the_sweep_knows_the_middle_and_stays_on_the_chip():
     for job in sweep.jobs(smoke=False):
         tiles = {(c.BM, c.BN) for c in sweep.candidates(job, smoke=False)}
-        assert (64, 64) in tiles, job
+        assert ((16, 64) if job.kernel == "decode" else (64, 64)) in tiles, job
     assert (128, 64) in {(c.BM, c.BN) for c in sweep.candidates(sweep.jobs(smoke=False)[0], smoke=False)}
+
+
+def test_the_best_of_a_sweep_is_the_best_over_all_that_share_an_entry():
+    def row(job: str, keys: int, over: float, kernel: str = "forward") -> dict[str, Any]:
+        config = {"BM": 128, "BN": keys, "num_warps": 8, "num_stages": 3}
+        return {"job": job, "kernel": kernel, "head_dim": 128, "over_shipped": over} | config
+
+    rows = [
+        row("bare", 64, 0.9),
+        row("bare", 32, 0.8),
+        row("paper", 64, 1.0),
+        row("paper", 32, 1.2),
+        row("paper", 16, 0.1),
+    ]
+    rows += [
+        row("column", 64, 0.7, "column"),
+        {"job": "column", "shipped": True, "over_shipped": 1.0, "kernel": "column"},
+    ]
+    rows += [{"job": "bare", "kernel": "forward", "failure": "OutOfResources"}]
+    found = sweep.best(rows)
+    config, over = found["forward"][128]
+    assert config == sweep.Config(128, 64, 8, 3)
+    assert over == pytest.approx(0.95)
+    assert found["column"][128][1] == 0.7
 
 
 def test_correctness_covers_kernels_dtypes_and_features():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,6 @@ def child(name: str, file: Path, seconds: float, smoke: bool) -> int:
     except Poisoned:
         return POISONED
     except Exception as error:
-        import traceback
-
         traceback.print_exc()
         part.section["error"] = message_of(error)
     part.save()
@@ -104,20 +103,28 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
                     path = results / f"{'smoke' if smoke else _slug(section['conditions']['device'])}.json"
                     document = _existing(path, document)
                 if path is not None:
-                    document["sections"][name] = section
-                    report.write_json(document, path)
-        told = f"{name}: {report.in_a_line(name, fresh[name])}, {fresh[name]['seconds']:.0f} s"
-        print(told, flush=True)
-        if path is not None and (problem := report.write(document, path)) and i == len(names) - 1:
-            print(problem, flush=True)
-    if path is not None:
-        print(*map(str, report.targets(document)), f"kept in {path.with_suffix('.md')}", sep="\n")
-    wrong = report.incorrect(fresh)
-    if wrong:
+                    document["sections"] |= fresh
+                    report.save(document, path)
+        print(f"{name}: {report.in_a_line(name, fresh[name])}, {fresh[name]['seconds']:.0f} s", flush=True)
+        if path is not None:
+            _report(document, path, last=i == len(names) - 1)
+    if wrong := report.incorrect(fresh):
         print("NOT CORRECT:", *wrong, sep="\n  ", file=sys.stderr)
-    if wrong:
         return 1
     return 0 if all(section.get("finished") for section in fresh.values()) else 2
+
+
+def _report(document: dict[str, Any], path: Path, last: bool) -> None:
+    """Judge and draw. What was measured is on disk already, and no mistake in a table may end the run."""
+    from benchmarks.gpu import report
+
+    try:
+        problem = report.write(document, path)
+        if last:
+            told = [str(target) for target in report.targets(document)]
+            print(*told, *([problem] if problem else []), f"kept in {path.with_suffix('.md')}", sep="\n", flush=True)
+    except Exception:
+        traceback.print_exc()
 
 
 def _sections(name: str, file: Path, seconds: float, smoke: bool) -> Any:

@@ -8,7 +8,6 @@ time is what matters least. Rows of the section hold one contender in one case.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -108,7 +107,7 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
                 row["failure"] = outcome.failure
                 continue
             errors, row["against"] = outcome.value
-            row["errors"] = {k: e if math.isfinite(e) else None for k, e in errors.items()}  # JSON has no inf
+            row["errors"] = errors
             if wrong := {k: e for k, e in errors.items() if not e <= TOLERANCE[k]}:
                 row["failure"] = f"wrong: {', '.join(f'{k} by {e:.2g}' for k, e in wrong.items())}"
             else:
