@@ -88,7 +88,13 @@ def test_smoke_leaves_no_section_empty(smoke):
         rows = {row["contender"]: row for row in sections["end_to_end"]["rows"] if row["case"] == case.name}
         expected = {end_to_end.FORWARD, end_to_end.IN_PASS, end_to_end.CAPTURE}
         assert set(rows) == expected | ({end_to_end.MAPS, end_to_end.HOOKS} if case.paper else set())
-        assert all(row["ms"] > 0 and "overhead" in row for row in rows.values())
+        for name, row in rows.items():
+            assert row["ms"] > 0
+            assert "overhead" in row
+            # In float32 all ways agree; a pass of its own has no log-probs, the plain forward pass nothing else.
+            told = {"log_probs"} - ({"log_probs"} if row["separate"] else set())
+            assert set(row["errors"]) == told | (set() if name == end_to_end.FORWARD else {"waad", "fai"})
+            assert max(row["errors"].values()) < 1e-4, (name, row["errors"])
     for job in sweep.jobs(smoke=True):
         rows = [row for row in sections["sweep"]["rows"] if row["job"] == job.name]
         assert len(rows) == 1 + len(sweep.candidates(job, smoke=True))
@@ -290,6 +296,19 @@ def test_a_wrong_contender_is_found_out():
         liar = contenders.Contender("statistics", lambda _, broken=broken: broken)
         errors, _ = timing._answer(liar, inputs, truth, case)
         assert any(not error <= timing.TOLERANCE[name] for name, error in errors.items())
+
+
+def test_what_cannot_be_is_not_tried(part):
+    shared = {"main": True, "contender": "eager"}
+    part.section["rows"] = [
+        shared | {"case": "T = 4k", "length": 4096, "ms": 200.0},
+        shared | {"case": "T = 8k", "length": 8192, "failure": OUT_OF_MEMORY},
+    ]
+    reasons = {n: timing._hopeless(part, timing.Case("", Shape(n)), "eager") for n in (2048, 4096, 8192, 16384)}
+    assert reasons == {2048: None, 4096: None, 8192: None, 16384: "out of memory at T = 8k already"}
+    assert timing._hopeless(part, timing.Case("", Shape(32768)), "another") is None
+    part.section["rows"] = part.section["rows"][:1]
+    assert timing._hopeless(part, timing.Case("", Shape(16384)), "eager") == "over 3 s a call"
 
 
 def test_packed_answers_are_compared_by_sequence():

@@ -36,6 +36,9 @@ FORWARD, IN_PASS, BESIDE, CAPTURE = (
 )
 MAPS, HOOKS = "eager output_attentions, a pass of its own", "eager, maps reduced by hooks, a pass of its own"
 
+# Between ways to compute the same in bfloat16, where eager rounds the maps.
+TOLERANCE = {"log_probs": 0.5, "waad": 0.2, "fai": 0.1}
+
 QWEN3 = {"head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936}
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "Qwen3-4B": ("Qwen3", QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}),
@@ -161,7 +164,7 @@ def _measure(part: Part, case: Case, model: Any, seconds: float) -> list[dict[st
     generator = torch.Generator(part.device).manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, case.tokens), generator=generator, device=part.device)
     log_probs = _log_probs(model, ids)
-    entrants = {FORWARD: Entrant(lambda _: log_probs())}
+    entrants = {FORWARD: Entrant(lambda _: (log_probs(), {}))}
     for name, attend in ((IN_PASS, _in_pass), (BESIDE, _beside_sdpa)):
         if name == BESIDE and part.device.type != "cuda":
             continue
@@ -170,22 +173,59 @@ def _measure(part: Part, case: Case, model: Any, seconds: float) -> list[dict[st
     separate: dict[str, Entrant] = {}
     if case.paper:
         eager = functools.partial(_implementation, model, "eager")
-        separate[MAPS] = Entrant(lambda _: _read_maps(model, ids, choice), eager)
-        separate[HOOKS] = Entrant(lambda _: _reduce_by_hooks(model, ids, choice), eager)
+        separate[MAPS] = Entrant(lambda _: (None, _read_maps(model, ids, choice)), eager)
+        separate[HOOKS] = Entrant(lambda _: (None, _reduce_by_hooks(model, ids, choice)), eager)
     if part.device.type != "cuda":
         part.leave_out(f"{case.name}: {BESIDE}", "needs CUDA")
+    agreement = _agreement(part, case, entrants | separate, choice)
     # Apart, so that a hundredth of the forward pass is measured in many rounds and a multiple of it in few.
-    found = race(part, case.name, entrants, 1, 0.55 * seconds)
-    found |= race(part, case.name, separate, 1, 0.15 * seconds)
+    found: dict[str, Any] = {}
+    for group, share in ((entrants, 0.55), (separate, 0.15)):
+        right = {name: entrant for name, entrant in group.items() if "failure" not in agreement[name]}
+        found |= {name: agreement[name] for name in group} | race(part, case.name, right, 1, share * seconds)
     base, rows = found[FORWARD], []
     for name, times in found.items():
         row = {"case": case.name, "model": case.model, "tokens": case.tokens, "paper": case.paper, "contender": name}
-        row |= times | {"separate": name in separate, "ours": name in (IN_PASS, BESIDE, CAPTURE)}
+        row |= agreement[name] | times | {"separate": name in separate, "ours": name in (IN_PASS, BESIDE, CAPTURE)}
         if times.get("ms") and base.get("ms"):
             # A pass of its own costs all of its time, and needn't pair with rounds of the other.
             row["overhead"] = round(times["ms"] / base["ms"] if row["separate"] else ratio(times, base) - 1, 5)
         rows.append(row)
     return rows
+
+
+def _agreement(part: Part, case: Case, entrants: dict[str, Entrant], choice: Choice) -> dict[str, dict[str, Any]]:
+    """By name how far an answer is from that of attnstats in the pass, or the failure. What it says is held to float64
+    by the part "correctness"; here a mask or a head that went astray shows."""
+    answers = {}
+    for name, entrant in entrants.items():
+        outcome = part.attempt(f"{case.name}: {name}", _answer, entrant)
+        answers[name] = outcome.value or outcome.failure
+    found: dict[str, dict[str, Any]] = {}
+    for name, answer in answers.items():
+        found[name] = {"failure": answer} if isinstance(answer, str) else {}
+        right = answers[IN_PASS]
+        if isinstance(answer, str) or isinstance(right, str):
+            continue
+        errors = found[name]["errors"] = _errors(answer, right, choice.counted)
+        if wrong := {key: e for key, e in errors.items() if not e <= TOLERANCE[key]}:
+            found[name]["failure"] = f"wrong: {', '.join(f'{key} by {e:.2g}' for key, e in wrong.items())}"
+    return found
+
+
+def _answer(entrant: Entrant) -> Any:
+    with torch.no_grad(), entrant.around():
+        return entrant.call(0)
+
+
+def _errors(answer: Any, right: Any, counted: Tensor) -> dict[str, float]:
+    """Largest errors: of log-probs and of WAAD absolute, of FAI by the largest value."""
+    pairs = {"log_probs": (answer[0], right[0])}
+    if answer[1]:
+        pairs["waad"] = (answer[1][WAAD_][counted], right[1][WAAD_][counted])
+        scale = right[1][FAI_].float().max()
+        pairs["fai"] = (answer[1][FAI_] / scale, right[1][FAI_] / scale)
+    return {k: float((a.float() - b.float()).abs().max()) for k, (a, b) in pairs.items() if a is not None}
 
 
 def _log_probs(model: Any, ids: Tensor) -> Callable[[], Tensor]:
@@ -279,7 +319,7 @@ def _capturing(model: Any, choice: Choice, log_probs: Callable[[], Tensor]) -> C
             reduce_heads="mean", query_mask=choice.counted,
         ) as run:  # fmt: skip
             result = log_probs()
-        return result, run[WAAD_], run[FAI_]
+        return result, {WAAD_: run[WAAD_], FAI_: run[FAI_]}
 
     return call
 

@@ -87,17 +87,17 @@ def single(part: Part, call: Callable[[], Any], seconds: float) -> float:
 
 def _warm_up(part: Part, entrant: Entrant, inputs: int) -> tuple[Batch, float | None]:
     """Compile, settle, estimate; and what one call allocates on top of its inputs, its result included."""
+    if part.device.type != "cuda":
+        return _batch(part, entrant, inputs, 1, 0.0), None
     with torch.no_grad(), entrant.around():
         entrant.call(0)
         part.synchronize()
-        peak = None
-        if part.device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            result = entrant.call(0)
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-            del result
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = entrant.call(0)
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        del result
     return _batch(part, entrant, inputs, 1, 0.0), peak
 
 
