@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, Received
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
 from benchmarks.gpu import workers
 from benchmarks.gpu.environment import ROOT
 from benchmarks.gpu.part import Part
 from tests.cases import Case, check
 
-# One of each kind of pass of tests.cases.EVERY: bands and loops of rows and columns, the free ones.
-KINDS = (1, 3, 4, 5, 9, 12)
+# One of each kind of pass of tests.cases.EVERY: bands and loops of rows and columns, the free ones, a pooled map.
+KINDS = (1, 3, 4, 5, 9, 12, 14)
 LENGTH = 333  # three blocks of 128 rows and five of 64 keys or more, none of them whole
 FEATURES: dict[str, dict[str, Any]] = {
     "causal, all statistics": {"asked": ()},
@@ -72,6 +72,7 @@ PASSES: dict[str, tuple[Any, ...]] = {
     "band from lse": (WAAD(10), FAI(10, 100)),
     "loop from lse": (MeanDistance(), Entropy()),
     "column from lse": (Received(), FAI(0, None)),
+    "pooled from lse": (PooledMap(3, 4),),
 }
 SANITIZERS = ("memcheck", "racecheck")
 FOUND = 99  # compute-sanitizer's exit status when it found something, as asked for

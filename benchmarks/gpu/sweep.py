@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, Received
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
 from attnstats.configs import Config, Kernel, configured
 from benchmarks.gpu import workers
 from benchmarks.gpu.measure import Entrant, race, ratio
@@ -55,6 +55,7 @@ def jobs(smoke: bool) -> list[Job]:
             Job("band", paper, True, dim),
             Job("forward_loop", (MeanDistance(), Entropy(), MaxLogit()), False, dim),
             Job("decode", paper, False, dim, queries=1),
+            Job("pooled", (PooledMap(8, 8),), True, dim),
         ]
     return found
 
@@ -67,11 +68,11 @@ def candidates(job: Job, smoke: bool) -> list[Config]:
         # A tile holds the few rows of one group, whose number is not for the table to say.
         return [Config(16, *rest) for rest in itertools.product((64, 32, 128), (4, 2, 8), (3, 2, 4))]
     found = []
-    for rows, keys, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+    heights = (64, 128, 256) if job.kernel == "band" else (64, 128)  # of all heads that share a tile in the band
+    for rows, keys, warps, stages in itertools.product(heights, (32, 64, 128), (4, 8), (2, 3, 4)):
         tile, dim = rows * keys, job.head_dim
         attends = job.kernel in ("forward", "forward_loop")
-        resident = rows if job.kernel != "column" else keys
-        streamed = keys if job.kernel != "column" else rows
+        resident, streamed = (keys, rows) if job.kernel in ("column", "pooled") else (rows, keys)
         shared = 2 * dim * (resident + stages * streamed * (2 if attends else 1))
         accumulated = rows * dim if attends else tile  # floats that live through the loop
         registers = (tile + accumulated) / (32 * warps)
@@ -84,38 +85,36 @@ def candidates(job: Job, smoke: bool) -> list[Config]:
 def run(part: Part) -> None:
     rows = part.section["rows"] = []
     by_name = _tasks(part.smoke)
-    # Breadth first: every job has tried some before one has tried all.
-    names = [n for group in itertools.zip_longest(*_by_job(by_name).values()) for n in group if n is not None]
-    tried = workers.perform_all(__name__, names, WORKERS_SHARE * part.left(), part.smoke)
+    tried = workers.perform_all(__name__, _in_order(by_name), WORKERS_SHARE * part.left(), part.smoke)
     every = jobs(part.smoke)
     for i, job in enumerate(every):
-        if part.out_of_time(f"sweep of {job.name}", 0.0 if part.smoke else 2.0):
-            continue
-        runnable = {SHIPPED: None}
-        for name, (_, config) in by_name.items():
-            if by_name[name][0] != job:
-                continue
-            answer = tried.get(name)
-            if answer is None:
-                part.leave_out(name, "no time left")
-            elif answer["ok"]:
-                runnable[name] = config
-            else:
-                rows.append({"job": job.name, **config._asdict(), "failure": answer["failure"]})
-        rows += _race(part, job, runnable, part.left() / (len(every) - i))
+        mine = {name: config for name, (of, config) in by_name.items() if of == job}
+        untried = [name for name in mine if name not in tried]
+        if untried:
+            part.leave_out(f"{len(untried)} of {len(mine)} candidates for {job.name}", "no time left")
+        rows += [
+            {"job": job.name, **config._asdict(), "failure": tried[name]["failure"]}
+            for name, config in mine.items()
+            if name in tried and not tried[name]["ok"]
+        ]
+        runnable = {name: config for name, config in mine.items() if name in tried and tried[name]["ok"]}
+        if runnable and not part.out_of_time(f"timing of {job.name}", 0.0 if part.smoke else 2.0):
+            rows += _race(part, job, {SHIPPED: None} | runnable, part.left() / (len(every) - i))
         part.save()
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[Config, float]]]:
     """By kernel and head size the candidate with the least time, and that as a ratio of the shipped one's.
 
-    A kernel that several sets of statistics share gets the least mean over them, of candidates that ran in all.
+    Jobs that share tiles get the least mean over them, of candidates that ran in all. forward_loop has forward's, so
+    that asking for statistics changes no bit of the output.
     """
     jobs: dict[tuple[str, int], dict[str, dict[Config, float]]] = {}
     for row in rows:
         if row.get("over_shipped") and not row.get("shipped"):
             config = Config(*(row[field] for field in Config._fields))
-            by_job = jobs.setdefault((row["kernel"], row["head_dim"]), {})
+            kernel = "forward" if row["kernel"] == "forward_loop" else row["kernel"]
+            by_job = jobs.setdefault((kernel, row["head_dim"]), {})
             by_job.setdefault(row["job"], {})[config] = row["over_shipped"]
     found: dict[str, dict[int, tuple[Config, float]]] = {}
     for (kernel, dim), by_job in jobs.items():
@@ -124,7 +123,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[Config, float]
         if means:
             config = min(means, key=lambda c: means[c])
             found.setdefault(kernel, {})[dim] = config, means[config]
-    return found
+    return found | ({"forward_loop": found["forward"]} if "forward" in found else {})
 
 
 def perform(name: str, smoke: bool) -> None:
@@ -203,8 +202,15 @@ def _tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
     }
 
 
-def _by_job(tasks: dict[str, tuple[Job, Any]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _in_order(tasks: dict[str, tuple[Job, Any]]) -> list[str]:
+    """Head size by head size; within one each job has tried some before any has tried all."""
+    by_dim: dict[int, dict[str, list[str]]] = {}
     for name, (job, _) in tasks.items():
-        found.setdefault(job.name, []).append(name)
-    return found
+        by_dim.setdefault(job.head_dim, {}).setdefault(job.name, []).append(name)
+    return [
+        name
+        for by_job in by_dim.values()
+        for together in itertools.zip_longest(*by_job.values())
+        for name in together
+        if name is not None
+    ]
