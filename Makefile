@@ -3,6 +3,7 @@
 #   PYTHON  the interpreter that .venv is made from, 3.10 or newer
 #   TORCH   what pip is asked for, for example: make test TORCH="torch==2.11.0 --index-url ..."
 #   WORKERS processes that run tests
+#   PARTS   of `make gpu`, default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
@@ -15,7 +16,7 @@ PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint docs
+.PHONY: help demo test bench gpu lint docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -33,6 +34,9 @@ bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept 
 	@$(BIN)/python -m pytest benchmarks -p no:xdist -q --benchmark-enable --benchmark-only --benchmark-quiet \
 		--benchmark-json=out/bench.json
 	@$(BIN)/python -m benchmarks.report out/bench.json
+
+gpu: $(STAMP) ## on a machine with a GPU: correct on it, timed on it, in 8 minutes; PARTS="timing sweep" for some of it
+	@$(BIN)/python -m benchmarks.gpu $(PARTS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

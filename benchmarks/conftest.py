@@ -10,6 +10,8 @@ import torch
 
 import attnstats
 
+collect_ignore = ["gpu"]  # no tests and no doctests, and it needs Triton
+
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["attnstats"] = attnstats.__version__

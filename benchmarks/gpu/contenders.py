@@ -1,0 +1,417 @@
+"""Who computes what on a GPU: attention alone, attention with WAAD(10) and FAI(10, 100), and either from an lse.
+
+Every contender is a plain function of `Inputs`, causal, grouped heads un-repeated; where one has to repeat them
+that is part of its time. What depends on the shape alone (block masks, distance weights) is prepared once and not
+timed. Rivals are written as their users would: compiled where that is faster, half precision where the maths
+allows. The settings are those of the CPU's benchmarks/contenders.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+import attnstats
+from attnstats import Received
+from benchmarks.contenders import HI, LO, STATISTICS, WINDOW
+
+CHUNK = 256  # query rows of the query-chunked rival
+BLOCK = 128  # rows of a block of the plain band
+FLEX = 2**15  # tokens up to which create_block_mask, which goes through a T x T mask, is no burden
+
+
+class Inputs(NamedTuple):
+    query: Tensor  # [B, Hq, Tq, D]
+    key: Tensor  # [B, Hkv, Tk, D]
+    value: Tensor
+    lse: Tensor | None = None  # [B, Hq, Tq], what the groups "band" and "column" start from
+
+
+class Answer(NamedTuple):
+    output: Tensor | None = None
+    waad: Tensor | None = None
+    fai: Tensor | None = None
+    received: Tensor | None = None
+
+
+class Contender(NamedTuple):
+    group: str  # attention, statistics, band, column
+    run: Callable[[Any], Answer]  # given Inputs or Packed
+    ours: bool = False
+    needs_cuda: bool = False
+    around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    compiled: bool = False  # by torch.compile, for each shape anew
+    longest: int = 2**17  # tokens
+    square: bool = True  # needs as many queries as keys
+    many: bool = False  # takes part in every case, not only in those of all rivals
+
+
+def _group(inputs: Inputs) -> int:
+    return inputs.query.shape[1] // inputs.key.shape[1]
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
+
+
+def counts(inputs: Inputs) -> Tensor:
+    """[Tk] queries at distance LO..HI of each key, at least 1; the queries are the last ones."""
+    rows, length = inputs.query.shape[2], inputs.key.shape[2]
+    key = torch.arange(length, device=inputs.query.device)
+    return (key + HI + 1).clamp(length - rows, length).sub((key + LO).clamp(length - rows, length)).clamp(min=1)
+
+
+# torch's kernels
+
+
+def sdpa(inputs: Inputs) -> Answer:
+    query, key, value, _ = inputs
+    causal = query.shape[2] > 1  # its mask is aligned top left: a single query would see one key
+    return Answer(scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=_group(inputs) > 1))
+
+
+def sdpa_repeated(inputs: Inputs) -> Answer:
+    """For a backend that takes no grouped heads."""
+    group = _group(inputs)
+    query, key, value = inputs.query, _repeated(inputs.key, group), _repeated(inputs.value, group)
+    return Answer(scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1))
+
+
+def flash_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """By a private operator: SDPA itself keeps the lse it has."""
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, query.shape[2] > 1)
+    return output, lse[..., : query.shape[2]]
+
+
+def cudnn_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+    output, lse, *_ = operator(query, key, value, None, True, 0.0, query.shape[2] > 1)
+    return output, lse.reshape(*query.shape[:2], -1)[..., : query.shape[2]]
+
+
+# Ours
+
+
+def ours(inputs: Inputs, *, statistics: tuple[Any, ...] = STATISTICS, backend: Any = "auto") -> Answer:
+    query, key, value, _ = inputs
+    output, stats = attnstats.attention(
+        query, key, value, statistics=statistics, enable_gqa=_group(inputs) > 1, backend=backend
+    )
+    return Answer(output, *((stats["waad"], stats["fai"]) if statistics else ()))
+
+
+def beside(attend: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Answer:
+    """Our band kernel on the lse of another attention kernel."""
+    output, lse = attend(*inputs[:3])
+    return band(inputs._replace(lse=lse))._replace(output=output)
+
+
+def _from_lse(inputs: Inputs, statistics: tuple[Any, ...], backend: Any) -> Any:
+    assert inputs.lse is not None
+    return attnstats.statistics_from_lse(
+        inputs.query, inputs.key, inputs.lse, statistics=statistics, enable_gqa=_group(inputs) > 1, backend=backend
+    )
+
+
+def band(inputs: Inputs) -> Answer:
+    stats = _from_lse(inputs, STATISTICS, "triton")
+    return Answer(None, stats["waad"], stats["fai"])
+
+
+def column(inputs: Inputs) -> Answer:
+    return Answer(received=_from_lse(inputs, (Received(),), "triton")["received"])
+
+
+# Plain PyTorch
+
+
+class _Dense(NamedTuple):
+    """[T, T] tensors of the distance: additive causal mask, WAAD's weight, FAI's horizon."""
+
+    mask: Tensor
+    near: Tensor
+    horizon: Tensor
+
+
+@functools.lru_cache(maxsize=1)
+def _dense(length: int, dtype: torch.dtype, device: torch.device) -> _Dense:
+    position = torch.arange(length, device=device, dtype=torch.int32)
+    distance = position[:, None] - position
+    mask = torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(distance < 0, torch.finfo(dtype).min)
+    return _Dense(mask, distance.clamp(0, WINDOW).to(dtype), ((distance >= LO) & (distance <= HI)).to(dtype))
+
+
+def eager(inputs: Inputs) -> Answer:
+    """The map as transformers' eager attention makes it, the statistics read off it."""
+    query, group = inputs.query, _group(inputs)
+    dense = _dense(query.shape[2], query.dtype, query.device)
+    key, value = _repeated(inputs.key, group), _repeated(inputs.value, group)
+    scores = query @ key.mT * query.shape[3] ** -0.5 + dense.mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    del scores
+    waad = torch.einsum("bhts,ts->bht", weights, dense.near)
+    fai = (weights * dense.horizon).sum(-2, dtype=torch.float32) / counts(inputs)
+    return Answer(weights @ value, waad, fai)
+
+
+def chunked(inputs: Inputs) -> Answer:
+    """Eager for CHUNK query rows at a time: O(T) memory. Skips future keys, and distances that carry no weight."""
+    query, group = inputs.query, _group(inputs)
+    length, device = query.shape[2], query.device
+    key, value = _repeated(inputs.key, group), _repeated(inputs.value, group)
+    output = torch.empty_like(query)
+    waad, fai = (query.new_zeros(query.shape[:3], dtype=torch.float32) for _ in range(2))
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
+        rows, first = slice(start, end), max(0, start - HI)
+        distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
+        scores = query[:, :, rows] @ key[:, :, :end].mT * query.shape[3] ** -0.5
+        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(-1, dtype=torch.float32)
+        output[:, :, rows] = weights.to(query.dtype) @ value[:, :, :end]
+        near, distance = weights[..., first:], distance[:, first:]
+        waad[:, :, rows] = WINDOW - (near * (WINDOW - distance).clamp(0)).sum(-1)
+        fai[:, :, first:end] += (near * ((distance >= LO) & (distance <= HI))).sum(-2)
+    return Answer(output, waad, fai / counts(inputs))
+
+
+def chunked_column(inputs: Inputs) -> Answer:
+    """exp(score - lse) for CHUNK query rows at a time, summed."""
+    query, lse, length = inputs.query, inputs.lse, inputs.query.shape[2]
+    assert lse is not None
+    key = _repeated(inputs.key, _group(inputs))
+    received = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    for start in range(0, length, CHUNK):
+        end = min(start + CHUNK, length)
+        scores = query[:, :, start:end] @ key[:, :, :end].mT * query.shape[3] ** -0.5
+        weights = (scores.float() - lse[:, :, start:end, None]).exp_()
+        weights[..., start:].tril_()
+        received[:, :, :end] += weights.sum(-2)
+    return Answer(received=received)
+
+
+def _plain_band(query: Tensor, key: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """WAAD and the sums of FAI: blocks of rows times the windows of keys that they can reach, O(T)."""
+    batch, heads, length, dim = query.shape
+    key_heads = key.shape[1]
+    group, blocks = heads // key_heads, -(-length // BLOCK)
+    spare = blocks * BLOCK - length
+    rows = pad(query, (0, 0, 0, spare)).view(batch, key_heads, group, blocks, BLOCK, dim).transpose(2, 3)
+    windows = pad(key, (0, 0, HI, spare)).unfold(2, BLOCK + HI, BLOCK)  # [B, Hkv, blocks, D, BLOCK + HI]
+    scores = rows.reshape(batch, key_heads, blocks, group * BLOCK, dim) @ windows * dim**-0.5
+    scores = scores.view(batch, key_heads, blocks, group, BLOCK, BLOCK + HI)
+    pivot = pad(lse, (0, spare), value=torch.inf).view(batch, key_heads, group, blocks, BLOCK).transpose(2, 3)
+    row, place = torch.arange(BLOCK, device=query.device)[:, None], torch.arange(BLOCK + HI, device=query.device)
+    distance = row + HI - place
+    starts = torch.arange(blocks, device=query.device)[:, None] * BLOCK
+    real = (starts + place >= HI)[:, None, None]  # [blocks, 1, 1, BLOCK + HI]: not before the first key
+    weights = torch.where(real & (distance >= 0), (scores.float() - pivot[..., None]).exp(), 0.0)
+    waad = WINDOW - (weights * (WINDOW - distance).clamp(0, WINDOW)).sum(-1)
+    sums = (weights * ((distance >= LO) & (distance <= HI))).sum(-2)  # [B, Hkv, blocks, group, BLOCK + HI]
+    # The first HI places of a window are the last ones of the block before it.
+    own, spill = sums[..., HI:], pad(sums[:, :, 1:, :, :HI], (BLOCK - HI, 0, 0, 0, 0, 1))
+    by_head = (x.transpose(2, 3).reshape(batch, heads, -1)[..., :length] for x in (waad, own + spill))
+    first, second = by_head
+    return first, second
+
+
+# FlexAttention: statistics as log-sum-exps of passes with other scores.
+
+
+@functools.lru_cache(maxsize=3)
+def _block_mask(kind: str, length: int, device: torch.device) -> Any:
+    visible: Any = {
+        "causal": lambda b, h, t, s: s <= t,
+        "near": lambda b, h, t, s: (s <= t) & (s > t - WINDOW),
+        "horizon": lambda b, h, s, t: (t >= s + LO) & (t <= s + HI),
+        "later": lambda b, h, s, t: t >= s,
+    }[kind]
+    return flex_attention.create_block_mask(visible, None, None, length, length, device=str(device))
+
+
+def _with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Output and lse. Older torch has no AuxRequest."""
+    if hasattr(flex_attention, "AuxRequest"):
+        request = flex_attention.AuxRequest(lse=True)
+        output, aux = flex_attention.flex_attention(*args, **kwargs, return_aux=request)
+        return output, aux.lse
+    return flex_attention.flex_attention(*args, **kwargs, return_lse=True)  # type: ignore[call-overload]
+
+
+def _flex_forward(query: Tensor, key: Tensor, value: Tensor, blocks: Any) -> tuple[Tensor, Tensor]:
+    return _with_lse(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def _flex_waad(query: Tensor, key: Tensor, thin: Tensor, lse: Tensor, blocks: Any) -> Tensor:
+    """WAAD = W - exp(lse' - lse), lse' over the window with scores + log(W - d)."""
+
+    def log_weighted(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return score + (WINDOW - t + s).clamp(min=1).float().log()
+
+    gqa = query.shape[1] != key.shape[1]
+    _, windowed = _with_lse(query, key, thin, score_mod=log_weighted, block_mask=blocks, enable_gqa=gqa)
+    return WINDOW - (windowed - lse).exp()
+
+
+def _flex_columns(query: Tensor, key: Tensor, thin: Tensor, lse: Tensor, blocks: Any) -> Tensor:
+    """Sums of A over the queries that `blocks` shows each key: query and key swapped, scores less the query's lse."""
+
+    def normalised(score: Tensor, b: Tensor, h: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return score - lse[b, h, t]
+
+    _, reverse = _with_lse(key, query, thin, score_mod=normalised, block_mask=blocks)
+    return reverse.exp()
+
+
+@functools.cache
+def _by_inductor(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _compiled(function: Callable[..., Any], like: Tensor) -> Callable[..., Any]:
+    """For the shape at hand on a GPU; elsewhere as it is."""
+    return _by_inductor(function) if like.is_cuda else function
+
+
+def _thin(like: Tensor) -> Tensor:
+    """Values as narrow as FlexAttention's kernels take them: nothing is read off them."""
+    return like.new_ones(*like.shape[:3], 16)
+
+
+def flex(inputs: Inputs) -> Answer:
+    query, key, value, _ = inputs
+    blocks = _block_mask("causal", query.shape[2], query.device)
+    output, lse = _compiled(_flex_forward, query)(query, key, value, blocks)
+    return flex_band(inputs._replace(lse=lse))._replace(output=output)
+
+
+def flex_band(inputs: Inputs) -> Answer:
+    query, key, _, lse = inputs
+    near, horizon = (_block_mask(kind, query.shape[2], query.device) for kind in ("near", "horizon"))
+    waad = _compiled(_flex_waad, query)(query, key, _thin(key), lse, near)
+    repeated = _repeated(key, _group(inputs))
+    fai = _compiled(_flex_columns, query)(query, repeated, _thin(query), lse, horizon)
+    return Answer(None, waad, fai / counts(inputs))
+
+
+def flex_column(inputs: Inputs) -> Answer:
+    query, key, _, lse = inputs
+    repeated, later = _repeated(key, _group(inputs)), _block_mask("later", query.shape[2], query.device)
+    return Answer(received=_compiled(_flex_columns, query)(query, repeated, _thin(query), lse, later))
+
+
+def plain_band(inputs: Inputs) -> Answer:
+    waad, sums = _compiled(_plain_band, inputs.query)(inputs.query, inputs.key, inputs.lse)
+    return Answer(None, waad, sums / counts(inputs))
+
+
+def plain_beside(inputs: Inputs) -> Answer:
+    output, lse = flash_with_lse(*inputs[:3])
+    return plain_band(inputs._replace(lse=lse))._replace(output=output)
+
+
+def forget() -> None:
+    """Drop what was prepared or compiled for a shape."""
+    _dense.cache_clear()
+    _block_mask.cache_clear()
+    torch.compiler.reset()
+
+
+def _beside(attend: Callable[..., tuple[Tensor, Tensor]]) -> Contender:
+    run = functools.partial(beside, attend)
+    return Contender("statistics", run, ours=True, needs_cuda=True, square=False, many=True)
+
+
+def _backend(name: str) -> Callable[[], AbstractContextManager[Any]]:
+    return functools.partial(sdpa_kernel, getattr(SDPBackend, name))
+
+
+FLASH, CUDNN, EFFICIENT, DEFAULT = "SDPA flash", "SDPA cuDNN", "SDPA memory-efficient", "SDPA default"
+BARE, FUSED, AUTO = "attnstats without statistics", "attnstats fused", "attnstats auto"
+FLASH_BAND, CUDNN_BAND = "SDPA flash + attnstats band", "SDPA cuDNN + attnstats band"
+VARLEN, VARLEN_BAND = "torch varlen_attn", "torch varlen_attn + attnstats band"
+BAND, COLUMN = "attnstats band", "attnstats column"
+
+CONTENDERS = {
+    DEFAULT: Contender("attention", sdpa, square=False, many=True),
+    FLASH: Contender("attention", sdpa, needs_cuda=True, around=_backend("FLASH_ATTENTION"), square=False, many=True),
+    CUDNN: Contender("attention", sdpa, needs_cuda=True, around=_backend("CUDNN_ATTENTION"), square=False, many=True),
+    EFFICIENT: Contender("attention", sdpa_repeated, needs_cuda=True, around=_backend("EFFICIENT_ATTENTION")),
+    BARE: Contender(
+        "attention", functools.partial(ours, statistics=(), backend="triton"), ours=True, square=False, many=True
+    ),
+    FUSED: Contender("statistics", functools.partial(ours, backend="triton"), ours=True, square=False, many=True),
+    AUTO: Contender("statistics", ours, ours=True, square=False, many=True),
+    FLASH_BAND: _beside(flash_with_lse),
+    CUDNN_BAND: _beside(cudnn_with_lse),
+    "SDPA flash + plain band, compiled": Contender("statistics", plain_beside, needs_cuda=True, compiled=True),
+    "FlexAttention": Contender("statistics", flex, compiled=True, longest=FLEX),
+    "eager, query chunks": Contender("statistics", chunked),
+    "eager": Contender("statistics", eager),
+    BAND: Contender("band", band, ours=True, square=False, many=True),
+    "plain band, compiled": Contender("band", plain_band, compiled=True),
+    "FlexAttention, WAAD and FAI": Contender("band", flex_band, compiled=True, longest=FLEX),
+    COLUMN: Contender("column", column, ours=True, square=False, many=True),
+    "FlexAttention, keys as queries": Contender("column", flex_column, compiled=True, longest=FLEX),
+    "query chunks, column sums": Contender("column", chunked_column),
+}
+
+
+# Packed sequences have shapes of their own: query [total, Hq, D], key and value [total, Hkv, D].
+
+
+class Packed(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bounds: Tensor  # [sequences + 1] int32, cumulative lengths
+    longest: int
+
+
+def packed_torch(inputs: Packed, **options: Any) -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Older torch has no enable_gqa and takes grouped heads as they are.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    query, key, value, bounds, longest = inputs
+    return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+
+
+def packed_beside(inputs: Packed) -> Answer:
+    """Our band kernel on the lse of torch's."""
+    from torch.nn.attention.varlen import AuxRequest
+
+    output, lse = packed_torch(inputs, return_aux=AuxRequest(lse=True))
+    query, key, _, bounds, longest = inputs
+    stats = attnstats.statistics_from_lse(
+        query, key, lse, statistics=STATISTICS, cu_seqlens_q=bounds, max_seqlen_q=longest, backend="triton",
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return Answer(output, stats["waad"], stats["fai"])
+
+
+def packed_ours(inputs: Packed, *, statistics: tuple[Any, ...] = STATISTICS, backend: Any = "triton") -> Answer:
+    query, key, value, bounds, longest = inputs
+    output, stats = attnstats.varlen_attention(
+        query, key, value, cu_seqlens_q=bounds, max_seqlen_q=longest, statistics=statistics, backend=backend,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return Answer(output, *((stats["waad"], stats["fai"]) if statistics else ()))
+
+
+PACKED: dict[str, Contender] = {
+    VARLEN: Contender("attention", lambda inputs: Answer(packed_torch(inputs)), needs_cuda=True),
+    BARE: Contender("attention", functools.partial(packed_ours, statistics=()), ours=True),
+    FUSED: Contender("statistics", packed_ours, ours=True),
+    AUTO: Contender("statistics", functools.partial(packed_ours, backend="auto"), ours=True),
+    VARLEN_BAND: Contender("statistics", packed_beside, ours=True, needs_cuda=True),
+}

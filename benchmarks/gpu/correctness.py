@@ -1,0 +1,261 @@
+"""Whether the kernels are right on this device: the part "correctness", and what its workers perform.
+
+    case      every kernel, dtype and feature against float64, by the comparison and the tolerances of tests/cases.py
+    repeat    every shipped configuration a thousand times on a small shape, bitwise, while other work is in flight
+    memory    what a call allocates doubles with the length
+    graph     a call captured into a CUDA graph replays to the same bits
+    sanitizer compute-sanitizer's memcheck and racecheck on small shapes, where it is installed
+
+Run as `python -m benchmarks.gpu.correctness` it makes the few small calls that the sanitizer watches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
+from benchmarks.gpu import workers
+from benchmarks.gpu.environment import ROOT
+from benchmarks.gpu.part import Part
+from tests.cases import Case, check
+
+# One of each kind of pass of tests.cases.EVERY: bands and loops of rows and columns, the free ones, a pooled map.
+KINDS = (1, 3, 4, 5, 9, 12, 14)
+LENGTH = 333  # three blocks of 128 rows and five of 64 keys or more, none of them whole
+FEATURES: dict[str, dict[str, Any]] = {
+    "causal, all statistics": {"asked": ()},
+    "full": {"is_causal": False},
+    "one head per group": {"key_heads": 3, "group": 1},
+    "groups of 5": {"key_heads": 1, "group": 5},
+    "queries last": {"query_length": 70},
+    "decode": {"query_length": 1},
+    "decode, keys in parts": {"query_length": 3, "key_length": 2500},
+    "decode, keys in parts, padding": {"query_length": 1, "key_length": 2500, "padding": "left"},
+    "queries between": {"query_length": 100, "query_offset": 90},
+    "left padding": {"padding": "left"},
+    "right padding": {"padding": "right"},
+    "holes, not causal": {"padding": "holes", "is_causal": False},
+    "some queries count": {"counted": "some", "padding": "left"},
+    "softcap": {"softcap": 5.0},
+    "window": {"window_size": (40, 0)},
+    "window on both sides": {"window_size": (70, 20), "is_causal": False},
+    "sinks": {"sinks": True},
+    "packed": {"packed": ((150, 150), (5, 70), (1, 1), (0, 0), (97, 97))},
+    "some heads": {"heads": "some"},
+    "other heads per statistic": {"heads": "split"},
+    "heads innermost": {"layout": "bthd"},
+    "views into NaN": {"layout": "guarded", "padding": "left"},
+    "all of it": {"softcap": 5.0, "window_size": (90, 0), "sinks": True, "padding": "left", "counted": "some"},
+    "large scores": {"spread": 40.0},
+}
+DTYPES = {"bfloat16": 128, "float16": 64, "float32": 64}  # and the head size of its features
+HEAD_DIMS = {"bfloat16": (16, 64, 80, 96, 192, 256), "float16": (128, 256), "float32": (32, 128, 256)}
+REPEATED = {"bfloat16": (64, 128, 256), "float32": (64, 128, 256), "float16": (128,)}
+REPEATS = 1000
+PASSES: dict[str, tuple[Any, ...]] = {
+    "forward": (),
+    "decode": (WAAD(10), FAI(10, 100), Entropy()),
+    "forward and band": (WAAD(10), FAI(10, 100)),
+    "forward and loop": (MeanDistance(), Entropy(), MaxLogit()),
+    "band from lse": (WAAD(10), FAI(10, 100)),
+    "loop from lse": (MeanDistance(), Entropy()),
+    "column from lse": (Received(), FAI(0, None)),
+    "pooled from lse": (PooledMap(3, 4),),
+}
+SANITIZERS = ("memcheck", "racecheck")
+FOUND = 99  # compute-sanitizer's exit status when it found something, as asked for
+
+
+def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
+    """Everything that workers perform, by name: what takes longest and what matters most first."""
+    found: dict[str, Callable[[], Any]] = {}
+    if not smoke:
+        found |= {f"sanitizer: {tool}": functools.partial(_sanitize, tool) for tool in SANITIZERS}
+        found["graph: attention"] = _graph
+        found |= {f"memory: {way}": functools.partial(_memory, way == "from lse") for way in ("attention", "from lse")}
+    dtypes = {"float16": (16,)} if smoke else REPEATED
+    for dtype, dims in dtypes.items():
+        for name, case in _cases(dtype, smoke).items():
+            found[f"case: {name}"] = functools.partial(_check, case, smoke, False)
+            found[f"case: {name}, from lse"] = functools.partial(_check, case, smoke, True)
+        for dim in dims:
+            for way in PASSES:
+                found[f"repeat: {way}, {dtype}, D = {dim}"] = functools.partial(_repeat, way, dtype, dim, smoke)
+    return found
+
+
+def run(part: Part) -> None:
+    names = list(tasks(part.smoke))
+    found = workers.perform_all(__name__, names, part.left(), part.smoke)
+    checks = part.section["checks"] = {name: found[name] for name in names if name in found}
+    if part.smoke:
+        for name in (*(f"sanitizer: {tool}" for tool in SANITIZERS), "memory", "graph"):
+            part.leave_out(name, "needs CUDA")
+    for name in names:
+        if name not in found:
+            part.leave_out(name, "no time left")
+        elif why := (found[name].get("value") or {}).get("left_out"):
+            part.leave_out(name, why)
+            del checks[name]
+    part.section["failed"] = {name: check["failure"] for name, check in checks.items() if not check["ok"]}
+    part.section["passed"] = sum(check["ok"] for check in checks.values())
+
+
+def perform(name: str, smoke: bool) -> dict[str, Any] | None:
+    with torch.no_grad():
+        return tasks(smoke)[name]()
+
+
+def _cases(dtype: str, smoke: bool) -> dict[str, Case]:
+    if smoke:
+        small = functools.partial(Case, batch=1, key_heads=1, query_length=20, key_length=20, asked=KINDS)
+        return {"causal, float16": small(dtype="float16"), "left padding, float32": small(padding="left")}
+    base = functools.partial(Case, query_length=LENGTH, key_length=LENGTH, dtype=dtype)
+    dim = DTYPES[dtype]
+    found = {f"{name}, {dtype}": base(**_sizes(dim) | changes) for name, changes in FEATURES.items()}
+    for dim in HEAD_DIMS[dtype]:
+        found[f"D = {dim}, {dtype}"] = base(head_dim=dim, value_dim=dim, asked=KINDS)
+    found[f"Dv < D, {dtype}"] = base(head_dim=128, value_dim=64, asked=KINDS)
+    return found
+
+
+def _sizes(dim: int) -> dict[str, Any]:
+    return {"head_dim": dim, "value_dim": dim, "asked": KINDS}
+
+
+def _check(case: Case, smoke: bool, from_lse: bool) -> None:
+    check(case, "triton", "cpu" if smoke else "cuda", from_lse)
+
+
+def _repeat(way: str, dtype: str, dim: int, smoke: bool) -> None:
+    """The same bits every time, while a second stream keeps the processors busy."""
+    device = torch.device("cpu" if smoke else "cuda")
+    length = 20 if smoke else LENGTH
+    sizes = (1, 70 if smoke else 2500) if way == "decode" else (length, length)
+    case = Case(1, *((1, 2) if smoke else (2, 4)), *sizes, dim, dim, dtype)
+    call = functools.partial(_tensors, way, case.tensors(device))
+    first = [x.clone(memory_format=torch.contiguous_format) for x in call()]
+    differing = torch.zeros((), dtype=torch.int64, device=device)
+    busy = _Busy() if device.type == "cuda" else None
+    for i in range(2 if smoke else REPEATS):
+        if busy is not None and i % 10 == 0:
+            busy.queue()
+        pairs = zip(first, call(), strict=True)
+        differing += torch.stack([(_bits(mine) != _bits(x)).any() for mine, x in pairs]).any()
+    assert not int(differing), f"{int(differing)} of {REPEATS} repeats differ in their bits"
+
+
+def _tensors(way: str, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    query, key, value = inputs
+    asked = PASSES[way]
+    if way.endswith("from lse"):
+        # Not this call's lse but a given one: these passes take any numbers.
+        lse = torch.full(query.shape[:3], 6.0, device=query.device)
+        stats = attnstats.statistics_from_lse(query, key, lse, statistics=asked, enable_gqa=True, backend="triton")
+        return [stats[s] for s in asked]
+    output, stats = attnstats.attention(query, key, value, statistics=asked, enable_gqa=True, backend="triton")
+    return [output.contiguous(), stats.lse, *(stats[s] for s in asked)]
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+class _Busy:
+    """Matmuls on a stream of their own."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.one, self.other, self.out = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in "abc")
+
+    def queue(self) -> None:
+        with torch.cuda.stream(self.stream):
+            for _ in range(10):
+                torch.mm(self.one, self.other, out=self.out)
+
+
+def _memory(from_lse: bool) -> dict[str, Any]:
+    """Peaks of three lengths, each twice the one before."""
+    peaks = []
+    asked = [WAAD(10), FAI(10, 100), MeanDistance(), Entropy(), Received(), FAI(0, None)]
+    for length in (4096, 8192, 16384):
+        query, key = (torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
+        lse = torch.full((1, 4, length), 6.0, device="cuda")
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        if from_lse:
+            attnstats.statistics_from_lse(query, key, lse, statistics=asked, enable_gqa=True, backend="triton")
+        else:
+            attnstats.attention(query, key, key, statistics=asked, enable_gqa=True, backend="triton")
+        torch.cuda.synchronize()
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+    ratios = [later / earlier for earlier, later in itertools.pairwise(peaks)]
+    assert max(ratios) < 2.2, f"peaks of {', '.join(f'{peak:.1f}' for peak in peaks)} MiB at T = 4k, 8k, 16k"
+    return {"peak_mib": [round(peak, 2) for peak in peaks]}
+
+
+def _graph() -> None:
+    """Inputs that change under a captured call give what a plain call gives."""
+    case = Case(1, 2, 4, LENGTH, LENGTH, 64, 64, "bfloat16")
+    inputs, others = case.tensors("cuda"), dataclasses.replace(case, seed=1).tensors("cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _tensors("forward and band", inputs)  # compiles, and settles what is read once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = _tensors("forward and band", inputs)
+    for mine, other in zip(inputs, others, strict=True):
+        mine.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    for mine, right in zip(captured, _tensors("forward and band", others), strict=True):
+        assert torch.equal(_bits(mine), _bits(right)), "a captured call replays to other bits"
+
+
+def _sanitize(tool: str) -> dict[str, Any]:
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
+        return {"left_out": "compute-sanitizer is not installed"}
+    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", __name__]
+    # With torch's caching allocator small buffers share a block, and what is written between them is no error.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
+        )
+    except subprocess.TimeoutExpired:
+        return {"left_out": "not finished after 100 s"}
+    told = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it said nothing"]
+    assert done.returncode != FOUND, f"{tool}: {' | '.join(told[-2:])}"[:300]
+    if done.returncode:
+        return {"left_out": f"could not run: {told[-1]}"[:300]}
+    return {"said": told[-1]}
+
+
+def main() -> None:
+    """Small calls of every kernel."""
+    with torch.no_grad():
+        for case in (
+            Case(1, 1, 2, 70, 70, 64, 64, "bfloat16", asked=KINDS),
+            Case(1, 1, 2, 70, 70, 64, 64, "bfloat16", asked=KINDS, padding="left", counted="some"),
+        ):
+            for from_lse in (False, True):
+                check(case, "triton", "cuda", from_lse)
+
+
+if __name__ == "__main__":
+    main()

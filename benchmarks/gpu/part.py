@@ -1,0 +1,123 @@
+"""What a part of the script is given: its device, its time, the section it fills, and a way to contain failures.
+
+A section is what the part leaves in the results, plain JSON:
+
+    seconds, finished, conditions      of the run that filled it
+    left_out                           [what, why], for lack of time or of something the machine hasn't
+    failures                           {name: message} of what was attempted and raised
+    ...                                the part's own entries
+
+`attempt` notes beside the section what it runs, so that a crash of the process is laid at its door.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+OUT_OF_MEMORY = "out of memory"
+
+
+class Outcome(NamedTuple, Generic[T]):
+    """What an attempt came to: a value, or why there is none."""
+
+    value: T | None
+    failure: str | None = None
+
+
+class Poisoned(BaseException):
+    """The CUDA context is lost: the process can only end. Passes every `except Exception` by."""
+
+
+class Part:
+    def __init__(self, file: Path, seconds: float, smoke: bool) -> None:
+        self.file = file
+        self.smoke = smoke
+        self.device = torch.device("cpu" if smoke else "cuda")
+        self.section: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self.section.setdefault("left_out", [])
+        self.section.setdefault("failures", {})
+        self._started = time.monotonic()
+        self._seconds = seconds
+
+    def left(self) -> float:
+        """Seconds that remain of this part's share."""
+        return self._seconds - (time.monotonic() - self._started)
+
+    def leave_out(self, what: str, why: str) -> None:
+        if [what, why] not in self.section["left_out"]:
+            self.section["left_out"].append([what, why])
+
+    def out_of_time(self, what: str, needed: float = 1.0) -> bool:
+        """Whether less than `needed` seconds are left; then `what` is noted as left out."""
+        if self.left() < needed:
+            self.leave_out(what, "no time left")
+            return True
+        return False
+
+    def attempt(self, name: str, call: Callable[..., T], *args: Any) -> Outcome[T]:
+        """Run `call`; an exception becomes a message. What failed before, even by a crash, isn't tried again."""
+        failures = self.section["failures"]
+        if name in failures:
+            return Outcome(None, failures[name])
+        flight = in_flight(self.file)
+        flight.write_text(name)
+        failure = None
+        try:
+            value = call(*args)
+            self.synchronize()
+        except Exception as error:
+            failure = message_of(error)
+        flight.unlink()
+        if failure is None:
+            return Outcome(value)
+        # Behind the except block: its traceback would keep the tensors of the failed call.
+        failures[name] = failure
+        self.save()
+        release_memory()
+        if not self._usable():
+            raise Poisoned(name)
+        return Outcome(None, failure)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def save(self) -> None:
+        beside = self.file.with_suffix(".part")
+        beside.write_text(json.dumps(self.section))
+        beside.replace(self.file)
+
+    def _usable(self) -> bool:
+        """Whether the device still works; after an illegal access nothing does."""
+        try:
+            torch.ones(1, device=self.device).add_(1).item()
+        except Exception:
+            return False
+        return True
+
+
+def in_flight(file: Path) -> Path:
+    """The file that says what the part that fills `file` is attempting."""
+    return file.with_suffix(".flight")
+
+
+def message_of(error: Exception) -> str:
+    """One line; out of memory is a result of its own."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
