@@ -28,6 +28,18 @@ def cases(draw: st.DrawFn) -> Case:
         key_length = draw(lengths)
         query_offset = draw(st.integers(0, 45))
     head_dim = draw(st.integers(1, 48))
+    packed: tuple[tuple[int, int], ...] = ()
+    if draw(st.integers(0, 4)) == 0:
+        relation, query_offset = "packed", None
+        pair = (
+            st.tuples(st.integers(0, 33), st.integers(0, 33)) if is_causal else st.integers(0, 40).map(lambda n: (n, n))
+        )
+        packed = tuple(
+            draw(st.lists(pair, min_size=1, max_size=4).filter(lambda p: all(map(any, zip(*p, strict=True)))))
+        )
+    window_size = None
+    if relation != "cross" and draw(st.booleans()):
+        window_size = (draw(st.integers(-1, 40)), draw(st.integers(-1, 20)))
     return Case(
         batch=draw(st.integers(1, 2)),
         key_heads=draw(st.integers(1, 2)),
@@ -41,7 +53,12 @@ def cases(draw: st.DrawFn) -> Case:
         padding=draw(st.sampled_from(["none", "none", "left", "right", "holes", "all"])),
         counted=draw(st.sampled_from(["all", "all", "some", "none"])),
         query_offset=query_offset,
-        layout=draw(st.sampled_from(["plain", "bthd", "guarded"])),
+        softcap=draw(st.sampled_from([None, None, 0.5, 5.0])),
+        window_size=window_size,
+        sinks=draw(st.booleans()),
+        packed=packed,
+        heads=draw(st.sampled_from(["all", "all", "some", "split"])),
+        layout=draw(st.sampled_from(["plain", "bthd", "guarded", "strided"])),
         spread=draw(st.sampled_from([0.1, 1.0, 10.0])),
         seed=draw(st.integers(0, 2**16)),
         asked=tuple(draw(st.lists(st.integers(0, 14), min_size=1, max_size=5, unique=True))),
