@@ -145,7 +145,7 @@ def _sections(name: str, file: Path, seconds: float, smoke: bool) -> Any:
                 ended = None
                 while ended is None and time.monotonic() - began < seconds + (120 if smoke else GRACE):
                     try:
-                        ended = process.wait(timeout=0.2 if smoke else 3)
+                        ended = process.wait(timeout=1 if smoke else 3)
                     except subprocess.TimeoutExpired:
                         yield _read(file) | {"seconds": time.monotonic() - began}
             finally:
