@@ -161,8 +161,8 @@ def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
             }
         )
     tiles = sorted((x for x in described if x["role"] == "main"), key=lambda x: x["per_element"])
-    for loop in tiles[1:]:
-        loop["role"] = "edge"  # the same with masks
+    for described_loop in tiles[1:]:
+        described_loop["role"] = "edge"  # the same with masks
     once = sass.outside(instructions, heavy)
     return {
         "resident": resident(record["registers"], record["shared_bytes"], warps, HARDWARE[case.target]),
@@ -335,7 +335,7 @@ def tables(document: dict[str, Any]) -> list[Table]:
         for r in launches:
             config = " ".join(map(str, (r["shape"].get("BM", r["config"][0]), *r["config"][1:])))
             used = (r["registers"], r["spilled_bytes"], r["shared_bytes"] // 1024, r["resident"])
-            head = (name, r["kernel"], config, *used)
+            head: tuple[Any, ...] = (name, r["kernel"], config, *used)
             for loop in r["loops"] or [None]:
                 row = []
                 if loop:
