@@ -136,7 +136,8 @@ def evaluate(
     """Any statistic but LSE and SinkMass, as sums (`Geometry.finish` divides)."""
     tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
     counts = {s: _counts(s, geometry) for s in statistics}
-    pools = {s: membership(s, geometry) for s in statistics if isinstance(s, PooledMap)}
+    segments = {s: _segments(s, geometry) for s in statistics if isinstance(s, PooledMap)}
+    spoiled = bool(lse.isnan().any())  # rows of NaN
     for block in _blocks(geometry):
         distance = _distance(geometry, block)
         by_distance = {
@@ -158,12 +159,19 @@ def evaluate(
                     tensors[s][of_rows] = weighted.sum(-1)
                 elif isinstance(s, Entropy):
                     tensors[s][of_rows] = -(weights * log_weights).sum(-1)
-                elif isinstance(s, ColumnStatistic):
-                    tensors[s][batch, heads, block.keys] += counts[s][batch, block.rows] @ weighted
-                elif isinstance(s, PooledMap):
-                    of_query, of_key = pools[s]
-                    counted = of_query[block.rows].T * counts[s][batch, block.rows]
-                    tensors[s][batch, heads] += counted @ weights @ of_key[block.keys]
+                elif isinstance(s, (ColumnStatistic, PooledMap)):
+                    count = counts[s][batch, block.rows]
+                    if spoiled:  # 0 times NaN is NaN: neither what doesn't count nor what isn't seen may enter a sum
+                        weighted = weighted.masked_fill(count[:, None] == 0, 0.0)
+                        if block.hidden is not None:
+                            weighted.masked_fill_(block.hidden, 0.0)
+                    if isinstance(s, ColumnStatistic):
+                        tensors[s][batch, heads, block.keys] += count @ weighted
+                    else:  # added up, not multiplied with a matrix of memberships: that would be Tk x J
+                        of_query, of_key = segments[s]
+                        pooled = weighted.new_zeros(tensors[s].shape[-1], *weighted.shape[:2])
+                        pooled.index_add_(0, of_key[block.keys], (weighted * count[:, None]).permute(2, 0, 1))
+                        tensors[s][batch, heads].index_add_(1, of_query[block.rows], pooled.permute(1, 2, 0))
     return tensors
 
 
@@ -172,13 +180,12 @@ def scratch_bytes() -> int:
     return 3 * 4 * BLOCK_ELEMENTS
 
 
-def membership(statistic: PooledMap, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """[Tq, I] and [Tk, J] float, 1 where a position lies in a segment."""
+def _segments(statistic: PooledMap, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """[Tq] and [Tk] int64: the segment of each query and of each key."""
     both = []
     for bounds in statistic.boundaries(geometry.query_length, geometry.key_length):
-        edges = torch.tensor(bounds, device=geometry.device)
-        position = torch.arange(bounds[-1], device=geometry.device)[:, None]
-        both.append(((edges[:-1] <= position) & (position < edges[1:])).to(geometry.accumulator))
+        ends = torch.tensor(bounds[1:], device=geometry.device)
+        both.append(torch.searchsorted(ends, torch.arange(bounds[-1], device=geometry.device), right=True))
     return both[0], both[1]
 
 

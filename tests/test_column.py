@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, PooledMap, Received, reference
+from attnstats import FAI, PooledMap, Received, native, reference
 from tests.cases import Case
 
 
@@ -33,23 +33,30 @@ def test_columns_over_blocks(is_causal, queries, keys, device):
         torch.testing.assert_close(found[s].double(), expected[s], rtol=1e-5, atol=2e-5)
 
 
-def received(spoiled, device):
-    """Received attention with a query that doesn't count, as it was drawn and overwritten."""
-    query, key, _ = Case(batch=1, group=1).tensors(device)
-    counted = torch.ones(1, 37, dtype=torch.bool, device=device)
-    counted[:, 5] = False
+@pytest.fixture(params=["reference", "tiled", "tiled plain", "triton"])
+def backend(request, monkeypatch):
+    name, _, plain = request.param.partition(" ")
+    if plain:
+        monkeypatch.setattr(native, "enabled", False)
+    return name
+
+
+@pytest.mark.parametrize("spoiled", [1e4, torch.nan, torch.inf])
+def test_a_spoiled_query_reaches_only_keys_that_it_sees_and_counts_for(spoiled, backend, device):
+    query, key, _ = Case(batch=1, group=1).tensors(device if backend == "triton" else "cpu")
+    counted = torch.ones(1, 37, dtype=torch.bool, device=query.device)
     overwritten = query.clone()
-    overwritten[:, :, 5] = spoiled
-    arguments = {"statistics": ["received"], "query_mask": counted, "backend": "triton"}
-    return [attnstats.attention(x, key, key, **arguments).statistics["received"] for x in (query, overwritten)]
+    overwritten[:, :, 20] = spoiled
+    asked = [Received(), FAI(0, None), FAI(3, 9), PooledMap(37, 37)]
 
+    def statistics(query):
+        arguments = {"statistics": asked, "query_mask": counted, "backend": backend}
+        return attnstats.attention(query, key, key, **arguments).statistics
 
-def test_rows_of_large_scores_that_do_not_count_leave_no_trace(device):
-    expected, found = received(1e4, device)
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("spoiled", [torch.nan, torch.inf])
-def test_rows_of_nan_that_do_not_count_leave_no_trace(spoiled, device):
-    expected, found = received(spoiled, device)
-    assert torch.equal(found, expected)
+    before, after = statistics(query), statistics(overwritten)
+    for s in asked:
+        assert torch.equal(before[s][..., 21:], after[s][..., 21:]), s  # keys in its future
+    counted[:, 20] = False
+    before, after = statistics(query), statistics(overwritten)
+    for s in asked:
+        assert torch.equal(before[s], after[s]), s
