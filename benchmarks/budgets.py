@@ -109,8 +109,8 @@ BUDGETS: tuple[Budget, ...] = (
             0,
             "binary",
             lambda d, field=field: sum(r[field] for r in _records(d)),  # type: ignore[misc]
-            tried="128 x 128 tiles with 64-bit offsets (32 bits spare 10 registers), with statistics in the loop (spill: "
-            "128 x 64), 4 warps for 128 rows (spill), stages 1 to 3.",
+            tried="128 x 128 tiles with 64-bit offsets (32 bits spare 10 registers), with statistics in the loop "
+            "(they spill: 128 x 64), 4 warps for 128 rows (spill), stages 1 to 3.",
             bound="Registers, 255 per thread: smaller tiles for the configurations that the table below shows.",
         )
         for what, field in (("spilled bytes", "spilled_bytes"), ("instructions on local memory", "local"))
