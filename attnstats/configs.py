@@ -33,36 +33,33 @@ Table = dict[Kernel, dict[int, Config]]
 # loop: its tiles are forward's, or asking for them could change the output's last bit. "decode" is a few queries before
 # many keys; its BM, and band's, count the packed rows of one group's heads.
 HALF: Table = {
-    "forward": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
-    "forward_loop": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+    "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "forward_loop": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
     "decode": {128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
-    "column": {128: Config(64, 128, 4, 3), 256: Config(128, 128, 8, 2)},
+    "column": {128: Config(64, 128, 4, 3), 256: Config(64, 128, 8, 2)},
     "pooled": {128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
     "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
 }
 # Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
 FLOAT32: Table = {
-    "forward": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
-    "forward_loop": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 1)},
+    "forward": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 2)},
+    "forward_loop": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 2)},
     "decode": {256: Config(16, 16, 4, 1)},
-    "column": {256: Config(32, 32, 8, 2)},
-    "pooled": {256: Config(32, 32, 8, 2)},
-    "band": {256: Config(32, 16, 8, 2)},
+    "column": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "pooled": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "band": {64: Config(32, 16, 8, 2), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
 }
 # What differs from the above, for 16-bit inputs.
 _SM_80: Table = {
-    "forward": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 8, 2)},
-    "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(64, 64, 4, 2), 256: Config(64, 64, 8, 2)},
-    "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 4, 2)},
-}
-_SM_86: Table = _SM_80 | {  # 99 KB of shared memory
-    "forward": _SM_80["forward"] | {256: Config(64, 32, 8, 2)},
-    "forward_loop": _SM_80["forward_loop"] | {256: Config(64, 32, 8, 2)},
+    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
+    "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
+    "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 8, 2)},
 }
 _SM_100: Table = {
-    "forward": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
-    "forward_loop": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
-    "column": {256: Config(128, 128, 8, 2)},
+    "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
+    "forward_loop": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
+    "column": {128: Config(64, 128, 4, 3), 256: Config(64, 64, 8, 2)},
+    "band": {256: Config(128, 64, 8, 2)},
 }
 _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
     "forward": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
@@ -73,8 +70,8 @@ _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
     "band": {256: Config(128, 64, 4, 1)},
 }
 BY_ARCHITECTURE: dict[str, Table] = {
-    "sm_80": _SM_80,
-    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _SM_86),
+    # sm_86 and later consumer cards have 99 KB of shared memory, not 163: band at head size 256 then takes one stage.
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"), _SM_80),
     **dict.fromkeys(("sm_100", "sm_103"), _SM_100),
     **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _GFX942),
 }

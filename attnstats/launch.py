@@ -75,7 +75,7 @@ def _forward(
 ) -> Evaluation:
     from attnstats.kernels.forward import forward as kernel
 
-    known = ("forward", plan, config, value is None)
+    known = ("forward", plan, config, value is None, chunk(geometry.device))
     if known not in geometry.memo:
         geometry.memo[known] = _prepared_forward(geometry, plan, config, value is None)
     programs, sizes, constants, config, parts, slots = geometry.memo[known]
@@ -97,7 +97,7 @@ def _forward(
     columns = _slots(plan, geometry, slots, geometry.query_heads)
     sinks2 = _sinks2(geometry)
     counted, present = _flags(geometry.counted()), _flags(geometry.key_mask)
-    reach = _on_device(plan.reach_of_heads(geometry), geometry.device)
+    reach = on_device(plan.reach_of_heads(geometry), geometry.device)
     in_pass = (None if parts else sinks2, *_boundaries(geometry), reach)
     tensors = (query, key, value, output, natural, rows, columns, counted, present, *in_pass)
     _launch(
@@ -203,6 +203,8 @@ def band(
 def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Config]:
     """Heads packed into a tile of the band kernel, and the tile's positions and keys."""
     packed = 1 if heads is not None else min(MAX_PACKED_HEADS, _power_of_two(geometry.group))
+    if geometry.dtype == torch.float32 and not interpreted():
+        packed = min(packed, max(1, config.BM // 16))  # more rows than the table says would spill
     positions = max(16, config.BM // packed)
     return packed, config._replace(BM=positions)
 
@@ -221,7 +223,7 @@ def _band(
     rows = _empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
     columns = _slots(plan, geometry, slots, count)
     counted, present = _flags(geometry.counted()), _flags(geometry.key_mask)
-    which = (_sinks2(geometry), *_boundaries(geometry), _on_device(heads, geometry.device))
+    which = (_sinks2(geometry), *_boundaries(geometry), on_device(heads, geometry.device))
     tensors = (query, key, divisor_of(lse) * LOG2E, rows, columns, counted, present, *which)
     _launch(kernel, programs, tensors, sizes, (_strides(query), _strides(key)), constants, config)
     results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
@@ -291,7 +293,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
         config = config._replace(BM=min(config.BM, rows))
         pieces = _pieces(key_bounds, config.BN, geometry.device)
         sums = _empty(geometry, (pieces.total, geometry.batch, count, segments))
-        cut = (_on_device(query_bounds, geometry.device), pieces.blocks, pieces.bounds)
+        cut = (on_device(query_bounds, geometry.device), pieces.blocks, pieces.bounds)
         _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cut, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
@@ -321,7 +323,7 @@ def _column(
     if known not in geometry.memo:
         geometry.memo[known] = _prepared_column(geometry, config, *what)
     programs, sizes, constants, *_ = geometry.memo[known]
-    which = (*_boundaries(geometry), _on_device(heads, geometry.device), *(cut or (None, None, None)))
+    which = (*_boundaries(geometry), on_device(heads, geometry.device), *(cut or (None, None, None)))
     tensors = (query, key, lse2, sums, _flags(geometry.key_mask), *which)
     _launch(kernel, programs, tensors, sizes, (_strides(query), _strides(key)), constants, config)
 
@@ -494,7 +496,7 @@ def _input(x: Tensor) -> Tensor:
     return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
 
 
-def _on_device(numbers: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+def on_device(numbers: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
     return None if numbers is None else _constant(numbers, device)
 
 

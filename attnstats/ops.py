@@ -83,7 +83,13 @@ def from_lse(
 
 def _of_heads(results: dict[Statistic, Tensor], geometry: Geometry) -> dict[Statistic, Tensor]:
     """From results of all heads those that were asked for."""
-    return {s: x[:, list(geometry.heads[s])] if s in geometry.heads else x for s, x in results.items()}
+    return {s: _chosen(x, geometry.heads[s]) if s in geometry.heads else x for s, x in results.items()}
+
+
+def _chosen(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    # Not x[:, heads]: that would copy the list to the device in every call.
+    index = launch.on_device(heads, x.device)
+    return x if index is None else x.index_select(1, index)
 
 
 def _bands(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan) -> dict[Statistic, Tensor]:
@@ -111,8 +117,8 @@ def _subset(
 ) -> tuple[Tensor, Tensor, Tensor, Geometry]:
     if heads is None:
         return query, key, lse, geometry
-    of_query, of_key = list(heads), [head // geometry.group for head in heads]
-    return query[:, of_query], key[:, of_key], lse[:, of_query], geometry.subset(heads)
+    of_key = tuple(head // geometry.group for head in heads)
+    return _chosen(query, heads), _chosen(key, of_key), _chosen(lse, heads), geometry.subset(heads)
 
 
 def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:

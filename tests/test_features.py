@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, PooledMap, Received, launch, reference
@@ -196,3 +197,54 @@ def test_a_configuration_that_does_not_fit_gives_way(monkeypatch, device):
     monkeypatch.setattr(launch, "candidates", lambda *_: iter([(64,)]))
     with pytest.raises(ValueError, match=r"head_dim 64 in torch.float32 needs more shared memory.*backend='tiled'"):
         launch._fitting("forward", geometry, 64, small)
+
+
+class Watch(TorchDispatchMode):
+    """Collects operations that would wait for a GPU, or copy to it from the host."""
+
+    WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.lift_fresh", "aten.is_nonzero", "aten.masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removesuffix(".default")
+        if name.startswith(self.WAITS):
+            self.seen.add(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["window-padded", "packed", "heads-split", "decoding-few", "softcap"])
+def test_a_call_neither_waits_for_the_device_nor_copies_from_the_host(name, device):
+    """So it can be captured into a CUDA graph, once it was called for warming up."""
+    case = FEATURES[name]
+    query, key, value = case.tensors(device)
+    asked = [WAAD(10), FAI(3, 20), FAI(0, None), Received(4), Entropy(), MeanDistance()]
+    arguments, function = case.arguments(device), attnstats.attention
+    if case.packed:
+        function = attnstats.varlen_attention
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    else:
+        asked.append(PooledMap(3, 5))
+    if isinstance(arguments["heads"], dict):
+        arguments["heads"] = {WAAD(10): [0, 2], FAI(3, 20): [1]}
+
+    def call():
+        return function(query, key, value, statistics=asked, backend="triton", **arguments)
+
+    call()
+    with Watch() as watch:
+        call()
+    assert not watch.seen
+
+
+def test_keys_that_all_heads_share_by_a_stride_of_zero(device):
+    query, key, value = Case(batch=1, key_heads=4, group=1, key_length=33, query_length=33).tensors(device)
+    shared = [x[:, :1].expand(1, 4, 33, 16) for x in (key, value)]
+    asked = [WAAD(4), Received(), Entropy()]
+    found = attnstats.attention(query, *shared, statistics=asked, backend="triton")
+    expected = attnstats.attention(query, *(x.contiguous() for x in shared), statistics=asked, backend="triton")
+    assert torch.equal(found.output, expected.output)
+    for s in asked:
+        assert torch.equal(found.statistics[s], expected.statistics[s])
