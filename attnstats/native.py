@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
+import importlib.machinery
 import os
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -199,14 +200,20 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _path() -> Path | None:
+    """Beside this file, and nowhere else: another installation's library isn't this one's."""
+    beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in beside if path.exists()), None)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """None where setup.py found no compiler, or what it built does not load or fit here."""
-    spec = importlib.util.find_spec("attnstats._native")
-    if spec is None or spec.origin is None:
+    path = _path()
+    if path is None:
         return None
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(str(path))
         library.attnstats_version.restype = c_int64
         for function in (library.attnstats_evaluate, library.attnstats_scratch_bytes):
             function.restype, function.argtypes = c_int64, (POINTER(_Call),)

@@ -69,22 +69,33 @@ def add_products(b_acc, b_a, b_b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHU
 
 
 @triton.jit
+def sum_chunks(b_a, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """[ROWS, CHUNK] the sum over chunks of columns."""
+    if CHUNK == 1:
+        b_sum = tl.sum(b_a, 1, keep_dims=True)
+    elif COLUMNS == CHUNK:
+        b_sum = b_a
+    else:
+        b_left, b_right = halves(b_a, ROWS, COLUMNS)
+        b_sum = sum_chunks(b_left, ROWS, COLUMNS // 2, CHUNK) + sum_chunks(b_right, ROWS, COLUMNS // 2, CHUNK)
+    return b_sum
+
+
+@triton.jit
 def add_moments(
-    b_sum, b_moment, b_a, BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
-):
-    """b_sum + chunks of a, b_moment + chunks of a * (columns between the chunk and the tile's end)."""
+    b_moment, b_a, BASE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """b_moment + chunks of a * (columns between the chunk and the tile's end)."""
     if CHUNK == 1:
         o_from_end = (BASE + COLUMNS - 1 - tl.arange(0, COLUMNS)).to(tl.float32)
-        b_sum += tl.sum(b_a, 1, keep_dims=True)
         b_moment += tl.sum(b_a * o_from_end[None, :], 1, keep_dims=True)
     elif COLUMNS == CHUNK:
-        b_sum += b_a
         b_moment += b_a * BASE
     else:
         b_left, b_right = halves(b_a, ROWS, COLUMNS)
-        b_sum, b_moment = add_moments(b_sum, b_moment, b_left, BASE + COLUMNS // 2, ROWS, COLUMNS // 2, CHUNK)
-        b_sum, b_moment = add_moments(b_sum, b_moment, b_right, BASE, ROWS, COLUMNS // 2, CHUNK)
-    return b_sum, b_moment
+        b_moment = add_moments(b_moment, b_left, BASE + COLUMNS // 2, ROWS, COLUMNS // 2, CHUNK)
+        b_moment = add_moments(b_moment, b_right, BASE, ROWS, COLUMNS // 2, CHUNK)
+    return b_moment
 
 
 @triton.jit
@@ -128,17 +139,16 @@ def visit(
             if EDGE or p_key_mask is not None:
                 b_log_a = tl.maximum(b_log_a, LOG2_ZERO)
             b_log = add_products(b_log, b_a, b_log_a, ROWS, BN, CHUNK)
-        if not FROM_LSE:
-            b_sum *= b_rescale[:, None]
-            b_moment *= b_rescale[:, None]
+        b_here = sum_chunks(b_a, ROWS, BN, CHUNK)  # the same sum whatever is asked for
         if MOMENT:
             # The distance is that of the tile's end and the rest within the tile: nothing large cancels.
-            b_here, b_moment = add_moments(tl.zeros_like(b_sum), b_moment, b_a, 0, ROWS, BN, CHUNK)
+            if not FROM_LSE:
+                b_moment *= b_rescale[:, None]
+            b_moment = add_moments(b_moment, b_a, 0, ROWS, BN, CHUNK)
             o_from_end = (CHUNK - 1 - tl.arange(0, CHUNK))[None, :]
             b_moment += b_here * ((o_position - (start + BN - 1))[:, None] + o_from_end).to(tl.float32)
-            b_sum += b_here
-        elif not FROM_LSE:
-            b_sum, _ = add_moments(b_sum, b_sum, b_a, 0, ROWS, BN, CHUNK)
+        if not FROM_LSE:
+            b_sum = b_sum * b_rescale[:, None] + b_here
         updated = ()
         for j in tl.static_range(len(LOOP_ROWS) // FIELDS):
             b_w = weigh(distance.to(tl.float32), LOOP_ROWS, j)

@@ -198,11 +198,8 @@ def test_without_the_library(break_it, monkeypatch, tmp_path):
     elif break_it == "another version":
         monkeypatch.setattr(native, "VERSION", -1)
     else:
-        spec = None
-        if break_it == "not a library":
-            (tmp_path / "_native.so").write_text("nothing")
-            spec = type("Spec", (), {"origin": str(tmp_path / "_native.so")})
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+        (tmp_path / "_native.so").write_text("nothing")
+        monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so" if break_it == "not a library" else None)
     monkeypatch.setattr(native, "evaluate", None)  # a call would fail
     check(Case(), "tiled")
 
