@@ -23,7 +23,7 @@ from attnstats.statistics import DistanceWeighted, PooledMap, Statistic
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Window = tuple[int | None, int | None]
-Heads = Sequence[int] | Mapping[Statistic | str, Sequence[int]]
+Heads = Sequence[int] | Mapping[Any, Sequence[int]]  # by Statistic or name
 
 
 KNOWN_CALLS = 256

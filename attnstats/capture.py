@@ -92,12 +92,15 @@ class Capture:
             raise ValueError(f"model: layer {layer} attends twice in one forward pass, which cannot be captured yet")
         self._calls.add(layer)
         mask = self._query_mask
+        every = tuple(range(query.shape[1]))
+        heads = {s: self.heads[s][layer] for s in wanted if self.heads[s][layer] != every}
         output, statistics = attention(
             query,
             key,
             value,
             statistics=wanted,
             query_mask=None if mask is None else mask.to(query.device),
+            heads=heads or None,
             backend=self._backend,
             **geometry,
         )
@@ -123,9 +126,7 @@ class Capture:
     def _record(self, layer: int, statistics: Statistics) -> None:
         self._recorded[layer] = {}
         for statistic in statistics:
-            heads = list(self.heads[statistic][layer])
-            # Indexing copies, so that the other heads' values are freed.
-            chosen = statistics[statistic][:, heads]
+            chosen = statistics[statistic]
             if not self._reduced:
                 self._recorded[layer][statistic] = chosen
             elif statistic in self._totals:

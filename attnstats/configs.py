@@ -58,7 +58,7 @@ _SM_80: Table = {
 _SM_100: Table = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
     "forward_loop": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
-    "column": {128: Config(64, 128, 4, 3), 256: Config(64, 64, 8, 2)},
+    "column": {64: Config(64, 128, 4, 3), 128: Config(128, 128, 8, 3), 256: Config(64, 64, 8, 2)},
     "band": {256: Config(128, 64, 8, 2)},
 }
 _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads

@@ -109,9 +109,10 @@ BUDGETS: tuple[Budget, ...] = (
             0,
             "binary",
             lambda d, field=field: sum(r[field] for r in _records(d)),  # type: ignore[misc]
-            tried="128 x 128 tiles with 64-bit offsets (32 bits spare 10 registers), with statistics in the loop "
-            "(they spill: 128 x 64), 4 warps for 128 rows (spill), stages 1 to 3.",
-            bound="Registers, 255 per thread: smaller tiles for the configurations that the table below shows.",
+            tried="Tiles of every shape down to 16 x 16, 4 and 8 warps, 1 to 3 stages; offsets within a tile in 32 "
+            "bits, which spares 10 registers.",
+            bound="float32 at head size 256 alone: the IEEE matmul has no tensor core, and Triton keeps both operands "
+            "of a tile in registers.",
         )
         for what, field in (("spilled bytes", "spilled_bytes"), ("instructions on local memory", "local"))
     ),
