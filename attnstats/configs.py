@@ -84,6 +84,7 @@ MAX_PACKED_HEADS = 8  # more would leave too few positions per tile, and a slot 
 
 _forced: dict[Kernel, Config] = {}
 _target: list[str] = []
+_version = [0]
 
 
 @functools.cache
@@ -92,26 +93,35 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def table_version() -> int:
+    """Another number whenever `configured` or `targeting` changed what `candidates` answers."""
+    return _version[0]
+
+
 @contextlib.contextmanager
 def configured(kernel: Kernel, config: Config) -> Iterator[None]:
     """Launch `kernel` with `config`, whatever the table says."""
     before = dict(_forced)
     _forced[kernel] = config
+    _version[0] += 1
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        _version[0] += 1
 
 
 @contextlib.contextmanager
 def targeting(architecture: str) -> Iterator[None]:
     """Take the table's entries for `architecture`, for example "sm_90" or "gfx942", whatever the device is."""
     _target.append(architecture)
+    _version[0] += 1
     try:
         yield
     finally:
         _target.pop()
+        _version[0] += 1
 
 
 def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_dim: int) -> Iterator[Config]:

@@ -25,6 +25,7 @@ from attnstats.configs import (
     candidates,
     chunk,
     interpreted,
+    table_version,
 )
 from attnstats.geometry import Evaluation, Geometry, divisor_of
 from attnstats.plan import Heads, Plan
@@ -381,17 +382,26 @@ def _pieces(key_bounds: tuple[int, ...], block: int, device: torch.device) -> _P
 _TOO_LARGE: dict[tuple[Any, ...], set[Config]] = {}
 
 
-def _fitting(kernel: Kernel, geometry: Geometry, dim: int, run: Callable[[Config], T]) -> T:
-    """Run with the table's configuration or, where the device lacks the shared memory, with a smaller one."""
+@functools.cache
+def _out_of_resources() -> type[Exception]:
     from triton.runtime.errors import OutOfResources
 
-    where = (kernel, geometry.device, geometry.dtype, block_dim(dim))
-    known = _TOO_LARGE.setdefault(where, set())
-    for config in candidates(kernel, geometry.device, geometry.dtype, block_dim(dim)):
+    return OutOfResources
+
+
+def _fitting(kernel: Kernel, geometry: Geometry, dim: int, run: Callable[[Config], T]) -> T:
+    """Run with the table's configuration or, where the device lacks the shared memory, with a smaller one."""
+    asked = ("tiles", kernel, table_version())
+    if asked not in geometry.memo:
+        where = (kernel, geometry.device, geometry.dtype, block_dim(dim))
+        configs = tuple(candidates(kernel, geometry.device, geometry.dtype, block_dim(dim)))
+        geometry.memo[asked] = configs, _TOO_LARGE.setdefault(where, set())
+    configs, known = geometry.memo[asked]
+    for config in configs:
         if config not in known:
             try:
                 return run(config)
-            except OutOfResources:
+            except _out_of_resources():
                 known.add(config)
     raise ValueError(
         f"query: head_dim {dim} in {geometry.dtype} needs more shared memory than {geometry.device} has, in every "

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, report
+from benchmarks import memory, overhead, report
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.test_attention import inputs_of, turns, verify
 
@@ -114,3 +114,9 @@ def test_report_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {tuple(s["seconds"]) for s in kept["series"] if s["contender"] == "eager"} == {(9.9, 22.0, 60.0)}
     text = (results / "cpu.md").read_text()
     assert "| 4096 | MHA | **attnstats** | 2200.0 | 1.10 | 1.00 | 12 | 1500.0 | 1.50 |" in text
+
+
+def test_overhead_times_every_call() -> None:
+    found = overhead.measured(rounds=1, count=1)
+    assert list(found) == ["SDPA", *overhead.ASKED]
+    assert all(0 < microseconds < 1e6 for microseconds in found.values())
