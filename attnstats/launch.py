@@ -500,7 +500,8 @@ def _flags(mask: Tensor | None) -> Tensor | None:
 def _input(x: Tensor) -> Tensor:
     """As the kernels can take it: no bfloat16 in the interpreter, whose arithmetic on it is wrong (it works on bit
     patterns), and no rows so far apart that an offset within a tile passes 32 bits."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if max(x.stride()[2:]) > 2**22:
         x = x.contiguous()
     return x.float() if interpreted() and x.dtype == torch.bfloat16 else x

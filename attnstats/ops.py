@@ -52,7 +52,7 @@ def attend(
 ) -> Evaluation:
     """Output, lse and statistics. The output is differentiable."""
     plan = Plan.of(statistics, geometry.is_causal)
-    in_pass = plan.without_bands() if launch.splits(geometry) else plan
+    in_pass = plan.without_bands() if plan.bands and launch.splits(geometry) else plan
     forward = functools.partial(launch.forward, plan=in_pass)
     inputs = (query, key, value, geometry.sinks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -61,10 +61,12 @@ def attend(
     else:
         output, lse, results = forward(query, key, value, geometry)
     with torch.no_grad():
-        results = _of_heads(results, geometry)
-        if not in_pass.bands:
+        if geometry.heads:
+            results = _of_heads(results, geometry)
+        if in_pass is not plan:
             results |= _bands(query, key, lse, geometry, plan)
-        results |= _beside(query, key, lse, geometry, plan)
+        if plan.has_passes_beside:
+            results |= _beside(query, key, lse, geometry, plan)
         return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in statistics})
 
 

@@ -62,6 +62,10 @@ class Plan(NamedTuple):
         return (*self.band_rows, *self.band_columns)
 
     @property
+    def has_passes_beside(self) -> bool:
+        return bool(self.columns or self.maps or self.sinks or self.lse)
+
+    @property
     def in_loop(self) -> tuple[Statistic, ...]:
         """What forward can compute from an lse."""
         return (*self.moment, *self.loop_rows, *self.entropy)
