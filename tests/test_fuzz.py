@@ -1,6 +1,7 @@
 """Hundreds of drawn calls: shapes, masks, dtypes and settings that nobody thought of, against float64.
 
-`DRAWN=1000 make test` draws so many in each of the ten shards. A failure prints hypothesis' seed and the command that repeats the one case.
+`DRAWN=1000 make test` draws so many in each of the ten shards. A failure prints hypothesis' seed and the command that
+repeats the one case.
 """
 
 import os
