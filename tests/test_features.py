@@ -14,25 +14,27 @@ from tests.cases import Case, check
 BACKENDS = ["tiled", "triton"]
 
 FEATURES = {
-    "window": Case(window_size=(9, 0)),
-    "window-right": Case(window_size=(-1, 4), is_causal=False),
-    "window-both": Case(window_size=(6, 3), is_causal=False, counted="some"),
-    "window-left-alone": Case(window_size=(20, -1), is_causal=False, group=1),
-    "window-padded": Case(window_size=(5, 0), padding="holes"),
-    "softcap": Case(softcap=2.0, spread=4.0),
-    "sinks": Case(sinks=True, padding="left"),
+    "window": Case(batch=1, window_size=(9, 0)),
+    "window-right": Case(batch=1, window_size=(-1, 4), is_causal=False),
+    "window-both": Case(batch=1, window_size=(6, 3), is_causal=False, counted="some"),
+    "window-left-alone": Case(batch=1, window_size=(20, -1), is_causal=False, group=1),
+    "window-padded": Case(batch=1, window_size=(5, 0), padding="holes"),
+    "softcap": Case(batch=1, softcap=2.0, spread=4.0),
+    "sinks": Case(batch=1, sinks=True, padding="left"),
     "packed": Case(packed=((5, 5), (0, 0), (33, 33), (1, 1), (17, 17)), counted="some"),
     "packed-queries-last": Case(packed=((5, 9), (0, 3), (4, 0), (20, 40), (20, 17))),
     "packed-full": Case(packed=((5, 5), (33, 33)), is_causal=False, window_size=(9, 3)),
     "packed-cross": Case(packed=((5, 9), (33, 20)), is_causal=False),
     "packed-decoding": Case(packed=((1, 70), (4, 90)), sinks=True),
-    "heads-some": Case(heads="some", group=3, padding="right"),
-    "heads-split": Case(heads="split", group=3, counted="some"),
-    "decoding": Case(query_length=1, key_length=130, padding="left", group=3),
-    "decoding-few": Case(query_length=7, key_length=100, group=1, softcap=3.0, window_size=(70, 0)),
-    "decoding-sinks": Case(query_length=3, key_length=100, sinks=True, heads="split", dtype="float16"),
-    "all-together": Case(window_size=(9, 0), softcap=3.0, sinks=True, heads="split", counted="some", padding="left"),
-    "half": Case(window_size=(12, 0), softcap=5.0, sinks=True, dtype="bfloat16", value_dim=24),
+    "heads-some": Case(batch=1, heads="some", group=3, padding="right"),
+    "heads-split": Case(batch=1, heads="split", group=3, counted="some"),
+    "decoding": Case(batch=1, query_length=1, key_length=130, padding="left", group=3),
+    "decoding-few": Case(batch=1, query_length=7, key_length=100, group=1, softcap=3.0, window_size=(70, 0)),
+    "decoding-sinks": Case(batch=1, query_length=3, key_length=100, sinks=True, heads="split", dtype="float16"),
+    "all-together": Case(
+        batch=1, window_size=(9, 0), softcap=3.0, sinks=True, heads="split", counted="some", padding="left"
+    ),
+    "half": Case(batch=1, window_size=(12, 0), softcap=5.0, sinks=True, dtype="bfloat16", value_dim=24),
 }
 
 
