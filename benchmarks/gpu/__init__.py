@@ -8,7 +8,7 @@
                   beside other work; memory linear in T; compute-sanitizer where it is installed
     timing        attention with statistics against its rivals in the same run, T = 1k .. 128k and other shapes
     end_to_end    log-prob forwards of models with random weights; the paper's own workload is the headline
-    sweep         tile sizes, warps and stages, for the configuration table of attnstats/ops.py
+    sweep         tile sizes, warps and stages, for the configuration table, attnstats/configs.py
 
 Without names all parts run, in this order; each may also run alone, and then has all the minutes. A part is a
 process of its own, so that a fault in one leaves the others; what failed, ran out of memory or was left out for
