@@ -113,7 +113,7 @@ def attention(
     )
     with full_precision(geometry.device):
         output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
-    return AttentionResult(output, Statistics(tensors, geometry.validity, lse))
+    return AttentionResult(output, _dense(tensors, lse, geometry))
 
 
 def varlen_attention(
@@ -238,7 +238,7 @@ def statistics_from_lse(
     lse = arguments.natural_lse(lse, lse_base, lse_layout, geometry)
     with torch.no_grad(), full_precision(geometry.device):
         tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
-    return _packed(tensors, lse, geometry) if packed else Statistics(tensors, geometry.validity, lse)
+    return _packed(tensors, lse, geometry) if packed else _dense(tensors, lse, geometry)
 
 
 def explain(
@@ -307,9 +307,14 @@ def _resolve(
     return query, key, value, arguments.resolve_packed(query, key, value, wanted, cu_seqlens_q=cu_seqlens_q, **others)
 
 
+def _dense(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
+    return Statistics(tensors, geometry.validity, geometry.counts, lse)
+
+
 def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
     """Results of a batch of one without their batch dimension."""
-    return Statistics({s: x[0] for s, x in tensors.items()}, lambda s: geometry.validity(s)[0], lse[0])
+    alone = {s: x[0] for s, x in tensors.items()}
+    return Statistics(alone, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0])
 
 
 def _check_dropout(dropout_p: float) -> None:
