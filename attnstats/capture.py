@@ -227,12 +227,11 @@ class Capture:
         if self._live:
             if cache is not None:
                 caches.follow(cache, self)
+            if self.stopped and not self._asked:
+                raise RuntimeError(
+                    "on_token returned True, but the generation goes on; pass it stopping_criteria=[run.should_stop]"
+                )
             if self._on_token is not None and self._on_token(self):
-                if self.stopped and not self._asked:
-                    raise RuntimeError(
-                        "on_token returned True, but generate does not know; pass it "
-                        "stopping_criteria=[run.should_stop]"
-                    )
                 self.stopped = True
 
     def leave(self) -> None:
@@ -259,7 +258,7 @@ class Capture:
             return
         if call.begin == 0:
             self._store = self._fresh()
-            self.stopped = False
+            self.stopped = self._asked = False
         elif call.begin > store.length:
             raise InputError(
                 f"attnstats.capture(live=True): the model goes on at position {call.begin}, but only the first "
