@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.geometry import Geometry
 from attnstats.packing import Packing
-from attnstats.statistics import DistanceWeighted, PooledMap, Statistic
+from attnstats.statistics import DistanceWeighted, MaxLogit, PooledMap, Statistic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,8 +70,8 @@ def resolve(
             )
         if is_causal or query_length == key_length:
             query_offset = key_length - query_length
-    elif not isinstance(query_offset, int) or isinstance(query_offset, bool) or query_offset < 0:
-        raise ValueError(f"query_offset must be an integer >= 0, got {query_offset!r}")
+    else:
+        _check_length("query_offset", query_offset)
     if query_offset is None:
         across = f"Tq={query_length} != Tk={key_length} with is_causal=False is taken as cross-attention"
         _refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
@@ -191,6 +191,13 @@ def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(0, 1)[None] for x in tensors.values())
 
 
+def from_lse(statistics: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
+    """The statistics of a call that starts from an lse."""
+    if any(isinstance(statistic, MaxLogit) for statistic in statistics):
+        raise ValueError("statistics: MaxLogit is not a function of the lse; ask attnstats.attention for it")
+    return statistics
+
+
 def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) -> Tensor:
     """An lse as a kernel returned it, as (B, Hq, Tq) in natural logarithm, -inf where a row sees nothing.
 
@@ -224,6 +231,26 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
     if base == "2":
         lse = lse * math.log(2.0)
     return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)
+
+
+def check_settings(
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    window_size: Window | None,
+    **lengths: int | None,
+) -> None:
+    """Of a call that is traced, what can't be told from its compiled graph any more."""
+    _scale(scale, 1)
+    _softcap(softcap)
+    _window(window_size, is_causal)
+    for name, length in lengths.items():
+        _check_length(name, length)
+
+
+def _check_length(name: str, length: int | None) -> None:
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 0):
+        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
 def _refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
@@ -332,9 +359,8 @@ def _packing(
             raise ValueError(
                 f"cu_seqlens_k: query has {query_length} tokens and key {key_length}, so both need boundaries; got None"
             )
-    for side, given in (("q", max_seqlen_q), ("k", max_seqlen_k)):
-        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
-            raise ValueError(f"max_seqlen_{side} must be an integer >= 0, got {given!r}")
+    _check_length("max_seqlen_q", max_seqlen_q)
+    _check_length("max_seqlen_k", max_seqlen_k)
     boundaries: list[list[int]] = []
     longest: list[int] = []
     sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))

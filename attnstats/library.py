@@ -1,0 +1,499 @@
+"""The public functions as operators of torch.library, for torch.compile, torch.export and whatever else traces.
+
+A traced call is one node of the graph: `attnstats::attention` or `attnstats::statistics_from_lse`. Its body validates,
+picks a backend and computes when the graph runs, on real tensors, exactly as a call outside of a graph does; what is
+traced only makes shapes. So lengths are symbols, nothing is specialised to them, and a bad argument raises the same
+error as ever. A schema holds no objects: statistics and heads travel as JSON. Called by attention.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from attnstats import arguments, backends, reference, sweep
+from attnstats.arguments import Heads
+from attnstats.geometry import AttentionResult, Geometry, full_precision
+from attnstats.statistics import (
+    CATALOGUE,
+    DEFINED,
+    ColumnStatistic,
+    PooledMap,
+    Statistic,
+    Statistics,
+    resolve,
+)
+
+
+class Call(NamedTuple):
+    """A call but for query, key, value and lse, as the operators take it: the arguments of the public functions.
+
+    `statistics` and `heads` are what `_encoded` made of them. `refusal` is the error with which the body answers,
+    found by what could only be checked while the call was traced; "": none.
+    """
+
+    attn_mask: Tensor | None
+    sinks: Tensor | None
+    query_mask: Tensor | None
+    key_padding_mask: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    query_offset: int | None
+    window_size: Sequence[int] | None
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    softcap: float | None
+    statistics: str
+    heads: str
+    backend: str
+    refusal: str
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments of `arguments.resolve` or `resolve_packed`."""
+        if self.refusal:
+            kind, _, message = self.refusal.partition(": ")
+            raise {"TypeError": TypeError}.get(kind, ValueError)(message)
+        names = set(PACKED if self.packed else DENSE) - {"window_size", "heads"}
+        given = {name: getattr(self, name) for name in names}
+        window = None if self.window_size is None else tuple(self.window_size)
+        return given | {"window_size": window, "heads": _decoded_heads(self.heads)}
+
+
+SHARED = ("is_causal", "scale", "enable_gqa", "softcap", "window_size", "sinks", "query_mask", "heads")
+DENSE = (*SHARED, "attn_mask", "key_padding_mask", "query_offset")
+PACKED = (*SHARED, "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+_TYPES: dict[Any, str] = {
+    Tensor | None: "Tensor?",
+    int | None: "SymInt?",
+    Sequence[int] | None: "SymInt[]?",
+    float | None: "float?",
+    bool: "bool",
+    str: "str",
+}
+_KINDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
+_CALL = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
+_TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
+
+
+def tracing(x: Any) -> bool:
+    """Whether this call is being recorded, so that its tensors have no numbers or these are of no consequence."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or bool(_recording())
+
+
+def _recording() -> Any:
+    if not torch._C._len_torch_dispatch_stack():
+        return None
+    keys = torch._C._TorchDispatchModeKey
+    return torch._C._get_dispatch_mode(keys.PROXY) or torch._C._get_dispatch_mode(keys.FAKE)
+
+
+# What dynamo traces: no numbers, no sizes, and errors only as text.
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    statistics: Iterable[Statistic | str],
+    backend: str,
+    given: dict[str, Any],
+) -> AttentionResult:
+    """`attnstats.attention` or, with cu_seqlens_q given, `varlen_attention`."""
+    call, wanted = _call(statistics, backend, given, query=query, key=key, value=value)
+    output, lse, tensors = torch.ops.attnstats.attention(query, key, value, *call)
+    return AttentionResult(output, _results(wanted, tensors, lse, key, call))
+
+
+def statistics_from_lse(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    statistics: Iterable[Statistic | str],
+    lse_base: str,
+    lse_layout: str | None,
+    backend: str,
+    given: dict[str, Any],
+) -> Statistics:
+    call, wanted = _call(statistics, backend, given, query=query, key=key, lse=lse)
+    natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, lse_base, lse_layout, *call)
+    return _results(wanted, tensors, natural, key, call)
+
+
+def _results(wanted: tuple[Statistic, ...], tensors: list[Tensor], lse: Tensor, key: Tensor, call: Call) -> Statistics:
+    keys = key.shape[0] if call.packed else key.shape[2]
+    return Statistics(dict(zip(wanted, tensors, strict=False)), _Validity(lse, keys, call), lse)
+
+
+class _Validity:
+    """Where a statistic's value is more than a placeholder; computed when it is asked for, in a graph or after it."""
+
+    def __init__(self, lse: Tensor, keys: int, call: Call):
+        self.lse, self.keys, self.call = lse, keys, call
+
+    def __call__(self, statistic: Statistic) -> Tensor:
+        call = self.call._replace(statistics=_encoded((statistic,)), heads="null")
+        (valid,) = torch.ops.attnstats.valid(self.lse, self.keys, *call)
+        return valid
+
+
+def _call(
+    statistics: Iterable[Statistic | str], backend: str, given: dict[str, Any], **tensors: Tensor
+) -> tuple[Call, tuple[Statistic, ...]]:
+    """The call as its operator takes it, and the statistics that it computes."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):  # without them there is no operator to raise it later
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    known = dict.fromkeys(Call._fields) | {"is_causal": True, "enable_gqa": False} | given
+    heads, window = given.get("heads"), known["window_size"]
+    try:
+        wanted = resolve(statistics)
+        known |= {"statistics": _encoded(wanted), "heads": _encoded_heads(heads), "backend": backend}
+        for name in _TENSORS:
+            if known[name] is not None and not isinstance(known[name], Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(known[name]).__name__}")
+        if not isinstance(backend, str):
+            raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {backend!r}")
+        names = ("query_offset", "max_seqlen_q", "max_seqlen_k")
+        lengths = {name: known[name] for name in names}
+        arguments.check_settings(known["is_causal"], known["scale"], known["softcap"], window, **lengths)
+        if window is not None:
+            known["window_size"] = [-1 if side is None else side for side in window]
+        for name in ("scale", "softcap"):
+            known[name] = None if known[name] is None else float(known[name])
+        known |= {"is_causal": bool(known["is_causal"]), "enable_gqa": bool(known["enable_gqa"]), "refusal": ""}
+    except (TypeError, ValueError) as error:
+        if not torch.compiler.is_dynamo_compiling():
+            raise
+        kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
+        nothing = dict.fromkeys(Call._fields) | {"is_causal": False, "enable_gqa": False}
+        told = {"statistics": "[]", "heads": "null", "backend": "auto", "refusal": f"{kind}: {error.args[0]}"}
+        return Call(**(nothing | told | {"cu_seqlens_q": known["cu_seqlens_q"]})), ()
+    return Call(**known), wanted
+
+
+def _encoded(statistics: tuple[Statistic, ...]) -> str:
+    """[["waad", 10], ...]: a name of the catalogue, or the key of a class from elsewhere, and its settings."""
+    return "[" + ", ".join([_encoded_statistic(s) for s in statistics]) + "]"
+
+
+def _encoded_statistic(s: Statistic) -> str:
+    kind = type(s)
+    name = s.name if CATALOGUE.get(s.name) is kind else kind.key
+    settings = [_text(getattr(s, field.name), kind) for field in dataclasses.fields(s)]
+    return "[" + ", ".join([f'"{name}"', *settings]) + "]"
+
+
+def _encoded_heads(heads: Heads | None) -> str:
+    """A list of heads, or [[name or statistic, list of heads], ...]."""
+    if not isinstance(heads, Mapping):
+        return _text(heads, None)
+    pairs = [
+        f"[{_encoded_statistic(s) if isinstance(s, Statistic) else _text(s, None)}, {_text(of_s, None)}]"
+        for s, of_s in heads.items()
+    ]
+    return "{" + f'"by": [{", ".join(pairs)}]' + "}"
+
+
+def _text(value: Any, owner: type | None) -> str:
+    """JSON, written by hand because json can't be traced."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return f"{value}"
+    if isinstance(value, str) and '"' not in value and "\\" not in value and value.isprintable():
+        return f'"{value}"'
+    if isinstance(value, (list, tuple, range)):
+        return "[" + ", ".join([_text(item, owner) for item in value]) + "]"
+    what = "heads" if owner is None else f"statistics: {owner.__name__}"
+    raise TypeError(f"{what} in a compiled graph must consist of numbers, strings and tuples of them, got {value!r}")
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded(statistics: str) -> tuple[Statistic, ...]:
+    return tuple(_decoded_statistic(item) for item in json.loads(statistics))
+
+
+def _decoded_statistic(item: list[Any]) -> Statistic:
+    name, *settings = item
+    kind = CATALOGUE.get(name) or DEFINED.get(name)
+    if kind is None:
+        raise ValueError(
+            f"statistics: the graph asks for {name}, which is not defined in this process; import it first"
+        )
+    names = [field.name for field in dataclasses.fields(kind)]
+    return kind(**dict(zip(names, map(_tuples, settings), strict=True)))
+
+
+@functools.lru_cache(maxsize=256)
+def _decoded_heads(text: str) -> Any:
+    heads = json.loads(text)
+    if not isinstance(heads, dict):
+        return _tuples(heads)
+    return {(_decoded_statistic(s) if isinstance(s, list) else s): _tuples(of_s) for s, of_s in heads["by"]}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+# What runs in a graph.
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    call = Call(*settings)
+    with torch.no_grad():  # register_autograd has the gradients
+        (output, lse, tensors), _ = backends.attend(
+            query, key, value, _decoded(call.statistics), call.backend, call.given()
+        )
+        inner = output.transpose(1, 2).contiguous()  # heads innermost but one: as torch's kernels have it
+        output, *rest = inner if call.packed else inner.transpose(1, 2), lse, *tensors.values()
+        if call.packed:
+            output, rest = inner[0], [x[0] for x in rest]
+        lse, *found = _apart(rest, (query, key, value, *call))
+    return output, lse, found
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    call = Call(*settings)
+    shapes = _shapes(query, key, call)
+    if call.packed:
+        output = query.new_empty((*query.shape[:2], value.shape[-1]))
+    elif query.dim() != 4:
+        output = torch.empty_like(query)
+    else:
+        batch, heads, length, _ = query.shape
+        output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+    lse, *tensors = [_new(query, shape) for shape in shapes]
+    return output, lse, tensors
+
+
+def _statistics_from_lse(
+    query: Tensor, key: Tensor, lse: Tensor, lse_base: str, lse_layout: str | None, *settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    call = Call(*settings)
+    natural, tensors, _ = backends.from_lse(
+        query, key, lse, _decoded(call.statistics), lse_base, lse_layout, call.backend, call.given()
+    )
+    rest = [natural, *tensors.values()]
+    natural, *found = _apart([x[0] for x in rest] if call.packed else rest, (query, key, lse, *call))
+    return natural, found
+
+
+def _fake_statistics_from_lse(
+    query: Tensor, key: Tensor, lse: Tensor, lse_base: str, lse_layout: str | None, *settings: Any
+) -> tuple[Tensor, list[Tensor]]:
+    natural, *tensors = [_new(query, shape) for shape in _shapes(query, key, Call(*settings))]
+    return natural, tensors
+
+
+def _valid(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
+    call = Call(*settings)
+    wanted = _decoded(call.statistics)
+    # Geometry asks for tensors, of which only their shapes matter: views that have these.
+    if call.packed:
+        query, key = lse.detach().T[..., None], lse.new_zeros(()).expand(keys, len(lse), 1)
+    else:
+        query, key = lse.detach()[..., None], lse.new_zeros(()).expand(*lse.shape[:2], keys, 1)
+    *_, geometry = backends.geometry_of(query, key, None, wanted, call.given())
+    found = [geometry.validity(s) for s in wanted]
+    return _apart([x[0] for x in found] if call.packed else found, (lse, *call))
+
+
+def _fake_valid(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
+    call = Call(*settings)
+    batch = () if call.packed else lse.shape[:1]
+    return [
+        lse.new_empty((*batch, *_shape_of(s, lse.shape[-1], keys)), dtype=torch.bool) for s in _decoded(call.statistics)
+    ]
+
+
+def _attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    *settings: Any,
+) -> list[Tensor]:
+    """For query, key, value, and for sinks and a float attn_mask where there are any."""
+    call = Call(*settings)
+    wanted = _decoded(call.statistics)
+    dense_query, dense_key, dense_value, geometry = backends.geometry_of(query, key, value, wanted, call.given())
+    assert dense_value is not None
+    if call.packed:
+        (output, grad_output), lse = arguments.batch_of_one(output=output, grad_output=grad_output), lse[None]
+    with torch.no_grad(), full_precision(query.device):
+        if backends.choose(call.backend, geometry) is reference:
+            grads = _by_autograd(dense_query, dense_key, dense_value, geometry, grad_output)
+        else:
+            *found, of_sinks = sweep.gradients(dense_query, dense_key, dense_value, output, lse, grad_output, geometry)
+            grads = [*found, *(() if of_sinks is None else (of_sinks,))]
+        if call.packed:
+            grads = [*(x[0].transpose(0, 1) for x in grads[:3]), *grads[3:]]
+        inputs = _differentiable(query, key, value, call)
+        return [_like(x, grad) for x, grad in zip(inputs, grads, strict=True)]
+
+
+def _fake_attention_backward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> list[Tensor]:
+    call = Call(*others[3:])
+    return [torch.empty_like(x) for x in _differentiable(query, key, value, call)]
+
+
+def _differentiable(query: Tensor, key: Tensor, value: Tensor, call: Call) -> list[Tensor]:
+    inputs = [query, key, value]
+    if call.sinks is not None:
+        inputs.append(call.sinks)
+    if call.attn_mask is not None and call.attn_mask.is_floating_point():
+        inputs.append(call.attn_mask)
+    return inputs
+
+
+def _by_autograd(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, grad_output: Tensor) -> list[Tensor]:
+    """The reference's gradients, which are those of its operations."""
+    bias = geometry.dense_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = None
+    with _autograd():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, geometry.sinks, bias)]
+        sinks, dense = leaves[3], geometry.dense_mask if bias is None else leaves[4]
+        again = dataclasses.replace(geometry, sinks=sinks, dense_mask=dense, memo={})
+        output = reference.attend(leaves[0], leaves[1], leaves[2], again, ()).output
+        return list(torch.autograd.grad(output, [x for x in leaves if x is not None], grad_output))
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside of an operator's body, which is called with it switched off twice."""
+    keys, off = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+        off = off.remove(key)
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off):
+        yield
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    query, key, value, *settings = inputs
+    call = Call(*settings)
+    out, lse, tensors = output
+    ctx.save_for_backward(query, key, value, out, lse, *(getattr(call, name) for name in _TENSORS))
+    ctx.call = call._replace(**dict.fromkeys(_TENSORS))
+    ctx.mark_non_differentiable(lse, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    query, key, value, out, lse, *masks = ctx.saved_tensors
+    call = ctx.call._replace(**dict(zip(_TENSORS, masks, strict=True)))
+    if grad_output is None:
+        grad_output = torch.zeros_like(out)
+    grads = torch.ops.attnstats.attention_backward(query, key, value, out, lse, grad_output, *call)
+    of_call = dict.fromkeys(Call._fields)
+    rest = grads[3:]
+    if call.sinks is not None:
+        of_call["sinks"], *rest = rest
+    if rest:
+        (of_call["attn_mask"],) = rest
+    return *grads[:3], *of_call.values()
+
+
+def _shapes(query: Tensor, key: Tensor, call: Call) -> list[tuple[Any, ...]]:
+    """Of the lse and of each statistic. Bad arguments get some shape too: the body has the error."""
+    if query.dim() != 3 + (not call.packed) or key.dim() != query.dim():
+        return [query.shape for _ in ("lse", *_decoded(call.statistics))]
+    wanted = _decoded(call.statistics)
+    if call.packed:
+        batch: tuple[Any, ...] = ()
+        length, heads, _ = query.shape
+        keys = key.shape[0]
+    else:
+        *batch, heads, length, _ = query.shape  # type: ignore[assignment]
+        keys = key.shape[2]
+    chosen = _decoded_heads(call.heads)
+    shapes = [(*batch, heads, length)]
+    for s in wanted:
+        of_s = chosen
+        if isinstance(chosen, dict):
+            of_s = chosen.get(s, chosen.get(s.name))
+        count = len(of_s) if isinstance(of_s, tuple) else heads
+        shapes.append((*batch, count, *_shape_of(s, length, keys)))
+    return shapes
+
+
+def _shape_of(s: Statistic, length: Any, keys: Any) -> tuple[Any, ...]:
+    if isinstance(s, ColumnStatistic):
+        return (keys,)
+    if isinstance(s, PooledMap):
+        return tuple(x if isinstance(x, int) else len(x) - 1 for x in (s.query_segments, s.key_segments))
+    return (length,)
+
+
+def _new(query: Tensor, shape: tuple[Any, ...]) -> Tensor:
+    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
+def _apart(tensors: list[Tensor], inputs: Iterable[Any]) -> list[Tensor]:
+    """Contiguous, and none a view of an input or of another: a graph relies on it."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    apart = []
+    for x in tensors:
+        x = x.contiguous()
+        if x.untyped_storage().data_ptr() in taken or x.storage_offset():
+            x = x.clone()
+        taken.add(x.untyped_storage().data_ptr())
+        apart.append(x)
+    return apart
+
+
+def _like(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the strides that `torch.empty_like` gives it in a trace."""
+    if grad.dtype == x.dtype and grad.stride() == torch.empty_like(x, device="meta").stride():
+        return grad
+    return torch.empty_like(x).copy_(grad)
+
+
+def _define(name: str, body: Any, fake: Any, tensors: str, returns: str) -> Any:
+    operator = torch.library.custom_op(
+        f"attnstats::{name}", body, mutates_args=(), schema=f"({tensors}, {_CALL}) -> {returns}"
+    )
+    operator.register_fake(fake)
+    return operator
+
+
+_three = "Tensor query, Tensor key, Tensor value"
+_define("attention", _attention, _fake_attention, _three, "(Tensor, Tensor, Tensor[])").register_autograd(
+    _backward, setup_context=_setup_context
+)
+_define(
+    "attention_backward",
+    _attention_backward,
+    _fake_attention_backward,
+    f"{_three}, Tensor output, Tensor lse, Tensor grad_output",
+    "Tensor[]",
+)
+_define(
+    "statistics_from_lse",
+    _statistics_from_lse,
+    _fake_statistics_from_lse,
+    "Tensor query, Tensor key, Tensor lse, str lse_base, str? lse_layout",
+    "(Tensor, Tensor[])",
+)
+_define("valid", _valid, _fake_valid, "Tensor lse, SymInt keys", "Tensor[]")
