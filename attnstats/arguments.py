@@ -7,6 +7,7 @@ nothing here touches the numbers in query, key and value. Called by attention.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.geometry import Geometry
 from attnstats.packing import Packing
-from attnstats.statistics import DistanceWeighted, MaxLogit, PooledMap, Statistic
+from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, PooledMap, Statistic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,7 +72,7 @@ def resolve(
         if is_causal or query_length == key_length:
             query_offset = key_length - query_length
     else:
-        _check_length("query_offset", query_offset)
+        check_length("query_offset", query_offset)
     if query_offset is None:
         across = f"Tq={query_length} != Tk={key_length} with is_causal=False is taken as cross-attention"
         _refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
@@ -181,6 +182,35 @@ def resolve_packed(
     )
 
 
+def with_dropout(geometry: Geometry, dropout_p: float, seed: Tensor | None = None) -> Geometry:
+    """The same call with its dropout, and with a seed for it."""
+    check_dropout(dropout_p)
+    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed) if dropout_p else geometry
+
+
+def check_dropout(dropout_p: float) -> None:
+    if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), 0 for no dropout; got {dropout_p!r}")
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """(1,) int64 from the default generator of the device."""
+    return torch.randint(2**62, (1,), device=device)
+
+
+def check_differentiable(statistics: tuple[Statistic, ...], differentiable: bool) -> None:
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"differentiable must be True or False, got {differentiable!r}")
+    for s in statistics if differentiable else ():
+        if isinstance(s, ColumnStatistic) and s.last_queries is not None:
+            raise ValueError(f"differentiable: {s} of the last queries carries no gradients; Received() does")
+        if not isinstance(s, (DistanceWeighted, Entropy, LSE)):
+            raise ValueError(
+                f"differentiable: {s} carries no gradients; distance-weighted statistics, Entropy and LSE do. "
+                "Ask for it in a call with differentiable=False"
+            )
+
+
 def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Packed tensors (total, heads, dim) as views (1, heads, total, dim)."""
     for name, x in tensors.items():
@@ -233,22 +263,14 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
     return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)
 
 
-def check_settings(
-    is_causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    window_size: Window | None,
-    **lengths: int | None,
-) -> None:
-    """Of a call that is traced, what can't be told from its compiled graph any more."""
+def check_settings(is_causal: bool, scale: float | None, softcap: float | None, window_size: Window | None) -> None:
+    """Of a call that is traced, what can't be told from its graph any more."""
     _scale(scale, 1)
     _softcap(softcap)
     _window(window_size, is_causal)
-    for name, length in lengths.items():
-        _check_length(name, length)
 
 
-def _check_length(name: str, length: int | None) -> None:
+def check_length(name: str, length: int | None) -> None:
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 0):
         raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
@@ -359,8 +381,8 @@ def _packing(
             raise ValueError(
                 f"cu_seqlens_k: query has {query_length} tokens and key {key_length}, so both need boundaries; got None"
             )
-    _check_length("max_seqlen_q", max_seqlen_q)
-    _check_length("max_seqlen_k", max_seqlen_k)
+    check_length("max_seqlen_q", max_seqlen_q)
+    check_length("max_seqlen_k", max_seqlen_k)
     boundaries: list[list[int]] = []
     longest: list[int] = []
     sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))

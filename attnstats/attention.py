@@ -39,12 +39,13 @@ def attention(
     key_padding_mask: Tensor | None = None,
     query_offset: int | None = None,
     heads: Heads | None = None,
+    differentiable: bool = False,
     backend: Backend = "auto",
 ) -> AttentionResult:
     """Scaled dot product attention and statistics of its map, in O(T) memory.
 
     The output is that of `torch.nn.functional.scaled_dot_product_attention`, and so are its gradients; the
-    statistics carry none. Causal masks are aligned to the end: with Tq=2, Tk=5 the queries see
+    statistics carry none unless asked to. Causal masks are aligned to the end: with Tq=2, Tk=5 the queries see
 
         1 1 1 1 0
         1 1 1 1 1
@@ -56,7 +57,9 @@ def attention(
         statistics: instances of the catalogue (`WAAD(10)`, `FAI(10, 100)`, ...), or names for the defaults.
         attn_mask: bool, True where a key may be seen, broadcastable to (B, 1, 1, Tk). Masks that depend on the
             query would cost O(Tq * Tk): only `backend="reference"` takes them, also additive ones.
-        dropout_p: as SDPA has it; only 0 so far.
+        dropout_p: the share of the map, in [0, 1), that is dropped before it meets the values, the rest being scaled
+            by 1 / (1 - dropout_p). Statistics and lse are those of the map before. Like SDPA it drops whenever it
+            is not 0: pass 0 in evaluation. `torch.manual_seed` governs it; backends draw different masks.
         is_causal: query t sees keys s <= t.
         scale: multiplies the scores; default 1 / sqrt(D).
         enable_gqa: allow fewer key than query heads; heads are never repeated in memory.
@@ -71,6 +74,9 @@ def attention(
         query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
         heads: the query heads whose statistics are wanted, `[0, 5]`, or such lists by statistic or name,
             `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
+        differentiable: whether statistics carry gradients into query, key and sinks, for a loss on the map's shape:
+            all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
+            pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
         backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
             else tiled).
 
@@ -103,10 +109,10 @@ def attention(
         "query_offset": query_offset,
         "heads": heads,
     }
-    _check_dropout(dropout_p)
+    options = {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
     if library.tracing(query):
-        return library.attention(query, key, value, statistics, backend, given)
-    (output, lse, tensors), geometry = backends.attend(query, key, value, resolve(statistics), backend, given)
+        return library.attention(query, key, value, statistics, options | given)
+    (output, lse, tensors), geometry = backends.attend(query, key, value, resolve(statistics), given, **options)
     return AttentionResult(output, Statistics(tensors, geometry.validity, lse))
 
 
@@ -129,6 +135,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     query_mask: Tensor | None = None,
     heads: Heads | None = None,
+    differentiable: bool = False,
     backend: Backend = "auto",
 ) -> AttentionResult:
     """`attention` for sequences of different lengths, packed end to end without padding.
@@ -180,10 +187,10 @@ def varlen_attention(
         "query_mask": query_mask,
         "heads": heads,
     }
-    _check_dropout(dropout_p)
+    options = {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
     if library.tracing(query):
-        return library.attention(query, key, value, statistics, backend, given)
-    (output, lse, tensors), geometry = backends.attend(query, key, value, resolve(statistics), backend, given)
+        return library.attention(query, key, value, statistics, options | given)
+    (output, lse, tensors), geometry = backends.attend(query, key, value, resolve(statistics), given, **options)
     return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
 
 
@@ -223,9 +230,10 @@ def statistics_from_lse(
     """
     given = _given("statistics_from_lse", cu_seqlens_q, others)
     if library.tracing(query):
-        return library.statistics_from_lse(query, key, lse, statistics, lse_base, lse_layout, backend, given)
-    wanted = arguments.from_lse(resolve(statistics))
-    lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, backend, given)
+        options = {"backend": backend}
+        return library.statistics_from_lse(query, key, lse, statistics, lse_base, lse_layout, options | given)
+    wanted = resolve(statistics)
+    lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, given, backend)
     packed = cu_seqlens_q is not None
     return _packed(tensors, lse, geometry) if packed else Statistics(tensors, geometry.validity, lse)
 
@@ -237,6 +245,8 @@ def explain(
     *,
     statistics: Iterable[Statistic | str] = (),
     cu_seqlens_q: Tensor | None = None,
+    dropout_p: float = 0.0,
+    differentiable: bool = False,
     backend: Backend = "auto",
     **others: Any,
 ) -> None:
@@ -258,8 +268,10 @@ def explain(
     wanted = resolve(statistics)
     if value is None:
         wanted = arguments.from_lse(wanted)
+    arguments.check_differentiable(wanted, differentiable)
     given = _given("explain", cu_seqlens_q, others)
     query, key, value, geometry = backends.geometry_of(query, key, value, wanted, given)
+    geometry = arguments.with_dropout(geometry, dropout_p)
     module = backends.choose(backend, geometry)
     lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
     for step in module.plan(geometry, wanted, value is not None):
@@ -282,8 +294,3 @@ def _given(caller: str, cu_seqlens_q: Tensor | None, others: dict[str, Any]) -> 
 def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
     """Results of a batch of one without their batch dimension."""
     return Statistics({s: x[0] for s, x in tensors.items()}, lambda s: geometry.validity(s)[0], lse[0])
-
-
-def _check_dropout(dropout_p: float) -> None:
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}: dropout is not supported")

@@ -11,17 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attnstats import arguments, backends, reference, sweep
+from attnstats import arguments, backends
 from attnstats.arguments import Heads
-from attnstats.geometry import AttentionResult, Geometry, full_precision
+from attnstats.geometry import AttentionResult
 from attnstats.statistics import (
     CATALOGUE,
     DEFINED,
@@ -54,6 +53,9 @@ class Call(NamedTuple):
     scale: float | None
     enable_gqa: bool
     softcap: float | None
+    dropout_p: float
+    dropout_seed: Tensor | None
+    differentiable: bool
     statistics: str
     heads: str
     backend: str
@@ -83,12 +85,24 @@ _TYPES: dict[Any, str] = {
     int | None: "SymInt?",
     Sequence[int] | None: "SymInt[]?",
     float | None: "float?",
+    float: "float",
     bool: "bool",
     str: "str",
 }
 _KINDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
 _CALL = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 _TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
+
+NOTHING: dict[str, Any] = dict.fromkeys(Call._fields) | {
+    "is_causal": True,
+    "enable_gqa": False,
+    "dropout_p": 0.0,
+    "differentiable": False,
+    "statistics": "[]",
+    "heads": None,
+    "backend": "auto",
+    "refusal": "",
+}
 
 
 def tracing(x: Any) -> bool:
@@ -111,11 +125,10 @@ def attention(
     key: Tensor,
     value: Tensor,
     statistics: Iterable[Statistic | str],
-    backend: str,
     given: dict[str, Any],
 ) -> AttentionResult:
-    """`attnstats.attention` or, with cu_seqlens_q given, `varlen_attention`."""
-    call, wanted = _call(statistics, backend, given, query=query, key=key, value=value)
+    """`attnstats.attention` or, with cu_seqlens_q given, `varlen_attention`; `given` are all other arguments."""
+    call, wanted = _call(statistics, given, query=query, key=key, value=value)
     output, lse, tensors = torch.ops.attnstats.attention(query, key, value, *call)
     return AttentionResult(output, _results(wanted, tensors, lse, key, call))
 
@@ -127,10 +140,9 @@ def statistics_from_lse(
     statistics: Iterable[Statistic | str],
     lse_base: str,
     lse_layout: str | None,
-    backend: str,
     given: dict[str, Any],
 ) -> Statistics:
-    call, wanted = _call(statistics, backend, given, query=query, key=key, lse=lse)
+    call, wanted = _call(statistics, given, query=query, key=key, lse=lse)
     natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, lse_base, lse_layout, *call)
     return _results(wanted, tensors, natural, key, call)
 
@@ -153,38 +165,47 @@ class _Validity:
 
 
 def _call(
-    statistics: Iterable[Statistic | str], backend: str, given: dict[str, Any], **tensors: Tensor
+    statistics: Iterable[Statistic | str], given: dict[str, Any], **tensors: Tensor
 ) -> tuple[Call, tuple[Statistic, ...]]:
     """The call as its operator takes it, and the statistics that it computes."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):  # without them there is no operator to raise it later
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    known = dict.fromkeys(Call._fields) | {"is_causal": True, "enable_gqa": False} | given
-    heads, window = given.get("heads"), known["window_size"]
+    known = NOTHING | given
     try:
         wanted = resolve(statistics)
-        known |= {"statistics": _encoded(wanted), "heads": _encoded_heads(heads), "backend": backend}
-        for name in _TENSORS:
-            if known[name] is not None and not isinstance(known[name], Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(known[name]).__name__}")
-        if not isinstance(backend, str):
-            raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {backend!r}")
-        names = ("query_offset", "max_seqlen_q", "max_seqlen_k")
-        lengths = {name: known[name] for name in names}
-        arguments.check_settings(known["is_causal"], known["scale"], known["softcap"], window, **lengths)
-        if window is not None:
-            known["window_size"] = [-1 if side is None else side for side in window]
-        for name in ("scale", "softcap"):
-            known[name] = None if known[name] is None else float(known[name])
-        known |= {"is_causal": bool(known["is_causal"]), "enable_gqa": bool(known["enable_gqa"]), "refusal": ""}
+        _check(known, wanted)
     except (TypeError, ValueError) as error:
         if not torch.compiler.is_dynamo_compiling():
             raise
         kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
-        nothing = dict.fromkeys(Call._fields) | {"is_causal": False, "enable_gqa": False}
-        told = {"statistics": "[]", "heads": "null", "backend": "auto", "refusal": f"{kind}: {error.args[0]}"}
-        return Call(**(nothing | told | {"cu_seqlens_q": known["cu_seqlens_q"]})), ()
+        refused = {"heads": "null", "cu_seqlens_q": known["cu_seqlens_q"], "refusal": f"{kind}: {error.args[0]}"}
+        return Call(**(NOTHING | refused)), ()
+    known["statistics"] = _encoded(wanted)
+    known["heads"] = _encoded_heads(known["heads"])
+    if known["window_size"] is not None:
+        known["window_size"] = [-1 if side is None else side for side in known["window_size"]]
+    if known["dropout_p"]:
+        known["dropout_seed"] = arguments.draw_seed(tensors["query"].device)
+    for name in ("scale", "softcap", "dropout_p"):
+        known[name] = None if known[name] is None else float(known[name])
+    for name in ("is_causal", "enable_gqa"):
+        known[name] = bool(known[name])
     return Call(**known), wanted
+
+
+def _check(known: dict[str, Any], wanted: tuple[Statistic, ...]) -> None:
+    """What a schema would refuse in words of its own, and what isn't said in the graph any more."""
+    for name in _TENSORS:
+        if known[name] is not None and not isinstance(known[name], Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(known[name]).__name__}")
+    for name in ("query_offset", "max_seqlen_q", "max_seqlen_k"):
+        arguments.check_length(name, known[name])
+    arguments.check_settings(known["is_causal"], known["scale"], known["softcap"], known["window_size"])
+    arguments.check_dropout(known["dropout_p"])
+    arguments.check_differentiable(wanted, known["differentiable"])
+    _encoded(wanted), _encoded_heads(known["heads"])
+    backends.check(known["backend"])
 
 
 def _encoded(statistics: tuple[Statistic, ...]) -> str:
@@ -235,9 +256,7 @@ def _decoded_statistic(item: list[Any]) -> Statistic:
     name, *settings = item
     kind = CATALOGUE.get(name) or DEFINED.get(name)
     if kind is None:
-        raise ValueError(
-            f"statistics: the graph asks for {name}, which is not defined in this process; import it first"
-        )
+        raise ValueError(f"statistics: the graph asks for {name}, which nothing in this process defines; import it")
     names = [field.name for field in dataclasses.fields(kind)]
     return kind(**dict(zip(names, map(_tuples, settings), strict=True)))
 
@@ -261,13 +280,19 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tup
     call = Call(*settings)
     with torch.no_grad():  # register_autograd has the gradients
         (output, lse, tensors), _ = backends.attend(
-            query, key, value, _decoded(call.statistics), call.backend, call.given()
+            query,
+            key,
+            value,
+            _decoded(call.statistics),
+            call.given(),
+            dropout_p=call.dropout_p,
+            dropout_seed=call.dropout_seed,
+            differentiable=call.differentiable,
+            backend=call.backend,
         )
-        inner = output.transpose(1, 2).contiguous()  # heads innermost but one: as torch's kernels have it
-        output, *rest = inner if call.packed else inner.transpose(1, 2), lse, *tensors.values()
-        if call.packed:
-            output, rest = inner[0], [x[0] for x in rest]
-        lse, *found = _apart(rest, (query, key, value, *call))
+    output = output.transpose(1, 2).contiguous()  # (B, T, H, D) in memory, as torch's kernels have it
+    output = output[0] if call.packed else output.transpose(1, 2)
+    lse, *found = _apart(_unbatched(call, [lse, *tensors.values()]), (query, key, value, *call))
     return output, lse, found
 
 
@@ -290,10 +315,9 @@ def _statistics_from_lse(
 ) -> tuple[Tensor, list[Tensor]]:
     call = Call(*settings)
     natural, tensors, _ = backends.from_lse(
-        query, key, lse, _decoded(call.statistics), lse_base, lse_layout, call.backend, call.given()
+        query, key, lse, _decoded(call.statistics), lse_base, lse_layout, call.given(), call.backend
     )
-    rest = [natural, *tensors.values()]
-    natural, *found = _apart([x[0] for x in rest] if call.packed else rest, (query, key, lse, *call))
+    natural, *found = _apart(_unbatched(call, [natural, *tensors.values()]), (query, key, lse, *call))
     return natural, found
 
 
@@ -313,8 +337,7 @@ def _valid(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
     else:
         query, key = lse.detach()[..., None], lse.new_zeros(()).expand(*lse.shape[:2], keys, 1)
     *_, geometry = backends.geometry_of(query, key, None, wanted, call.given())
-    found = [geometry.validity(s) for s in wanted]
-    return _apart([x[0] for x in found] if call.packed else found, (lse, *call))
+    return _apart(_unbatched(call, [geometry.validity(s) for s in wanted]), (lse, *call))
 
 
 def _fake_valid(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
@@ -331,88 +354,79 @@ def _attention_backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
+    values: list[Tensor],
     grad_output: Tensor,
+    grads: list[Tensor | None],
     *settings: Any,
 ) -> list[Tensor]:
     """For query, key, value, and for sinks and a float attn_mask where there are any."""
     call = Call(*settings)
-    wanted = _decoded(call.statistics)
-    dense_query, dense_key, dense_value, geometry = backends.geometry_of(query, key, value, wanted, call.given())
-    assert dense_value is not None
+    inputs = _differentiable(query, key, value, call)
     if call.packed:
-        (output, grad_output), lse = arguments.batch_of_one(output=output, grad_output=grad_output), lse[None]
-    with torch.no_grad(), full_precision(query.device):
-        if backends.choose(call.backend, geometry) is reference:
-            grads = _by_autograd(dense_query, dense_key, dense_value, geometry, grad_output)
-        else:
-            *found, of_sinks = sweep.gradients(dense_query, dense_key, dense_value, output, lse, grad_output, geometry)
-            grads = [*found, *(() if of_sinks is None else (of_sinks,))]
-        if call.packed:
-            grads = [*(x[0].transpose(0, 1) for x in grads[:3]), *grads[3:]]
-        inputs = _differentiable(query, key, value, call)
-        return [_like(x, grad) for x, grad in zip(inputs, grads, strict=True)]
+        output, grad_output = arguments.batch_of_one(output=output, grad_output=grad_output)
+        lse, values, grads = lse[None], [x[None] for x in values], [None if x is None else x[None] for x in grads]
+    statistics = _decoded(call.statistics)
+    of_statistics = {s: (x, grad) for s, x, grad in zip(statistics, values, grads, strict=True) if grad is not None}
+    found = backends.gradients(
+        query,
+        key,
+        value,
+        output,
+        lse,
+        grad_output,
+        statistics,
+        of_statistics,
+        call.given(),
+        dropout_p=call.dropout_p,
+        dropout_seed=call.dropout_seed,
+        backend=call.backend,
+    )
+    if call.packed:
+        found[:3] = [x[0].transpose(0, 1) for x in found[:3]]
+    return [_like(x, grad) for x, grad in zip(inputs, found, strict=True)]
 
 
 def _fake_attention_backward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> list[Tensor]:
-    call = Call(*others[3:])
-    return [torch.empty_like(x) for x in _differentiable(query, key, value, call)]
+    return [torch.empty_like(x) for x in _differentiable(query, key, value, Call(*others[-len(Call._fields) :]))]
 
 
 def _differentiable(query: Tensor, key: Tensor, value: Tensor, call: Call) -> list[Tensor]:
-    inputs = [query, key, value]
-    if call.sinks is not None:
-        inputs.append(call.sinks)
-    if call.attn_mask is not None and call.attn_mask.is_floating_point():
-        inputs.append(call.attn_mask)
-    return inputs
-
-
-def _by_autograd(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, grad_output: Tensor) -> list[Tensor]:
-    """The reference's gradients, which are those of its operations."""
-    bias = geometry.dense_mask
-    if bias is not None and bias.dtype == torch.bool:
-        bias = None
-    with _autograd():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, geometry.sinks, bias)]
-        sinks, dense = leaves[3], geometry.dense_mask if bias is None else leaves[4]
-        again = dataclasses.replace(geometry, sinks=sinks, dense_mask=dense, memo={})
-        output = reference.attend(leaves[0], leaves[1], leaves[2], again, ()).output
-        return list(torch.autograd.grad(output, [x for x in leaves if x is not None], grad_output))
-
-
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd inside of an operator's body, which is called with it switched off twice."""
-    keys, off = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
-        off = off.remove(key)
-    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off):
-        yield
+    return [query, key, value, *(x for x in (call.sinks, call.attn_mask) if x is not None and x.is_floating_point())]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     query, key, value, *settings = inputs
     call = Call(*settings)
     out, lse, tensors = output
-    ctx.save_for_backward(query, key, value, out, lse, *(getattr(call, name) for name in _TENSORS))
+    kept = tensors if call.differentiable else []
+    ctx.save_for_backward(query, key, value, out, lse, *(getattr(call, name) for name in _TENSORS), *kept)
     ctx.call = call._replace(**dict.fromkeys(_TENSORS))
-    ctx.mark_non_differentiable(lse, *tensors)
+    ctx.mark_non_differentiable(lse, *(() if call.differentiable else tensors))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    query, key, value, out, lse, *masks = ctx.saved_tensors
+def _backward(ctx: Any, grad_output: Tensor | None, _: None, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    query, key, value, out, lse, *rest = ctx.saved_tensors
+    masks, values = rest[: len(_TENSORS)], rest[len(_TENSORS) :]
     call = ctx.call._replace(**dict(zip(_TENSORS, masks, strict=True)))
+    if not call.differentiable:
+        call, grads = call._replace(statistics="[]", heads="null"), []
     if grad_output is None:
         grad_output = torch.zeros_like(out)
-    grads = torch.ops.attnstats.attention_backward(query, key, value, out, lse, grad_output, *call)
+    operator = torch.ops.attnstats.attention_backward
+    found = operator(query, key, value, out, lse, values, grad_output, grads, *call)
     of_call = dict.fromkeys(Call._fields)
-    rest = grads[3:]
-    if call.sinks is not None:
-        of_call["sinks"], *rest = rest
-    if rest:
-        (of_call["attn_mask"],) = rest
-    return *grads[:3], *of_call.values()
+    names = [name for name in ("sinks", "attn_mask") if _is_float(getattr(call, name))]
+    of_call |= zip(names, found[3:], strict=True)
+    return *found[:3], *of_call.values()
+
+
+def _is_float(x: Tensor | None) -> bool:
+    return x is not None and x.is_floating_point()
+
+
+def _unbatched(call: Call, tensors: list[Tensor]) -> list[Tensor]:
+    return [x[0] for x in tensors] if call.packed else tensors
 
 
 def _shapes(query: Tensor, key: Tensor, call: Call) -> list[tuple[Any, ...]]:
@@ -486,7 +500,7 @@ _define(
     "attention_backward",
     _attention_backward,
     _fake_attention_backward,
-    f"{_three}, Tensor output, Tensor lse, Tensor grad_output",
+    f"{_three}, Tensor output, Tensor lse, Tensor[] values, Tensor grad_output, Tensor?[] grads",
     "Tensor[]",
 )
 _define(
