@@ -109,10 +109,12 @@ def attention(
         "query_offset": query_offset,
         "heads": heads,
     }
-    options = {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
     if library.tracing(query):
-        return library.attention(query, key, value, statistics, options | given)
-    (output, lse, tensors), geometry = backends.attend(query, key, value, resolve(statistics), given, **options)
+        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
+        return library.attention(query, key, value, statistics, given)
+    (output, lse, tensors), geometry = backends.attend(
+        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
+    )
     return AttentionResult(output, Statistics(tensors, geometry.validity, lse))
 
 
@@ -187,10 +189,12 @@ def varlen_attention(
         "query_mask": query_mask,
         "heads": heads,
     }
-    options = {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
     if library.tracing(query):
-        return library.attention(query, key, value, statistics, options | given)
-    (output, lse, tensors), geometry = backends.attend(query, key, value, resolve(statistics), given, **options)
+        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
+        return library.attention(query, key, value, statistics, given)
+    (output, lse, tensors), geometry = backends.attend(
+        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
+    )
     return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
 
 
@@ -230,8 +234,7 @@ def statistics_from_lse(
     """
     given = _given("statistics_from_lse", cu_seqlens_q, others)
     if library.tracing(query):
-        options = {"backend": backend}
-        return library.statistics_from_lse(query, key, lse, statistics, lse_base, lse_layout, options | given)
+        return library.statistics_from_lse(query, key, lse, statistics, lse_base, lse_layout, backend, given)
     wanted = resolve(statistics)
     lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, given, backend)
     packed = cu_seqlens_q is not None

@@ -19,6 +19,8 @@ from attnstats import arguments, reference, tiled
 from attnstats.geometry import Evaluation, Geometry, full_precision
 from attnstats.statistics import Statistic
 
+NAMES = ("auto", "reference", "tiled", "triton")
+
 
 def geometry_of(
     query: Tensor, key: Tensor, value: Tensor | None, statistics: tuple[Statistic, ...], given: dict[str, Any]
@@ -38,7 +40,6 @@ def attend(
     value: Tensor,
     statistics: tuple[Statistic, ...],
     given: dict[str, Any],
-    *,
     dropout_p: float,
     differentiable: bool,
     backend: str,
@@ -84,10 +85,9 @@ def gradients(
     statistics: tuple[Statistic, ...],
     of_statistics: dict[Statistic, tuple[Tensor, Tensor]],
     given: dict[str, Any],
-    *,
     dropout_p: float,
-    dropout_seed: Tensor | None,
     backend: str,
+    dropout_seed: Tensor | None,
 ) -> list[Tensor]:
     """For query, key, value, and for sinks and a float attn_mask where there are any; all as `attend` had them."""
     query, key, checked, geometry = geometry_of(query, key, value, statistics, given)
@@ -157,5 +157,5 @@ def choose(name: str, geometry: Geometry) -> ModuleType:
 
 
 def check(name: str) -> None:
-    if name not in ("auto", "reference", "tiled", "triton"):
+    if name not in NAMES:
         raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {name!r}")

@@ -107,14 +107,12 @@ NOTHING: dict[str, Any] = dict.fromkeys(Call._fields) | {
 
 def tracing(x: Any) -> bool:
     """Whether this call is being recorded, so that its tensors have no numbers or these are of no consequence."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or bool(_recording())
-
-
-def _recording() -> Any:
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return True
     if not torch._C._len_torch_dispatch_stack():
-        return None
-    keys = torch._C._TorchDispatchModeKey
-    return torch._C._get_dispatch_mode(keys.PROXY) or torch._C._get_dispatch_mode(keys.FAKE)
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
 
 
 # What dynamo traces: no numbers, no sizes, and errors only as text.
@@ -140,9 +138,10 @@ def statistics_from_lse(
     statistics: Iterable[Statistic | str],
     lse_base: str,
     lse_layout: str | None,
+    backend: str,
     given: dict[str, Any],
 ) -> Statistics:
-    call, wanted = _call(statistics, given, query=query, key=key, lse=lse)
+    call, wanted = _call(statistics, {"backend": backend, **given}, query=query, key=key, lse=lse)
     natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, lse_base, lse_layout, *call)
     return _results(wanted, tensors, natural, key, call)
 
@@ -285,10 +284,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tup
             value,
             _decoded(call.statistics),
             call.given(),
-            dropout_p=call.dropout_p,
-            dropout_seed=call.dropout_seed,
-            differentiable=call.differentiable,
-            backend=call.backend,
+            call.dropout_p,
+            call.differentiable,
+            call.backend,
+            call.dropout_seed,
         )
     output = output.transpose(1, 2).contiguous()  # (B, T, H, D) in memory, as torch's kernels have it
     output = output[0] if call.packed else output.transpose(1, 2)
@@ -377,9 +376,9 @@ def _attention_backward(
         statistics,
         of_statistics,
         call.given(),
-        dropout_p=call.dropout_p,
-        dropout_seed=call.dropout_seed,
-        backend=call.backend,
+        call.dropout_p,
+        call.backend,
+        call.dropout_seed,
     )
     if call.packed:
         found[:3] = [x[0].transpose(0, 1) for x in found[:3]]
