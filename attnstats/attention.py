@@ -300,32 +300,5 @@ def _dense(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) ->
 
 def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
     """Results of a batch of one without their batch dimension."""
-<<<<<<< HEAD
     alone = {s: x[0] for s, x in tensors.items()}
     return Statistics(alone, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0])
-
-
-def _backend(name: str, geometry: Geometry) -> ModuleType:
-    """The module that does the work. Raises ValueError where it can't."""
-    if name not in ("auto", "reference", "tiled", "triton"):
-        raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {name!r}")
-    if name == "reference":
-        return reference
-    if geometry.dense_mask is not None:
-        raise ValueError(
-            "attn_mask: a mask that depends on the query takes O(Tq * Tk) memory; use is_causal, key_padding_mask "
-            "or a bool mask of shape (B, 1, 1, Tk), or backend='reference'"
-        )
-    if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
-        return tiled
-    from attnstats import ops
-
-    reason = ops.unavailable(geometry)
-    if name == "auto":
-        return tiled if reason else ops
-    if reason:
-        raise ValueError(f"backend='triton': {reason}; backend='tiled' would work")
-    return ops
-=======
-    return Statistics({s: x[0] for s, x in tensors.items()}, lambda s: geometry.validity(s)[0], lse[0])
->>>>>>> lib
