@@ -1,6 +1,6 @@
 """Statistics of attention inside or beside a flash-style pass, without ever holding the T x T map."""
 
-from attnstats import nn, presets, reference
+from attnstats import distributed, nn, presets, reference
 from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
@@ -42,6 +42,7 @@ __all__ = [
     "Statistics",
     "attention",
     "capture",
+    "distributed",
     "explain",
     "nn",
     "patch_sdpa",
