@@ -121,7 +121,7 @@ def mean_over_ranks(total: Tensor, count: int, *, group: Any = None) -> Tensor:
 
 
 def local_heads(heads: Iterable[int], count: int, *, group: Any = None) -> list[int]:
-    """Which of the model's chosen heads this rank has, in its own numbering; rank r has `count` heads from r * count."""
+    """Which of the model's chosen heads this rank has, in its own numbering; rank r has `count` from r * count on."""
     first = dist.get_rank(group) * count
     return [head - first for head in heads if first <= head < first + count]
 

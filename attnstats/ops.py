@@ -16,10 +16,10 @@ from torch import Tensor
 
 from attnstats import launch
 from attnstats.configs import Config, Kernel, candidates, interpreted
-from attnstats.geometry import Evaluation, Geometry, Step
-from attnstats.plan import Heads, Plan
-from attnstats.statistics import Statistic
-from attnstats.sweep import Recomputed
+from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
+from attnstats.plan import GradientPlan, Heads, Plan
+from attnstats.statistics import LSE, Entropy, RowStatistic, Statistic
+from attnstats.sweep import Gradients, OfStatistics, Recomputed
 from attnstats.tiled import sink_mass
 
 MAX_HEAD_DIM = 256
@@ -48,26 +48,91 @@ def _has_triton() -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Geometry,
+    statistics: tuple[Statistic, ...],
+    differentiable: bool = False,
 ) -> Evaluation:
-    """Output, lse and statistics. The output is differentiable."""
-    plan = Plan.of(statistics, geometry.is_causal)
-    in_pass = plan.without_bands() if plan.bands and launch.splits(geometry) else plan
-    forward = functools.partial(launch.forward, plan=in_pass)
+    """Output, lse and statistics. Gradients go through the output and, if differentiable, through the statistics."""
+    evaluate = functools.partial(_attend, statistics=statistics)
     inputs = (query, key, value, geometry.sinks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        output, lse, *tensors = Recomputed.apply(*inputs, geometry, forward)
-        results = dict(zip(in_pass.in_forward, tensors, strict=True))
-    else:
-        output, lse, results = forward(query, key, value, geometry)
-    with torch.no_grad():
-        if geometry.heads:
-            results = _of_heads(results, geometry)
-        if in_pass is not plan:
-            results |= _bands(query, key, lse, geometry, plan)
-        if plan.has_passes_beside:
-            results |= _beside(query, key, lse, geometry, plan)
-        return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in statistics})
+        output, lse, *tensors = Recomputed.apply(*inputs, geometry, evaluate, gradients, differentiable)
+        return Evaluation(output, lse, dict(zip(statistics, tensors, strict=True)))
+    return evaluate(query, key, value, geometry)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> Evaluation:
+    plan = Plan.of(statistics, geometry.is_causal)
+    in_pass = plan.without_bands() if plan.bands and launch.splits(geometry) else plan
+    output, lse, results = launch.forward(query, key, value, geometry, in_pass)
+    if geometry.heads:
+        results = _of_heads(results, geometry)
+    if in_pass is not plan:
+        results |= _bands(query, key, lse, geometry, plan)
+    if plan.has_passes_beside:
+        results |= _beside(query, key, lse, geometry, plan)
+    return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in statistics})
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_statistics: OfStatistics,
+) -> Gradients:
+    """Gradients for query, key, value and sinks, from what `attend` returned and the gradients for it.
+
+    `of_statistics` has the value of each statistic that carries a gradient, and that gradient.
+    """
+    asked, excess = _asked(lse, geometry, of_statistics)
+    inputs = (query, key, value, output, lse, grad_output)
+    *grads, delta = launch.backward(*inputs, geometry, asked)
+    if geometry.sinks is None:
+        return grads[0], grads[1], grads[2], None
+    if excess is not None:
+        delta = delta - excess
+    share = (geometry.sinks.float()[:, None] - divisor_of(lse)).exp()
+    return grads[0], grads[1], grads[2], -(share * delta).sum((0, 2)).to(geometry.sinks.dtype)
+
+
+def _asked(lse: Tensor, geometry: Geometry, of_statistics: OfStatistics) -> tuple[launch.Asked, Tensor | None]:
+    """What statistics ask of A, and what the shift of delta has besides row sums of A times that.
+
+    With r = rowsum(A dA), dS = A (dA - r). What dA has in common along a row is taken off r instead: the tail of a
+    weight, and the entropy's -g. The row sum itself is g S, S being the statistic; the entropy's g (H - mass).
+    """
+    plan = GradientPlan.of(tuple(of_statistics))
+    if not of_statistics:
+        return launch.Asked(plan, None, None, None), None
+    shift, excess = torch.zeros_like(lse), torch.zeros_like(lse)
+    grads = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
+    rows, columns = [grads[s] for s in plan.rows], [grads[s] for s in plan.columns]
+    for s, (value, _) in of_statistics.items():
+        if isinstance(s, LSE):  # its dS is g A
+            shift -= grads[s]
+        elif isinstance(s, RowStatistic):
+            shift += grads[s] * geometry.in_all_heads(s, value)
+            if s.band is not None:
+                excess -= s.tail * grads[s]
+        elif isinstance(s, Entropy):
+            rows.append(grads[s])
+            shift += grads[s] * (geometry.in_all_heads(s, value) - geometry.row_mass(lse))
+            excess += grads[s]
+    shift += excess
+    return launch.Asked(plan, _stacked(rows), _stacked(columns), shift), excess
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor | None:
+    return torch.stack(tensors).float() if tensors else None
 
 
 def from_lse(
