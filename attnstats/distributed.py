@@ -71,7 +71,7 @@ def reduce_columns(
     parts = [parts] if isinstance(parts, Statistics) else list(parts)
     if not parts:
         raise ValueError("parts is empty; pass this rank's Statistics")
-    columns = [s for s in parts[0] if isinstance(s, ColumnStatistic)]
+    columns: list[Statistic] = [s for s in parts[0] if isinstance(s, ColumnStatistic)]
     for statistic in parts[0]:
         if isinstance(statistic, ColumnStatistic) and statistic.last_queries is not None:
             raise ValueError(

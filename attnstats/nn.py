@@ -35,8 +35,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` that leaves statistics of its attention in `module.statistics`, in O(T) memory.
 
     Parameters, constructor and forward are torch's, with two differences. `need_weights` is False by default: the
-    T x T map is what this module does without; the statistics are of each head's own map. And is_causal=True
-    needs no attn_mask. After each call `module.statistics` is a `Statistics`, rows (N, H, L) and columns (N, H, S),
+    T x T map is what this module does without; the statistics are of each head's own map. And is_causal=True needs
+    no attn_mask. After each call `module.statistics` is a `Statistics`, rows (N, H, L) and columns (N, H, S),
     without N for unbatched input; before the first call and after one that raised it is None.
 
     Masks that are causal, or all the same for every query, cost nothing; they are compared element by element, whatever
@@ -59,6 +59,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads: as for `attnstats.attention`.
         backend: as for `attnstats.attention`.
         allow_dense: let need_weights=True and other masks through, in O(L * S) memory and with a warning.
+        differentiable: as for `attnstats.attention`: `module.statistics` carries gradients.
 
     Example:
         >>> import torch, attnstats
@@ -74,6 +75,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     heads: Heads | None
     backend: Backend
     allow_dense: bool
+    differentiable: bool
 
     def __init__(
         self,
@@ -93,20 +95,27 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads: Heads | None = None,
         backend: Backend = "auto",
         allow_dense: bool = False,
+        differentiable: bool = False,
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._set(statistics, heads, backend, allow_dense)
+        self._set(statistics, heads, backend, allow_dense, differentiable)
         self.register_forward_hook(_no_fast_path)
 
     def _set(
-        self, statistics: Iterable[Statistic | str], heads: Heads | None, backend: Backend, allow_dense: bool
+        self,
+        statistics: Iterable[Statistic | str],
+        heads: Heads | None,
+        backend: Backend,
+        allow_dense: bool,
+        differentiable: bool,
     ) -> None:
         self.asked = resolve(statistics)
         self.heads = heads
         self.backend = backend
         self.allow_dense = allow_dense
+        self.differentiable = differentiable
         self.statistics = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,7 +195,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         shown = None
         if keep is not None and query is not key and offset is None:
             # Hidden keys of another sequence say nothing about the queries, so they are no padding.
-            keep, shown = None, keep[:, None, None]
+            shown, keep = keep[:, None, None], None
             if bias is not None:
                 shown = bias.masked_fill(~shown, -torch.inf)
         output, found = attention(
@@ -201,6 +210,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query_offset=positions,
             sinks=q.new_zeros(self.num_heads) if self.add_zero_attn else None,
             heads=self.heads,
+            differentiable=self.differentiable,
             backend=self.backend if bias is None else "reference",
         )
         if self.bias_k is not None:
@@ -318,6 +328,7 @@ def replace_attention(
     heads: Heads | None = None,
     backend: Backend = "auto",
     allow_dense: bool = False,
+    differentiable: bool = False,
 ) -> Iterator[dict[str, Statistics]]:
     """Make every torch.nn.MultiheadAttention in a model a `MultiheadAttention` inside the `with`.
 
@@ -326,7 +337,7 @@ def replace_attention(
 
     Args:
         model: the model, or a torch.nn.MultiheadAttention itself.
-        statistics, heads, backend, allow_dense: as for `MultiheadAttention`.
+        statistics, heads, backend, allow_dense, differentiable: as for `MultiheadAttention`.
 
     Yields:
         The `Statistics` of each module's most recent call by the module's name; of a module that wasn't called, none.
@@ -357,7 +368,7 @@ def replace_attention(
         for name, module in theirs.items():
             module.__class__ = MultiheadAttention
             assert isinstance(module, MultiheadAttention)
-            module._set(statistics, heads, backend, allow_dense)
+            module._set(statistics, heads, backend, allow_dense, differentiable)
             hooks.append(module.register_forward_hook(partial(_keep, found, name)))
         for encoder in encoders:
             encoder.use_nested_tensor = False
@@ -369,7 +380,7 @@ def replace_attention(
             hook.remove()
         for module in theirs.values():
             module.__class__ = torch.nn.MultiheadAttention
-            for attribute in ("asked", "heads", "backend", "allow_dense", "statistics"):
+            for attribute in ("asked", "heads", "backend", "allow_dense", "differentiable", "statistics"):
                 module.__dict__.pop(attribute, None)
 
 

@@ -187,7 +187,8 @@ def _chosen(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bool]
         return lambda index, query, key: True
     if callable(calls):
         return lambda index, query, key: bool(calls(query, key))
-    listed = list(calls) if isinstance(calls, Iterable) and not isinstance(calls, str) else None
+    given: Any = calls
+    listed = None if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if listed is None or not all(hasattr(i, "__index__") and not isinstance(i, bool) and i >= 0 for i in listed):
         raise TypeError(f"calls must be None, numbers from 0 or a function of (query, key), got {calls!r}")
     indices = set(map(operator.index, listed))

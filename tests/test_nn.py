@@ -189,7 +189,10 @@ ALIBI = -(torch.arange(9)[:, None] - torch.arange(9)).abs().float()
         ({"need_weights": True}, "need_weights=True asks for the T x T map.*allow_dense"),
         ({"statistics": ["wad"]}, "unknown name 'wad'"),
         ({"query": torch.zeros(2, 9, 15)}, r"query must have the shape \(N, T, 16\).*got \(2, 9, 15\)"),
-        ({"query": torch.nested.nested_tensor([torch.zeros(3, 16)])}, "nested tensor.*enable_nested_tensor=False"),
+        (
+            {"query": torch.nested.nested_tensor([torch.zeros(3, 16)], layout=torch.jagged)},
+            "nested tensor.*enable_nested_tensor=False",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, match):
@@ -297,6 +300,33 @@ def test_training_step_under_autocast():
     output.float().square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.layers[0].self_attn.statistics["waad"].dtype == torch.float32
+
+
+def test_dropout_acts_on_the_output_alone():
+    _, ours = pair(dropout=0.5)
+    x = torch.randn(2, 9, 16)
+    expected, _ = ours(x, x, x, statistics=["waad"])
+    undropped = ours.statistics["waad"]
+    ours.train()
+    torch.manual_seed(3)
+    outputs = torch.stack([ours(x, x, x, statistics=["waad"])[0] for _ in range(400)])
+    torch.testing.assert_close(ours.statistics["waad"], undropped, atol=1e-5, rtol=0.0)
+    assert not torch.equal(outputs[0], outputs[1])
+    deviation = outputs.std(0) / 400**0.5
+    assert ((outputs.mean(0) - expected).abs() < 6 * deviation).all()
+    torch.manual_seed(3)
+    assert torch.equal(ours(x, x, x)[0], outputs[0])
+
+
+def test_statistics_that_carry_gradients():
+    theirs, ours = pair()
+    ours.differentiable = True
+    x = torch.randn(2, 9, 16)
+    ours(x, x, x, statistics=["entropy"])
+    ours.statistics["entropy"].mean().backward()
+    _, weights = theirs(x, x, x, average_attn_weights=False)
+    torch.special.entr(weights).sum(-1).mean().backward()
+    torch.testing.assert_close(ours.in_proj_weight.grad, theirs.in_proj_weight.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_replacement_restores_the_model():

@@ -152,7 +152,7 @@ def test_autocast_and_half_precision():
         ({"attn_mask": torch.ones(9, 7).bool()}, r"attn_mask must broadcast to \(2, 4, 9, 9\), got \(1, 1, 9, 7\)"),
         ({"attn_mask": torch.ones(9).bool()}, r"attn_mask must broadcast to .*got \(9,\)"),
         ({"key": SQUARE[:, :2], "value": SQUARE[:, :2]}, "expand|enable_gqa"),
-        ({"query": torch.nested.nested_tensor([SQUARE[0]])}, "query is a nested tensor"),
+        ({"query": torch.nested.nested_tensor([SQUARE[0]], layout=torch.jagged)}, "query is a nested tensor"),
         ({"query": SQUARE[:, :, :5]}, r"WAAD\(window=10\) needs distances.*calls=lambda"),
     ],
 )
@@ -255,6 +255,18 @@ def test_nothing_recorded_is_said():
         with attnstats.patch_sdpa(statistics=["waad"], calls=[]) as run:
             F.scaled_dot_product_attention(SQUARE, SQUARE, SQUARE)
             run.clear()
+
+
+def test_dropout():
+    """With the identity for values the output is the dropped map itself."""
+    x, eye = randn(4, 16, 32, 8), torch.eye(32).expand(4, 16, 32, 32)
+    weights = ORIGINAL(x, x, eye)
+    with attnstats.patch_sdpa(statistics=["received"]) as run:
+        output = F.scaled_dot_product_attention(x, x, eye, dropout_p=0.25)
+    kept = output != 0
+    torch.testing.assert_close(output[kept], weights[kept] / 0.75, atol=1e-6, rtol=1e-4)
+    assert abs(kept.float().mean() - 0.75) < 6 * (0.25 * 0.75 / kept.numel()) ** 0.5
+    torch.testing.assert_close(run[0]["received"], weights.sum(-2), atol=1e-5, rtol=0.0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
