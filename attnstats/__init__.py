@@ -4,6 +4,7 @@ from attnstats import distributed, nn, presets, reference
 from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
+from attnstats.hooks import attach, detach
 from attnstats.patch import patch_sdpa
 from attnstats.statistics import (
     FAI,
@@ -40,8 +41,10 @@ __all__ = [
     "SinkMass",
     "Statistic",
     "Statistics",
+    "attach",
     "attention",
     "capture",
+    "detach",
     "distributed",
     "explain",
     "nn",

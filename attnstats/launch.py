@@ -29,7 +29,7 @@ from attnstats.configs import (
 )
 from attnstats.geometry import Evaluation, Geometry, divisor_of
 from attnstats.plan import GradientPlan, Heads, Plan
-from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, PooledMap, Received, Statistic
+from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, PooledMap, Received, Statistic, Summed
 
 LOG2E = 1.4426950408889634
 
@@ -91,8 +91,13 @@ def _forward(
         natural = divisor_of(lse) * LOG2E
     else:
         value = _input(value)
-        output = _empty(geometry, (*partial, *shape, geometry.value_dim), torch.float32 if parts else query.dtype)
-        written = output[0] if parts else output
+        if parts:
+            output = _empty(geometry, (parts, *shape, geometry.value_dim))
+            written = output[0]
+        else:  # heads innermost but one, as models want it
+            batch, heads, length = shape
+            output = _empty(geometry, (batch, length, heads, geometry.value_dim), query.dtype).transpose(1, 2)
+            written = output
         natural = _empty(geometry, (*partial, *shape), fill=-torch.inf)  # written by the kernel, not in exp2's domain
     rows = _empty(geometry, (len(plan.in_rows), *partial, *shape))
     columns = _slots(plan, geometry, slots, geometry.query_heads)
@@ -643,6 +648,8 @@ def _flat(statistics: Iterable[DistanceWeighted], tails: bool = True) -> tuple[A
 def _kernel_weight(statistic: DistanceWeighted) -> Any:
     from attnstats.kernels import weights
 
+    if isinstance(statistic, Summed):
+        return _kernel_weight(statistic.of)
     weight = statistic.kernel_weight
     if weight is None and CATALOGUE.get(statistic.name) is type(statistic):
         weight = getattr(weights, statistic.name, None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats import masks
+from attnstats import sdpa_masks
 from attnstats.arguments import Heads
 from attnstats.attention import Backend, attention
 from attnstats.statistics import (
@@ -284,12 +284,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         offset = 0 if is_causal else None
         if padding is not None:
             padding = padding.expand(batch, key_length)
-            keep = masks.keys_kept(padding, true_hides=True)
+            keep = sdpa_masks.keys_kept(padding, true_hides=True)
             if keep is None:
                 bias = self._as_bias("key_padding_mask", padding[:, None, None], query.dtype)
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, heads))
-            known = masks.recognise(mask, length, true_hides=True)
+            known = sdpa_masks.recognise(mask, length, true_hides=True)
             if is_causal and (known is None or (length > 1 and (known.offset != 0 or known.keep is not None))):
                 raise ValueError(
                     "is_causal=True says that attn_mask is the causal mask, and it is another one; pass is_causal=False"
@@ -307,7 +307,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _as_bias(self, name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.allow_dense:
-            raise ValueError(masks.refusal(name, mask) + " to the module")
+            raise ValueError(sdpa_masks.refusal(name, mask) + " to the module")
         warnings.warn(f"{name}: attention on the whole map, O(L * S)", stacklevel=8)
         if mask.dtype != torch.bool:
             return mask.to(dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats import masks
+from attnstats import sdpa_masks
 from attnstats.arguments import Heads
 from attnstats.attention import Backend, attention
 from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
@@ -300,14 +300,14 @@ def _read_mask(
     if mask.dim() > len(shape) or any(a not in (1, b) for a, b in zip(mask.shape, shape, strict=True)):
         raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
     mask = mask.expand(*mask.shape[:-1], key_length)
-    known = masks.recognise(mask, query.shape[-2])
+    known = sdpa_masks.recognise(mask, query.shape[-2])
     if known is not None:
         keep = known.keep
         if keep is not None:
             keep = keep.expand(*batch, key_length).reshape(-1, key_length)
         return keep, known.offset if offset is None else offset, None
     if not allow_dense:
-        raise ValueError(masks.refusal("attn_mask", mask))
+        raise ValueError(sdpa_masks.refusal("attn_mask", mask))
     warnings.warn(f"attn_mask of shape {tuple(mask.shape)}: attention on the whole map, O(Tq * Tk)", stacklevel=4)
     mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
     return None, offset, mask if mask.dtype == torch.bool else mask.to(query.dtype)

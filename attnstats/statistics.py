@@ -12,15 +12,18 @@ distance, `c[t]` is 1 where query t counts (`query_mask`). Equations: Li et al.,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+# Every class of statistics there is in this process, by its key: what a compiled graph, which holds no objects, names.
+DEFINED: WeakValueDictionary[str, type[Statistic]] = WeakValueDictionary()
 
 OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"; every setting is below it
 
@@ -30,11 +33,16 @@ class Statistic:
     """Base of all statistics. Frozen and hashable: a statistic is the key under which its result is found."""
 
     name: ClassVar[str]
+    key: ClassVar[str]  # of the class in DEFINED
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        cls.key = f"{cls.__module__}:{cls.__qualname__}"
+        while cls.key in DEFINED:  # a namesake, or this class before dataclass gave it slots
+            cls.key += "'"
+        DEFINED[cls.key] = cls
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,36 @@ class ColumnStatistic(DistanceWeighted):
     def last_queries(self) -> int | None:
         """Where set, only the last so many counted queries of each sequence count."""
         return None
+
+
+@dataclass(frozen=True)
+class Summed(ColumnStatistic):
+    """The sum that a column mean divides, so that parts of a sequence can be added up; not in the catalogue."""
+
+    of: ColumnStatistic
+
+    @property
+    def kernel_weight(self) -> Any:  # type: ignore[override]
+        return self.of.kernel_weight
+
+    @property
+    def band(self) -> tuple[int, int] | None:
+        return self.of.band
+
+    @property
+    def far(self) -> tuple[int, float] | None:
+        return self.of.far
+
+    @property
+    def last_queries(self) -> int | None:
+        return self.of.last_queries
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        return self.of.parameters
+
+    def weight(self, distance: Tensor) -> Tensor:
+        return self.of.weight(distance)
 
 
 @dataclass(frozen=True)
@@ -321,6 +359,7 @@ class ByStatistic(Mapping[Statistic, Tensor]):
 
     def __init__(self, tensors: Mapping[Statistic, Tensor]):
         self._tensors = dict(tensors)
+        self._statistics = tuple(self._tensors)  # torch.compile can return keys that are elsewhere too
 
     def __getitem__(self, key: Statistic | str) -> Tensor:
         if isinstance(key, Statistic):
@@ -368,15 +407,21 @@ class Statistics(ByStatistic):
         self.lse = lse
         self._validity = validity
         self._counting = counting
+        self._valid: ByStatistic | None = None
+        self._counts: ByStatistic | None = None
 
-    @functools.cached_property
+    @property
     def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need
-        return ByStatistic({statistic: self._validity(statistic) for statistic in self})
+        if self._valid is None:  # not a cached_property, whose lock can't be traced
+            self._valid = ByStatistic({statistic: self._validity(statistic) for statistic in self})
+        return self._valid
 
-    @functools.cached_property
+    @property
     def counts(self) -> ByStatistic:
-        means = (s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None)
-        return ByStatistic({statistic: self._counting(statistic) for statistic in means})
+        if self._counts is None:
+            means = [s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None]
+            self._counts = ByStatistic({statistic: self._counting(statistic) for statistic in means})
+        return self._counts
 
     def changed(
         self, values: Callable[[Statistic, Tensor], Tensor], facts: Callable[[Statistic, Tensor], Tensor]
