@@ -48,6 +48,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     `add_bias_kv` has no position, so with it there are only FAI, Received, Entropy (which counts it), MaxLogit and
     LSE, and columns are those of real keys.
 
+    Under torch.compile an attn_mask breaks the graph, as it has to be looked at; is_causal=True and a bool
+    key_padding_mask don't.
+
     In a TransformerEncoderLayer the fast path, which computes attention without this module, is off.
     nn.TransformerEncoder must be built with enable_nested_tensor=False, or it passes nested tensors in eval mode,
     which are an error. `replace_attention` sees to that.
@@ -301,7 +304,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 offset = known.offset  # the mask decides, not the hint
                 shown = None if known.keep is None else known.keep.expand(batch, key_length)
                 keep = shown if keep is None else keep if shown is None else keep & shown
-        if keep is not None and bool(keep.all()):
+        if keep is not None and not torch.compiler.is_compiling() and bool(keep.all()):
             keep = None
         return keep, offset, None if bias is None else bias.expand(batch, -1, -1, -1)
 

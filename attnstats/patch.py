@@ -69,7 +69,7 @@ def patch_sdpa(
     statistics: Iterable[Statistic | str],
     calls: Calls | None = None,
     heads: Heads | None = None,
-    reduce_heads: Literal["mean"] | None = None,
+    reduce: Literal["heads"] | None = None,
     device: torch.device | str | None = None,
     backend: Backend = "auto",
     allow_dense: bool = False,
@@ -93,7 +93,7 @@ def patch_sdpa(
         calls: which calls to record, by number from 0, or as a function of (query, key), such as
             `lambda query, key: query.shape[-2] == key.shape[-2]`; the others go to torch as they are. Default: all.
         heads: as for `attnstats.attention`, the same in every call.
-        reduce_heads: "mean" keeps the mean over the heads, of the lse too, instead of each head's.
+        reduce: "heads" keeps the mean over the heads, of the lse too, instead of each head's.
         device: keep results there, such as "cpu"; default: where they were computed.
         backend: as for `attnstats.attention`.
         allow_dense: let masks that are neither causal nor over keys through `backend="reference"`, in O(Tq * Tk)
@@ -117,8 +117,8 @@ def patch_sdpa(
     wanted = resolve(statistics)
     if not wanted:
         raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
-    if reduce_heads not in (None, "mean"):
-        raise ValueError(f"reduce_heads must be 'mean' or None, got {reduce_heads!r}")
+    if reduce not in (None, "heads"):
+        raise ValueError(f"reduce must be 'heads' or None, got {reduce!r}")
     chosen = _chosen(calls)
     original = functional.scaled_dot_product_attention
     run = Run(wanted)
@@ -159,7 +159,7 @@ def patch_sdpa(
         )
         if index is not None:
             run.indices.append(index)
-            run._recorded.append(_kept(found, reduce_heads is not None, device))
+            run._recorded.append(_kept(found, reduce is not None, device))
         return output
 
     if not _ACTIVE.acquire(blocking=False):

@@ -33,6 +33,7 @@ class Recognised:
     offset: int | None
 
 
+@torch.compiler.disable
 def recognise(mask: Tensor, query_length: int, *, true_hides: bool = False) -> Recognised | None:
     """What the mask says, or None where that is not a key mask, a causal mask, or both at once.
 

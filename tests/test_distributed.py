@@ -56,6 +56,17 @@ def context_parallel(case: Case, layout, scatter, from_lse):
     torch.testing.assert_close(stats.lse.double(), truth.lse[..., own], atol=1e-5, rtol=1e-5)
 
 
+def layouts():
+    for length in (1, 2, 7, 40):
+        chunks = torch.arange(length).chunk(2)
+        for rank in range(2):
+            (piece,) = distributed.shard(length, rank=rank)
+            expected = chunks[rank] if rank < len(chunks) else torch.arange(0)
+            assert torch.equal(torch.arange(length)[piece], expected)
+    assert distributed.shard(40, layout="zigzag", rank=0) == [slice(0, 10), slice(30, 40)]
+    assert distributed.shard(40, layout="zigzag", rank=1) == [slice(10, 20), slice(20, 30)]
+
+
 def tensor_parallel(rank):
     """Six heads, three a rank; of the chosen ones rank 0 has two, then one and none."""
     values = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
@@ -96,6 +107,7 @@ def on_rank(rank: int, store: str) -> None:
                 context_parallel(case, layout, scatter, from_lse)
             except AssertionError as error:
                 raise AssertionError(f"rank {rank}, {name}, from_lse={from_lse}: {error}") from error
+    layouts()
     tensor_parallel(rank)
     bad_input()
     dist.destroy_process_group()

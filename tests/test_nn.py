@@ -329,6 +329,38 @@ def test_statistics_that_carry_gradients():
     torch.testing.assert_close(ours.in_proj_weight.grad, theirs.in_proj_weight.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_on_the_triton_backend(device):
+    theirs, ours = (module.to(device) for module in pair(add_zero_attn=True))
+    ours.backend = "triton"
+    x = torch.randn(2, 9, 16, device=device)
+    arguments = {"attn_mask": CAUSAL(9).isinf().to(device), "key_padding_mask": padding().to(device)}
+    expected, weights = theirs(x, x, x, average_attn_weights=False, **arguments)
+    output, _ = ours(x, x, x, statistics=["received"], **arguments)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    weights = weights[..., :9] * ~arguments["key_padding_mask"][:, None, :, None]
+    torch.testing.assert_close(ours.statistics["received"], weights.sum(-2), atol=1e-5, rtol=0.0)
+
+
+def test_compiled():
+    _, ours = pair()
+    ours.asked = (WAAD(3), FAI(1, 4))
+    x = torch.randn(2, 9, 16)
+    with torch.no_grad():
+        expected, _ = ours(x, x, x, is_causal=True, key_padding_mask=padding())
+        statistics = ours.statistics
+        compiled = torch.compile(ours, backend="eager", fullgraph=True)
+        output, _ = compiled(x, x, x, is_causal=True, key_padding_mask=padding())
+        torch.testing.assert_close(output, expected)
+        for s in ours.asked:
+            torch.testing.assert_close(ours.statistics[s], statistics[s])
+        assert torch.equal(ours.statistics.counts["fai"], statistics.counts["fai"])
+        compiled = torch.compile(ours, backend="eager")
+        output, _ = compiled(x, x, x, attn_mask=CAUSAL(9).isinf(), key_padding_mask=padding())
+        torch.testing.assert_close(output, expected)
+        with pytest.raises(ValueError, match=r"attn_mask: this torch.float32 mask"):
+            compiled(x, x, x, attn_mask=ALIBI)
+
+
 def test_replacement_restores_the_model():
     model = encoder(ours=False)
     attention = model.layers[0].self_attn

@@ -194,7 +194,7 @@ def test_some_calls_some_heads():
         model()
     assert every.indices == [0, 2, 3]
     assert torch.equal(run[1]["waad"], every[2]["waad"][:, [2, 1]])
-    with attnstats.patch_sdpa(statistics=["waad"], calls=[0], reduce_heads="mean", device="cpu") as mean:
+    with attnstats.patch_sdpa(statistics=["waad"], calls=[0], reduce="heads", device="cpu") as mean:
         model()
     assert torch.equal(mean[0]["waad"], first["waad"].mean(1))
     assert mean[0].valid["waad"].shape == (2, 9)
@@ -209,7 +209,7 @@ def test_some_calls_some_heads():
         ({"statistics": ["wad"]}, ValueError, "unknown name 'wad'"),
         ({"calls": "all"}, TypeError, "calls must be None, numbers from 0 or a function"),
         ({"calls": [-1]}, TypeError, "calls must be None"),
-        ({"reduce_heads": "sum"}, ValueError, "reduce_heads must be 'mean' or None"),
+        ({"reduce": "layers"}, ValueError, "reduce must be 'heads' or None"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, match):
@@ -304,7 +304,7 @@ def test_transformer_encoder(inputs, batch_first):
     real = KEYS if "padding" in inputs else torch.ones(2, 9).bool()
     with torch.no_grad():  # so that torch would take its fast path, and nested tensors
         expected = model(x, **arguments)
-        with attnstats.patch_sdpa(statistics=["waad", "received"], reduce_heads="mean", device="cpu") as run:
+        with attnstats.patch_sdpa(statistics=["waad", "received"], reduce="heads", device="cpu") as run:
             output = model(x, **arguments)
     rows = real if batch_first else real.T
     torch.testing.assert_close(output[rows], expected[rows], atol=1e-5, rtol=1e-4)
