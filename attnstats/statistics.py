@@ -349,6 +349,11 @@ def resolve(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     return tuple(resolved)
 
 
+def needing_distances(statistics: Iterable[Statistic]) -> list[Statistic]:
+    """Those that mean nothing where queries and keys share no positions."""
+    return [s for s in statistics if isinstance(s, DistanceWeighted) and s.uses_distance]
+
+
 class ByStatistic(Mapping[Statistic, Tensor]):
     """Tensors keyed by statistic, and by name where the name is unambiguous: `stats["waad"]`, `stats[WAAD(20)]`."""
 
@@ -417,6 +422,20 @@ class Statistics(ByStatistic):
             means = [s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None]
             self._counts = ByStatistic({statistic: self._counting(statistic) for statistic in means})
         return self._counts
+
+    def changed(
+        self, values: Callable[[Statistic, Tensor], Tensor], facts: Callable[[Statistic, Tensor], Tensor]
+    ) -> Statistics:
+        """The same with every tensor, the lse as that of `LSE()`, put through `values`, and valid and counts through
+        `facts`. Keeps nothing of the tensors that were there before.
+        """
+        validity, counting = self._validity, self._counting
+        return Statistics(
+            {statistic: values(statistic, tensor) for statistic, tensor in self.items()},
+            lambda s: facts(s, validity(s)),
+            lambda s: facts(s, counting(s)),
+            values(LSE(), self.lse),
+        )
 
 
 def _require_integer(owner: Statistic, field: str, least: int) -> None:

@@ -156,14 +156,10 @@ def column_delta(
         o_key = start + tl.arange(0, BN)
         m_key = keys_present(p_key_mask, i_batch, o_key, n_keys)
         b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
-        column_grads = load_each(
-            p_column_grads, n_between, o_key, m_key, (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS
-        )
+        column_grads = load_each(p_column_grads, n_between, o_key, m_key, (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS)
         distance = o_position[:, None] - o_key[None, :]
         _, b_log = weights(b_q, b_k, b_lse2, m_key, distance, left, right, scale2, cap2, True, False)
-        b_asked = of_columns(
-            distance.to(tl.float32), m_counted, column_grads, COLUMNS, NEAR_COLUMNS, True, False
-        )
+        b_asked = of_columns(distance.to(tl.float32), m_counted, column_grads, COLUMNS, NEAR_COLUMNS, True, False)
         b_delta += tl.sum(tl.exp2(b_log) * b_asked, 1)
     return b_delta
 
