@@ -8,8 +8,6 @@ layer of each kind that the family's own default has, and adds what `OVERRIDES` 
 from __future__ import annotations
 
 import dataclasses
-import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +48,6 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["num_encoder_attention_heads", "num_decoder_attention_heads"], 4),
     **dict.fromkeys(["num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"], 2),
     **dict.fromkeys(["head_dim", "kv_channels", "dim_head", "swa_head_dim", "attention_head_size", "d_head"], 16),
-    "global_head_dim": 16,
     "v_head_dim": 16,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
@@ -125,11 +122,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 32}},
     "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4},
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4, "global_head_dim": 32},
     },
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 4}},
+    "gemma4_unified_text": {"global_head_dim": 32},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 4, "global_head_dim": 32}},
     "gemma3n_text": {"num_kv_shared_layers": 2},
-    "gemma4_text": {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16},
+    "gemma4_text": {"num_kv_shared_layers": 2, "global_head_dim": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granite": {"attention_multiplier": 0.25},
     "granite_swa": {"attention_multiplier": 0.25},
@@ -137,8 +135,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"attention_multiplier": 0.25},
     "granitemoeshared": {"attention_multiplier": 0.25},
     "granitemoehybrid": {"attention_multiplier": 0.25, "layer_types": [LINEAR, FULL] * 2, "mamba_d_head": 32},
-    "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0, "swa_num_attention_heads": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "laguna": {"num_attention_heads_per_layer": [4, 8] * 2},
     "lfm2": {"layer_types": ["conv", FULL] * 2},
     "lfm2_moe": {"layer_types": ["conv", FULL] * 2, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, "num_layers": 2},
@@ -205,6 +204,8 @@ def causal_families() -> dict[str, str]:
 
 def tiny_config(kind: type, changes: dict[str, Any]) -> Any:
     """A small instance of a config class; `changes` may hold dictionaries for its sub-configs."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     fields = {field.name for field in dataclasses.fields(kind)}
     settings = {name: value for name, value in SIZES.items() if name in fields}
     try:
@@ -216,11 +217,8 @@ def tiny_config(kind: type, changes: dict[str, Any]) -> Any:
     if default is not None:
         settings |= _layer_kinds(default, fields, settings)
     for name, sub_kind in kind.sub_configs.items():
-        sub_default = getattr(default, name, None)
-        if sub_default is not None:
-            sub_kind = type(sub_default)
-        if not dataclasses.is_dataclass(sub_kind) or sub_kind.__name__ == "AutoConfig":
-            continue
+        if sub_kind.__name__ == "AutoConfig":
+            sub_kind = CONFIG_MAPPING[kind.sub_configs_defaults[name].model_type]
         settings[name] = tiny_config(sub_kind, changes.get(name, {})).to_dict()
     settings |= {name: value for name, value in changes.items() if name not in kind.sub_configs}
     settings = {name: value for name, value in settings.items() if value is not ...}
@@ -348,3 +346,7 @@ def inputs(family: str, model: Any, side: str | None) -> dict[str, Any]:
     given = {"input_ids": tokens(), "attention_mask": padding(side)}
     given |= INPUTS.get(family, lambda model: {})(model)
     return {name: value for name, value in given.items() if value is not ...}
+
+
+# Encoders: what follows the text is padding.
+RIGHT_PADDED = {"bert (encoder)", "roberta (encoder)", "modernbert"}
