@@ -4,6 +4,7 @@ from attnstats import presets, reference
 from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
+from attnstats.hooks import attach, detach
 from attnstats.statistics import (
     FAI,
     LSE,
@@ -39,8 +40,10 @@ __all__ = [
     "SinkMass",
     "Statistic",
     "Statistics",
+    "attach",
     "attention",
     "capture",
+    "detach",
     "explain",
     "presets",
     "reference",

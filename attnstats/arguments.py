@@ -7,6 +7,7 @@ nothing here touches the numbers in query, key and value. Called by attention.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.geometry import Geometry
 from attnstats.packing import Packing
-from attnstats.statistics import DistanceWeighted, PooledMap, Statistic
+from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, Entropy, PooledMap, Statistic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -179,6 +180,29 @@ def resolve_packed(
         packing=packing,
         heads=_heads(heads, statistics, query_heads),
     )
+
+
+def with_dropout(geometry: Geometry, dropout_p: float, seeded: bool = True) -> Geometry:
+    """The same call with its dropout and a seed for it, drawn from the default generator of the device."""
+    if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), 0 for no dropout; got {dropout_p!r}")
+    if dropout_p == 0:
+        return geometry
+    seed = torch.randint(2**62, (1,), device=geometry.device) if seeded else None
+    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed)
+
+
+def check_differentiable(statistics: tuple[Statistic, ...], differentiable: bool) -> None:
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"differentiable must be True or False, got {differentiable!r}")
+    for s in statistics if differentiable else ():
+        if isinstance(s, ColumnStatistic) and s.last_queries is not None:
+            raise ValueError(f"differentiable: {s} of the last queries carries no gradients; Received() does")
+        if not isinstance(s, (DistanceWeighted, Entropy, LSE)):
+            raise ValueError(
+                f"differentiable: {s} carries no gradients; distance-weighted statistics, Entropy and LSE do. "
+                "Ask for it in a call with differentiable=False"
+            )
 
 
 def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:

@@ -41,12 +41,13 @@ def attention(
     key_padding_mask: Tensor | None = None,
     query_offset: int | None = None,
     heads: Heads | None = None,
+    differentiable: bool = False,
     backend: Backend = "auto",
 ) -> AttentionResult:
     """Scaled dot product attention and statistics of its map, in O(T) memory.
 
     The output is that of `torch.nn.functional.scaled_dot_product_attention`, and so are its gradients; the
-    statistics carry none. Causal masks are aligned to the end: with Tq=2, Tk=5 the queries see
+    statistics carry none unless asked to. Causal masks are aligned to the end: with Tq=2, Tk=5 the queries see
 
         1 1 1 1 0
         1 1 1 1 1
@@ -58,7 +59,9 @@ def attention(
         statistics: instances of the catalogue (`WAAD(10)`, `FAI(10, 100)`, ...), or names for the defaults.
         attn_mask: bool, True where a key may be seen, broadcastable to (B, 1, 1, Tk). Masks that depend on the
             query would cost O(Tq * Tk): only `backend="reference"` takes them, also additive ones.
-        dropout_p: as SDPA has it; only 0 so far.
+        dropout_p: the share of the map, in [0, 1), that is dropped before it meets the values, the rest being scaled
+            by 1 / (1 - dropout_p). Statistics and lse are those of the map before. Like SDPA it drops whenever it
+            is not 0: pass 0 in evaluation. `torch.manual_seed` governs it; backends draw different masks.
         is_causal: query t sees keys s <= t.
         scale: multiplies the scores; default 1 / sqrt(D).
         enable_gqa: allow fewer key than query heads; heads are never repeated in memory.
@@ -73,6 +76,9 @@ def attention(
         query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
         heads: the query heads whose statistics are wanted, `[0, 5]`, or such lists by statistic or name,
             `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
+        differentiable: whether statistics carry gradients into query, key and sinks, for a loss on the map's shape:
+            all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
+            pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
         backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
             else tiled).
 
@@ -93,7 +99,7 @@ def attention(
     Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
     """
     wanted = resolve(statistics)
-    _check_dropout(dropout_p)
+    arguments.check_differentiable(wanted, differentiable)
     geometry = arguments.resolve(
         query,
         key,
@@ -111,8 +117,10 @@ def attention(
         query_offset=query_offset,
         heads=heads,
     )
+    geometry = arguments.with_dropout(geometry, dropout_p)
     with full_precision(geometry.device):
-        output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
+        module = _backend(backend, geometry)
+        output, lse, tensors = module.attend(query, key, value, geometry, wanted, differentiable)
     return AttentionResult(output, Statistics(tensors, geometry.validity, lse))
 
 
@@ -135,6 +143,7 @@ def varlen_attention(
     sinks: Tensor | None = None,
     query_mask: Tensor | None = None,
     heads: Heads | None = None,
+    differentiable: bool = False,
     backend: Backend = "auto",
 ) -> AttentionResult:
     """`attention` for sequences of different lengths, packed end to end without padding.
@@ -173,7 +182,7 @@ def varlen_attention(
     Source: as `attention`.
     """
     wanted = resolve(statistics)
-    _check_dropout(dropout_p)
+    arguments.check_differentiable(wanted, differentiable)
     query, key, value = arguments.batch_of_one(query=query, key=key, value=value)
     geometry = arguments.resolve_packed(
         query,
@@ -193,8 +202,10 @@ def varlen_attention(
         query_mask=query_mask,
         heads=heads,
     )
+    geometry = arguments.with_dropout(geometry, dropout_p)
     with full_precision(geometry.device):
-        output, lse, tensors = _backend(backend, geometry).attend(query, key, value, geometry, wanted)
+        module = _backend(backend, geometry)
+        output, lse, tensors = module.attend(query, key, value, geometry, wanted, differentiable)
     return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
 
 
@@ -248,6 +259,8 @@ def explain(
     *,
     statistics: Iterable[Statistic | str] = (),
     cu_seqlens_q: Tensor | None = None,
+    dropout_p: float = 0.0,
+    differentiable: bool = False,
     backend: Backend = "auto",
     **others: Any,
 ) -> None:
@@ -267,7 +280,9 @@ def explain(
             waad: 0.08 GFLOP, ... MB of scratch
     """
     wanted = _from_lse(statistics) if value is None else resolve(statistics)
+    arguments.check_differentiable(wanted, differentiable)
     query, key, value, geometry = _resolve("explain", query, key, value, wanted, cu_seqlens_q, others)
+    geometry = arguments.with_dropout(geometry, dropout_p, seeded=False)
     module = _backend(backend, geometry)
     lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
     for step in module.plan(geometry, wanted, value is not None):
@@ -310,11 +325,6 @@ def _resolve(
 def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
     """Results of a batch of one without their batch dimension."""
     return Statistics({s: x[0] for s, x in tensors.items()}, lambda s: geometry.validity(s)[0], lse[0])
-
-
-def _check_dropout(dropout_p: float) -> None:
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0, got {dropout_p}: dropout is not supported")
 
 
 def _backend(name: str, geometry: Geometry) -> ModuleType:

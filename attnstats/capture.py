@@ -1,60 +1,102 @@
-"""Recording the attention statistics of a running transformers model, chosen layers and heads only.
+"""Recording the attention statistics of a running transformers model: chosen layers and heads, pass by pass or live.
 
-`capture` is for users and for `attnstats analyze`. What is kept per layer is O(T); with `reduce_heads` it is
-O(T) for all layers together. How the model is made to call us is in hooks.py, what is computed in attention.py;
-which heads are local or global is for the caller to say.
+`capture` is for users and for `attnstats analyze`. How the model is made to call us is in hooks.py, what one call
+computes in calls.py, which layers and heads are meant in selection.py, where results are kept in recording.py. Which
+heads are local or global is for the caller to say.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnstats.attention import Backend, attention
-from attnstats.hooks import attached, base_model
-from attnstats.statistics import ByStatistic, Statistic, Statistics, resolve
+from attnstats import caches
+from attnstats.attention import Backend
+from attnstats.calls import Call
+from attnstats.errors import InputError
+from attnstats.hooks import Kind, attachment_of, base_model, observed, sites
+from attnstats.recording import Generation, Pass, grows
+from attnstats.selection import Choice, Heads, Layers, check_heads, resolve_heads, resolve_layers
+from attnstats.statistics import LSE, ByStatistic, DistanceWeighted, MaxLogit, PooledMap, Statistic, resolve
 
-Layers = Literal["middle-third", "all"] | slice | Iterable[int]
-Heads = Iterable[int] | Mapping[int, Iterable[int]]
-Choice = dict[Statistic, dict[int, tuple[int, ...]]]
+Reduce = Literal["heads", "layers"]
+
+
+class StopForward(RuntimeError):
+    """The model was stopped after the last captured layer, as `stop_after_last_layer=True` asked."""
+
+
+class Kept(NamedTuple):
+    """What a capture keeps, in bytes, by statistic."""
+
+    bytes: dict[Statistic, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    def __str__(self) -> str:
+        lines = [f"{statistic}: {size / 1e6:.2f} MB" for statistic, size in self.bytes.items()]
+        return "\n".join([*lines, f"kept in all: {self.total / 1e6:.2f} MB"])
 
 
 class Capture:
-    """The statistics of the model's most recent forward pass; `capture` makes it.
+    """The statistics of the model's most recent forward pass, or of a whole generation; `capture` makes it.
 
-    `run["waad"]` or `run[WAAD(10)]` is (L, B, H, ...), one slice per captured layer and chosen head, in the order
-    of `run.layers` and of `run.heads`; with `reduce_heads="mean"` it is (B, ...). It stays readable after the
-    `with`. Reading it before a forward pass, or after one that raised, is a RuntimeError.
+    `run["waad"]` or `run[WAAD(10)]` is (L, B, H, ...), one slice per captured layer and chosen head, in the order of
+    `run.layers` and of `run.heads`; without L where layers are reduced, without H where heads are. It stays readable
+    after the `with`. Reading it before a forward pass, or after one that raised, is a RuntimeError.
 
     Attributes:
         statistics: those recorded.
-        layers: indices of the captured layers, ascending.
-        heads: per statistic and layer, the heads chosen.
+        layers: numbers of the captured layers, ascending.
+        heads: per statistic and layer the heads chosen, None for all.
+        stopped: whether `on_token` asked to stop.
     """
 
     def __init__(
-        self, statistics: tuple[Statistic, ...], layers: tuple[int, ...], heads: Choice, reduced: bool, backend: Backend
+        self,
+        model: Any,
+        kind: Kind,
+        statistics: tuple[Statistic, ...],
+        layers: tuple[int, ...],
+        heads: Choice,
+        reduce: tuple[Reduce, ...],
+        live: bool,
+        on_token: Callable[[Capture], bool | None] | None,
+        device: torch.device | None,
+        stop: bool,
     ):
+        self.kind = kind
         self.statistics = statistics
         self.layers = layers
         self.heads = heads
-        self._reduced = reduced
-        self._backend = backend
+        self.stopped = False
+        self._model = model
+        self._reduce = reduce
+        self._live = live
+        self._on_token = on_token
+        self._device = device
+        self._stop = stop
+        self._last_layer = max(layer for chosen in heads.values() for layer in chosen)
         self._query_mask: Tensor | None = None
-        self._results: ByStatistic | None = None
-        self._valid: ByStatistic | None = None
+        self._store: Pass | Generation = self._fresh()
+        self._complete = False
         self._running = False
-        self._recorded: dict[int, dict[Statistic, Tensor]] = {}
+        self._thread = 0
+        self._seen: tuple[int, Tensor, Tensor] | None = None  # the last recorded call's layer, query and key
         self._calls: set[int] = set()
-        self._totals: dict[Statistic, Tensor] = {}
+
+    # Reading
 
     def __getitem__(self, key: Statistic | str) -> Tensor:
-        return self._finished(self._results)[key]
+        return self._finite(self._statistic(key))
 
     def __contains__(self, key: object) -> bool:
         return key in self.statistics or any(statistic.name == key for statistic in self.statistics)
@@ -62,7 +104,8 @@ class Capture:
     @property
     def valid(self) -> ByStatistic:
         """Per statistic a bool tensor, (B, Tq), (B, Tk) or (B, I, J): False where a value is a placeholder."""
-        return self._finished(self._valid)
+        self._require_complete()
+        return ByStatistic({s: self._store.valid(s) for s in self.statistics})
 
     @property
     def query_mask(self) -> Tensor | None:
@@ -76,72 +119,193 @@ class Capture:
             raise TypeError(f"query_mask must be a bool tensor (B, T) in the shape of input_ids, or None; got {got}")
         self._query_mask = mask
 
-    def begin(self) -> None:
-        """The model calls this as a forward pass starts: what the last one left is dropped."""
-        self._results = self._valid = None
-        self._recorded, self._totals, self._calls = {}, {}, set()
-        self._running = True
+    @property
+    def length(self) -> int:
+        """Of a live capture: how many tokens went through the model."""
+        return self._store.length if isinstance(self._store, Generation) else 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **geometry: Any) -> Tensor:
+    @property
+    def tokens(self) -> Tensor:
+        """Of a live capture: (B, length) the ids of these tokens, in the order of the results' batch rows."""
+        tokens = self._store.tokens if isinstance(self._store, Generation) else None
+        if tokens is None:
+            raise RuntimeError(
+                "tokens: nothing was generated with live=True, or the model was called without input_ids"
+            )
+        return tokens.values
+
+    def kept(self, batch: int = 1, length: int = 1024) -> Kept:
+        """What results of a batch of so many rows and tokens take, before anything runs.
+
+        Example: see `attnstats.capture`.
+        """
+        of_model = _head_count(self._model)
+        sizes = {}
+        for s in self.statistics:
+            counts = [of_model or 1 if heads is None else len(heads) for heads in self.heads[s].values()]
+            per_layer = 1 if "heads" in self._reduce else max(counts)
+            slices = per_layer * (1 if "layers" in self._reduce else len(counts))
+            values = length
+            if isinstance(s, PooledMap):
+                query_bounds, key_bounds = s.boundaries(length, length)
+                values = (len(query_bounds) - 1) * (len(key_bounds) - 1)
+            sizes[s] = 4 * batch * slices * values * (2 if self._live else 1)
+        return Kept(sizes)
+
+    # Running
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model; with `stop_after_last_layer` no further than the last captured layer, and return None."""
+        if not self._stop:
+            return self._model(**inputs)
+        with torch.no_grad():
+            try:
+                self._model(**inputs)
+            except StopForward:
+                self.end(None)
+        return None
+
+    def should_stop(self, input_ids: Tensor, scores: Any = None, **_: Any) -> Tensor:
+        """Goes into `generate(..., stopping_criteria=[run.should_stop])`: stops once `on_token` returned True."""
+        self._asked = True
+        return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
+
+    # What the model calls
+
+    def begin(self, cache: Any) -> None:
+        """A forward pass starts: what the last one left is dropped, unless it is added to."""
+        if not self._live:
+            self._store = self._fresh()
+        elif cache is not None:
+            caches.follow(cache, self)
+        self._complete = False
+        self._calls, self._seen = set(), None
+        self._running = True
+        if not torch.compiler.is_compiling():
+            self._thread = threading.get_ident()
+
+    def attend(self, layer: int, call: Call) -> Tensor:
         """The model calls this for every layer, captured or not."""
-        wanted = tuple(s for s in self.statistics if self.heads[s].get(layer))
+        wanted = tuple(s for s in self.statistics if layer in self.heads[s])
         # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
         if not wanted or not self._running:
-            return attention(query, key, value, backend=self._backend, **geometry).output
+            return call.attend().output
+        if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
+            raise RuntimeError(f"{call.where}: two threads run the captured model at once; capture one after the other")
         if layer in self._calls:
-            raise ValueError(f"model: layer {layer} attends twice in one forward pass, which cannot be captured yet")
+            if self._seen is not None and self._seen[0] == layer and self._seen[1] is call.query is not None:
+                return call.attend().output  # the same map once more, with the other half of the values
+            raise InputError(
+                f"model: layer {layer} attends twice in one forward pass, to different things, so that it has no one "
+                "map; capture other layers"
+            )
+        if isinstance(self._store, Generation):
+            self._place(self._store, call)
         self._calls.add(layer)
-        mask = self._query_mask
-        every = tuple(range(query.shape[1]))
-        heads = {s: self.heads[s][layer] for s in wanted if self.heads[s][layer] != every}
-        output, statistics = attention(
-            query,
-            key,
-            value,
-            statistics=wanted,
-            query_mask=None if mask is None else mask.to(query.device),
-            heads=heads or None,
-            backend=self._backend,
-            **geometry,
-        )
-        self._record(layer, statistics)
+        self._seen = layer, call.query, call.key
+        heads = {s: chosen for s in wanted if (chosen := self._local(s, layer, call)) is not None}
+        output = self._store.attend(layer, call, wanted, self._counting(call), heads).output
+        if self._stop and layer == self._last_layer:
+            raise StopForward(
+                "stop_after_last_layer=True: the model has no output; call run.forward(**inputs), not model(**inputs)"
+            )
         return output
 
-    def end(self) -> None:
+    def end(self, cache: Any) -> None:
         """The model calls this when a forward pass is complete: results become readable."""
-        self._running = False
-        expected = {layer for chosen in self.heads.values() for layer, heads in chosen.items() if heads}
+        self._running, self._seen = False, None
+        expected = {layer for chosen in self.heads.values() for layer in chosen}
         if missing := sorted(expected - self._calls):
             raise RuntimeError(
                 f"attnstats.capture: layers {missing} did not call attnstats in this forward pass; the model skipped "
-                "them, or their attention was replaced inside the `with`"
+                "them, has no attention there, or their attention was replaced inside the `with`"
             )
-        if self._reduced:
-            count = {s: sum(map(len, self.heads[s].values())) for s in self.statistics}
-            self._results = ByStatistic({s: self._totals[s] / count[s] for s in self.statistics})
-        else:
-            self._results = ByStatistic({s: self._stacked(s) for s in self.statistics})
-        self._recorded, self._totals = {}, {}
+        self._store.finish()
+        self._complete = True
+        if self._live:
+            if cache is not None:
+                caches.follow(cache, self)
+            if self._on_token is not None and self._on_token(self):
+                if self.stopped and not self._asked:
+                    raise RuntimeError(
+                        "on_token returned True, but generate does not know; pass it "
+                        "stopping_criteria=[run.should_stop]"
+                    )
+                self.stopped = True
 
-    def _record(self, layer: int, statistics: Statistics) -> None:
-        self._recorded[layer] = {}
-        for statistic in statistics:
-            chosen = statistics[statistic]
-            if not self._reduced:
-                self._recorded[layer][statistic] = chosen
-            elif statistic in self._totals:
-                self._totals[statistic] += chosen.sum(1).to(self._totals[statistic].device)
-            else:
-                self._totals[statistic] = chosen.sum(1)
-        # Layers see the same masks, so what is valid in one is valid in all.
-        self._valid = ByStatistic(dict(self._valid or {}) | dict(statistics.valid))
+    _asked = False
 
-    def _stacked(self, statistic: Statistic) -> Tensor:
-        slices = [self._recorded[layer][statistic] for layer in self.layers]
-        return torch.stack([x.to(slices[0].device) for x in slices])
+    def select(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The cache tells that its batch rows were chosen anew."""
+        if isinstance(self._store, Generation):
+            self._store.select(change)
 
-    def _finished(self, tensors: ByStatistic | None) -> ByStatistic:
-        if self._results is None or tensors is None:
+    def cut(self, length: int) -> None:
+        """The cache tells that it dropped its last tokens."""
+        if isinstance(self._store, Generation):
+            self._store.cut(length)
+
+    def _fresh(self) -> Pass | Generation:
+        return (Generation if self._live else Pass)(self._reduce, self._device)
+
+    def _place(self, store: Generation, call: Call) -> None:
+        """Before the first layer of a step: where does it go on?"""
+        if self._calls:
+            return
+        if call.begin == 0:
+            self._store = self._fresh()
+            self.stopped = False
+        elif call.begin > store.length:
+            raise InputError(
+                f"attnstats.capture(live=True): the model goes on at position {call.begin}, but only the first "
+                f"{store.length} tokens were seen; let the whole sequence run inside the `with`"
+            )
+        elif call.begin < store.length:
+            store.cut(call.begin)
+
+    def _counting(self, call: Call) -> Tensor | None:
+        """(B, Tq) bool: which of the call's queries count, as the user said; None: all."""
+        mask = self._query_mask
+        if mask is None:
+            return None
+        if self._live:  # the mask is that of the prompt, and what comes after counts
+            mask = torch.nn.functional.pad(mask, (0, max(0, call.end - mask.shape[1])), value=True)
+            mask = mask[:, call.begin : call.end]
+            batch = call.query.shape[0]
+            if batch != len(mask) and batch % len(mask) == 0:
+                mask = mask.repeat_interleave(batch // len(mask), dim=0)  # beams
+        return mask.to(call.query.device)
+
+    def _local(self, statistic: Statistic, layer: int, call: Call) -> tuple[int, ...] | None:
+        heads, count = self.heads[statistic][layer], call.query.shape[1]
+        if heads is None or heads == tuple(range(count)):
+            return None
+        if max(heads) >= count:
+            raise InputError(f"heads: layer {layer} has query heads 0..{count - 1}, got {heads}")
+        return heads
+
+    def _statistic(self, key: Statistic | str) -> Statistic:
+        self._require_complete()
+        matches = [s for s in self.statistics if key in (s, s.name)]
+        if len(matches) != 1:
+            found = "ambiguous" if matches else "not among the statistics recorded"
+            raise KeyError(f"{key!r} is {found}: {', '.join(map(str, matches or self.statistics))}")
+        return matches[0]
+
+    def _finite(self, statistic: Statistic) -> Tensor:
+        """The result; NaN of a head is named and never averaged with other heads."""
+        result = self._store.read(statistic)
+        if not isinstance(statistic, (LSE, MaxLogit)) and not torch.compiler.is_compiling() and result.isnan().any():
+            broken = self._store.broken(statistic)
+            named = ", ".join(f"layer {layer} heads {heads}" for layer, heads in broken.items())
+            message = f"{statistic} is NaN in {named}: query or key hold NaN or infinities there"
+            if self._reduce:
+                raise ValueError(f"{message}; leave them out with `heads`, or capture without `reduce`")
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return result
+
+    def _require_complete(self) -> None:
+        if not self._complete:
             if self._calls or self._running:
                 done = [layer for layer in self.layers if layer in self._calls]
                 raise RuntimeError(
@@ -149,7 +313,6 @@ class Capture:
                     "it raised, or it is still running; run the model again inside the `with`"
                 )
             raise RuntimeError("nothing was recorded: call model(**inputs) inside `with attnstats.capture(model, ...)`")
-        return tensors
 
 
 @contextmanager
@@ -159,34 +322,54 @@ def capture(
     statistics: Iterable[Statistic | str],
     layers: Layers = "middle-third",
     heads: Heads | Mapping[Statistic | str, Heads] | None = None,
-    reduce_heads: Literal["mean"] | None = None,
+    reduce: Reduce | Iterable[Reduce] | None = None,
     query_mask: Tensor | None = None,
+    attention: Kind = "self",
+    live: bool = False,
+    on_token: Callable[[Capture], bool | None] | None = None,
+    device: torch.device | str | None = None,
+    stop_after_last_layer: bool = False,
+    allow_dense: bool = False,
     backend: Backend = "auto",
 ) -> Iterator[Capture]:
     """Record statistics of a transformers model while it runs, without changing what it computes.
 
-    Inside the `with` the model attends through `attnstats.attention`: its logits are those of its SDPA path, and
-    `model.generate` works. The run holds the most recent forward pass (of `generate`: the last token's step).
-    Causal and full attention with left or right padding, dynamic and static caches are covered; a model or an
-    input that asks for more (sliding windows, softcap, sinks, packed rows, a 4-D mask) is an error, never
-    a wrong result. Afterwards, also after an exception, the model's own attention is back; with gradient
-    checkpointing `backward` belongs inside the `with`.
+    Inside the `with` the model attends through `attnstats.attention`: its logits are those of its eager path, and
+    `model.generate` works. The run holds the most recent forward pass; with `live=True` it holds all tokens since the
+    sequence began, as one teacher-forced pass over them would. Afterwards, also after an exception, the model's own
+    attention is back; with gradient checkpointing `backward` belongs inside the `with`.
+
+    Causal, full, sliding-window and chunked attention, softcaps, sinks, left and right padding, packed rows, dynamic,
+    static and sliding caches are covered. What is not is an error that names it, never a wrong result.
 
     Args:
-        model: a loaded model of the Llama family (a `PreTrainedModel`).
+        model: a loaded transformers model (`PreTrainedModel`).
         statistics: as for `attnstats.attention`.
-        layers: "middle-third" (five evenly spaced, as in the paper), "all", a slice or indices; negative ones
-            count from the end.
+        layers: "middle-third" (five evenly spaced, as in the paper), "all", a slice or layer numbers; negative ones
+            count from the end. Layers without softmax attention (Mamba, linear attention) are left out.
         heads: which query heads: None, all; a list, these in every captured layer; `{layer: list}`, these in each
-            captured layer. Per statistic: `{"waad": <one of those>, "fai": <one of those>}`, where a
-            statistic that isn't named has all. Without `reduce_heads` every layer must choose equally many.
-        reduce_heads: "mean" keeps one mean over all chosen (layer, head) instead, summed while the model runs.
-        query_mask: (B, Tq) bool in the shape of the forward's input_ids: which queries count in column statistics
-            (the response). Can be set later and changed between forward passes: `run.query_mask = mask`.
+            captured layer; a bool tensor (captured layers, heads), such as the classes of `attnstats.heads`. Per
+            statistic: `{"waad": <one of those>, "fai": <one of those>}`, where a statistic that isn't named has all.
+            Without `reduce` every layer must choose equally many.
+        reduce: "heads": a mean over the chosen heads of each layer; "layers": over layers, head by head; both,
+            `("layers", "heads")`: one mean over all chosen (layer, head). Summed while the model runs.
+        query_mask: (B, Tq) bool in the shape of the forward's input_ids: which queries count in column statistics (the
+            response). Can be changed between forward passes: `run.query_mask = mask`. With `live` it is that of the
+            prompt, and every later token counts.
+        attention: "self", of the decoder or the only stack; "encoder" and "cross", of an encoder-decoder model.
+            Cross-attention has no distances, so only statistics without them.
+        live: keep statistics up to date while the model generates token by token, or in chunks.
+        on_token: called with the run after every forward pass of a live capture. If it returns True the generation
+            stops, given `model.generate(..., stopping_criteria=[run.should_stop])`.
+        device: where results are kept, "cpu" say; default: where they are made.
+        stop_after_last_layer: nothing after the last captured layer's attention is computed. The pass is run with
+            `run.forward(**inputs)` and has no output.
+        allow_dense: compute masks and position biases that have no description in O(T) memory on the whole map,
+            eagerly and with a warning; without it they are an error.
         backend: as for `attnstats.attention`.
 
     Yields:
-        A `Capture`: `run["waad"]` (L, B, H, Tq), or (B, Tq) with `reduce_heads`; `run.valid["waad"]` (B, Tq).
+        A `Capture`: `run["waad"]` (L, B, H, Tq), or (B, Tq) with both reduced; `run.valid["waad"]` (B, Tq).
         Column statistics have Tk for Tq: keys of the cache included, its unused slots not.
 
     Raises:
@@ -202,98 +385,65 @@ def capture(
         ...     logits = model(torch.arange(12)[None]).logits
         >>> run.layers, run["waad"].shape
         ((2, 3, 4), torch.Size([3, 1, 4, 12]))
+        >>> print(run.kept(batch=1, length=1000))
+        WAAD(window=10): 0.05 MB
+        FAI(lo=10, hi=100): 0.05 MB
+        kept in all: 0.10 MB
 
     Source: Li et al., arXiv 2510.13554v2, Sec. 4.1: heads by class, means over them (Eq. 8).
     """
     base_model(model)
-    if reduce_heads not in (None, "mean"):
-        raise ValueError(f"reduce_heads must be 'mean' or None, got {reduce_heads!r}")
     wanted = resolve(statistics)
-    if not wanted:
-        raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
-    config = model.config.get_text_config()
-    chosen_layers = _resolve_layers(layers, config.num_hidden_layers)
-    chosen_heads = _resolve_heads(heads, wanted, chosen_layers, config.num_attention_heads)
-    _check_heads(chosen_heads, chosen_layers, reduce_heads is not None)
-    run = Capture(wanted, chosen_layers, chosen_heads, reduce_heads is not None, backend)
+    reduced = _reduce(reduce)
+    _check_settings(wanted, attention, live, on_token, stop_after_last_layer)
+    attachment = attachment_of(model)
+    found = (sites(model) if attachment is None else attachment.sites).get(attention, {})
+    if not found:
+        raise InputError(f"attention={attention!r}: {type(model).__name__} has no such attention that can be replaced")
+    chosen_layers = resolve_layers(layers, tuple(found))
+    chosen_heads = resolve_heads(heads, wanted, chosen_layers, _head_count(model))
+    check_heads(chosen_heads, chosen_layers, reduced)
+    on = None if device is None else torch.device(device)
+    run = Capture(
+        model, attention, wanted, chosen_layers, chosen_heads, reduced, live, on_token, on, stop_after_last_layer
+    )
     run.query_mask = query_mask
-    with attached(model, run):
-        yield run
+    with observed(model, run, backend, allow_dense):
+        try:
+            yield run
+        finally:
+            caches.release(run)
 
 
-def middle_third(count: int) -> tuple[int, ...]:
-    """Five layers evenly spaced over the middle third of `count`, fewer where they fall together (Sec. 4.1)."""
-    spaced = torch.linspace(count // 3, 2 * count // 3, 5, dtype=torch.float64).round()
-    return tuple(sorted({min(int(layer), count - 1) for layer in spaced}))
+def _reduce(reduce: Reduce | Iterable[Reduce] | None) -> tuple[Reduce, ...]:
+    chosen: Any = (reduce,) if isinstance(reduce, str) else () if reduce is None else reduce
+    if not isinstance(chosen, Iterable) or not set(chosen := tuple(chosen)) <= {"heads", "layers"}:
+        raise ValueError(f"reduce must be None, 'heads', 'layers' or both, ('layers', 'heads'); got {reduce!r}")
+    return tuple(name for name in ("layers", "heads") if name in chosen)
 
 
-def _resolve_layers(layers: Layers, count: int) -> tuple[int, ...]:
-    """The layers asked for, ascending. Raises TypeError or ValueError."""
-    forms = "'middle-third', 'all', a slice or a list of layer indices"
-    if isinstance(layers, str):
-        if layers not in ("middle-third", "all"):
-            raise ValueError(f"layers must be {forms}, got {layers!r}")
-        return middle_third(count) if layers == "middle-third" else tuple(range(count))
-    if isinstance(layers, slice):
-        indices = list(range(count))[layers]
-    else:
-        indices = [i + count if i < 0 else i for i in _integers(layers, "layers", forms)]
-    outside = [i for i in indices if not 0 <= i < count]
-    if outside:
-        raise ValueError(f"layers: the model has {count} layers, {-count}..{count - 1}, got {layers!r}")
-    if not indices:
-        raise ValueError(f"layers={layers!r} chooses none of the model's {count} layers")
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"layers: a layer is given twice in {layers!r}")
-    return tuple(sorted(indices))
+def _check_settings(
+    statistics: tuple[Statistic, ...], attention: str, live: bool, on_token: Any, stop_after_last_layer: bool
+) -> None:
+    if not statistics:
+        raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
+    if attention not in ("self", "encoder", "cross"):
+        raise ValueError(f"attention must be 'self', 'encoder' or 'cross', got {attention!r}")
+    if attention == "cross":
+        for s in statistics:
+            if isinstance(s, DistanceWeighted) and s.uses_distance:
+                raise ValueError(f"statistics: {s} needs distances, and cross-attention has none")
+    if on_token is not None and not live:
+        raise ValueError("on_token needs live=True")
+    if live:
+        if attention != "self" or stop_after_last_layer:
+            raise ValueError("live=True needs attention='self' and stop_after_last_layer=False")
+        for s in statistics:
+            if not grows(s):
+                raise ValueError(f"statistics: {s} depends on where the sequence ends, so it cannot be kept live")
 
 
-def _resolve_heads(heads: Any, statistics: tuple[Statistic, ...], layers: tuple[int, ...], count: int) -> Choice:
-    """Every spelling of `heads` as {statistic: {layer: heads}}. Raises TypeError or ValueError."""
-    if not isinstance(heads, Mapping) or not any(isinstance(key, (str, Statistic)) for key in heads):
-        return {s: _resolve_per_layer(heads, layers, count) for s in statistics}
-    choice = {s: _resolve_per_layer(None, layers, count) for s in statistics}
-    for key, value in heads.items():
-        matches = [s for s in statistics if key in (s, s.name)]
-        if len(matches) != 1:
-            found = "names more than one" if matches else "isn't one"
-            raise ValueError(f"heads: the key {key!r} {found} of the statistics {', '.join(map(str, statistics))}")
-        choice[matches[0]] = _resolve_per_layer(value, layers, count)
-    return choice
-
-
-def _resolve_per_layer(heads: Any, layers: tuple[int, ...], count: int) -> dict[int, tuple[int, ...]]:
-    if heads is None:
-        return dict.fromkeys(layers, tuple(range(count)))
-    if not isinstance(heads, Mapping):
-        heads = dict.fromkeys(layers, _integers(heads, "heads", "None, a list of heads or {layer: list of heads}"))
-    chosen = {}
-    for layer, indices in heads.items():
-        if layer not in layers:
-            raise ValueError(f"heads: layer {layer!r} isn't captured; layers is {layers}")
-        chosen[operator.index(layer)] = tuple(_integers(indices, "heads", "a list of heads for each layer"))
-        if not all(0 <= head < count for head in chosen[layer]):
-            raise ValueError(f"heads: the model has query heads 0..{count - 1}, got {chosen[layer]} for layer {layer}")
-        if len(set(chosen[layer])) < len(chosen[layer]):
-            raise ValueError(f"heads: a head is given twice in {chosen[layer]} for layer {layer}")
-    return chosen
-
-
-def _check_heads(choice: Choice, layers: tuple[int, ...], reduced: bool) -> None:
-    for statistic, chosen in choice.items():
-        counts = {layer: len(chosen.get(layer, ())) for layer in layers}
-        if not any(counts.values()):
-            raise ValueError(f"heads: no head is chosen for {statistic}")
-        if not reduced and len(set(counts.values())) > 1:
-            raise ValueError(
-                f"heads: layers choose different numbers of heads for {statistic}, {counts}, which fill no tensor; "
-                "choose equally many in each of them, or pass reduce_heads='mean'"
-            )
-
-
-def _integers(values: Any, name: str, forms: str) -> list[int]:
-    if isinstance(values, Iterable) and not isinstance(values, str):
-        listed = list(values)
-        if all(hasattr(value, "__index__") and not isinstance(value, bool) for value in listed):
-            return [operator.index(value) for value in listed]
-    raise TypeError(f"{name} must be {forms}, got {values!r}")
+def _head_count(model: Any) -> int | None:
+    """Query heads of a layer; None: unknown, or not the same in every layer."""
+    count = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    return count if isinstance(count, int) else None

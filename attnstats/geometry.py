@@ -47,6 +47,8 @@ class Geometry:
         packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
             every batch row is one sequence.
         heads: the query heads of statistics that were not asked of all heads.
+        dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
+        dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
         memo: what a backend derived from this geometry and needs again with the next call like it.
     """
 
@@ -71,6 +73,8 @@ class Geometry:
     dense_mask: Tensor | None = None
     packing: Packing | None = None
     heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -183,6 +187,30 @@ class Geometry:
         rows = self.live() if self.query_real is None else self.live() & self.query_real
         return tensor.masked_fill(~rows[:, None], 0.0)
 
+    def gradient_of_sums(self, statistic: Statistic, grad: Tensor) -> Tensor:
+        """From the gradient for what `finish` returned that for the sums, in all heads; 0 for placeholders."""
+        grad = grad.to(self.accumulator)
+        if isinstance(statistic, ColumnStatistic):
+            if self.key_mask is not None:
+                grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
+            if statistic.horizon is not None:
+                grad = grad / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+        elif not self.all_live or self.query_real is not None:
+            rows = self.live()
+            if self.query_real is not None and not isinstance(statistic, LSE):  # padding has an lse
+                rows = rows & self.query_real
+            grad = grad.masked_fill(~rows[:, None], 0.0)
+        return self.in_all_heads(statistic, grad)
+
+    def in_all_heads(self, statistic: Statistic, x: Tensor) -> Tensor:
+        """(B, Hq, T): x, which has the statistic's heads alone, and 0 in the others."""
+        if statistic not in self.heads:
+            return x
+        every = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
+        for i, head in enumerate(self.heads[statistic]):  # not every[:, heads], which copies a list to the device
+            every[:, head] = x[:, i]
+        return every
+
     def row_mass(self, lse: Tensor) -> Tensor:
         """(B, 1 | Hq, Tq): the sum of a row of A: 1, less the sink's share, and 0 where nothing is seen."""
         live = self.live()[:, None].to(lse.dtype)
@@ -213,6 +241,7 @@ class Geometry:
                         key_length=key_length,
                         query_offset=key_length - length,
                         query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                        dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
                         packing=None,
                         memo={},
                     ),

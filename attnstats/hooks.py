@@ -1,108 +1,218 @@
-"""How a transformers model is made to attend through attnstats: one attention and one mask function.
+"""How a transformers model is made to attend through attnstats: `attach`, `detach`, and who watches it.
 
-`attached` puts both in place under the name "attnstats" for as long as its `with` lasts. The mask function
-answers with a small `MaskDescription` where others build a (B, 1, Tq, Tk) tensor, and raises where the
-pattern isn't one it knows. What happens to an attention call is up to the `Observer`; capture.py has it.
-transformers is imported on first use. Nothing here knows what a statistic is.
+One attention function and one mask function (masks.py) are registered with transformers under the name "attnstats";
+no model class is touched. While a model is attached each of its attention modules carries a `Site`, by which the
+attention function knows where it was called from. What happens to a call beyond attending is up to the `Observer`;
+capture.py has it. transformers is imported on first use. Nothing here knows what a statistic is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from attnstats.attention import attention
+from attnstats.attention import Backend
+from attnstats.calls import Call
 from attnstats.errors import InputError
+from attnstats.masks import MaskDescription, describe_mask, recognise, unannounced
 
 # transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
 NAME = "attnstats"
+SITE = "_attnstats_site"  # the attribute of an attention module that holds its Site
 
-# What a model hands its attention function and plain causal or full attention can't honour.
-REFUSED = ("softcap", "s_aux", "sliding_window", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache")
+Kind = Literal["self", "cross", "encoder"]
+
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+CROSS = re.compile(r"cross|encoder_attn|encdecattention|encoder_attention", re.IGNORECASE)
+# Of the types in a config's layer_types: attention with a softmax.
+SOFTMAX_LAYER = re.compile(r"^(?!.*(linear|lightning)).*attention", re.IGNORECASE)
+
+# What models and users hand through to an attention function and that says nothing, or what the mask says too.
+HARMLESS = frozenset({
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "labels", "max_length_k", "max_length_q",
+    "num_items_in_batch", "position_ids", "token_type_ids",
+})  # fmt: skip
+
+HOW_TO = (
+    "its eager attention with output_attentions=True still gives its maps, and attnstats.statistics_from_lse takes the "
+    "query, key and lse of any attention of your own"
+)
 
 
 class Observer(Protocol):
-    """Sees every forward pass of an attached model, and every attention call of modules with a `layer_idx`."""
+    """Sees every forward pass of an attached model, and every attention call within."""
 
-    def begin(self) -> None:
-        """A forward pass starts."""
+    kind: Kind  # which of the model's attention it looks at
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **geometry: Any) -> Tensor:
-        """The output of `attnstats.attention` for one call; `geometry` are its keyword arguments."""
+    def begin(self, cache: Any) -> None:
+        """A forward pass starts, with this cache or None."""
 
-    def end(self) -> None:
+    def attend(self, layer: int, call: Call) -> Tensor:
+        """The output of a call of its kind."""
+
+    def end(self, cache: Any) -> None:
         """The forward pass came to its end; not called after an exception."""
 
 
-_OBSERVERS: WeakKeyDictionary[nn.Module, Observer] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class MaskDescription:
-    """Who sees whom in one forward pass, without the mask.
+@dataclass(eq=False)
+class Attachment:
+    """One model that attends through attnstats.
 
     Attributes:
-        causal: query t sees keys s <= t; else all keys.
-        query_offset: position of the first query, the first key being at 0.
-        query_length, key_length: what the model announced, to be compared with what arrives.
-        seen: the keys from here on are behind the last query's horizon (the unused slots of a static cache).
-        key_padding_mask: (B, seen) bool, True for real tokens; None: all are.
+        sites: by kind and layer, the modules that may attend there.
+        implementations: what each config said before.
     """
 
-    # `generate` makes the masks of static caches in advance, calls `.contiguous()` on them, and the model then
-    # tells a finished mask from a (B, T) one by its rank.
-    ndim: ClassVar[int] = 4
-
-    causal: bool
-    query_offset: int
-    query_length: int
-    key_length: int
-    seen: int
-    key_padding_mask: Tensor | None
-
-    def contiguous(self) -> MaskDescription:
-        return self
+    model: nn.Module
+    backend: Backend
+    allow_dense: bool
+    sites: dict[Kind, dict[int, list[nn.Module]]] = field(default_factory=dict)
+    implementations: list[tuple[Any, str]] = field(default_factory=list)
+    observer: Observer | None = None
 
 
-def describe_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Any] | None = None,
-    attention_mask: Tensor | MaskDescription | None = None,
-    **_: Any,
-) -> MaskDescription:
-    """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+@dataclass(eq=False)
+class Site:
+    """Where an attention module stands in its model."""
 
-    if isinstance(attention_mask, MaskDescription):
-        return attention_mask
-    if mask_function is None:
-        mask_function = causal_mask_function
-    if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        parts = " with ".join(_parts(mask_function))
+    attachment: Attachment
+    kind: Kind
+    layer: int
+
+    def __deepcopy__(self, _: Any) -> None:
+        """A copy of the model attends like its original, and nobody watches it."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) -> Any:
+    """Let a transformers model attend through attnstats, until `detach`. A second time changes the two settings.
+
+    Logits and gradients are those of the model's SDPA or eager path. `attnstats.capture` attaches for its duration by
+    itself; this is for models that are trained, compiled or served so for longer.
+
+    Args:
+        model: a loaded model (`PreTrainedModel`).
+        backend: as for `attnstats.attention`.
+        allow_dense: compute masks and position biases that have no description in O(T) memory on the whole map,
+            eagerly and with a warning; without it they are an error.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model isn't a transformers model.
+        ValueError: its attention can't be replaced; the message says why.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        _attach(model, backend, allow_dense)
+    else:
+        attachment.backend, attachment.allow_dense = backend, allow_dense
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Undo `attach`; a model that isn't attached is left as it is. Returns the model."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        if attachment.observer is not None:
+            raise InputError("model: it is being captured; leave the `with attnstats.capture(...)` before detaching")
+        _release(attachment)
+    return model
+
+
+@contextmanager
+def observed(
+    model: Any, observer: Observer, backend: Backend, allow_dense: bool
+) -> Iterator[dict[Kind, dict[int, list[nn.Module]]]]:
+    """Let `observer` see the attached model's calls, attaching it for the duration if it isn't; yields its sites.
+
+    Raises:
+        TypeError, ValueError: as `attach`; the model is observed already.
+    """
+    attachment = attachment_of(model)
+    if attachment is not None and attachment.observer is not None:
         raise InputError(
-            f"attnstats.capture: the model asks for the attention mask {parts}; only plain causal and full attention "
-            "with padding can be captured so far. Take a model without sliding-window or chunked layers; give packed "
-            "sequences one row each, with a (B, T) attention_mask"
+            f"model: this {type(model).__name__}, or one that it is part of, is being captured already; one at a time"
         )
-    causal = mask_function is causal_mask_function
-    offset = int(q_offset) - int(kv_offset)
-    seen = min(kv_length, offset + q_length) if causal else kv_length
-    padding = attention_mask
-    if padding is not None:
-        padding = padding[:, int(kv_offset) :][:, :seen].bool()
-        padding = nn.functional.pad(padding, (0, seen - padding.shape[1]), value=False)
-        if bool(padding.all()):
-            padding = None
-    return MaskDescription(causal, offset, q_length, kv_length, seen, padding)
+    ours = attachment is None
+    if attachment is None:
+        attachment = _attach(model, backend, allow_dense)
+    before = attachment.backend, attachment.allow_dense
+    attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
+    stack = _stack(base_model(model), observer.kind)
+    handles = [
+        stack.register_forward_pre_hook(lambda _, __, kwargs: observer.begin(_cache(kwargs)), with_kwargs=True),
+        stack.register_forward_hook(lambda _, __, output: observer.end(_cache(output))),
+    ]
+    attachment.observer = observer
+    try:
+        yield attachment.sites
+    finally:
+        attachment.observer = None
+        attachment.backend, attachment.allow_dense = before
+        for handle in handles:
+            handle.remove()
+        if ours:
+            _release(attachment)
+
+
+def attachment_of(model: Any) -> Attachment | None:
+    """The attachment that the model, or one that it is part of, has. Raises TypeError for what is no model."""
+    base_model(model)
+    for module in model.modules():
+        site = module.__dict__.get(SITE)
+        if site is not None:
+            return site.attachment
+    return None
+
+
+def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, describe_mask)
+    attachment = Attachment(model, backend, allow_dense)
+    attachment.implementations = [(config, config._attn_implementation) for config in _configs(model)]
+    kind = type(model).__name__
+    if any(implementation == NAME for _, implementation in attachment.implementations):
+        raise InputError(f"model: this {kind} shares its config with a model that is attached already; one at a time")
+    try:
+        try:
+            model.set_attn_implementation(NAME)
+        except ValueError as error:
+            raise InputError(f"model: the attention of {kind} cannot be replaced: {error}; {HOW_TO}") from error
+        attachment.sites = sites(model)
+        if model.config.get_text_config()._attn_implementation != NAME or not attachment.sites:
+            raise InputError(
+                f"model: {kind} does not call its attention through transformers' AttentionInterface, so that attnstats "
+                f"cannot take its place; {HOW_TO}"
+            )
+        for of_kind, layers in attachment.sites.items():
+            for layer, modules in layers.items():
+                for module in modules:
+                    module.__dict__[SITE] = Site(attachment, of_kind, layer)
+    except BaseException:
+        _release(attachment)
+        raise
+    return attachment
+
+
+def _release(attachment: Attachment) -> None:
+    for layers in attachment.sites.values():
+        for modules in layers.values():
+            for module in modules:
+                module.__dict__.pop(SITE, None)
+    for config, implementation in attachment.implementations:
+        # The public property would set the sub-configs as well, whose implementations may differ.
+        config._attn_implementation_internal = implementation
 
 
 def attend(
@@ -114,96 +224,68 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers: (B, H, T, D) in, (B, Tq, Hq, Dv) out."""
-    layer = getattr(module, "layer_idx", None)
-    where = f"attnstats.capture: {type(module).__name__} of layer {layer}"
-    for name in REFUSED:
-        if kwargs.get(name) is not None:
-            raise InputError(f"{where} passes {name}, which cannot be captured yet; take a model or inputs without it")
-    if dropout > 0:
-        raise InputError(f"{where} has dropout {dropout:g}; call model.eval(), or set its attention_dropout to 0")
-    if isinstance(attention_mask, Tensor):
+    """The attention function registered with transformers: (B, H, T, D) in, (B, Tq, Hq, Dv) out.
+
+    Of the other keyword arguments sliding_window is ignored: some models pass another one than their mask has, and the
+    mask is what their eager attention follows.
+    """
+    site: Site | None = module.__dict__.get(SITE)
+    layer = getattr(module, "layer_idx", None) if site is None else site.layer
+    where = f"attnstats: {type(module).__name__} of layer {layer}"
+    across = site is not None and site.kind == "cross"
+    if kwargs.get("output_attentions"):
         raise InputError(
-            f"{where} received the attention_mask {tuple(attention_mask.shape)}; "
-            "a mask of your own cannot be captured yet, pass a (B, T) padding mask"
+            f"{where} was asked for output_attentions=True, the maps that attnstats is there to avoid; ask "
+            "attnstats.capture for statistics of them (PooledMap is a picture of the map), or detach the model and use "
+            "attn_implementation='eager'"
         )
-    asked = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    for name, given in kwargs.items():
+        if isinstance(given, (Tensor, float)) and name not in HARMLESS:
+            raise InputError(
+                f"{where} passes {name}, which changes its attention in a way that attnstats does not know; detach the "
+                "model and use attn_implementation='eager'"
+            )
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+        raise InputError(f"{where} attends to a paged cache (continuous batching), which cannot be read; use generate")
     if attention_mask is None:
-        # The model makes no mask: SDPA's convention is causal, aligned top left, except for a single query.
-        causal = bool(asked) and query.shape[2] > 1
-        seen = min(query.shape[2], key.shape[2]) if causal else key.shape[2]
-        attention_mask = MaskDescription(causal, 0, query.shape[2], key.shape[2], seen, None)
-    announced, arrived = (attention_mask.query_length, attention_mask.key_length), (query.shape[2], key.shape[2])
-    if announced != arrived:
-        raise InputError(
-            f"{where} has {arrived[0]} queries and {arrived[1]} keys, but its mask was made for {announced[0]} "
-            f"and {announced[1]}; attention_mask must be (B, T) with T the cached and new tokens together"
-        )
-    if query.shape[2] > 1 and bool(asked) != attention_mask.causal:
-        # SDPA follows the flag without padding and the mask with it: there is no one right answer.
-        made = "causal" if attention_mask.causal else "full"
-        raise InputError(f"{where} has is_causal={asked}, but its mask is {made}; set is_causal in the model's config")
-    padding = attention_mask.key_padding_mask
-    geometry: dict[str, Any] = {
-        "is_causal": attention_mask.causal,
-        # Full attention can be across two sequences, where distances mean nothing.
-        "query_offset": attention_mask.query_offset if attention_mask.causal else None,
-        "key_padding_mask": None if padding is None else padding.to(key.device),
-        "scale": scaling,
-        "enable_gqa": True,
-    }
-    seen_keys, seen_values = key[:, :, : attention_mask.seen], value[:, :, : attention_mask.seen]
-    observer = _OBSERVERS.get(module)
-    if observer is None or not isinstance(layer, int):
-        output = attention(query, seen_keys, seen_values, **geometry).output
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        mask = unannounced(query.shape[2], key.shape[2], bool(causal), across)
+    elif isinstance(attention_mask, MaskDescription):
+        mask = attention_mask
     else:
-        output = observer.attend(layer, query, seen_keys, seen_values, **geometry)
+        announced = f"{tuple(attention_mask.shape)} that was passed as a tensor"
+        mask = recognise(attention_mask, query.shape[2], key.shape[2], announced)
+    if kwargs.get("cu_seq_lens_q") is not None and mask.segments is None and len(kwargs["cu_seq_lens_q"]) > 2:
+        raise InputError(
+            f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "
+            "position_ids, no attention_mask and use_cache=False"
+        )
+    call = Call(
+        where,
+        query,
+        key,
+        value,
+        mask,
+        across,
+        {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout},
+        position_bias,
+        "auto" if site is None else site.attachment.backend,
+        site is not None and site.attachment.allow_dense,
+    )
+    observer = None if site is None else site.attachment.observer
+    if site is not None and observer is not None and observer.kind == site.kind:
+        output = observer.attend(site.layer, call)
+    else:
+        output = call.attend().output
     return output.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def attached(model: Any, observer: Observer) -> Iterator[None]:
-    """Let `model` attend through attnstats and `observer` see it. The old implementation is back afterwards.
-
-    Raises:
-        TypeError: model isn't a transformers model.
-        InputError: model is attached already, or its attention can't be replaced.
-    """
-    body = base_model(model)
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, describe_mask)
-    implementations = [(config, config._attn_implementation) for config in _configs(model)]
-    kind = type(model).__name__
-    if any(implementation == NAME for _, implementation in implementations):
-        raise InputError(f"model: this {kind}, or one that shares its config, is being captured already; one at a time")
-    modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    handles = []
-    try:
-        try:
-            model.set_attn_implementation(NAME)
-        except ValueError as error:
-            raise InputError(f"model: the attention of {kind} cannot be replaced: {error}") from error
-        if model.config.get_text_config()._attn_implementation != NAME or not modules:
-            raise InputError(
-                f"model: {kind} does not call its attention through transformers' AttentionInterface, so it cannot be "
-                "captured; families that do: Llama, Qwen, Mistral, SmolLM and most others"
-            )
-        _OBSERVERS.update(dict.fromkeys(modules, observer))
-        handles.append(body.register_forward_pre_hook(lambda *_: observer.begin()))
-        handles.append(body.register_forward_hook(lambda *_: observer.end()))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in modules:
-            _OBSERVERS.pop(module, None)
-        for config, implementation in implementations:
-            # The public property would set the sub-configs as well, whose implementations may differ.
-            config._attn_implementation_internal = implementation
+# What a model is made of
 
 
 def base_model(model: Any) -> nn.Module:
@@ -220,6 +302,66 @@ def base_model(model: Any) -> nn.Module:
     return model.base_model
 
 
+def sites(model: Any) -> dict[Kind, dict[int, list[nn.Module]]]:
+    """The modules that may attend, by kind and layer: of the text model alone, where there are others."""
+    config = model.config
+    text = config.get_text_config()
+    inside_encoder: set[int] = set()
+    if getattr(config, "is_encoder_decoder", False):
+        inside_encoder = {id(module) for module in _stack(model, "encoder").modules()}
+    softmax = _softmax_layers(text)
+    found: dict[Kind, dict[int, list[nn.Module]]] = {}
+    candidates: list[tuple[Kind, int, bool, nn.Module]] = []
+    for name, module, owner in _with_owners(model, "", model):
+        if not ATTENTION.search(type(module).__name__) or (text is not config and owner.config is not text):
+            continue
+        layer, own = getattr(module, "layer_idx", None), True
+        if not isinstance(layer, int) or layer < 0:
+            layer, own = next((int(part) for part in name.split(".") if part.isdigit()), -1), False
+        kind: Kind = "self"
+        if id(module) in inside_encoder:
+            kind = "encoder"
+        elif CROSS.search(name.rpartition(".layers.")[2]) or getattr(module, "is_cross_attention", False):
+            kind = "cross"
+        if layer >= 0 and (kind != "self" or softmax is None or layer in softmax):
+            candidates.append((kind, layer, own, module))
+    numbered = {kind for kind, _, own, _ in candidates if own}
+    for kind, layer, own, module in candidates:
+        if own or kind not in numbered:  # where modules know their layer, those that don't are something else
+            found.setdefault(kind, {}).setdefault(layer, []).append(module)
+    return {kind: dict(sorted(layers.items())) for kind, layers in found.items()}
+
+
+def _with_owners(module: nn.Module, name: str, owner: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Every module once, with its name and the PreTrainedModel that it is part of."""
+    pending, seen = [(name, module, owner)], set()
+    while pending:
+        name, module, owner = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if hasattr(module, "set_attn_implementation"):
+            owner = module
+        yield name, module, owner
+        pending += [(f"{name}.{part}" if name else part, child, owner) for part, child in module.named_children()]
+
+
+def _softmax_layers(config: Any) -> set[int] | None:
+    """The layers that have softmax attention, of a model that has others; None: all."""
+    types = getattr(config, "layer_types", None)
+    if not types:
+        return None
+    return {layer for layer, kind in enumerate(types) if SOFTMAX_LAYER.search(kind) or "hybrid" in kind}
+
+
+def _stack(model: Any, kind: Kind) -> nn.Module:
+    """The module whose forward pass is one pass of this kind of attention."""
+    if kind == "encoder" and getattr(model.config, "is_encoder_decoder", False):
+        encoder: Callable[[], nn.Module] = model.get_encoder
+        return encoder()
+    return model
+
+
 def _configs(model: Any) -> list[Any]:
     """Every config object whose attention implementation `set_attn_implementation` may change, each once."""
     found: dict[int, Any] = {}
@@ -232,10 +374,10 @@ def _configs(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _parts(mask_function: Callable[..., Any]) -> list[str]:
-    """The names of the functions that a composed mask is made of."""
-    cells = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    parts = [part for cell in cells for part in (cell if isinstance(cell, tuple) else (cell,)) if callable(part)]
-    if not parts:
-        return [getattr(mask_function, "__qualname__", repr(mask_function)).removesuffix(".<locals>.inner_mask")]
-    return [name for part in parts for name in _parts(part)]
+def _cache(fields: Any) -> Any:
+    """The cache among a forward pass's arguments or in its output; transformers has renamed it."""
+    for name in ("cache", "past_key_values"):
+        cache = fields.get(name) if isinstance(fields, dict) else getattr(fields, name, None)
+        if cache is not None:
+            return cache
+    return None

@@ -29,7 +29,7 @@ from attnstats.configs import (
 )
 from attnstats.geometry import Evaluation, Geometry, divisor_of
 from attnstats.plan import Heads, Plan
-from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, PooledMap, Received, Statistic
+from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, PooledMap, Received, Statistic, Summed
 
 LOG2E = 1.4426950408889634
 
@@ -531,6 +531,8 @@ def _flat(statistics: Iterable[DistanceWeighted], tails: bool = True) -> tuple[A
 def _kernel_weight(statistic: DistanceWeighted) -> Any:
     from attnstats.kernels import weights
 
+    if isinstance(statistic, Summed):
+        return _kernel_weight(statistic.of)
     weight = statistic.kernel_weight
     if weight is None and CATALOGUE.get(statistic.name) is type(statistic):
         weight = getattr(weights, statistic.name, None)

@@ -14,12 +14,12 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from attnstats import launch
+from attnstats import launch, sweep
 from attnstats.configs import Config, Kernel, candidates, interpreted
 from attnstats.geometry import Evaluation, Geometry, Step
 from attnstats.plan import Heads, Plan
 from attnstats.statistics import Statistic
-from attnstats.sweep import Recomputed
+from attnstats.sweep import Gradients, OfStatistics, Recomputed
 from attnstats.tiled import sink_mass
 
 MAX_HEAD_DIM = 256
@@ -48,26 +48,52 @@ def _has_triton() -> bool:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Geometry,
+    statistics: tuple[Statistic, ...],
+    differentiable: bool = False,
 ) -> Evaluation:
-    """Output, lse and statistics. The output is differentiable."""
-    plan = Plan.of(statistics, geometry.is_causal)
-    in_pass = plan.without_bands() if plan.bands and launch.splits(geometry) else plan
-    forward = functools.partial(launch.forward, plan=in_pass)
+    """Output, lse and statistics. Gradients go through the output and, if differentiable, through the statistics."""
+    evaluate = functools.partial(_attend, statistics=statistics)
     inputs = (query, key, value, geometry.sinks)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        output, lse, *tensors = Recomputed.apply(*inputs, geometry, forward)
-        results = dict(zip(in_pass.in_forward, tensors, strict=True))
-    else:
-        output, lse, results = forward(query, key, value, geometry)
-    with torch.no_grad():
-        if geometry.heads:
-            results = _of_heads(results, geometry)
-        if in_pass is not plan:
-            results |= _bands(query, key, lse, geometry, plan)
-        if plan.has_passes_beside:
-            results |= _beside(query, key, lse, geometry, plan)
-        return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in statistics})
+        output, lse, *tensors = Recomputed.apply(*inputs, geometry, evaluate, gradients, differentiable)
+        return Evaluation(output, lse, dict(zip(statistics, tensors, strict=True)))
+    return evaluate(query, key, value, geometry)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> Evaluation:
+    plan = Plan.of(statistics, geometry.is_causal)
+    in_pass = plan.without_bands() if plan.bands and launch.splits(geometry) else plan
+    output, lse, results = launch.forward(query, key, value, geometry, in_pass)
+    if geometry.heads:
+        results = _of_heads(results, geometry)
+    if in_pass is not plan:
+        results |= _bands(query, key, lse, geometry, plan)
+    if plan.has_passes_beside:
+        results |= _beside(query, key, lse, geometry, plan)
+    return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in statistics})
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_statistics: OfStatistics,
+) -> Gradients:
+    """Gradients for query, key, value and sinks, from what `attend` returned and the gradients for it.
+
+    `of_statistics` has the value of each statistic that carries a gradient, and that gradient.
+    """
+    return sweep.gradients(query, key, value, output, lse, grad_output, geometry, of_statistics)
 
 
 def from_lse(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.arguments import batch_of_one, resolve, resolve_packed
+from attnstats.arguments import batch_of_one, check_differentiable, resolve, resolve_packed, with_dropout
 from attnstats.geometry import AttentionResult, Evaluation, Geometry, Step
 from attnstats.statistics import (
     LSE,
@@ -32,7 +32,14 @@ from attnstats.statistics import resolve as resolve_statistics
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, statistics: Iterable[Statistic | str] = (), **arguments: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    statistics: Iterable[Statistic | str] = (),
+    dropout_p: float = 0.0,
+    differentiable: bool = False,
+    **arguments: Any,
 ) -> AttentionResult:
     """`attnstats.attention` by definition, holding the Tq x Tk map. Arguments, results and errors are the same.
 
@@ -40,27 +47,41 @@ def attention(
     additive, broadcastable to (B, Hq, Tq, Tk).
     """
     wanted = resolve_statistics(statistics)
-    geometry = resolve(query, key, value, wanted, **arguments)
-    output, lse, tensors = attend(query, key, value, geometry, wanted)
+    check_differentiable(wanted, differentiable)
+    geometry = with_dropout(resolve(query, key, value, wanted, **arguments), dropout_p)
+    output, lse, tensors = attend(query, key, value, geometry, wanted, differentiable)
     return AttentionResult(output, Statistics(tensors, lambda s: validity(s, geometry), lse))
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, statistics: Iterable[Statistic | str] = (), **arguments: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    statistics: Iterable[Statistic | str] = (),
+    dropout_p: float = 0.0,
+    differentiable: bool = False,
+    **arguments: Any,
 ) -> AttentionResult:
     """`attnstats.varlen_attention` by definition, holding the map of all tokens with all."""
     wanted = resolve_statistics(statistics)
+    check_differentiable(wanted, differentiable)
     query, key, value = batch_of_one(query=query, key=key, value=value)
-    geometry = resolve_packed(query, key, value, wanted, **arguments)
-    output, lse, tensors = attend(query, key, value, geometry, wanted)
+    geometry = with_dropout(resolve_packed(query, key, value, wanted, **arguments), dropout_p)
+    output, lse, tensors = attend(query, key, value, geometry, wanted, differentiable)
     packed = Statistics({s: x[0] for s, x in tensors.items()}, lambda s: validity(s, geometry)[0], lse[0])
     return AttentionResult(output[0].transpose(0, 1), packed)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Geometry,
+    statistics: tuple[Statistic, ...],
+    differentiable: bool = False,
 ) -> Evaluation:
-    """Output, lse and statistics. Differentiable by autograd through the output."""
+    """Output, lse and statistics. Autograd goes through the output and, if differentiable, through the statistics."""
     scores = _scores(query, key, geometry)
     visible = _visible(geometry)
     live = visible.any(-1, keepdim=True)
@@ -72,15 +93,24 @@ def attend(
     else:
         weights = hidden.softmax(-1, dtype=geometry.accumulator)
     weights = weights.to(query.dtype).masked_fill(~(visible & live), 0.0)
-    output = weights @ value.repeat_interleave(geometry.group, dim=1)
-    with torch.no_grad():
+    output = _dropped(weights, geometry) @ value.repeat_interleave(geometry.group, dim=1)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         masked = scores.to(geometry.accumulator).masked_fill(~visible, -torch.inf)
-        lse = masked.logsumexp(-1)
+        lse = hidden.to(geometry.accumulator).logsumexp(-1)
         if geometry.sinks is not None:
-            sink = geometry.sinks.to(geometry.accumulator)[:, None]
-            lse = torch.where(live.squeeze(-1), torch.logaddexp(lse, sink), -torch.inf)
+            lse = torch.logaddexp(lse, geometry.sinks.to(geometry.accumulator)[:, None])
+        lse = torch.where(live.squeeze(-1), lse, -torch.inf)
         tensors = {s: _evaluate(s, weights.to(geometry.accumulator), masked, lse, geometry) for s in statistics}
-    return Evaluation(output, lse, tensors)
+    return Evaluation(output, lse.detach(), tensors)
+
+
+def _dropped(weights: Tensor, geometry: Geometry) -> Tensor:
+    """The weights that meet the values: some are 0, and the others are that much larger."""
+    if geometry.dropout_seed is None:
+        return weights
+    generator = torch.Generator(geometry.device).manual_seed(int(geometry.dropout_seed))
+    drawn = torch.rand(weights.shape, generator=generator, device=geometry.device)
+    return weights.masked_fill(drawn < geometry.dropout_p, 0.0) / (1 - geometry.dropout_p)
 
 
 def from_lse(
@@ -217,7 +247,8 @@ def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometr
     if isinstance(statistic, RowStatistic):
         return (weights * _weights(statistic, geometry)).sum(-1)
     if isinstance(statistic, Entropy):
-        return torch.special.entr(weights).sum(-1)
+        # entr's derivative at 0 is infinite, and what reaches a score through it is A times that: 0.
+        return torch.special.entr(torch.where(weights == 0, 1.0, weights)).sum(-1)
     if isinstance(statistic, MaxLogit):
         return scores.amax(-1)
     if isinstance(statistic, SinkMass):

@@ -102,6 +102,36 @@ class ColumnStatistic(DistanceWeighted):
 
 
 @dataclass(frozen=True)
+class Summed(ColumnStatistic):
+    """The sum that a column mean divides, so that parts of a sequence can be added up; not in the catalogue."""
+
+    of: ColumnStatistic
+
+    @property
+    def kernel_weight(self) -> Any:  # type: ignore[override]
+        return self.of.kernel_weight
+
+    @property
+    def band(self) -> tuple[int, int] | None:
+        return self.of.band
+
+    @property
+    def far(self) -> tuple[int, float] | None:
+        return self.of.far
+
+    @property
+    def last_queries(self) -> int | None:
+        return self.of.last_queries
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        return self.of.parameters
+
+    def weight(self, distance: Tensor) -> Tensor:
+        return self.of.weight(distance)
+
+
+@dataclass(frozen=True)
 class WAAD(RowStatistic):
     """Windowed average attention distance in tokens: `sum_s A[t, s] * min(|t - s|, window)`, Eq. 9."""
 

@@ -1,12 +1,13 @@
 """Every visible pair once, a block of query rows at a time, in plain PyTorch and O(T) memory.
 
 Three passes share the loop: attention where torch has no kernel that returns its lse, the statistics that need
-more than the band, and the gradients of any forward pass that kept an lse (the Triton backend's too).
+more than the band, and the gradients of both for a forward pass that kept an lse. `Recomputed` is what ties a forward
+pass of any backend to its gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from attnstats.geometry import Evaluation, Geometry, divisor_of, full_precision
 from attnstats.statistics import (
+    LSE,
     ColumnStatistic,
     DistanceWeighted,
     Entropy,
@@ -32,6 +34,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     """Output and lse; whole rows at a time, so no online softmax is needed."""
     output = query.new_zeros(*query.shape[:3], geometry.value_dim)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=geometry.accumulator)
+    generator = _generator(geometry)
     for block in _blocks(geometry):
         for batch, heads, key_head in heads_of(geometry):
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
@@ -39,6 +42,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
             if geometry.sinks is not None:
                 row_lse = with_sinks(row_lse, geometry.sinks[heads])
             weights = _log_weights_(scores, row_lse).exp_()
+            if generator is not None:
+                weights *= _kept(weights, generator, geometry)
             seen = value[batch, key_head, block.keys].to(weights.dtype)
             output[batch, heads, block.rows] = (weights @ seen).to(output.dtype)
             lse[batch, heads, block.rows] = row_lse
@@ -52,58 +57,115 @@ def with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
 
 
 class Recomputed(torch.autograd.Function):
-    """Any forward pass that returns an lse, with the gradients of attention recomputed from it.
+    """A forward pass that returns an lse, with gradients recomputed from it.
 
-    `forward` is called with (query, key, value, geometry), whose sinks are `sinks`.
+    `attend(query, key, value, geometry)` gives an Evaluation, whose statistics carry gradients if `differentiable`;
+    `gradients` is a backend's function of that name. Gives output, lse and statistics in one tuple.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, geometry: Geometry, forward: Any
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        geometry: Geometry,
+        attend: Any,
+        gradients: Any,
+        differentiable: bool,
     ) -> Any:
-        output, lse, tensors = forward(query, key, value, geometry)
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.geometry = geometry
-        ctx.mark_non_differentiable(lse, *tensors.values())
+        output, lse, tensors = attend(query, key, value, geometry)
+        tensors = {s: x.clone() if x is lse else x for s, x in tensors.items()}
+        kept = tuple(tensors.values()) if differentiable else ()
+        ctx.save_for_backward(query, key, value, output, lse, *kept)
+        ctx.geometry, ctx.gradients = geometry, gradients
+        ctx.statistics = tuple(tensors) if differentiable else ()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse, *(() if differentiable else tensors.values()))
         return output, lse, *tensors.values()
 
     @staticmethod
     @once_differentiable  # the lse is a constant here, so second derivatives would be wrong
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
-        query, key, value, output, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor | None, _: None, *grads: Tensor | None) -> Any:
+        query, key, value, output, lse, *values = ctx.saved_tensors
+        grads = grads[: len(values)]
+        of_statistics = {
+            s: (x, grad) for s, x, grad in zip(ctx.statistics, values, grads, strict=True) if grad is not None
+        }
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
         with full_precision(query.device):
-            return *gradients(query, key, value, output, lse, grad_output, ctx.geometry), None, None
+            found = ctx.gradients(query, key, value, output, lse, grad_output, ctx.geometry, of_statistics)
+        return *found, *(None,) * 4
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]  # for query, key, value and sinks
+OfStatistics = Mapping[Statistic, tuple[Tensor, Tensor]]  # value and gradient of each that has one
 
 
 def gradients(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of attention for query, key, value and sinks, a block of rows at a time.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_statistics: OfStatistics,
+) -> Gradients:
+    """Gradients of attention and of statistics, a block of rows at a time.
 
-    With `A = exp(scores - lse)` and `delta = rowsum(dO * O)`: dV = A^T dO, dS = A * (dO V^T - delta), dQ = dS K,
-    dK = dS^T Q. A softcap c passes `1 - (score / c)^2` of dS on; a sink gets `-sum_t exp(sink - lse) delta`.
+    With `A = exp(scores - lse)`, dA = dO V^T + what statistics ask of A: dV = A^T dO, dS = A * (dA - rowsum(A dA)),
+    dQ = dS K, dK = dS^T Q. For attention that row sum is rowsum(dO * O). A softcap c passes `1 - (score / c)^2` of dS
+    on; a sink gets `-sum_t exp(sink - lse) rowsum`. The lse's own gradient is one more A, so it lessens the row sum.
     """
     if geometry.packing is not None:
-        return _gradients_by_sequence(query, key, value, output, lse, grad_output, geometry)
+        return _gradients_by_sequence(query, key, value, output, lse, grad_output, geometry, of_statistics)
     grads = [torch.zeros_like(x, dtype=geometry.accumulator) for x in (query, key, value)]
     grad_query, grad_key, grad_value = grads
     delta = (grad_output.to(geometry.accumulator) * output).sum(-1)
+    wanted = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
+    for s in [s for s in wanted if isinstance(s, LSE)]:
+        delta -= wanted.pop(s)
+    counts = {s: _counts(s, geometry)[:, None] for s in wanted if isinstance(s, ColumnStatistic)}
+    generator = _generator(geometry)
     for block in _blocks(geometry):
+        by_distance = _by_distance(wanted, geometry, block)
         for batch, heads, key_head in heads_of(geometry):
             of_rows, of_keys = (batch, heads, block.rows), (batch, key_head, block.keys)
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
             passed = None
             if geometry.softcap is not None:
                 passed = 1 - (scores.clamp(min=-geometry.softcap) / geometry.softcap) ** 2
-            weights = _log_weights_(scores, lse[of_rows]).exp_()
+            log_weights = _log_weights_(scores, lse[of_rows])
+            weights = log_weights.exp()
             grad_rows = grad_output[of_rows].to(weights.dtype)
             grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
+            seen = weights
+            if generator is not None:
+                kept = _kept(weights, generator, geometry)
+                grad_scores.mul_(kept)
+                seen = weights * kept
+            if wanted:
+                asked = torch.zeros_like(weights)
+                for s, grad in wanted.items():
+                    if isinstance(s, ColumnStatistic):
+                        of_pairs = counts[s][batch, :, block.rows, None] * grad[batch, heads, None, block.keys]
+                    else:
+                        of_pairs = grad[of_rows][..., None]
+                    if isinstance(s, Entropy):
+                        asked -= of_pairs * (log_weights.clamp(min=LOG_ZERO) + 1)
+                    else:
+                        asked += of_pairs * by_distance.get(s, 1.0)
+                grad_scores += asked
+                delta[of_rows] += (weights * asked).sum(-1)
             grad_scores.sub_(delta[of_rows][..., None]).mul_(weights).mul_(geometry.scale)
             if passed is not None:
                 grad_scores.mul_(passed)
             grad_query[of_rows] = grad_scores @ key[of_keys].to(weights.dtype)
             grad_key[of_keys] += (grad_scores.mT @ query[of_rows].to(weights.dtype)).sum(0)
-            grad_value[of_keys] += (weights.mT @ grad_rows).sum(0)
+            grad_value[of_keys] += (seen.mT @ grad_rows).sum(0)
     grad_sinks = None
     if geometry.sinks is not None:
         share = (geometry.sinks.to(lse.dtype)[:, None] - divisor_of(lse)).exp()
@@ -113,16 +175,26 @@ def gradients(
 
 
 def _gradients_by_sequence(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, grad_output: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_statistics: OfStatistics,
+) -> Gradients:
     grads = [torch.zeros_like(x) for x in (query, key, value)]
     grad_sinks = None if geometry.sinks is None else torch.zeros_like(geometry.sinks)
     for queries, keys, alone in geometry.sequences():
         of_rows = (slice(None), slice(None), queries)
         of_keys = (slice(None), slice(None), keys)
-        *parts, sinks_part = gradients(
-            query[of_rows], key[of_keys], value[of_keys], output[of_rows], lse[of_rows], grad_output[of_rows], alone
-        )
+        of_its_own = {
+            s: tuple(x[of_keys if isinstance(s, ColumnStatistic) else of_rows] for x in both)
+            for s, both in of_statistics.items()
+        }
+        inputs = (query[of_rows], key[of_keys], value[of_keys], output[of_rows], lse[of_rows], grad_output[of_rows])
+        *parts, sinks_part = gradients(*inputs, alone, of_its_own)
         for grad, where, part in zip(grads, (of_rows, of_keys, of_keys), parts, strict=True):
             grad[where] = part
         if grad_sinks is not None and sinks_part is not None:
@@ -139,12 +211,7 @@ def evaluate(
     segments = {s: _segments(s, geometry) for s in statistics if isinstance(s, PooledMap)}
     spoiled = bool(lse.isnan().any())  # rows of NaN
     for block in _blocks(geometry):
-        distance = _distance(geometry, block)
-        by_distance = {
-            s: s.weight(distance).to(lse.dtype)
-            for s in statistics
-            if isinstance(s, DistanceWeighted) and s.uses_distance
-        }
+        by_distance = _by_distance(statistics, geometry, block)
         for batch, heads, key_head in heads_of(geometry):
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
             of_rows = (batch, heads, block.rows)
@@ -173,6 +240,28 @@ def evaluate(
                         pooled.index_add_(0, of_key[block.keys], (weighted * count[:, None]).permute(2, 0, 1))
                         tensors[s][batch, heads].index_add_(1, of_query[block.rows], pooled.permute(1, 2, 0))
     return tensors
+
+
+def _by_distance(statistics: Iterable[Statistic], geometry: Geometry, block: _Block) -> dict[Statistic, Tensor]:
+    """[rows, keys] the weight of each statistic that has one which varies."""
+    varying = [s for s in statistics if isinstance(s, DistanceWeighted) and s.uses_distance]
+    if not varying:
+        return {}
+    distance = _distance(geometry, block)
+    return {s: s.weight(distance).to(geometry.accumulator) for s in varying}
+
+
+def _generator(geometry: Geometry) -> torch.Generator | None:
+    """Where a pass draws its dropout from; passes over the same blocks in the same order draw the same."""
+    if geometry.dropout_seed is None:
+        return None
+    return torch.Generator(geometry.device).manual_seed(int(geometry.dropout_seed))
+
+
+def _kept(weights: Tensor, generator: torch.Generator, geometry: Geometry) -> Tensor:
+    """0 where a weight is dropped, else what the others are scaled by."""
+    drawn = torch.rand(weights.shape, generator=generator, device=weights.device)
+    return (drawn >= geometry.dropout_p).to(weights.dtype).div_(1 - geometry.dropout_p)
 
 
 def scratch_bytes() -> int:

@@ -3,7 +3,8 @@
 Attention is torch's flash kernel for the CPU, which also returns the lse; on other devices, and for what that
 kernel can't do, a sweep over blocks of rows. The statistics follow from (query, key, lse): those whose weight is
 constant beyond a distance from the keys near the diagonal (`diagonal`, O(T) time), all others from every visible
-pair once (`sweep`). On a CPU `native` does both at once where it was compiled.
+pair once (`sweep`). On a CPU `native` does both at once where it was compiled. Torch's kernel also gives the gradients
+of its own output; all others, and those of statistics, come from a sweep.
 """
 
 from __future__ import annotations
@@ -17,18 +18,58 @@ from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, SinkMas
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Geometry,
+    statistics: tuple[Statistic, ...],
+    differentiable: bool = False,
 ) -> Evaluation:
-    """Output, lse and statistics. The output is differentiable."""
-    if geometry.packing is not None:
-        output, lse = _attend_by_sequence(query, key, value, geometry)
-    elif _flash_takes(geometry) and geometry.sinks is None:
-        output, lse = _flash(query, key, value, geometry)
-    else:
-        forward = _flash_with_sinks if _flash_takes(geometry) else sweep.attention
-        output, lse = sweep.Recomputed.apply(query, key, value, geometry.sinks, geometry, forward)
-    with torch.no_grad():
+    """Output, lse and statistics. Gradients go through the output and, if differentiable, through the statistics."""
+
+    def evaluate(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
+        output, lse = _attend(query, key, value, geometry)
         return Evaluation(output, lse, from_lse(query, key, lse, geometry, statistics))
+
+    inputs = (query, key, value, geometry.sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        output, lse, *tensors = sweep.Recomputed.apply(*inputs, geometry, evaluate, gradients, differentiable)
+        return Evaluation(output, lse, dict(zip(statistics, tensors, strict=True)))
+    return evaluate(query, key, value, geometry)
+
+
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_statistics: sweep.OfStatistics,
+) -> sweep.Gradients:
+    """Gradients for query, key, value and sinks, from what `attend` returned and the gradients for it.
+
+    `of_statistics` has the value of each statistic that carries a gradient, and that gradient.
+    """
+    inputs = (query, key, value, output, lse, grad_output)
+    if geometry.packing is not None or of_statistics or geometry.sinks is not None or not _flash_takes(geometry):
+        return sweep.gradients(*inputs, geometry, of_statistics)
+    return *_flash_gradients(*inputs, geometry), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    if geometry.packing is not None:
+        return _attend_by_sequence(query, key, value, geometry)
+    if not _flash_takes(geometry):
+        output, lse, _ = sweep.attention(query, key, value, geometry)
+        return output, lse
+    output, lse = _flash(query, key, value, geometry)
+    if geometry.sinks is None:
+        return output, lse
+    counted = sweep.with_sinks(lse, geometry.sinks)  # a sink only scales a row
+    share = (lse - divisor_of(counted)).exp()[..., None]
+    return (output * share).to(output.dtype), counted
 
 
 def from_lse(
@@ -47,7 +88,7 @@ def from_lse(
             of_query, of_key = list(heads), [head // geometry.group for head in heads]
             subset = geometry.subset(heads)
             tensors |= _evaluate(query[:, of_query], key[:, of_key], lse[:, of_query], subset, together)
-    return tensors
+    return {s: tensors[s] for s in statistics}
 
 
 def _evaluate(
@@ -76,7 +117,7 @@ def _attend_by_sequence(query: Tensor, key: Tensor, value: Tensor, geometry: Geo
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=geometry.accumulator)
     parts, done = [], 0
     for queries, keys, alone in geometry.sequences():
-        part, lse[:, :, queries], _ = attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], alone, ())
+        part, lse[:, :, queries] = _attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], alone)
         parts += [_nothing(query, geometry, queries.start - done), part]
         done = queries.stop
     parts.append(_nothing(query, geometry, geometry.query_length - done))
@@ -143,21 +184,15 @@ def _flash_takes(geometry: Geometry) -> bool:
         and geometry.scale > 0  # the kernel's running maximum is of unscaled scores
         and geometry.softcap is None
         and geometry.left is None
+        and geometry.dropout_p == 0
         and (geometry.right is None or (geometry.is_causal and (geometry.offset == 0 or geometry.query_length == 1)))
     )
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Torch's CPU kernel behind SDPA, which also returns the lse; its causal mask is aligned top left."""
-    bias = None
-    if geometry.key_mask is not None:
-        bias = torch.zeros(geometry.batch, 1, 1, geometry.key_length, dtype=query.dtype)
-        bias = bias.masked_fill(~geometry.key_mask[:, None, None], -torch.inf)
-    causal = geometry.is_causal
-    if causal and geometry.query_length == 1:  # the one query sees the keys up to its own position
-        seen = min(geometry.offset + 1, geometry.key_length)
-        key, value, causal = key[:, :, :seen], value[:, :, :seen], False
-        bias = bias if bias is None else bias[..., :seen]
+    seen, causal, bias = _flash_mask(geometry)
+    key, value = key[:, :, :seen], value[:, :, :seen]
     # It reads the last dimension as contiguous without a look at its stride.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -168,13 +203,39 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tup
     return output, lse
 
 
-def _flash_with_sinks(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
-    """A sink only scales a row: by exp(lse without it - lse with it)."""
-    output, lse = _flash(query, key, value, geometry)
-    assert geometry.sinks is not None
-    counted = sweep.with_sinks(lse, geometry.sinks)
-    share = (lse - divisor_of(counted)).exp()[..., None]
-    return Evaluation((output * share).to(output.dtype), counted, {})
+def _flash_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients that torch's CPU kernel has for its own output."""
+    seen, causal, bias = _flash_mask(geometry)
+    inputs = (grad_output, query, key[:, :, :seen], value[:, :, :seen], output)
+    grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x if x.stride(-1) == 1 else x.contiguous() for x in inputs),
+        lse.masked_fill(lse == -torch.inf, 0.0),  # as the kernel gave it
+        0.0,
+        causal,
+        attn_mask=bias,
+        scale=geometry.scale,
+    )
+    beyond = (0, 0, 0, geometry.key_length - seen)
+    return grad_query, torch.nn.functional.pad(grad_key, beyond), torch.nn.functional.pad(grad_value, beyond)
+
+
+def _flash_mask(geometry: Geometry) -> tuple[int, bool, Tensor | None]:
+    """How many keys the kernel is given, whether it masks them causally, and its bias."""
+    seen, causal = geometry.key_length, geometry.is_causal
+    if causal and geometry.query_length == 1:  # the one query sees the keys up to its own position
+        seen, causal = min(geometry.offset + 1, geometry.key_length), False
+    if geometry.key_mask is None:
+        return seen, causal, None
+    bias = torch.zeros(geometry.batch, 1, 1, seen, dtype=geometry.dtype)
+    return seen, causal, bias.masked_fill(~geometry.key_mask[:, None, None, :seen], -torch.inf)
 
 
 SINK_KEYS = 64  # first keys that are looked at together

@@ -69,7 +69,7 @@ def cu(*boundaries, dtype=torch.int32):
         ({"key": K[0, :, :5].transpose(0, 1), "value": V[0, :, :5].transpose(0, 1)}, ValueError, "cu_seqlens_k: query"),
         ({"statistics": [PooledMap(2, 2)]}, ValueError, "PooledMap is one map of one sequence"),
         ({"query_mask": torch.ones(36).bool()}, ValueError, r"query_mask must have shape \(1, 37\)"),
-        ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be a number in \[0, 1\)"),
         (
             {"cu_seqlens_q": cu(0, 9, 37), "cu_seqlens_k": cu(0, 5, 37), "is_causal": False},
             ValueError,

@@ -188,10 +188,10 @@ def test_second_derivatives_are_refused(backend, value_dim, device):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("dropout_p", [0.1, 1, -0.5, float("nan")])
-def test_dropout_is_refused(dropout_p):
+@pytest.mark.parametrize("dropout_p", [1, 1.5, -0.5, float("nan"), None])
+def test_dropout_of_less_than_nothing_or_of_all_is_refused(dropout_p):
     query, key, value = Case(group=1).tensors()
-    with pytest.raises(ValueError, match=f"dropout_p must be 0, got {dropout_p}"):
+    with pytest.raises(ValueError, match=rf"dropout_p must be a number in \[0, 1\).*got {dropout_p}"):
         attnstats.attention(query, key, value, dropout_p=dropout_p)
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import attnstats
 from attnstats import FAI, WAAD, MeanDistance, Received
-from attnstats.capture import capture, middle_third
-from attnstats.hooks import _OBSERVERS
+from attnstats.capture import capture
+from attnstats.hooks import SITE
+from attnstats.selection import middle_third
 
 LAYERS, HEADS, LENGTH = 6, 9, 23
 SIZES: dict[str, Any] = {
@@ -212,7 +213,7 @@ def test_reduced_is_one_mean_over_all_chosen_heads(llama):
         with capture(llama, statistics=statistics, layers="all") as full:
             llama(ids)
         heads: Any = {"waad": local, "fai": distant}
-        with capture(llama, statistics=statistics, layers=[1, 3, 4, 5], heads=heads, reduce_heads="mean") as run:
+        with capture(llama, statistics=statistics, layers=[1, 3, 4, 5], heads=heads, reduce=("layers", "heads")) as run:
             llama(ids)
             llama(ids)  # the run holds one pass, not the sum of two
     for name, chosen in (("waad", local), ("fai", distant)):
@@ -240,14 +241,14 @@ def test_reduced_is_one_mean_over_all_chosen_heads(llama):
         ({"heads": 3}, TypeError, "heads must be"),
         ({"heads": []}, ValueError, "no head is chosen"),
         ({"heads": {0: [1]}}, ValueError, "layer 0 isn't captured"),
-        ({"heads": {2: [1], 3: [1, 2], 4: [0]}}, ValueError, "reduce_heads='mean'"),
-        ({"heads": {2: [1]}}, ValueError, "reduce_heads='mean'"),
+        ({"heads": {2: [1], 3: [1, 2], 4: [0]}}, ValueError, r"reduce=\('layers', 'heads'\)"),
+        ({"heads": {2: [1]}}, ValueError, r"reduce=\('layers', 'heads'\)"),
         ({"heads": {"fai": [1]}}, ValueError, "'fai' isn't one of the statistics"),
         ({"heads": {"waad": [1], 2: [1]}}, ValueError, "key 2 isn't one of the statistics"),
         ({"statistics": [WAAD(3), WAAD(5)], "heads": {"waad": [1]}}, ValueError, "more than one"),
         ({"statistics": []}, ValueError, "statistics is empty"),
         ({"statistics": ["wad"]}, ValueError, "unknown name 'wad'"),
-        ({"reduce_heads": "sum"}, ValueError, "reduce_heads must be"),
+        ({"reduce": "sum"}, ValueError, "reduce must be"),
         ({"query_mask": torch.ones(2, 3)}, TypeError, "query_mask must be a bool"),
         ({"query_mask": [[True]]}, TypeError, "query_mask must be a bool"),
     ],
@@ -280,8 +281,8 @@ def test_the_run_holds_the_most_recent_pass_and_its_query_mask(llama):
     assert not torch.equal(masked, run["fai"])
 
 
-@pytest.mark.parametrize("reduce_heads", [None, "mean"])
-def test_results_of_an_unfinished_pass_are_not_given_away(llama, reduce_heads):
+@pytest.mark.parametrize("reduce", [None, ("layers", "heads")])
+def test_results_of_an_unfinished_pass_are_not_given_away(llama, reduce):
     class Stop(Exception):
         pass
 
@@ -289,7 +290,7 @@ def test_results_of_an_unfinished_pass_are_not_given_away(llama, reduce_heads):
         raise Stop
 
     ids = tokens()
-    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[1, 2, 4], reduce_heads=reduce_heads) as run:
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[1, 2, 4], reduce=reduce) as run:
         with pytest.raises(RuntimeError, match="nothing was recorded"):
             run["waad"]
         llama(ids)
@@ -356,7 +357,7 @@ def test_gradients_are_those_of_sdpa_with_and_without_checkpointing(llama):
     for checkpointing in (False, True):
         if checkpointing:
             llama.gradient_checkpointing_enable()
-        with capture(llama, statistics=["waad", "fai"], reduce_heads="mean") as run:
+        with capture(llama, statistics=["waad", "fai"], reduce=("layers", "heads")) as run:
             actual = gradients()
         assert not run["waad"].requires_grad
         if not checkpointing:
@@ -424,7 +425,7 @@ def test_the_old_attention_is_back_also_after_an_exception(llama):
         assert llama.config._attn_implementation == implementation
     assert torch.equal(run_with(llama, "sdpa", input_ids=ids).logits, before)
     assert (len(llama.model._forward_hooks), len(llama.model._forward_pre_hooks)) == hooks
-    assert not any(module in _OBSERVERS for module in llama.modules())
+    assert not any(SITE in module.__dict__ for module in llama.modules())
 
 
 def test_implementations_of_sub_configs_are_back():

@@ -1,0 +1,63 @@
+"""Following a transformers cache: when its batch rows move or its last tokens are dropped, somebody is told.
+
+A cache that is followed changes its class for a subclass made here, which does what the class did and then tells; a copy
+of it is not followed, and `released` gives the class back. Used by capture.py while a model generates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+
+class Follower(Protocol):
+    def select(self, change: Callable[[Tensor], Tensor]) -> None:
+        """`change` was done to the batch dimension of what is cached."""
+
+    def cut(self, length: int) -> None:
+        """Only the first `length` tokens are still cached."""
+
+
+_FOLLOWERS: WeakKeyDictionary[Any, Follower] = WeakKeyDictionary()
+
+
+def follow(cache: Any, follower: Follower) -> None:
+    """Tell `follower` from now on; once per cache."""
+    if cache not in _FOLLOWERS:
+        _FOLLOWERS[cache] = follower
+        cache.__class__ = _following(type(cache))
+
+
+def release(follower: Follower) -> None:
+    """Give every cache that tells `follower` its class back."""
+    for cache in [cache for cache, told in _FOLLOWERS.items() if told is follower]:
+        del _FOLLOWERS[cache]
+        cache.__class__ = type(cache).__mro__[1]
+
+
+@functools.cache
+def _following(kind: type) -> type:
+    def told(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
+        method = getattr(kind, name)
+
+        @functools.wraps(method)
+        def wrapper(cache: Any, argument: Any, *args: Any, **kwargs: Any) -> Any:
+            result = method(cache, argument, *args, **kwargs)
+            follower = _FOLLOWERS.get(cache)
+            if follower is not None:
+                after(follower, cache, argument)
+            return result
+
+        return wrapper
+
+    methods: dict[str, Callable[[Follower, Any, Any], None]] = {
+        "reorder_cache": lambda f, _, rows: f.select(lambda x: x.index_select(0, rows.to(x.device))),
+        "batch_select_indices": lambda f, _, rows: f.select(lambda x: x[rows.to(x.device)]),
+        "batch_repeat_interleave": lambda f, _, times: f.select(lambda x: x.repeat_interleave(times, dim=0)),
+        "crop": lambda f, cache, _: f.cut(int(cache.get_seq_length())),
+    }
+    return type(kind.__name__, (kind,), {n: told(n, after) for n, after in methods.items() if hasattr(kind, n)})

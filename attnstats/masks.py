@@ -1,0 +1,368 @@
+"""Who sees whom in a transformers model, as a small description instead of a (B, 1, Tq, Tk) tensor.
+
+`describe_mask` is the mask function that hooks.py registers with transformers. It takes apart the function of indices
+that transformers composes (causal, sliding window, chunks, packed rows, padding), and checks what it understood against
+that function on a sample of rows. `recognise` does the same for a mask that somebody made as a tensor. What they do not
+understand is named in the description and raises where attention is computed, never before: a model may not use it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from attnstats.errors import InputError
+
+MaskFunction = Callable[..., Any]
+
+PROBED_ROWS = 8
+BLOCK_ELEMENTS = 2**18  # of a mask tensor that are looked at together
+
+
+class Chunks(NamedTuple):
+    """Attention within chunks of `size` tokens, counted from each batch row's first real token (Llama 4)."""
+
+    size: int
+    first: Tensor  # (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskDescription:
+    """Query t sees key s, both absolute positions, where `-right <= t - s <= left` and nothing below hides it.
+
+    Attributes:
+        query_offset, key_offset: positions of the first query and of the first key.
+        query_length, key_length: what the model announced, to be compared with what arrives.
+        left, right: how far behind and ahead of itself a query sees; None: all the way.
+        padding: (B, key_length) bool, True for real tokens; None: all are.
+        segments: (B, T) integers, the packed sequence that each token belongs to, queries and keys being the same
+            tokens; None: a row is one sequence.
+        chunks: attention stays within chunks; None: it does not.
+        unknown: names of the parts that are not understood; () if the description is the whole truth.
+        dense: makes the mask itself, (B, 1, Tq, Tk) bool, for who allows that.
+        memo: what was derived from it and is needed again by the next layer.
+    """
+
+    # `generate` makes the masks of static caches in advance, calls `.contiguous()` on them, and the model then tells
+    # a finished mask from a (B, T) one by its rank.
+    ndim: ClassVar[int] = 4
+
+    query_offset: int
+    key_offset: int
+    query_length: int
+    key_length: int
+    left: int | None = None
+    right: int | None = None
+    padding: Tensor | None = None
+    segments: Tensor | None = None
+    chunks: Chunks | None = None
+    unknown: tuple[str, ...] = ()
+    dense: Callable[[], Tensor] | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def seen(self) -> int:
+        """Keys from here on lie behind the last query's horizon: the unused slots of a static cache."""
+        if self.right is None:
+            return self.key_length
+        return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
+
+    def contiguous(self) -> MaskDescription:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> MaskDescription:
+        return self
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """(B, len(rows), key_length) bool: what the queries of these indices see."""
+        query = (rows + self.query_offset)[:, None]
+        key = torch.arange(self.key_length, device=rows.device) + self.key_offset
+        distance = query - key
+        visible = torch.ones_like(distance, dtype=torch.bool)[None]
+        if self.left is not None:
+            visible = visible & (distance <= self.left)
+        if self.right is not None:
+            visible = visible & (distance >= -self.right)
+        if self.padding is not None:
+            visible = visible & self.padding[:, None]
+        if self.segments is not None:
+            visible = visible & (self.segments[:, rows, None] == self.segments[:, None])
+        if self.chunks is not None:
+            first = self.chunks.first[:, None, None]
+            visible = visible & ((query - first) // self.chunks.size == (key - first) // self.chunks.size)
+        return visible
+
+    def __getitem__(self, index: Any) -> MaskDescription:
+        """The mask of the last queries, `mask[:, :, start:, :]`; a model may attend with these alone."""
+        everything = slice(None)
+        if isinstance(index, tuple) and len(index) == 4 and all(index[i] == everything for i in (0, 1, 3)):
+            rows = range(self.query_length)[index[2]] if isinstance(index[2], slice) else range(0)
+            if len(rows) == self.query_length:
+                return self
+            if rows and rows.step == 1 and self.segments is None and rows.stop == self.query_length:
+                dense, start = self.dense, rows.start
+                return replace(
+                    self,
+                    query_offset=self.query_offset + start,
+                    query_length=len(rows),
+                    dense=None if dense is None else lambda: dense()[:, :, start:],
+                    memo={},
+                )
+        return self._computed_with()
+
+    def _computed_with(self, *_: Any, **__: Any) -> NoReturn:
+        raise InputError(
+            "attnstats: the model computes with its attention mask instead of only handing it to its attention "
+            "function, so its attention cannot be replaced; its eager attention is the way to its maps"
+        )
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __sub__ = _computed_with
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _computed_with  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | MaskDescription | None = None,
+    device: Any = "cpu",
+    **_: Any,
+) -> MaskDescription:
+    """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
+    from transformers.masking_utils import causal_mask_function
+
+    if isinstance(attention_mask, MaskDescription):
+        return attention_mask
+    function = causal_mask_function if mask_function is None else mask_function
+    query_offset, key_offset = (x if isinstance(x, int) else int(x) for x in (q_offset, kv_offset))
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, key_offset : key_offset + kv_length].bool()
+        if padding.shape[1] < kv_length:
+            padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
+
+    def dense() -> Tensor:
+        rows, keys = torch.arange(q_length, device=device), torch.arange(kv_length, device=device)
+        visible = _evaluate(function, batch_size, rows + query_offset, keys + key_offset, device)
+        return (visible if padding is None else visible & padding[:, None])[:, None]
+
+    description = MaskDescription(
+        query_offset, key_offset, q_length, kv_length, padding=padding, dense=dense, **_pattern(function)
+    )
+    if torch.compiler.is_compiling():
+        return _for_a_graph(description)
+    if not description.unknown:
+        _check(description, function, batch_size, device)
+    return _simplified(description)
+
+
+def unannounced(query_length: int, key_length: int, causal: bool, across: bool) -> MaskDescription:
+    """What no mask means: SDPA's convention is causal, aligned top left, except for a single query."""
+    if causal and query_length > 1 and not across:
+        return MaskDescription(0, 0, query_length, key_length, right=0)
+    return MaskDescription(max(0, key_length - query_length), 0, query_length, key_length)
+
+
+def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) -> MaskDescription:
+    """The description of a mask made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive.
+
+    Queries are taken as the last positions of the keys, unless the mask hides the keys from a query's own index on.
+    """
+    unknown = MaskDescription(
+        max(0, key_length - query_length), 0, query_length, key_length, unknown=(announced,), dense=lambda: mask
+    )
+    if mask.dim() != 4 or mask.shape[-2] not in (1, query_length) or mask.shape[-1] < key_length:
+        return unknown
+    mask = mask[..., :key_length].expand(-1, -1, query_length, -1)
+    if mask.dtype != torch.bool and not _only_hides(mask):
+        return unknown
+    if any(not torch.equal(_shown(mask[:, :1]), _shown(mask[:, head : head + 1])) for head in range(1, mask.shape[1])):
+        return unknown
+    mask = mask[:, 0]
+    padding, ahead, behind = _outline(mask, unknown.query_offset)
+    for offset in dict.fromkeys((unknown.query_offset, 0)):
+        shift = offset - unknown.query_offset
+        found = replace(
+            unknown,
+            unknown=(),
+            query_offset=offset,
+            left=None if behind + shift >= offset + query_length - 1 else behind + shift,
+            right=None if ahead - shift >= key_length - 1 - offset else ahead - shift,
+            padding=None if bool(padding.all()) else padding,
+        )
+        if (found.right is None or found.right >= 0) and _is(mask, found):
+            return found
+    return unknown
+
+
+def _only_hides(mask: Tensor) -> bool:
+    """Whether an additive mask adds 0 or so much that exp of it is 0."""
+    return all(
+        bool(((part == 0) | (part <= min(-1e4, torch.finfo(mask.dtype).min / 2))).all()) for part in _row_blocks(mask)
+    )
+
+
+def _shown(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _row_blocks(mask: Tensor) -> Any:
+    rows = max(1, BLOCK_ELEMENTS // max(1, mask.shape[-1] * mask.shape[0]))
+    return mask.split(rows, dim=-2)
+
+
+def _outline(mask: Tensor, offset: int) -> tuple[Tensor, int, int]:
+    """(B, Tk) keys that anybody sees, and how far ahead and behind anybody sees; mask (B, Tq, Tk)."""
+    padding = torch.zeros(mask.shape[0], mask.shape[2], dtype=torch.bool, device=mask.device)
+    keys = torch.arange(mask.shape[2], device=mask.device)
+    ahead, behind, start = -mask.shape[2], 0, offset
+    for part in _row_blocks(mask):
+        shown = _shown(part)
+        padding |= shown.any(1)
+        distance = torch.arange(start, start + part.shape[1], device=mask.device)[:, None] - keys
+        if bool(shown.any()):
+            seen = distance.expand_as(shown)[shown]
+            ahead, behind = max(ahead, -int(seen.min())), max(behind, int(seen.max()))
+        start += part.shape[1]
+    return padding, ahead, behind
+
+
+def _is(mask: Tensor, found: MaskDescription) -> bool:
+    start = 0
+    for part in _row_blocks(mask):
+        rows = torch.arange(start, start + part.shape[1], device=mask.device)
+        if not torch.equal(_shown(part), found.visible(rows).expand(part.shape[0], -1, -1)):
+            return False
+        start += part.shape[1]
+    return True
+
+
+def _simplified(description: MaskDescription) -> MaskDescription:
+    """Without padding, packed rows and chunks that hide nothing, and without bounds beyond every key."""
+    changes: dict[str, Any] = {}
+    padding, segments, chunks = description.padding, description.segments, description.chunks
+    if padding is not None and bool(padding[:, : description.seen].all()):
+        changes["padding"] = None
+    if segments is not None and bool((segments == segments[:, :1]).all()):
+        changes["segments"] = None
+    last = description.query_offset + description.query_length - 1
+    if chunks is not None and last - int(chunks.first.min()) < chunks.size:
+        changes["chunks"] = None
+    if description.left is not None and last - description.key_offset <= description.left:
+        changes["left"] = None
+    return replace(description, **changes) if changes else description
+
+
+def _for_a_graph(description: MaskDescription) -> MaskDescription:
+    """Under torch.compile no value can be looked at: packed rows are asserted away when the graph runs."""
+    if description.segments is not None:
+        torch._assert_async(
+            (description.segments == description.segments[:, :1]).all(),
+            "attnstats: position_ids pack several sequences into a row, which cannot be compiled; "
+            "give each sequence a row with a (B, T) attention_mask, or do not compile",
+        )
+        description = replace(description, segments=None)
+    last = description.query_offset + description.query_length - 1
+    if description.chunks is not None and last < description.chunks.size:
+        description = replace(description, chunks=None)
+    return description
+
+
+# Taking mask functions apart
+
+
+def _pattern(function: MaskFunction) -> dict[str, Any]:
+    """left, right, padding, segments, chunks of a composed mask function, and the names of unknown parts."""
+    # By name: the functions are closures, made anew in every forward pass.
+    name = getattr(function, "__qualname__", repr(function)).removesuffix(".<locals>.inner_mask")
+    code = getattr(function, "__code__", None)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held = dict(zip(code.co_freevars, cells, strict=True)) if code is not None else {}
+    if name == "causal_mask_function":
+        return {"right": 0}
+    if name == "bidirectional_mask_function":
+        return {}
+    if name == "sliding_window_overlay":
+        return {"left": held["sliding_window"] - 1}
+    if name == "sliding_window_bidirectional_overlay":
+        return {"left": held["sliding_window"], "right": held["sliding_window"]}
+    if name == "chunked_overlay":
+        return {"chunks": Chunks(held["chunk_size"], held["left_padding"])}
+    if name == "packed_sequence_mask_function":
+        return {"segments": held["packed_sequence_mask"]}
+    if name == "remap_positions_for_packed_sequence":  # within a sequence positions differ as indices do
+        return _pattern(held["mask_function"])
+    if name.startswith("and_masks.<locals>"):
+        return functools.reduce(_both, (_pattern(part) for part in held["mask_functions"]))
+    if name.startswith("or_masks.<locals>"):
+        parts = [part for part in held["mask_functions"] if not _is_empty_overlay(part)]
+        if len(parts) == 1:
+            return _pattern(parts[0])
+    return {"unknown": tuple(_names(function))}
+
+
+def _is_empty_overlay(function: MaskFunction) -> bool:
+    """Whether it is blocks that see each other, of which this input has none."""
+    if not getattr(function, "__qualname__", "").startswith("blockwise_overlay") or torch.compiler.is_compiling():
+        return False
+    (cell,) = function.__closure__  # type: ignore[attr-defined]
+    return bool((cell.cell_contents < 0).all())
+
+
+def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    merged = a | b
+    for side in ("left", "right"):
+        if side in a and side in b:
+            merged[side] = min(a[side], b[side])
+    if any(part in a and part in b for part in ("segments", "chunks")):
+        merged["unknown"] = ("two kinds of blocks",)
+    if "unknown" in a and "unknown" in b:
+        merged["unknown"] = a["unknown"] + b["unknown"]
+    return merged
+
+
+def _names(function: MaskFunction) -> list[str]:
+    """The names of the functions that a composed mask is made of."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [part for cell in cells for part in (cell if isinstance(cell, tuple) else (cell,)) if callable(part)]
+    if not parts:
+        return [getattr(function, "__qualname__", repr(function)).removesuffix(".<locals>.inner_mask")]
+    return [name for part in parts for name in _names(part)]
+
+
+def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor, device: Any) -> Tensor:
+    """(B, len(queries), len(keys)) bool, the mask function at these positions."""
+    rows = torch.arange(batch, device=device)[:, None, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    visible = function(rows, head, queries[None, :, None], keys[None, None, :])
+    return visible.expand(batch, len(queries), len(keys)).bool()
+
+
+_CHECKED: set[tuple[Any, ...]] = set()
+
+
+def _check(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
+    """Compare with the mask function itself on a few rows; steps of decoding only the first time."""
+    known = (tuple(_names(function)), description.left, description.right, description.chunks and description.chunks[0])
+    if description.query_length == 1 and known in _CHECKED:
+        return
+    rows = torch.linspace(0, description.query_length - 1, PROBED_ROWS, dtype=torch.float64).round().long()
+    rows = rows.unique().to(device)
+    keys = torch.arange(description.key_length, device=device) + description.key_offset
+    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
+    understood = replace(description, padding=None).visible(rows)
+    if not torch.equal(understood.expand_as(expected), expected):
+        raise RuntimeError(
+            f"attnstats misread the attention mask {' with '.join(_names(function))} of this version of transformers; "
+            "please report it, and use the model's eager attention meanwhile"
+        )
+    _CHECKED.add(known)

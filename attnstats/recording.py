@@ -1,0 +1,324 @@
+"""Where captured statistics are kept: of one forward pass, or added up over the steps of a generation.
+
+Both keep sums, by layer or over layers, per head or over heads, and `read` turns them into means. `Pass` takes what an
+attention call returns; `Generation` places rows and columns by absolute position, so that a prompt in chunks, single
+tokens, beams that change places and rejected tokens all end where one teacher-forced pass would. Used by capture.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.calls import Call, Heads, reach_of
+from attnstats.geometry import AttentionResult
+from attnstats.statistics import (
+    ColumnStatistic,
+    DistanceWeighted,
+    PooledMap,
+    RowStatistic,
+    Statistic,
+    Statistics,
+    Summed,
+)
+
+UNDONE_ROWS = 64  # how many of the last tokens can be taken back
+
+
+class Store:
+    """Sums of statistics: one tensor by statistic and layer, or by statistic where layers are added up."""
+
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
+        self.reduce = reduce
+        self.device = device
+        self.heads: dict[Statistic, dict[int, int]] = {}
+        self.nan: dict[Statistic, dict[int, Tensor]] = {}  # bool per chosen head
+        self._copies: list[Any] = []
+
+    def counted(self, statistic: Statistic, layer: int, x: Tensor) -> tuple[int | None, Tensor]:
+        """The key of the sum that x (B, heads, ...) belongs to, and what is added to it."""
+        self.heads.setdefault(statistic, {})[layer] = x.shape[1]
+        nan = x.sum((0, *range(2, x.dim()))).isnan()
+        of_layers = self.nan.setdefault(statistic, {})
+        of_layers[layer] = of_layers[layer] | nan if layer in of_layers else nan
+        return None if "layers" in self.reduce else layer, x.sum(1) if "heads" in self.reduce else x
+
+    def mean(self, statistic: Statistic, sums: dict[int | None, Tensor]) -> Tensor:
+        """(L, B, heads, ...), without L where layers are reduced and without heads where they are."""
+        heads = self.heads[statistic]
+        if "layers" in self.reduce:
+            (total,) = sums.values()
+            return total / (sum(heads.values()) if "heads" in self.reduce else len(heads))
+        if "heads" in self.reduce:
+            sums = {layer: x / heads[layer] for layer, x in sums.items() if layer is not None}
+        first = next(iter(sums.values()))
+        return torch.stack([x.to(first.device) for _, x in sorted(sums.items(), key=lambda item: item[0] or 0)])
+
+    def broken(self, statistic: Statistic) -> dict[int, list[int]]:
+        """The heads of each layer, by their place among those chosen, that gave a NaN."""
+        return {
+            layer: flags.nonzero().flatten().tolist() for layer, flags in self.nan[statistic].items() if flags.any()
+        }
+
+    def away(self, x: Tensor) -> Tensor:
+        """x on the device where results are kept; a copy off a GPU runs beside it and is waited for when read."""
+        if self.device is None or x.device == self.device:
+            return x
+        if self.device.type != "cpu" or x.device.type != "cuda":
+            return x.to(self.device)
+        kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        kept.copy_(x, non_blocking=True)
+        self._copies.append(torch.cuda.current_stream(x.device).record_event())
+        return kept
+
+    def wait(self) -> None:
+        """Until every copy has arrived."""
+        for event in self._copies:
+            event.synchronize()
+        self._copies.clear()
+
+
+class Pass(Store):
+    """One forward pass; the next one starts a new one."""
+
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
+        super().__init__(reduce, device)
+        self.sums: dict[Statistic, dict[int | None, Tensor]] = {}
+        self.validity: dict[Statistic, Callable[[], Tensor]] = {}
+
+    def attend(
+        self, layer: int, call: Call, wanted: tuple[Statistic, ...], query_mask: Tensor | None, heads: Heads
+    ) -> AttentionResult:
+        result = call.attend(wanted, query_mask, heads)
+        statistics = result.statistics
+        for s in wanted:
+            key, x = self.counted(s, layer, statistics[s])
+            of_layers = self.sums.setdefault(s, {})
+            if key in of_layers and key is None:
+                of_layers[key] = of_layers[key] + x.to(of_layers[key].device)
+            else:
+                of_layers[key] = x if key is None else self.away(x)
+            self.validity.setdefault(s, _validity(statistics, s))
+        return result
+
+    def finish(self) -> None:
+        if "layers" in self.reduce:
+            self.sums = {s: {None: self.away(x) for x in sums.values()} for s, sums in self.sums.items()}
+
+    def read(self, statistic: Statistic) -> Tensor:
+        self.wait()
+        return self.mean(statistic, self.sums[statistic])
+
+    def valid(self, statistic: Statistic) -> Tensor:
+        return self.validity[statistic]()
+
+
+def _validity(statistics: Statistics, statistic: Statistic) -> Callable[[], Tensor]:
+    return lambda: statistics.valid[statistic]
+
+
+class Line:
+    """A tensor (..., T) that grows along its last dimension by doubling."""
+
+    def __init__(self, like: Tensor):
+        self._room = like.new_zeros((*like.shape[:-1], max(256, 2 * like.shape[-1])))
+        self.length = 0
+
+    @property
+    def values(self) -> Tensor:
+        return self._room[..., : self.length]
+
+    def add(self, start: int, x: Tensor) -> None:
+        """Add x from `start` on; what was never added to is 0 (False)."""
+        end = start + x.shape[-1]
+        if end > self._room.shape[-1]:
+            grown = self._room.new_zeros((*self._room.shape[:-1], max(end, 2 * self._room.shape[-1])))
+            grown[..., : self.length] = self.values
+            self._room = grown
+        target = self._room[..., start:end]
+        x = x.to(target.device)
+        if x.dtype == torch.bool:
+            target |= x
+        else:
+            target += x
+        self.length = max(self.length, end)
+
+    def cut(self, length: int) -> None:
+        self._room[..., length : self.length] = 0
+        self.length = min(self.length, length)
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Let `change` choose or repeat batch rows, the dimension in front."""
+        self._room = change(self._room)
+
+
+class Step(NamedTuple):
+    """What is needed to take back what the last tokens gave to the keys before them."""
+
+    call: Call
+    wanted: tuple[Statistic, ...]
+    counted: Tensor | None
+    heads: Heads
+
+
+class Generation(Store):
+    """All steps since the sequence began at position 0.
+
+    Attributes:
+        length: tokens that went through the model.
+        tokens: (B, length) of them, where the model was called with ids.
+    """
+
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
+        super().__init__(reduce, device)
+        self.length = 0
+        self.lines: dict[Statistic, dict[int | None, Line]] = {}
+        self.counted_queries: Line | None = None  # (B, T) bool
+        self.live: Line | None = None
+        self.real: Line | None = None
+        self.tokens: Line | None = None
+        self._last: dict[int, Step] = {}
+        self._begin = 0
+
+    def attend(
+        self, layer: int, call: Call, wanted: tuple[Statistic, ...], query_mask: Tensor | None, heads: Heads
+    ) -> AttentionResult:
+        near = tuple(s for s in wanted if isinstance(s, DistanceWeighted) and s.band is not None)
+        reach = reach_of(near)
+        if not call.can_look_near(reach):
+            near = ()
+        asked = tuple(Summed(s) if _mean(s) else s for s in wanted if s not in near)
+        of_heads = {Summed(s) if _mean(s) else s: chosen for s, chosen in heads.items()}
+        result = call.attend(asked, query_mask, {s: h for s, h in of_heads.items() if s in asked})
+        found, starts = dict(result.statistics), dict.fromkeys(asked, call.first_key)
+        if near:
+            summed = tuple(Summed(s) if _mean(s) else s for s in near)
+            some = {s: h for s, h in of_heads.items() if s in summed}
+            with torch.no_grad():
+                start, beside = call.near(result.statistics.lse.detach(), summed, reach, query_mask, some)
+            found |= dict(beside)
+            starts |= dict.fromkeys(summed, start)
+        for s in wanted:
+            own = Summed(s) if _mean(s) else s
+            key, x = self.counted(s, layer, found[own])
+            lines = self.lines.setdefault(s, {})
+            if key not in lines:
+                lines[key] = Line(x)
+            lines[key].add(starts[own] if isinstance(s, ColumnStatistic) else call.begin, x)
+        self._begin = call.begin
+        if self.length < call.end:
+            self._witness(call, query_mask)
+        self._remember(layer, call, wanted, query_mask, heads)
+        return result
+
+    def finish(self) -> None:
+        pass
+
+    def read(self, statistic: Statistic) -> Tensor:
+        sums = {layer: line.values[..., : self.length] for layer, line in self.lines[statistic].items()}
+        mean = self.mean(statistic, sums)
+        if _mean(statistic):
+            count = self._count(statistic).clamp(min=1)
+            mean = mean / (count if "heads" in self.reduce else count[:, None])
+        return mean if self.device is None else mean.to(self.device)
+
+    def valid(self, statistic: Statistic) -> Tensor:
+        assert self.counted_queries is not None and self.live is not None and self.real is not None
+        if not isinstance(statistic, ColumnStatistic):
+            return self.counted_queries.values & self.live.values
+        real = self.real.values
+        return real & (self._count(statistic) > 0) if _mean(statistic) else real.clone()
+
+    def _count(self, statistic: ColumnStatistic) -> Tensor:
+        """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
+        assert self.counted_queries is not None and statistic.horizon is not None
+        lo, hi = statistic.horizon
+        counted = self.counted_queries.values
+        before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
+        position = torch.arange(self.length, device=counted.device)
+        first = (position + lo).clamp(max=self.length)
+        end = torch.full_like(first, self.length) if hi is None else (position + hi + 1).clamp(max=self.length)
+        return before[:, torch.maximum(first, end)] - before[:, first]
+
+    def _witness(self, call: Call, query_mask: Tensor | None) -> None:
+        """Note once per step which of its queries count and which of its keys are real."""
+        batch = call.query.shape[0]
+        new = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
+        real = new if call.real is None else call.real_queries()
+        counted = real if query_mask is None else real & query_mask.to(real.device)
+        if self.counted_queries is None or self.live is None or self.real is None:
+            self.counted_queries, self.live, self.real = Line(new), Line(new), Line(new)
+        self.counted_queries.add(call.begin, counted)
+        self.live.add(call.begin, real)
+        self.real.add(call.begin, real)
+        self.length = call.end
+
+    # Rows that move, tokens that are taken back
+
+    def select(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The cache's batch rows were chosen anew: `change` does the same to a tensor with the batch in front."""
+        for lines in self.lines.values():
+            for line in lines.values():
+                line.rows(change)
+        for line in (self.counted_queries, self.live, self.real, self.tokens):
+            if line is not None:
+                line.rows(change)
+        self._last.clear()
+
+    def cut(self, length: int) -> None:
+        """The tokens from position `length` on were rejected."""
+        if length >= self.length:
+            return
+        if length < self.length - UNDONE_ROWS or (length < self._begin and length > 0):
+            raise RuntimeError(
+                f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only tokens of "
+                f"the last step, {UNDONE_ROWS} at most, can be taken back. Start a new generation"
+            )
+        for layer, step in self._last.items():
+            self._take_back(layer, step, length)
+        for lines in self.lines.values():
+            for line in lines.values():
+                line.cut(length)
+        for kept in (self.counted_queries, self.live, self.real, self.tokens):
+            if kept is not None:
+                kept.cut(length)
+        self.length = length
+        self._last.clear()
+
+    def _remember(
+        self, layer: int, call: Call, wanted: tuple[Statistic, ...], query_mask: Tensor | None, heads: Heads
+    ) -> None:
+        columns = tuple(s for s in wanted if isinstance(s, ColumnStatistic))
+        rows = min(UNDONE_ROWS, call.query.shape[2])
+        if columns:
+            counted = None if query_mask is None else query_mask[:, -rows:]
+            own = {s: chosen for s, chosen in heads.items() if s in columns}
+            self._last[layer] = Step(call.last(rows), columns, counted, own)
+
+    def _take_back(self, layer: int, step: Step, length: int) -> None:
+        call = step.call
+        rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
+        rejected = rejected.expand(call.query.shape[0], -1)
+        if step.counted is not None:
+            rejected = rejected & step.counted.to(rejected.device)
+        own = {s: Summed(s) if _mean(s) else s for s in step.wanted}
+        heads = {own[s]: chosen for s, chosen in step.heads.items()}
+        with torch.no_grad():
+            found = call.attend(tuple(own.values()), rejected, heads).statistics
+        for s in step.wanted:
+            key, x = self.counted(s, layer, found[own[s]])
+            self.lines[s][key].add(call.first_key, -x)
+
+
+def _mean(statistic: Statistic) -> bool:
+    return isinstance(statistic, ColumnStatistic) and statistic.horizon is not None
+
+
+def grows(statistic: Statistic) -> bool:
+    """Whether a statistic can be kept up to date token by token."""
+    if isinstance(statistic, ColumnStatistic):
+        return statistic.last_queries is None
+    return isinstance(statistic, RowStatistic) or not isinstance(statistic, PooledMap)
