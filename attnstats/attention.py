@@ -121,7 +121,7 @@ def attention(
     with full_precision(geometry.device):
         module = _backend(backend, geometry)
         output, lse, tensors = module.attend(query, key, value, geometry, wanted, differentiable)
-    return AttentionResult(output, Statistics(tensors, geometry.validity, lse))
+    return AttentionResult(output, _dense(tensors, lse, geometry))
 
 
 def varlen_attention(
@@ -249,7 +249,7 @@ def statistics_from_lse(
     lse = arguments.natural_lse(lse, lse_base, lse_layout, geometry)
     with torch.no_grad(), full_precision(geometry.device):
         tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
-    return _packed(tensors, lse, geometry) if packed else Statistics(tensors, geometry.validity, lse)
+    return _packed(tensors, lse, geometry) if packed else _dense(tensors, lse, geometry)
 
 
 def explain(
@@ -322,9 +322,14 @@ def _resolve(
     return query, key, value, arguments.resolve_packed(query, key, value, wanted, cu_seqlens_q=cu_seqlens_q, **others)
 
 
+def _dense(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
+    return Statistics(tensors, geometry.validity, geometry.counts, lse)
+
+
 def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
     """Results of a batch of one without their batch dimension."""
-    return Statistics({s: x[0] for s, x in tensors.items()}, lambda s: geometry.validity(s)[0], lse[0])
+    alone = {s: x[0] for s, x in tensors.items()}
+    return Statistics(alone, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0])
 
 
 def _backend(name: str, geometry: Geometry) -> ModuleType:

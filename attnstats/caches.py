@@ -1,7 +1,7 @@
 """Following a transformers cache: when its batch rows move or its last tokens are dropped, somebody is told.
 
-A cache that is followed changes its class for a subclass made here, which does what the class did and then tells; a copy
-of it is not followed, and `released` gives the class back. Used by capture.py while a model generates.
+A cache that is followed changes its class for a subclass made here, which does what the class did and then tells. A
+copy of it is not followed, and `release` gives the class back. Used by capture.py while a model generates.
 """
 
 from __future__ import annotations

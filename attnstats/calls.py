@@ -166,8 +166,8 @@ class Call:
             what = " and ".join(filter(None, (what, f"a position bias {tuple(self.bias.shape)} added to its scores")))
         if not self.allow_dense:
             raise InputError(
-                f"{self.where} has {what}, which has no description in O(T) memory; pass allow_dense=True to compute it "
-                "on the whole map, eagerly"
+                f"{self.where} has {what}, which has no description in O(T) memory; pass allow_dense=True to compute "
+                "it on the whole map, eagerly"
             )
         message = f"{self.where} has {what}: computed on the whole map, eagerly, in O(Tq * Tk) memory"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -227,14 +227,19 @@ class Call:
         tensors = {s: rows(found[sums[s]]) for s in statistics}
         output = output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
-            return AttentionResult(
-                output, Statistics(tensors, lambda s: found.valid[s].unflatten(0, (batch, -1)), rows(found.lse))
+
+            def of_batch(x: Tensor) -> Tensor:  # (B * T) to (B, T)
+                return x.unflatten(-1, (batch, -1))
+
+            results = Statistics(
+                tensors, lambda s: of_batch(found.valid[s]), lambda s: of_batch(found.counts[s]), rows(found.lse)
             )
+            return AttentionResult(output, results)
         whole = arguments.resolve(
             self.query, key, None, statistics, **_without(self._arguments(), "dropout_p"), query_mask=query_mask
         )
         tensors = {s: whole.finish(s, x) if _is_mean(s) else x for s, x in tensors.items()}
-        return AttentionResult(output, Statistics(tensors, whole.validity, rows(found.lse)))
+        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, rows(found.lse)))
 
     def real_queries(self) -> Tensor:
         """(B, Tq) bool"""

@@ -141,20 +141,20 @@ class Geometry:
 
     def validity(self, statistic: Statistic) -> Tensor:
         """Where a value is more than a placeholder: (B, Tq) for rows, (B, Tk) for columns, (B, I, J) for a map."""
-        key_real = torch.ones(self.batch, self.key_length, dtype=torch.bool, device=self.device)
-        if self.key_mask is not None:
-            key_real = self.key_mask
-        if self.packing is not None:
-            key_real = key_real & (torch.arange(self.key_length, device=self.device) < self.packing.keys[-1])
+        key_real = self._key_real()
         if isinstance(statistic, ColumnStatistic):
-            horizon = statistic.horizon
-            return key_real if horizon is None else key_real & (self.queries_at_distance(*horizon) > 0)
+            return key_real if statistic.horizon is None else self.counts(statistic) > 0
         counted = self.counted()
         rows = self.live() if counted is None else self.live() & counted
         if not isinstance(statistic, PooledMap):
             return rows
         query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
         return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(key_real, key_bounds)[:, None, :]
+
+    def counts(self, statistic: ColumnStatistic) -> Tensor:
+        """(B, Tk) int64: the counted queries behind each mean of a statistic with a horizon, 0 for padding."""
+        assert statistic.horizon is not None
+        return self.queries_at_distance(*statistic.horizon) * self._key_real()
 
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
@@ -246,6 +246,15 @@ class Geometry:
                         memo={},
                     ),
                 )
+
+    def _key_real(self) -> Tensor:
+        """(B, Tk) bool: not padding, and of a sequence."""
+        real = self.key_mask
+        if real is None:
+            real = torch.ones(self.batch, self.key_length, dtype=torch.bool, device=self.device)
+        if self.packing is None:
+            return real
+        return real & (torch.arange(self.key_length, device=self.device) < self.packing.keys[-1])
 
     def _along_queries(self) -> Line:
         if self.packing is not None:

@@ -192,8 +192,8 @@ def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
         attachment.sites = sites(model)
         if model.config.get_text_config()._attn_implementation != NAME or not attachment.sites:
             raise InputError(
-                f"model: {kind} does not call its attention through transformers' AttentionInterface, so that attnstats "
-                f"cannot take its place; {HOW_TO}"
+                f"model: {kind} does not call its attention through transformers' AttentionInterface, so its place "
+                f"cannot be taken; {HOW_TO}"
             )
         for of_kind, layers in attachment.sites.items():
             for layer, modules in layers.items():

@@ -106,7 +106,7 @@ class Pass(Store):
 
     def finish(self) -> None:
         if "layers" in self.reduce:
-            self.sums = {s: {None: self.away(x) for x in sums.values()} for s, sums in self.sums.items()}
+            self.sums = {s: {key: self.away(x) for key, x in sums.items()} for s, sums in self.sums.items()}
 
     def read(self, statistic: Statistic) -> Tensor:
         self.wait()
@@ -226,7 +226,9 @@ class Generation(Store):
         return mean if self.device is None else mean.to(self.device)
 
     def valid(self, statistic: Statistic) -> Tensor:
-        assert self.counted_queries is not None and self.live is not None and self.real is not None
+        assert self.counted_queries is not None
+        assert self.live is not None
+        assert self.real is not None
         if not isinstance(statistic, ColumnStatistic):
             return self.counted_queries.values & self.live.values
         real = self.real.values
@@ -234,7 +236,8 @@ class Generation(Store):
 
     def _count(self, statistic: ColumnStatistic) -> Tensor:
         """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
-        assert self.counted_queries is not None and statistic.horizon is not None
+        assert self.counted_queries is not None
+        assert statistic.horizon is not None
         lo, hi = statistic.horizon
         counted = self.counted_queries.values
         before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
@@ -274,8 +277,8 @@ class Generation(Store):
             return
         if length < self.length - UNDONE_ROWS or (length < self._begin and length > 0):
             raise RuntimeError(
-                f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only tokens of "
-                f"the last step, {UNDONE_ROWS} at most, can be taken back. Start a new generation"
+                f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only "
+                f"tokens of the last step, {UNDONE_ROWS} at most, can be taken back. Start a new generation"
             )
         for layer, step in self._last.items():
             self._take_back(layer, step, length)

@@ -50,7 +50,9 @@ def attention(
     check_differentiable(wanted, differentiable)
     geometry = with_dropout(resolve(query, key, value, wanted, **arguments), dropout_p)
     output, lse, tensors = attend(query, key, value, geometry, wanted, differentiable)
-    return AttentionResult(output, Statistics(tensors, lambda s: validity(s, geometry), lse))
+    return AttentionResult(
+        output, Statistics(tensors, lambda s: validity(s, geometry), lambda s: counts(s, geometry), lse)
+    )
 
 
 def varlen_attention(
@@ -69,7 +71,8 @@ def varlen_attention(
     query, key, value = batch_of_one(query=query, key=key, value=value)
     geometry = with_dropout(resolve_packed(query, key, value, wanted, **arguments), dropout_p)
     output, lse, tensors = attend(query, key, value, geometry, wanted, differentiable)
-    packed = Statistics({s: x[0] for s, x in tensors.items()}, lambda s: validity(s, geometry)[0], lse[0])
+    alone = {s: x[0] for s, x in tensors.items()}
+    packed = Statistics(alone, lambda s: validity(s, geometry)[0], lambda s: counts(s, geometry)[0], lse[0])
     return AttentionResult(output[0].transpose(0, 1), packed)
 
 
@@ -259,23 +262,30 @@ def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometr
     raise TypeError(f"no definition for {statistic}")
 
 
+def _key_real(geometry: Geometry) -> Tensor:
+    """[B, Tk] bool: not padding, and of a sequence."""
+    real = (_places(geometry).key_sequence >= 0).expand(geometry.batch, -1)
+    return real if geometry.key_mask is None else real & geometry.key_mask
+
+
 def _lengths(bounds: tuple[int, ...]) -> list[int]:
     return [b - a for a, b in pairwise(bounds)]
+
+
+def counts(statistic: ColumnStatistic, geometry: Geometry) -> Tensor:
+    """(B, Tk) int64: the counted queries behind each mean, from dense masks; 0 for padding."""
+    counted = _counts(geometry, statistic.last_queries) @ _weights(statistic, geometry)
+    return counted.long() * _key_real(geometry)
 
 
 def validity(statistic: Statistic, geometry: Geometry) -> Tensor:
     """Where a value is more than a placeholder, from dense masks: (B, Tq), (B, Tk) or (B, I, J) bool."""
     visible = _visible(geometry).any(1)  # [B, Tq, Tk]
     counted = _counts(geometry) > 0
-    key_real = (_places(geometry).key_sequence >= 0).expand(geometry.batch, -1)
-    if geometry.key_mask is not None:
-        key_real = key_real & geometry.key_mask
+    key_real = _key_real(geometry)
     rows = visible.any(-1) & counted
     if isinstance(statistic, ColumnStatistic):
-        if statistic.horizon is None:
-            return key_real
-        weight = _weights(statistic, geometry)
-        return key_real & (counted.to(weight.dtype) @ weight > 0)
+        return key_real if statistic.horizon is None else counts(statistic, geometry) > 0
     if isinstance(statistic, PooledMap):
         query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
         pairs = rows[:, :, None] & key_real[:, None, :]

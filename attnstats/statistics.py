@@ -377,16 +377,31 @@ class Statistics(ByStatistic):
         lse: (B, Hq, Tq), natural log, float32 (float64 for float64 inputs); -inf for a row that sees no key.
         valid: per statistic a bool tensor without the head axis, (B, Tq), (B, Tk) or (B, I, J): False where a
             value is a placeholder (0): rows that see no key or aren't counted, padding, an empty T(s).
+        counts: per column statistic that is a mean, (B, Tk) int64 without the head axis: the counted queries |T(s)|
+            behind it, 0 for padding. Value times count is the sum, which adds up over shards of the queries. Sums
+            (`Received`) have no entry: they add up as they are.
     """
 
-    def __init__(self, tensors: Mapping[Statistic, Tensor], validity: Callable[[Statistic], Tensor], lse: Tensor):
+    def __init__(
+        self,
+        tensors: Mapping[Statistic, Tensor],
+        validity: Callable[[Statistic], Tensor],
+        counting: Callable[[ColumnStatistic], Tensor],
+        lse: Tensor,
+    ):
         super().__init__(tensors)
         self.lse = lse
         self._validity = validity
+        self._counting = counting
 
     @functools.cached_property
     def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need
         return ByStatistic({statistic: self._validity(statistic) for statistic in self})
+
+    @functools.cached_property
+    def counts(self) -> ByStatistic:
+        means = (s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None)
+        return ByStatistic({statistic: self._counting(statistic) for statistic in means})
 
 
 def _require_integer(owner: Statistic, field: str, least: int) -> None:

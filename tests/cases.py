@@ -227,6 +227,8 @@ def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse
         assert error <= limit, f"{statistic}: {error:.2e} > {limit:.2e}"  # also fails on NaN
         valid = truth.valid[statistic]
         assert torch.equal(found.valid[statistic], valid), f"{statistic}: valid"
+        if statistic in truth.counts:
+            assert torch.equal(found.counts[statistic], truth.counts[statistic]), f"{statistic}: counts"
         rows = not isinstance(statistic, (ColumnStatistic, PooledMap))
         if not isinstance(statistic, LSE) and not (rows and case.counted != "all"):  # rows that don't count have values
             over_heads = valid.unsqueeze(0 if case.packed else 1)

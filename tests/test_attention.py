@@ -293,3 +293,17 @@ def test_negative_scale_on_the_tiled_path():
     torch.testing.assert_close(
         found.statistics["mean_distance"], expected.statistics["mean_distance"], rtol=1e-5, atol=1e-4
     )
+
+
+def test_counts_are_the_queries_behind_each_mean():
+    query = torch.zeros(1, 1, 6, 16)
+    mask, padding = torch.tensor([[1, 1, 1, 0, 1, 1]]).bool(), torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()
+    asked = [FAI(1, 2), FAI(0, None), "received", "waad"]
+    _, stats = attnstats.attention(query, query, query, statistics=asked, query_mask=mask, key_padding_mask=padding)
+    assert stats.counts[FAI(1, 2)].tolist() == [[0, 1, 1, 2, 1, 0]]
+    assert stats.counts[FAI(0, None)].tolist() == [[0, 4, 3, 2, 2, 1]]
+    assert set(stats.counts) == {FAI(1, 2), FAI(0, None)}  # sums and rows have none
+    boundaries = torch.tensor([0, 2, 5], dtype=torch.int32)
+    rows = query[0].transpose(0, 1)
+    _, packed = attnstats.varlen_attention(rows, rows, rows, cu_seqlens_q=boundaries, statistics=asked)
+    assert packed.counts[FAI(1, 2)].tolist() == [1, 0, 2, 1, 0, 0]
