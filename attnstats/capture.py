@@ -92,6 +92,7 @@ class Capture:
         self._thread = 0
         self._seen: tuple[int, Tensor, Tensor] | None = None  # the last recorded call's layer, query and key
         self._calls: set[int] = set()
+        self._ids: Tensor | None = None
 
     # Reading
 
@@ -172,8 +173,9 @@ class Capture:
 
     # What the model calls
 
-    def begin(self, cache: Any) -> None:
+    def begin(self, ids: Tensor | None, cache: Any) -> None:
         """A forward pass starts: what the last one left is dropped, unless it is added to."""
+        self._ids = ids if self._live else None
         if not self._live:
             self._store = self._fresh()
         elif cache is not None:
@@ -262,6 +264,8 @@ class Capture:
             )
         elif call.begin < store.length:
             store.cut(call.begin)
+        if self._ids is not None and isinstance(self._store, Generation):
+            self._store.note(call.begin, self._ids)
 
     def _counting(self, call: Call) -> Tensor | None:
         """(B, Tq) bool: which of the call's queries count, as the user said; None: all."""

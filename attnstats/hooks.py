@@ -49,8 +49,8 @@ class Observer(Protocol):
 
     kind: Kind  # which of the model's attention it looks at
 
-    def begin(self, cache: Any) -> None:
-        """A forward pass starts, with this cache or None."""
+    def begin(self, ids: Tensor | None, cache: Any) -> None:
+        """A forward pass starts, with these input_ids and this cache, where it has them."""
 
     def attend(self, layer: int, call: Call) -> Tensor:
         """The output of a call of its kind."""
@@ -149,7 +149,7 @@ def observed(
     attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
     stack = _stack(base_model(model), observer.kind)
     handles = [
-        stack.register_forward_pre_hook(lambda _, __, kwargs: observer.begin(_cache(kwargs)), with_kwargs=True),
+        stack.register_forward_pre_hook(_beginning(observer), with_kwargs=True),
         stack.register_forward_hook(lambda _, __, output: observer.end(_cache(output))),
     ]
     attachment.observer = observer
@@ -162,6 +162,14 @@ def observed(
             handle.remove()
         if ours:
             _release(attachment)
+
+
+def _beginning(observer: Observer) -> Callable[..., None]:
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
+
+    return begin
 
 
 def attachment_of(model: Any) -> Attachment | None:

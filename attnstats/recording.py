@@ -214,8 +214,14 @@ class Generation(Store):
         self._remember(layer, call, wanted, query_mask, heads)
         return result
 
+    def note(self, start: int, ids: Tensor) -> None:
+        """These tokens go through the model now."""
+        if self.tokens is None:
+            self.tokens = Line(ids)
+        self.tokens.add(start, ids)
+
     def finish(self) -> None:
-        pass
+        """A forward pass came to its end."""
 
     def read(self, statistic: Statistic) -> Tensor:
         sums = {layer: line.values[..., : self.length] for layer, line in self.lines[statistic].items()}
