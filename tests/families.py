@@ -80,7 +80,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["max_source_positions", "max_target_positions", "prompt_length"], 64),
     "original_max_position_embeddings": 64,
     **dict.fromkeys(["sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size"], WINDOW),
-    **dict.fromkeys(["window_size", "local_attention", "keep_window_size", "rel_extent", "relative_max_distance"], WINDOW),
+    **dict.fromkeys(
+        ["window_size", "local_attention", "keep_window_size", "rel_extent", "relative_max_distance"], WINDOW
+    ),
     # recurrent layers
     **dict.fromkeys(["mamba_d_state", "state_size", "ssm_state_size"], 8),
     **dict.fromkeys(["mamba_n_heads", "mamba_num_heads", "linear_num_key_heads", "linear_num_value_heads"], 4),
@@ -91,7 +93,9 @@ SIZES: dict[str, Any] = {
     "time_step_rank": 4,
     # what is random
     **dict.fromkeys(["initializer_range", "init_std", "embed_init_std"], 0.15),
-    **dict.fromkeys(["attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout", "activation_dropout"], 0.0),
+    **dict.fromkeys(
+        ["attention_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout", "activation_dropout"], 0.0
+    ),
     **dict.fromkeys(["attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0),
 }
 
@@ -99,7 +103,9 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 
 # What the sizes above don't make small, valid or far from uniform, family by family; ... leaves a field out.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "bart (encoder-decoder)": {"is_decoder": ...},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 32},
+    "bert (encoder)": {"is_decoder": False},
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {
@@ -120,9 +126,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots1": {"n_shared_experts": 1},
-    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 32}},
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 32},
+    },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
     "gemma4_assistant": {
-        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4, "global_head_dim": 32},
+        "text_config": {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 4,
+            "global_head_dim": 32,
+        },
     },
     "gemma4_unified_text": {"head_dim": 8, "global_head_dim": 16, "initializer_range": 0.08},
     "gpt_oss": {"initializer_range": 0.1},
@@ -161,12 +184,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 6},
     "reformer": {"axial_pos_embds": False},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 64},
+    "roberta (encoder)": {"is_decoder": False},
     "roc_bert": {
         "pronunciation_vocab_size": VOCABULARY,
         "shape_vocab_size": VOCABULARY,
         "pronunciation_embed_dim": 16,
         "shape_embed_dim": 16,
     },
+    "t5": {"num_layers": 2, "num_decoder_layers": 2, "d_kv": 16, "d_ff": 64, "is_decoder": ...},
+    "vit": {"image_size": 16, "patch_size": 4, "num_labels": 16},
+    "whisper (encoder-decoder)": {"is_decoder": ..., "num_mel_bins": 8, "max_source_positions": 12},
     "xlm": {"causal": True},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
@@ -188,14 +215,6 @@ OTHERS: dict[str, tuple[str, str]] = {
     "t5": ("t5", "T5ForConditionalGeneration"),
     "bart (encoder-decoder)": ("bart", "BartForConditionalGeneration"),
     "whisper (encoder-decoder)": ("whisper", "WhisperForConditionalGeneration"),
-}
-OVERRIDES |= {
-    "bert (encoder)": {"is_decoder": False},
-    "roberta (encoder)": {"is_decoder": False},
-    "vit": {"image_size": 16, "patch_size": 4, "num_labels": 16},
-    "t5": {"num_layers": 2, "num_decoder_layers": 2, "d_kv": 16, "d_ff": 64, "is_decoder": ...},
-    "bart (encoder-decoder)": {"is_decoder": ...},
-    "whisper (encoder-decoder)": {"is_decoder": ..., "num_mel_bins": 8, "max_source_positions": 12},
 }
 
 
@@ -281,79 +300,72 @@ def build(family: str) -> Any:
     return model
 
 
-def tokens() -> torch.Tensor:
-    return torch.randint(3, VOCABULARY - 3, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+def tokens(rows: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY - 3, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def padding(side: str | None) -> torch.Tensor:
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
-    if side == "left":
-        mask[1, :6] = 0
-    elif side == "right":
-        mask[1, -6:] = 0
+def padding(side: str | None, length: int = LENGTH) -> torch.Tensor:
+    mask = torch.ones(2, length, dtype=torch.long)
+    if side is not None:
+        mask[1, slice(6) if side == "left" else slice(-6, None)] = 0
     return mask
 
 
-def _shared_keys(model: Any) -> dict[str, Any]:
-    """What the assistant of a Gemma takes from the model that it drafts for."""
-    draw = torch.Generator().manual_seed(2)
+def noise(*shape: int, seed: int = 2) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _assistant(model: Any, side: str | None) -> dict[str, Any]:
+    """The assistant of a Gemma takes hidden states, keys and values of the model that it drafts for."""
     text = model.config.get_text_config()
     states = {}
     for index, kind in enumerate(text.layer_types):
         attention = model.model.layers[index].self_attn
-        heads = text.num_attention_heads // attention.num_key_value_groups
-        shape = (2, heads, LENGTH, attention.head_dim)
-        states[kind] = (torch.randn(shape, generator=draw), torch.randn(shape, generator=draw))
-    width = model.pre_projection.in_features
-    return {"inputs_embeds": torch.randn(2, LENGTH, width, generator=draw), "shared_kv_states": states}
+        shape = (2, text.num_attention_heads // attention.num_key_value_groups, LENGTH, attention.head_dim)
+        states[kind] = (noise(*shape, seed=3), noise(*shape, seed=4))
+    embeddings = noise(2, LENGTH, model.pre_projection.in_features)
+    return {"inputs_embeds": embeddings, "shared_kv_states": states, "attention_mask": padding(side)}
 
 
-def _codebooks(model: Any) -> dict[str, Any]:
-    books = model.config.num_codebooks
-    ids = torch.randint(3, VOCABULARY - 3, (2 * books, LENGTH), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids}
+def _codebooks(model: Any, side: str | None) -> dict[str, Any]:
+    return {"input_ids": tokens(2 * model.config.num_codebooks), "attention_mask": padding(side)}
 
 
-def _source(model: Any) -> dict[str, Any]:
-    ids = torch.randint(3, VOCABULARY - 3, (2, LENGTH + 4), generator=torch.Generator().manual_seed(3))
-    mask = torch.ones_like(ids)
-    mask[0, -5:] = 0
-    decoder = tokens()
-    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder}
-
-
-def _image(model: Any) -> dict[str, Any]:
+def _source_and_target(model: Any, side: str | None) -> dict[str, Any]:
+    source = LENGTH + 4
     return {
-        "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)),
-        "input_ids": ...,
-        "attention_mask": ...,
+        "input_ids": tokens(length=source, seed=3),
+        "attention_mask": padding(side and "right", source),
+        "decoder_input_ids": tokens(),
+        "decoder_attention_mask": padding(side),
     }
 
 
-def _sound(model: Any) -> dict[str, Any]:
-    sound = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(3))
-    return {"input_features": sound, "input_ids": ..., "attention_mask": ..., "decoder_input_ids": tokens()}
+def _sound_and_target(model: Any, side: str | None) -> dict[str, Any]:
+    sound = noise(2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    return {"input_features": sound, "decoder_input_ids": tokens(), "decoder_attention_mask": padding(side)}
 
 
-# What a forward pass takes besides or instead of input_ids and attention_mask; ... takes one away.
-INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "bart (encoder-decoder)": _source,
-    "blt": lambda model: {"use_cache": False},
-    "gemma4_assistant": _shared_keys,
-    "gemma4_unified_assistant": _shared_keys,
+# What a forward pass takes, where it isn't input_ids and attention_mask.
+INPUTS: dict[str, Callable[[Any, str | None], dict[str, Any]]] = {
+    "bart (encoder-decoder)": _source_and_target,
+    "blt": lambda model, side: {"input_ids": tokens(), "attention_mask": padding(side), "use_cache": False},
+    "gemma4_assistant": _assistant,
+    "gemma4_unified_assistant": _assistant,
     "musicgen": _codebooks,
     "musicgen_melody": _codebooks,
-    "t5": _source,
-    "vit": _image,
-    "whisper (encoder-decoder)": _sound,
+    "t5": _source_and_target,
+    "vit": lambda model, side: {"pixel_values": noise(2, 3, 16, 16)},
+    "whisper (encoder-decoder)": _sound_and_target,
 }
 
 
-def inputs(family: str, model: Any, side: str | None) -> dict[str, Any]:
-    """The arguments of a forward pass; `side` says where row 1 of the batch is padded."""
-    given = {"input_ids": tokens(), "attention_mask": padding(side)}
-    given |= INPUTS.get(family, lambda model: {})(model)
-    return {name: value for name, value in given.items() if value is not ...}
+def inputs(family: str, model: Any, padded: bool) -> dict[str, Any]:
+    """The arguments of a forward pass; `padded`: row 1 of the batch is shorter."""
+    side = None if not padded else "right" if family in RIGHT_PADDED else "left"
+    if family in INPUTS:
+        return INPUTS[family](model, side)
+    return {"input_ids": tokens(), "attention_mask": padding(side)}
 
 
 # Encoders: what follows the text is padding.

@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 # What a message of attnstats comes down to in a table, by words in it.
 REASONS = {
-    "does not call its attention through": "attention code of its own, which transformers' AttentionInterface doesn't reach",
+    "does not call its attention through": "attention of its own that transformers' AttentionInterface doesn't reach",
     "no such attention that can be replaced": "no softmax attention",
     "computes with its attention mask": "computes with its attention mask",
     "attends twice in one forward pass": "layers attend several times in one pass, to different things",
@@ -72,8 +72,7 @@ class Wrong(AssertionError):
 def judge(family: str) -> Verdict:
     """Raises Wrong, or whatever it was where an exception isn't one that attnstats raises on purpose."""
     model = families.build(family)
-    side = "right" if family in families.RIGHT_PADDED else "left"
-    unpadded, padded = families.inputs(family, model, None), families.inputs(family, model, side)
+    unpadded, padded = (families.inputs(family, model, padded) for padded in (False, True))
     first = ""
     for allow_dense, category in ((False, WORKS), (True, DENSE)):
         complaint = _complaint(family, model, unpadded, allow_dense)
@@ -111,7 +110,9 @@ def _complaint(family: str, model: Any, inputs: dict[str, Any], allow_dense: boo
                 raise Wrong(f"{family}: eager has {kind} maps of layers {sorted(missing)}, which did not report")
             if maps and set(run.layers) - {m.layer for m in maps if m.kind == kind}:
                 raise Wrong(f"{family}: {kind} layers {run.layers} reported, eager has {[m.layer for m in maps]}")
-            alike = [layers for (of, _), layers in groups.items() if of == kind]  # one tensor holds layers of as many heads
+            alike = [
+                layers for (of, _), layers in groups.items() if of == kind
+            ]  # one tensor holds layers of as many heads
             for layers in alike:
                 if len(alike) > 1:
                     with torch.no_grad(), _capture(model, kind, sorted(layers), allow_dense) as run:
@@ -136,11 +137,10 @@ def _capture(model: Any, kind: str, layers: Any, allow_dense: bool) -> Any:
 
 def _real(inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """(B, T) of the queries and of the keys that aren't padding, by kind of attention; one True: all are."""
-    given = inputs.get("attention_mask", torch.ones(1, 1)).bool()
     everything = torch.ones(1, 1, dtype=torch.bool)
-    if "decoder_input_ids" in inputs:
-        return {"self": (everything, everything), "encoder": (given, given), "cross": (everything, given)}
-    return {"self": (given, given), "cross": (given, everything)}
+    source = inputs.get("attention_mask", everything).bool()
+    target = inputs.get("decoder_attention_mask", source).bool()
+    return {"self": (target, target), "encoder": (source, source), "cross": (target, source)}
 
 
 def _compare_logits(family: str, ours: Tensor, expected: Tensor, real: Tensor) -> None:
@@ -165,10 +165,11 @@ def _compare_statistics(family: str, run: Any, maps: list[Map], queries: Tensor,
 
 def padding_matters(model: Any, inputs: dict[str, Any]) -> bool:
     """Whether eager logits of real tokens change with the token that stands at padded positions."""
-    padding = ~inputs["attention_mask"].bool()
-    changed = inputs | {"input_ids": torch.where(padding, inputs["input_ids"] - 1, inputs["input_ids"])}
+    of_decoder = "decoder_" if "decoder_input_ids" in inputs else ""
+    ids, real = inputs[of_decoder + "input_ids"], inputs[of_decoder + "attention_mask"].bool()
+    changed = inputs | {of_decoder + "input_ids": torch.where(real, ids, ids - 1)}
     one, other = (eager_pass(model, given)[0] for given in (inputs, changed))
-    return bool((one - other)[~padding].abs().max() > LOGITS_TOLERANCE)
+    return bool((one - other)[real].abs().max() > LOGITS_TOLERANCE)
 
 
 def eager_pass(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[Map]]:
@@ -221,7 +222,7 @@ def _sinks_in_maps(module: Any) -> Iterator[None]:
 
 
 def _is_map(tensor: Tensor) -> bool:
-    """Whether this can be softmaxed attention: not negative, rows that sum to 1, or less where a sink takes the rest."""
+    """Whether this can be softmaxed attention: not negative, rows that sum to 1, or less where a sink has a share."""
     if tensor.dim() != 4 or tensor.shape[0] != 2 or not tensor.is_floating_point():
         return False
     return bool((tensor >= 0).all()) and bool((tensor.sum(-1) <= 1 + 1e-4).all())
@@ -307,8 +308,8 @@ a batch of two rows, one of them padded (encoders on the right, the others on th
 
 "works": logits within {LOGITS_TOLERANCE:g} of the model's own eager attention in float32, and WAAD, FAI, MeanDistance,
 Received and Entropy of every head of every layer within {WEIGHT_TOLERANCE:g} per unit of mass of what the maps of
-`output_attentions=True` give by definition; of encoder-decoders for the encoder, the decoder and across. Everything else
-is an error that says why. {counts}.
+`output_attentions=True` give by definition; of encoder-decoders for the encoder, the decoder and across. Everything
+else is an error that says why. {counts}.
 
 Written by `python -m tests.verdicts --write`; `tests/test_families.py` fails when a verdict changes.
 
