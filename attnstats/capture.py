@@ -93,6 +93,7 @@ class Capture:
         self._seen: tuple[int, Tensor, Tensor] | None = None  # the last recorded call's layer, query and key
         self._calls: set[int] = set()
         self._ids: Tensor | None = None
+        self._asked = False  # whether generate asks should_stop
 
     # Reading
 
@@ -175,6 +176,8 @@ class Capture:
 
     def begin(self, ids: Tensor | None, cache: Any) -> None:
         """A forward pass starts: what the last one left is dropped, unless it is added to."""
+        if self._running and self._thread != threading.get_ident():
+            raise RuntimeError("attnstats.capture: two threads run the captured model at once; one after the other")
         self._ids = ids if self._live else None
         if not self._live:
             self._store = self._fresh()
@@ -192,8 +195,6 @@ class Capture:
         # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
         if not wanted or not self._running:
             return call.attend().output
-        if not torch.compiler.is_compiling() and self._thread != threading.get_ident():
-            raise RuntimeError(f"{call.where}: two threads run the captured model at once; capture one after the other")
         if layer in self._calls:
             if self._seen is not None and self._seen[0] == layer and self._seen[1] is call.query is not None:
                 return call.attend().output  # the same map once more, with the other half of the values
@@ -215,7 +216,6 @@ class Capture:
 
     def end(self, cache: Any) -> None:
         """The model calls this when a forward pass is complete: results become readable."""
-        self._running, self._seen = False, None
         expected = {layer for chosen in self.heads.values() for layer in chosen}
         if missing := sorted(expected - self._calls):
             raise RuntimeError(
@@ -227,15 +227,17 @@ class Capture:
         if self._live:
             if cache is not None:
                 caches.follow(cache, self)
+            if self.stopped and not self._asked:
+                raise RuntimeError(
+                    "on_token returned True, but the generation goes on; pass it stopping_criteria=[run.should_stop]"
+                )
             if self._on_token is not None and self._on_token(self):
-                if self.stopped and not self._asked:
-                    raise RuntimeError(
-                        "on_token returned True, but generate does not know; pass it "
-                        "stopping_criteria=[run.should_stop]"
-                    )
                 self.stopped = True
 
-    _asked = False
+    def leave(self) -> None:
+        """The model calls this when a forward pass is over, also after an exception."""
+        if torch.compiler.is_compiling() or self._thread == threading.get_ident():
+            self._running, self._seen = False, None
 
     def select(self, change: Callable[[Tensor], Tensor]) -> None:
         """The cache tells that its batch rows were chosen anew."""
@@ -256,7 +258,7 @@ class Capture:
             return
         if call.begin == 0:
             self._store = self._fresh()
-            self.stopped = False
+            self.stopped = self._asked = False
         elif call.begin > store.length:
             raise InputError(
                 f"attnstats.capture(live=True): the model goes on at position {call.begin}, but only the first "
@@ -449,5 +451,8 @@ def _check_settings(
 
 def _head_count(model: Any) -> int | None:
     """Query heads of a layer; None: unknown, or not the same in every layer."""
-    count = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    try:
+        count = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    except Exception:  # configs that differ by layer raise an error of their own
+        return None
     return count if isinstance(count, int) else None

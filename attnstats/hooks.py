@@ -9,11 +9,13 @@ capture.py has it. transformers is imported on first use. Nothing here knows wha
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from attnstats.attention import Backend
@@ -57,6 +59,9 @@ class Observer(Protocol):
 
     def end(self, cache: Any) -> None:
         """The forward pass came to its end; not called after an exception."""
+
+    def leave(self) -> None:
+        """The forward pass is over, also after an exception."""
 
 
 @dataclass(eq=False)
@@ -147,11 +152,8 @@ def observed(
         attachment = _attach(model, backend, allow_dense)
     before = attachment.backend, attachment.allow_dense
     attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
-    stack = _stack(base_model(model), observer.kind)
-    handles = [
-        stack.register_forward_pre_hook(_beginning(observer), with_kwargs=True),
-        stack.register_forward_hook(lambda _, __, output: observer.end(_cache(output))),
-    ]
+    passes = _Passes(_stacks(model, observer.kind), observer)
+    handles = passes.hook()
     attachment.observer = observer
     try:
         yield attachment.sites
@@ -164,12 +166,57 @@ def observed(
             _release(attachment)
 
 
-def _beginning(observer: Observer) -> Callable[..., None]:
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
+class _Passes:
+    """Tells the observer of forward passes: of whichever of some nested modules is called first.
 
-    return begin
+    Models whose head calls the decoder past their own body, users who call the body without its head.
+    """
+
+    def __init__(self, stacks: list[nn.Module], observer: Observer):
+        self.stacks = stacks
+        self.observer = observer
+        self.depth: dict[int, int] = {}  # of each thread
+
+    def hook(self) -> list[Any]:
+        handles = []
+        for stack in self.stacks:
+            handles += [
+                stack.register_forward_pre_hook(self._begin, with_kwargs=True),
+                stack.register_forward_hook(self._end),
+                stack.register_forward_hook(self._leave, always_call=True),
+            ]
+        return handles
+
+    def __deepcopy__(self, _: Any) -> _Passes:
+        """A copy of the model has copies of these hooks, and nobody watches it."""
+        return _Passes([], self.observer)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_ours(module):
+            return
+        thread = _thread()
+        self.depth[thread] = self.depth.get(thread, 0) + 1
+        if self.depth[thread] == 1:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self.observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
+
+    def _end(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._is_ours(module) and self.depth.get(_thread()) == 1:
+            self.observer.end(_cache(output))
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if self._is_ours(module):
+            thread = _thread()
+            self.depth[thread] = max(0, self.depth.get(thread, 0) - 1)
+            if self.depth[thread] == 0:
+                self.observer.leave()
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        return any(module is stack for stack in self.stacks)
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def attachment_of(model: Any) -> Attachment | None:
@@ -316,14 +363,15 @@ def sites(model: Any) -> dict[Kind, dict[int, list[nn.Module]]]:
     text = config.get_text_config()
     inside_encoder: set[int] = set()
     if getattr(config, "is_encoder_decoder", False):
-        inside_encoder = {id(module) for module in _stack(model, "encoder").modules()}
+        inside_encoder = {id(module) for module in _encoder(model).modules()}
     softmax = _softmax_layers(text)
     found: dict[Kind, dict[int, list[nn.Module]]] = {}
-    candidates: list[tuple[Kind, int, bool, nn.Module]] = []
+    candidates: list[tuple[Kind, int, bool, str, nn.Module]] = []
     for name, module, owner in _with_owners(model, "", model):
-        if not ATTENTION.search(type(module).__name__) or (text is not config and owner.config is not text):
-            continue
         layer, own = getattr(module, "layer_idx", None), True
+        named = ATTENTION.search(".".join(name.split(".")[-2:])) and isinstance(layer, int)
+        if not (named or ATTENTION.search(type(module).__name__)) or (text is not config and owner.config is not text):
+            continue
         if not isinstance(layer, int) or layer < 0:
             layer, own = next((int(part) for part in name.split(".") if part.isdigit()), -1), False
         kind: Kind = "self"
@@ -332,10 +380,13 @@ def sites(model: Any) -> dict[Kind, dict[int, list[nn.Module]]]:
         elif CROSS.search(name.rpartition(".layers.")[2]) or getattr(module, "is_cross_attention", False):
             kind = "cross"
         if layer >= 0 and (kind != "self" or softmax is None or layer in softmax):
-            candidates.append((kind, layer, own, module))
-    numbered = {kind for kind, _, own, _ in candidates if own}
-    for kind, layer, own, module in candidates:
-        if own or kind not in numbered:  # where modules know their layer, those that don't are something else
+            candidates.append((kind, layer, own, name, module))
+    numbered = {kind for kind, _, own, *_ in candidates if own}
+    # Where modules know their layer, those that don't are something else; and an attention block is not its attention.
+    candidates = [candidate for candidate in candidates if candidate[2] or candidate[0] not in numbered]
+    names = [name for *_, name, _ in candidates]
+    for kind, layer, _, name, module in candidates:
+        if not any(other.startswith(f"{name}.") for other in names):
             found.setdefault(kind, {}).setdefault(layer, []).append(module)
     return {kind: dict(sorted(layers.items())) for kind, layers in found.items()}
 
@@ -362,12 +413,20 @@ def _softmax_layers(config: Any) -> set[int] | None:
     return {layer for layer, kind in enumerate(types) if SOFTMAX_LAYER.search(kind) or "hybrid" in kind}
 
 
-def _stack(model: Any, kind: Kind) -> nn.Module:
-    """The module whose forward pass is one pass of this kind of attention."""
-    if kind == "encoder" and getattr(model.config, "is_encoder_decoder", False):
-        encoder: Callable[[], nn.Module] = model.get_encoder
-        return encoder()
-    return model
+def _stacks(model: Any, kind: Kind) -> list[nn.Module]:
+    """The modules whose forward pass is one pass of this kind of attention, whichever is called."""
+    if kind == "encoder":
+        return [_encoder(model)]
+    found = [model, model.base_model]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module):
+        found.append(decoder)
+    return [module for i, module in enumerate(found) if not any(module is other for other in found[:i])]
+
+
+def _encoder(model: Any) -> nn.Module:
+    encoder: Callable[[], nn.Module] = model.get_encoder
+    return encoder()
 
 
 def _configs(model: Any) -> list[Any]:

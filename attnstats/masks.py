@@ -31,6 +31,10 @@ class Chunks(NamedTuple):
     first: Tensor  # (B,)
 
 
+class MaskIsNoTensor(InputError, AttributeError):
+    """A model computes with its mask. As an AttributeError it lets `hasattr` answer False."""
+
+
 @dataclass(frozen=True, eq=False)
 class MaskDescription:
     """Query t sees key s, both absolute positions, where `-right <= t - s <= left` and nothing below hides it.
@@ -116,10 +120,15 @@ class MaskDescription:
         return self._computed_with()
 
     def _computed_with(self, *_: Any, **__: Any) -> NoReturn:
-        raise InputError(
+        raise MaskIsNoTensor(
             "attnstats: the model computes with its attention mask instead of only handing it to its attention "
             "function, so its attention cannot be replaced; its eager attention is the way to its maps"
         )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"MaskDescription has no attribute {name!r}")
+        self._computed_with()
 
     __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __sub__ = _computed_with
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _computed_with  # type: ignore[assignment]
@@ -182,13 +191,13 @@ def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) 
     )
     if mask.dim() != 4 or mask.shape[-2] not in (1, query_length) or mask.shape[-1] < key_length:
         return unknown
-    mask = mask[..., :key_length].expand(-1, -1, query_length, -1)
-    if mask.dtype != torch.bool and not _only_hides(mask):
+    whole = mask[..., :key_length].expand(-1, -1, query_length, -1)
+    if mask.dtype != torch.bool and not _only_hides(whole):
         return unknown
-    if any(not torch.equal(_shown(mask[:, :1]), _shown(mask[:, head : head + 1])) for head in range(1, mask.shape[1])):
+    one = whole[:, 0]
+    if any(not torch.equal(_shown(one), _shown(whole[:, head])) for head in range(1, mask.shape[1])):
         return unknown
-    mask = mask[:, 0]
-    padding, ahead, behind = _outline(mask, unknown.query_offset)
+    padding, ahead, behind = _outline(one, unknown.query_offset)
     for offset in dict.fromkeys((unknown.query_offset, 0)):
         shift = offset - unknown.query_offset
         found = replace(
@@ -199,7 +208,7 @@ def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) 
             right=None if ahead - shift >= key_length - 1 - offset else ahead - shift,
             padding=None if bool(padding.all()) else padding,
         )
-        if (found.right is None or found.right >= 0) and _is(mask, found):
+        if (found.right is None or found.right >= 0) and _is(one, found):
             return found
     return unknown
 

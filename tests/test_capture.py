@@ -1,8 +1,12 @@
 """Capture against what transformers itself computes: logits against SDPA and eager, statistics against
 `output_attentions=True` read by definition in float64; what it restores, refuses and does not allocate."""
 
+import copy
+import dataclasses
+import gc
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -414,7 +418,11 @@ def test_nothing_of_size_t_by_t_is_allocated():
 def test_the_old_attention_is_back_also_after_an_exception(llama):
     ids = tokens()
     before = run_with(llama, "sdpa", input_ids=ids).logits
-    hooks = len(llama.model._forward_hooks), len(llama.model._forward_pre_hooks)
+
+    def hooks():
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (llama, llama.model)]
+
+    assert hooks() == [0, 0]
     for implementation in ("sdpa", "eager"):
         llama.set_attn_implementation(implementation)
         with capture(llama, statistics=["waad"]):
@@ -424,7 +432,7 @@ def test_the_old_attention_is_back_also_after_an_exception(llama):
             raise ZeroDivisionError
         assert llama.config._attn_implementation == implementation
     assert torch.equal(run_with(llama, "sdpa", input_ids=ids).logits, before)
-    assert (len(llama.model._forward_hooks), len(llama.model._forward_pre_hooks)) == hooks
+    assert hooks() == [0, 0]
     assert not any(SITE in module.__dict__ for module in llama.modules())
 
 
@@ -498,77 +506,382 @@ def test_what_is_no_model_is_a_type_error(thing):
     ("family", "sizes"),
     [
         ("falcon", {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}),
-        ("gptj", {"vocab_size": 50, "n_embd": 32, "n_head": 2, "n_layer": 3, "rotary_dim": 4}),
+        (
+            "gpt_neo",
+            {
+                "vocab_size": 50,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "num_layers": 2,
+                "attention_types": [[["global"], 2]],
+            },
+        ),
         ("bloom", {"vocab_size": 50, "hidden_size": 32, "n_head": 2, "n_layer": 3}),
     ],
 )
 def test_families_without_the_interface_are_refused(family, sizes):
     model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes))
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match=r"model: .* AttentionInterface"), capture(model, statistics=["waad"]):
+    with (
+        pytest.raises(ValueError, match=r"model: .* AttentionInterface"),
+        capture(model, statistics=["waad"]),
+    ):
         pass
     assert model.config._attn_implementation == before
 
 
 def test_layers_that_do_not_report_are_an_error(llama):
     with torch.no_grad(), capture(llama, statistics=["waad"], layers=[2, 4]) as run:
-        del llama.model.layers[4].self_attn.layer_idx
+        attention = llama.model.layers[4].self_attn
+        site = attention.__dict__.pop(SITE)
         with pytest.raises(RuntimeError, match=r"layers \[4\] did not call"):
             llama(tokens(), use_cache=False)
-        llama.model.layers[4].self_attn.layer_idx = 2
+        attention.__dict__[SITE] = dataclasses.replace(site, layer=2)
         with pytest.raises(ValueError, match="layer 2 attends twice"):
             llama(tokens(), use_cache=False)
-        llama.model.layers[4].self_attn.layer_idx = 4
+        attention.__dict__[SITE] = site
         llama(tokens(), use_cache=False)
     assert run["waad"].shape[0] == 2
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("mistral", {"sliding_window": 8}, "sliding_window_overlay with causal_mask_function"),
-        ("gemma2", {"sliding_window": 8}, "sliding_window_overlay"),
-        ("llama", {"attention_dropout": 0.1}, "dropout 0.1"),
-    ],
-)
-def test_models_that_ask_for_more_are_refused(family, changes, message):
-    model = tiny(family, **changes).train()
-    with pytest.raises(ValueError, match=message), capture(model, statistics=["waad"]):
-        model(tokens())
+def test_tensors_that_change_attention_in_an_unknown_way_are_refused(llama):
+    with capture(llama, statistics=["waad"]):
+        with pytest.raises(ValueError, match="layer 0 passes indices"):
+            llama(tokens(), indices=torch.zeros(2, LENGTH, 4))
+        llama(tokens(), labels=tokens(), num_items_in_batch=torch.tensor(3))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "sliding_window", "position_bias"])
-def test_arguments_of_attention_that_are_not_covered_are_named(llama, name):
-    with pytest.raises(ValueError, match=f"layer 0 passes {name}"), capture(llama, statistics=["waad"]):
-        llama(tokens(), **{name: 4})
+def test_maps_are_not_to_be_had_beside_statistics(llama):
+    with capture(llama, statistics=["waad"]), pytest.raises(ValueError, match=r"output_attentions=True.*PooledMap"):
+        llama(tokens(), output_attentions=True)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("changes", "counted"),
     [
-        ({"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)}, r"attention_mask \(2, 1, 23, 23\)"),
-        ({"attention_mask": torch.ones(2, LENGTH + 4)}, "23 queries and 23 keys"),
-        ({"position_ids": torch.arange(LENGTH)[None] % 10}, "packed_sequence_mask_function"),
-        ({"is_causal": False, "position_ids": torch.arange(LENGTH)[None] % 10}, None),
+        ({}, LENGTH),
+        ({"query_mask": torch.arange(LENGTH)[None].expand(2, -1) >= 9}, 14),
     ],
 )
-def test_masks_that_are_not_covered_are_refused(llama, inputs, message):
-    with torch.no_grad(), capture(llama, statistics=["waad"]):
-        if message is None:  # full attention doesn't look at positions, in SDPA either
-            llama(tokens(), use_cache=False, **inputs)
-            return
-        with pytest.raises(ValueError, match=message):
-            llama(tokens(), use_cache=False, **inputs)
+def test_dropout_leaves_the_statistics_as_they_are(changes, counted):
+    model = tiny(attention_dropout=0.3)
+    ids = tokens()
+    with torch.no_grad(), capture(model, statistics=[WAAD(4), Received()], layers=[0], **changes) as run:
+        model(ids)
+        still = run[WAAD(4)], run[Received()]
+        model.train()
+        torch.manual_seed(3)
+        dropped = model(ids).logits
+        for s, x in zip((WAAD(4), Received()), still, strict=True):  # the first layer sees the same input
+            torch.testing.assert_close(run[s], x, rtol=0, atol=2e-5)
+        torch.manual_seed(3)
+        assert torch.equal(model(ids).logits, dropped)
+        assert not torch.equal(model(ids).logits, dropped)
+    torch.testing.assert_close(still[1].sum(-1), torch.full((1, 2, HEADS), float(counted)))
 
 
-def test_a_flag_against_its_mask_is_refused(llama):
-    for layer in llama.model.layers:
-        layer.self_attn.is_causal = False
+# Masks
+
+
+def test_a_batch_may_have_rows_of_nothing_but_padding(llama):
+    mask = padding(None)
+    mask[1] = 0
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as run:
+        llama(tokens(), attention_mask=mask)
+        both = {s: run[s] for s in STATISTICS}
+        llama(tokens()[:1])
+        for s in STATISTICS:
+            assert not both[s][:, 1].any()
+            torch.testing.assert_close(both[s][:, :1], run[s], rtol=0, atol=WEIGHT_TOLERANCE * LARGEST_FACTOR[s])
+
+
+def test_a_mask_of_another_length_is_refused(llama):
+    with pytest.raises(ValueError, match="23 queries and 23 keys"), capture(llama, statistics=["waad"]):
+        llama(tokens(), attention_mask=torch.ones(2, LENGTH + 4), use_cache=False)
+
+
+def visible(side, window=None):
+    """(2, 1, T, T) bool, who sees whom."""
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if window:
+        mask = mask.triu(1 - window)
+    return mask & padding(side).bool()[:, None, None]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize(("side", "window"), [(None, None), ("left", None), ("right", None), ("left", 5)])
+def test_masks_made_as_tensors_are_understood(llama, side, window, additive):
+    mask = visible(side, window)
+    given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    inputs = {"input_ids": tokens(), "attention_mask": given, "use_cache": False}
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as run:
+        ours = llama(**inputs).logits
+    theirs = run_with(llama, "eager", **(inputs | {"attention_mask": torch.where(mask, 0.0, -1e30)}))
+    real = padding(side).bool()
+    torch.testing.assert_close(ours[real], theirs.logits[real], rtol=0, atol=LOGITS_TOLERANCE)
+    for s in STATISTICS:
+        expected = torch.stack([by_definition(s, a, padding(side), torch.ones(2, LENGTH)) for a in theirs.attentions])
+        torch.testing.assert_close(run[s].double(), expected, rtol=0, atol=WEIGHT_TOLERANCE * LARGEST_FACTOR[s])
+
+
+def test_other_masks_are_refused_or_dense_with_a_warning(llama):
+    holes = visible(None) & (torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3)
+    holes |= torch.eye(LENGTH, dtype=torch.bool)
+    inputs = {"input_ids": tokens(), "attention_mask": holes, "use_cache": False}
+    message = r"\(2, 1, 23, 23\) that was passed as a tensor.*allow_dense=True"
+    with capture(llama, statistics=STATISTICS), pytest.raises(ValueError, match=message):
+        llama(**inputs)
     with (
-        pytest.raises(ValueError, match="is_causal=False, but its mask is causal"),
-        capture(llama, statistics=["waad"]),
+        torch.no_grad(),
+        pytest.warns(RuntimeWarning, match="on the whole map"),
+        capture(llama, statistics=STATISTICS, layers="all", allow_dense=True) as run,
     ):
+        ours = llama(**inputs).logits
+    theirs = run_with(llama, "eager", **(inputs | {"attention_mask": torch.where(holes, 0.0, -1e30)}))
+    torch.testing.assert_close(ours, theirs.logits, rtol=0, atol=LOGITS_TOLERANCE)
+    for s in STATISTICS:
+        expected = torch.stack(
+            [by_definition(s, a, torch.ones(2, LENGTH), torch.ones(2, LENGTH)) for a in theirs.attentions]
+        )
+        torch.testing.assert_close(run[s].double(), expected, rtol=0, atol=WEIGHT_TOLERANCE * LARGEST_FACTOR[s])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_packed_rows_are_sequences_of_their_own(family):
+    model = tiny(family, **({"sliding_window": 5} if family == "mistral" else {}))
+    lengths = (9, 1, 13)
+    position = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+    ids = tokens()
+    with torch.no_grad(), capture(model, statistics=STATISTICS, layers="all") as run:
+        packed = model(ids, position_ids=position, use_cache=False).logits
+        together = {s: run[s] for s in STATISTICS}
+        valid = {s: run.valid[s] for s in STATISTICS}
+        start = 0
+        for n in lengths:
+            part = slice(start, start + n)
+            alone = model(ids[:, part], use_cache=False).logits
+            torch.testing.assert_close(packed[:, part], alone, rtol=0, atol=LOGITS_TOLERANCE)
+            for s in STATISTICS:
+                tolerance = WEIGHT_TOLERANCE * LARGEST_FACTOR[s]
+                torch.testing.assert_close(together[s][..., part], run[s], rtol=0, atol=tolerance)
+                assert torch.equal(valid[s][:, part], run.valid[s])
+            start += n
+
+
+def test_packed_rows_that_leak_into_each_other_are_refused(llama):
+    cu_seqlens = torch.tensor([0, 9, LENGTH], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q of packed sequences"), capture(llama, statistics=["waad"]):
+        llama(tokens()[:1], cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, use_cache=True)
+
+
+# Which layers and heads, reduced how, kept where
+
+
+def test_one_dimension_may_be_reduced(llama):
+    ids, chosen = tokens(), {2: [8, 0], 4: [3, 1]}
+    with torch.no_grad():
+        with capture(llama, statistics=["waad"], layers=[2, 4], heads=chosen) as full:
+            llama(ids)
+        for reduce, dim in (("heads", 2), ("layers", 0)):
+            with capture(llama, statistics=["waad"], layers=[2, 4], heads=chosen, reduce=reduce) as run:
+                llama(ids)
+            torch.testing.assert_close(run["waad"], full["waad"].mean(dim), rtol=0, atol=1e-6)
+
+
+def test_heads_may_be_a_class_of_heads(llama):
+    flags = torch.zeros(2, HEADS, dtype=torch.bool)
+    flags[0, 3] = flags[1, 5] = True
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[1, 5], heads=flags) as run:
         llama(tokens())
+    assert run.heads[WAAD()] == {1: (3,), 5: (5,)}
+    with (
+        pytest.raises(ValueError, match=r"heads: a bool tensor must be .*\(2, 9\)"),
+        capture(llama, statistics=["waad"], layers=[1, 5], heads=flags[:1]),
+    ):
+        pass
+
+
+def test_what_is_kept_is_said_before_it_is(llama):
+    ids = tokens()
+    for reduce in (None, "heads", "layers", ("layers", "heads")):
+        with torch.no_grad(), capture(llama, statistics=["waad", "fai"], layers="all", reduce=reduce) as run:
+            said = run.kept(batch=2, length=LENGTH)
+            llama(ids)
+        assert said.total == 4 * sum(run[name].numel() for name in ("waad", "fai"))
+    large = transformers.LlamaConfig(num_hidden_layers=36, num_attention_heads=32, hidden_size=32, vocab_size=9)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(large)
+    with capture(model, statistics=["waad", "fai"], layers="all", reduce=("layers", "heads")) as run:
+        assert run.kept(batch=1, length=32768).total < 1e6
+    with capture(model, statistics=["waad", "fai"], layers="all", reduce="heads") as run:
+        assert run.kept(batch=1, length=32768).total < 10e6
+
+
+def test_the_pass_may_end_with_the_last_captured_layer(llama):
+    ids, reached = tokens(), []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, i=i: reached.append(i)) for i, layer in enumerate(llama.model.layers)
+    ]
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[1, 3]) as whole:
+        assert whole.forward(input_ids=ids).logits.shape[-1] == SIZES["vocab_size"]
+    reached.clear()
+    with capture(llama, statistics=["waad"], layers=[1, 3], stop_after_last_layer=True) as run:
+        assert run.forward(input_ids=ids) is None
+        first = run["waad"]
+        assert reached == [0, 1, 2, 3]
+        run.forward(input_ids=ids)
+        with pytest.raises(RuntimeError, match=r"call run\.forward"):
+            llama(ids)
+    assert torch.equal(first, whole["waad"])
+    assert not first.requires_grad
+    for handle in handles:
+        handle.remove()
+
+
+def test_nan_is_named_by_layer_and_head_and_not_averaged(llama):
+    with torch.no_grad():
+        llama.model.layers[3].self_attn.q_proj.weight[16 * 4 : 16 * 5] = torch.nan
+    ids = tokens()
+    statistics = [WAAD(4), Received()]
+    with torch.no_grad(), capture(llama, statistics=statistics, layers=[2, 3]) as run:
+        llama(ids)
+    for s in statistics:
+        with pytest.warns(RuntimeWarning, match=r"NaN in layer 3 heads \[4\]:"):
+            broken = run[s]
+        assert broken.isnan().flatten(2).any(-1).sum() == 2  # one head of each batch row
+        assert broken[1, :, 4].isnan().any()
+    with torch.no_grad(), capture(llama, statistics=statistics, layers=[2, 3], reduce="heads") as run:
+        llama(ids)
+    with pytest.raises(ValueError, match=r"NaN in layer 3 heads \[4\].*leave them out"):
+        run[WAAD(4)]
+
+
+def test_one_thread_at_a_time(llama):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        assert go_on.wait(30)
+
+    def other():
+        with torch.no_grad():
+            llama(tokens())
+
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[4]) as run:
+        handle = llama.model.layers[2].register_forward_hook(wait)
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(30)
+        with pytest.raises(RuntimeError, match="two threads"):
+            llama(tokens())
+        go_on.set()
+        thread.join()
+        assert run["waad"].shape == (1, 2, HEADS, LENGTH)
+        handle.remove()
+        llama(tokens()[:1])
+        assert run["waad"].shape == (1, 1, HEADS, LENGTH)
+
+
+def test_a_copy_of_a_captured_model_is_not_captured(llama):
+    with torch.no_grad(), capture(llama, statistics=["waad"]) as run:
+        llama(tokens())
+        before = run["waad"]
+        copy.deepcopy(llama)(tokens(seed=7))
+        assert torch.equal(run["waad"], before)
+
+
+def test_a_capture_left_open_lets_go_when_it_is_dropped(llama):
+    opened = capture(llama, statistics=["waad"])
+    opened.__enter__()
+    assert llama.config._attn_implementation == "attnstats"
+    del opened
+    gc.collect()
+    assert llama.config._attn_implementation == "sdpa"
+
+
+# attach and detach
+
+
+def test_an_attached_model_attends_through_attnstats_until_it_is_detached(llama):
+    ids = tokens()
+    with torch.no_grad():
+        expected = llama(ids).logits
+        assert attnstats.attach(llama) is llama
+        attnstats.attach(llama, backend="reference")
+        assert llama.config._attn_implementation == "attnstats"
+        torch.testing.assert_close(llama(ids).logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+        with capture(llama, statistics=["waad"]) as run:
+            llama(ids)
+            with pytest.raises(ValueError, match="being captured"):
+                attnstats.detach(llama)
+        assert run["waad"].shape[0] == 3
+        assert llama.config._attn_implementation == "attnstats"
+        attnstats.detach(attnstats.detach(llama))
+        assert torch.equal(llama(ids).logits, expected)
+    assert llama.config._attn_implementation == "sdpa"
+    assert not any(SITE in module.__dict__ for module in llama.modules())
+
+
+def test_an_attached_model_trains_as_before(llama):
+    ids = tokens()
+
+    def gradients():
+        llama.zero_grad()
+        llama(ids, labels=ids, attention_mask=padding("left")).loss.backward()
+        return [p.grad.clone() for p in llama.parameters()]
+
+    expected = gradients()
+    attnstats.attach(llama)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# Encoders, and encoder-decoders
+
+
+def tiny_bart():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(vocab_size=97, **sizes, **heads, init_std=0.3)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+def test_each_kind_of_attention_of_an_encoder_decoder():
+    model = tiny_bart()
+    mask = padding("right")
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "decoder_input_ids": tokens(length=11, seed=4)}
+    maps = run_with(model, "eager", **inputs)
+    real, all_real = mask, torch.ones(2, 11)
+    for kind, expected, layers in (
+        ("encoder", maps.encoder_attentions, (0, 1)),
+        ("self", maps.decoder_attentions, (0, 1, 2)),
+        ("cross", maps.cross_attentions, (0, 1, 2)),
+    ):
+        statistics = [Received(), attnstats.Entropy()] + ([] if kind == "cross" else [WAAD(4)])
+        with torch.no_grad(), capture(model, statistics=statistics, layers="all", attention=kind) as run:
+            logits = model(**inputs).logits
+        torch.testing.assert_close(logits, maps.logits, rtol=0, atol=LOGITS_TOLERANCE)
+        assert run.layers == layers
+        of_queries, of_keys = (real if kind == "encoder" else all_real), (all_real if kind == "self" else real)
+        a = torch.stack(expected).double() * of_queries[:, None, :, None] * of_keys[:, None, None]
+        torch.testing.assert_close(run["received"].double(), a.sum(-2), rtol=0, atol=LENGTH * WEIGHT_TOLERANCE)
+        entropy = -torch.special.xlogy(a, a).sum(-1)
+        torch.testing.assert_close(run["entropy"].double(), entropy, rtol=0, atol=1e-4)
+        if kind != "cross":
+            t = torch.arange(a.shape[-1])
+            waad = (a * (t[:, None] - t).abs().clamp(max=4)).sum(-1)
+            torch.testing.assert_close(run["waad"].double(), waad, rtol=0, atol=4 * WEIGHT_TOLERANCE)
+    with (
+        pytest.raises(ValueError, match="needs distances, and cross-attention has none"),
+        capture(model, statistics=["waad"], attention="cross"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="attention='encoder': LlamaForCausalLM has no such attention"),
+        capture(tiny(), statistics=["waad"], attention="encoder"),
+    ):
+        pass
 
 
 def test_the_import_does_not_bring_transformers():
