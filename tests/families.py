@@ -225,7 +225,7 @@ def causal_families() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(kind: type, changes: dict[str, Any]) -> Any:
+def tiny_config(kind: Any, changes: dict[str, Any]) -> Any:
     """A small instance of a config class; `changes` may hold dictionaries for its sub-configs."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -250,7 +250,7 @@ def tiny_config(kind: type, changes: dict[str, Any]) -> Any:
 
 def _layer_kinds(default: Any, fields: set[str], settings: dict[str, Any]) -> dict[str, Any]:
     """One layer of each kind of the default config, in order of appearance, over and over."""
-    found = {}
+    found: dict[str, Any] = {}
     count = settings.get("num_hidden_layers", 4)
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         kinds = getattr(default, name, None)
@@ -262,7 +262,7 @@ def _layer_kinds(default: Any, fields: set[str], settings: dict[str, Any]) -> di
     return found
 
 
-def config_class(family: str) -> type:
+def config_class(family: str) -> Any:
     """The config that the model of a family is built from: a part of the family's own where the model is that part."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

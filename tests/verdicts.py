@@ -21,6 +21,7 @@ from torch import Tensor
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic
+from attnstats.hooks import Kind
 from tests import families
 
 WORKS, UNPADDED = "works", "works without padding"
@@ -60,7 +61,7 @@ class Map(NamedTuple):
     """One call of attention in an eager pass: (B, H, Tq, Tk) weights, and where they are from."""
 
     name: str
-    kind: str  # "self", "encoder" or "cross"
+    kind: Kind
     layer: int
     weights: Tensor
 
@@ -98,11 +99,12 @@ def _complaint(family: str, model: Any, inputs: dict[str, Any], allow_dense: boo
     """Why attnstats refuses this pass; empty where it doesn't and everything is right."""
     expected, maps = eager_pass(model, inputs)
     real = _real(inputs)
-    groups: dict[tuple[str, int], set[int]] = {}
+    groups: dict[tuple[Kind, int], set[int]] = {}
     for m in maps:
         groups.setdefault((m.kind, m.weights.shape[1]), set()).add(m.layer)
     try:
-        for kind in sorted({kind for kind, _ in groups} or {"self"}):
+        kinds: list[Kind] = sorted({kind for kind, _ in groups}) or ["self"]
+        for kind in kinds:
             with torch.no_grad(), _capture(model, kind, "all", allow_dense) as run:
                 _compare_logits(family, model(**inputs).logits, expected, real["self"][0])
             missing = {m.layer for m in maps if m.kind == kind} - set(run.layers)
@@ -130,12 +132,12 @@ def _complaint(family: str, model: Any, inputs: dict[str, Any], allow_dense: boo
     return ""
 
 
-def _capture(model: Any, kind: str, layers: Any, allow_dense: bool) -> Any:
+def _capture(model: Any, kind: Kind, layers: Any, allow_dense: bool) -> Any:
     statistics = [s for s in LARGEST_FACTOR if kind != "cross" or s in (Received(), Entropy())]
     return attnstats.capture(model, statistics=statistics, layers=layers, attention=kind, allow_dense=allow_dense)
 
 
-def _real(inputs: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def _real(inputs: dict[str, Any]) -> dict[Kind, tuple[Tensor, Tensor]]:
     """(B, T) of the queries and of the keys that aren't padding, by kind of attention; one True: all are."""
     everything = torch.ones(1, 1, dtype=torch.bool)
     source = inputs.get("attention_mask", everything).bool()
@@ -228,7 +230,7 @@ def _is_map(tensor: Tensor) -> bool:
     return bool((tensor >= 0).all()) and bool((tensor.sum(-1) <= 1 + 1e-4).all())
 
 
-def _kind(model: Any, name: str) -> str:
+def _kind(model: Any, name: str) -> Kind:
     if CROSS.search(name):
         return "cross"
     return "encoder" if model.config.is_encoder_decoder and ".encoder." in f".{name}" else "self"
@@ -254,6 +256,7 @@ def by_definition(statistic: Statistic, weights: Tensor, queries: Tensor, keys: 
     if isinstance(statistic, Received):
         return weights.sum(2)
     assert isinstance(statistic, FAI)
+    assert statistic.hi is not None
     inside = (distance >= statistic.lo) & (distance <= statistic.hi)
     count = (inside[None] & queries[:, :, None]).sum(1)
     return (weights * inside).sum(2) / count.clamp(min=1)[:, None]
