@@ -112,7 +112,9 @@ NOTHING: dict[str, Any] = dict.fromkeys(Call._fields) | {
 
 def tracing(x: Any) -> bool:
     """Whether the tensors of this call are stand-ins: it is being recorded, or torch.vmap has hidden a dimension."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._functorch.is_batchedtensor(x):
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return True
+    if isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x):
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
