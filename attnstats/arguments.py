@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.geometry import Geometry
 from attnstats.packing import Packing
-from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, Entropy, PooledMap, Statistic
+from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, PooledMap, Statistic
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,8 +71,8 @@ def resolve(
             )
         if is_causal or query_length == key_length:
             query_offset = key_length - query_length
-    elif not isinstance(query_offset, int) or isinstance(query_offset, bool) or query_offset < 0:
-        raise ValueError(f"query_offset must be an integer >= 0, got {query_offset!r}")
+    else:
+        check_length("query_offset", query_offset)
     if query_offset is None:
         across = f"Tq={query_length} != Tk={key_length} with is_causal=False is taken as cross-attention"
         _refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
@@ -182,14 +182,20 @@ def resolve_packed(
     )
 
 
-def with_dropout(geometry: Geometry, dropout_p: float, seeded: bool = True) -> Geometry:
-    """The same call with its dropout and a seed for it, drawn from the default generator of the device."""
+def with_dropout(geometry: Geometry, dropout_p: float, seed: Tensor | None = None) -> Geometry:
+    """The same call with its dropout, and with a seed for it."""
+    check_dropout(dropout_p)
+    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed) if dropout_p else geometry
+
+
+def check_dropout(dropout_p: float) -> None:
     if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be a number in [0, 1), 0 for no dropout; got {dropout_p!r}")
-    if dropout_p == 0:
-        return geometry
-    seed = torch.randint(2**62, (1,), device=geometry.device) if seeded else None
-    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """(1,) int64 from the default generator of the device."""
+    return torch.randint(2**62, (1,), device=device)
 
 
 def check_differentiable(statistics: tuple[Statistic, ...], differentiable: bool) -> None:
@@ -213,6 +219,13 @@ def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:
         if x.dim() != 3:
             raise ValueError(f"{name} must have 3 dimensions (total length, heads, head_dim), got {tuple(x.shape)}")
     return tuple(x.transpose(0, 1)[None] for x in tensors.values())
+
+
+def from_lse(statistics: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
+    """The statistics of a call that starts from an lse."""
+    if any(isinstance(statistic, MaxLogit) for statistic in statistics):
+        raise ValueError("statistics: MaxLogit is not a function of the lse; ask attnstats.attention for it")
+    return statistics
 
 
 def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) -> Tensor:
@@ -248,6 +261,18 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
     if base == "2":
         lse = lse * math.log(2.0)
     return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)
+
+
+def check_settings(is_causal: bool, scale: float | None, softcap: float | None, window_size: Window | None) -> None:
+    """Of a call that is traced, what can't be told from its graph any more."""
+    _scale(scale, 1)
+    _softcap(softcap)
+    _window(window_size, is_causal)
+
+
+def check_length(name: str, length: int | None) -> None:
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 0):
+        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
 def _refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
@@ -356,9 +381,8 @@ def _packing(
             raise ValueError(
                 f"cu_seqlens_k: query has {query_length} tokens and key {key_length}, so both need boundaries; got None"
             )
-    for side, given in (("q", max_seqlen_q), ("k", max_seqlen_k)):
-        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
-            raise ValueError(f"max_seqlen_{side} must be an integer >= 0, got {given!r}")
+    check_length("max_seqlen_q", max_seqlen_q)
+    check_length("max_seqlen_k", max_seqlen_k)
     boundaries: list[list[int]] = []
     longest: list[int] = []
     sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))

@@ -1,24 +1,22 @@
 """The public functions: attention that returns its statistics, and statistics beside any attention kernel.
 
-Arguments are validated by `arguments.resolve`; the work is done by a backend (`reference`, `tiled`, `ops`),
-each of which offers `attend`, `from_lse` and `plan`. Nothing here touches numbers.
+Arguments are validated by `arguments.resolve`; the work is done by a backend (backends.py). A call that is traced,
+by torch.compile or torch.export, becomes an operator of library.py, which does the same when the graph runs.
+Nothing here touches numbers.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from attnstats import arguments, reference, tiled
+from attnstats import arguments, backends, library, reference, tiled
 from attnstats.arguments import Heads, Window
-from attnstats.geometry import AttentionResult, Geometry, full_precision
-from attnstats.statistics import MaxLogit, Statistic, Statistics, resolve
+from attnstats.geometry import AttentionResult, Geometry
+from attnstats.statistics import Statistic, Statistics, resolve
 
 Backend = Literal["auto", "reference", "tiled", "triton"]
 
@@ -98,29 +96,25 @@ def attention(
 
     Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
     """
-    wanted = resolve(statistics)
-    arguments.check_differentiable(wanted, differentiable)
-    geometry = arguments.resolve(
-        query,
-        key,
-        value,
-        wanted,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        window_size=window_size,
-        sinks=sinks,
-        query_mask=query_mask,
-        key_padding_mask=key_padding_mask,
-        query_offset=query_offset,
-        heads=heads,
+    given = {
+        "attn_mask": attn_mask,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "softcap": softcap,
+        "window_size": window_size,
+        "sinks": sinks,
+        "query_mask": query_mask,
+        "key_padding_mask": key_padding_mask,
+        "query_offset": query_offset,
+        "heads": heads,
+    }
+    if library.tracing(query):
+        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
+        return library.attention(query, key, value, statistics, given)
+    (output, lse, tensors), geometry = backends.attend(
+        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
     )
-    geometry = arguments.with_dropout(geometry, dropout_p)
-    with full_precision(geometry.device):
-        module = _backend(backend, geometry)
-        output, lse, tensors = module.attend(query, key, value, geometry, wanted, differentiable)
     return AttentionResult(output, _dense(tensors, lse, geometry))
 
 
@@ -181,31 +175,26 @@ def varlen_attention(
 
     Source: as `attention`.
     """
-    wanted = resolve(statistics)
-    arguments.check_differentiable(wanted, differentiable)
-    query, key, value = arguments.batch_of_one(query=query, key=key, value=value)
-    geometry = arguments.resolve_packed(
-        query,
-        key,
-        value,
-        wanted,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        window_size=window_size,
-        sinks=sinks,
-        query_mask=query_mask,
-        heads=heads,
+    given = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "softcap": softcap,
+        "window_size": window_size,
+        "sinks": sinks,
+        "query_mask": query_mask,
+        "heads": heads,
+    }
+    if library.tracing(query):
+        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
+        return library.attention(query, key, value, statistics, given)
+    (output, lse, tensors), geometry = backends.attend(
+        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
     )
-    geometry = arguments.with_dropout(geometry, dropout_p)
-    with full_precision(geometry.device):
-        module = _backend(backend, geometry)
-        output, lse, tensors = module.attend(query, key, value, geometry, wanted, differentiable)
     return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
 
 
@@ -243,12 +232,12 @@ def statistics_from_lse(
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
     """
-    wanted = _from_lse(statistics)
+    given = _given("statistics_from_lse", cu_seqlens_q, others)
+    if library.tracing(query):
+        return library.statistics_from_lse(query, key, lse, statistics, lse_base, lse_layout, backend, given)
+    wanted = resolve(statistics)
+    lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, given, backend)
     packed = cu_seqlens_q is not None
-    query, key, _, geometry = _resolve("statistics_from_lse", query, key, None, wanted, cu_seqlens_q, others)
-    lse = arguments.natural_lse(lse, lse_base, lse_layout, geometry)
-    with torch.no_grad(), full_precision(geometry.device):
-        tensors = _backend(backend, geometry).from_lse(query, key, lse, geometry, wanted)
     return _packed(tensors, lse, geometry) if packed else _dense(tensors, lse, geometry)
 
 
@@ -279,11 +268,14 @@ def explain(
           band, ...
             waad: 0.08 GFLOP, ... MB of scratch
     """
-    wanted = _from_lse(statistics) if value is None else resolve(statistics)
+    wanted = resolve(statistics)
+    if value is None:
+        wanted = arguments.from_lse(wanted)
     arguments.check_differentiable(wanted, differentiable)
-    query, key, value, geometry = _resolve("explain", query, key, value, wanted, cu_seqlens_q, others)
-    geometry = arguments.with_dropout(geometry, dropout_p, seeded=False)
-    module = _backend(backend, geometry)
+    given = _given("explain", cu_seqlens_q, others)
+    query, key, value, geometry = backends.geometry_of(query, key, value, wanted, given)
+    geometry = arguments.with_dropout(geometry, dropout_p)
+    module = backends.choose(backend, geometry)
     lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
     for step in module.plan(geometry, wanted, value is not None):
         lines += [
@@ -293,33 +285,13 @@ def explain(
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _from_lse(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
-    wanted = resolve(statistics)
-    if any(isinstance(statistic, MaxLogit) for statistic in wanted):
-        raise ValueError("statistics: MaxLogit is not a function of the lse; ask attnstats.attention for it")
-    return wanted
-
-
-def _resolve(
-    caller: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    wanted: tuple[Statistic, ...],
-    cu_seqlens_q: Tensor | None,
-    others: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor | None, Geometry]:
-    """The geometry of a dense or, with cu_seqlens_q, of a packed call, and its tensors with a batch dimension."""
-    takes = arguments.resolve if cu_seqlens_q is None else arguments.resolve_packed
-    if unknown := sorted(set(others) - set(inspect.signature(takes).parameters)):
+def _given(caller: str, cu_seqlens_q: Tensor | None, others: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a dense or, with cu_seqlens_q, of a packed call."""
+    takes = library.DENSE if cu_seqlens_q is None else library.PACKED
+    if unknown := [name for name in others if name not in takes]:
         like = "attention" if cu_seqlens_q is None else "varlen_attention"
         raise TypeError(f"{caller}: unknown argument {unknown[0]!r}; it takes those of attnstats.{like}")
-    if cu_seqlens_q is None:
-        return query, key, value, arguments.resolve(query, key, value, wanted, **others)
-    query, key = arguments.batch_of_one(query=query, key=key)
-    if value is not None:
-        (value,) = arguments.batch_of_one(value=value)
-    return query, key, value, arguments.resolve_packed(query, key, value, wanted, cu_seqlens_q=cu_seqlens_q, **others)
+    return others if cu_seqlens_q is None else {"cu_seqlens_q": cu_seqlens_q, **others}
 
 
 def _dense(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
@@ -330,26 +302,3 @@ def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -
     """Results of a batch of one without their batch dimension."""
     alone = {s: x[0] for s, x in tensors.items()}
     return Statistics(alone, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0])
-
-
-def _backend(name: str, geometry: Geometry) -> ModuleType:
-    """The module that does the work. Raises ValueError where it can't."""
-    if name not in ("auto", "reference", "tiled", "triton"):
-        raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {name!r}")
-    if name == "reference":
-        return reference
-    if geometry.dense_mask is not None:
-        raise ValueError(
-            "attn_mask: a mask that depends on the query takes O(Tq * Tk) memory; use is_causal, key_padding_mask "
-            "or a bool mask of shape (B, 1, 1, Tk), or backend='reference'"
-        )
-    if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
-        return tiled
-    from attnstats import ops
-
-    reason = ops.unavailable(geometry)
-    if name == "auto":
-        return tiled if reason else ops
-    if reason:
-        raise ValueError(f"backend='triton': {reason}; backend='tiled' would work")
-    return ops

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band"]
+Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band", "backward_queries", "backward_keys"]
 
 
 class Config(NamedTuple):

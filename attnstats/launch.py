@@ -28,7 +28,7 @@ from attnstats.configs import (
     table_version,
 )
 from attnstats.geometry import Evaluation, Geometry, divisor_of
-from attnstats.plan import Heads, Plan
+from attnstats.plan import GradientPlan, Heads, Plan
 from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, PooledMap, Received, Statistic, Summed
 
 LOG2E = 1.4426950408889634
@@ -91,19 +91,23 @@ def _forward(
         natural = divisor_of(lse) * LOG2E
     else:
         value = _input(value)
-        output = _empty(geometry, (*partial, *shape, geometry.value_dim), torch.float32 if parts else query.dtype)
-        written = output[0] if parts else output
+        if parts:
+            output = _empty(geometry, (parts, *shape, geometry.value_dim))
+            written = output[0]
+        else:  # heads innermost but one, as models want it
+            batch, heads, length = shape
+            output = _empty(geometry, (batch, length, heads, geometry.value_dim), query.dtype).transpose(1, 2)
+            written = output
         natural = _empty(geometry, (*partial, *shape), fill=-torch.inf)  # written by the kernel, not in exp2's domain
     rows = _empty(geometry, (len(plan.in_rows), *partial, *shape))
     columns = _slots(plan, geometry, slots, geometry.query_heads)
     sinks2 = _sinks2(geometry)
     counted, present = _flags(geometry.counted()), _flags(geometry.key_mask)
     reach = on_device(plan.reach_of_heads(geometry), geometry.device)
-    in_pass = (None if parts else sinks2, *_boundaries(geometry), reach)
+    in_pass = (None if parts else sinks2, *_boundaries(geometry), reach, geometry.dropout_seed)
     tensors = (query, key, value, output, natural, rows, columns, counted, present, *in_pass)
-    _launch(
-        kernel, programs, tensors, sizes, tuple(_strides(x) for x in (query, key, value, written)), constants, config
-    )
+    strides = tuple(_strides(x) for x in (query, key, value, written))
+    _launch(kernel, programs, tensors, (*sizes, _dropout(geometry)), strides, constants, config)
     lse2 = natural
     if parts and value is None:
         rows = rows.sum(1)
@@ -355,6 +359,115 @@ def _prepared_column(
     return _Prepared(programs, (*sizes, *_window(geometry), reach, *_score(geometry)), constants, config)
 
 
+class Asked(NamedTuple):
+    """What statistics ask of A in the backward pass, on top of what the output does."""
+
+    plan: GradientPlan
+    rows: Tensor | None  # [plan.rows and entropy, B, Hq, Tq] gradients
+    columns: Tensor | None  # [plan.columns, B, Hq, Tk] gradients of sums
+    shift: Tensor | None  # [B, Hq, Tq] what is the same in all of a row: added to delta
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    geometry: Geometry,
+    asked: Asked,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
+    dim = max(geometry.head_dim, geometry.value_dim)
+    inputs = (query, key, value, output, lse, grad_output)
+    grad_query, delta = _fitting(
+        "backward_queries", geometry, dim, lambda config: _backward_queries(inputs, geometry, asked, config)
+    )
+    grad_key, grad_value = _fitting(
+        "backward_keys", geometry, dim, lambda config: _backward_keys(inputs, delta, geometry, asked, config)
+    )
+    return grad_query, grad_key, grad_value, delta
+
+
+def _backward_queries(
+    inputs: tuple[Tensor, ...], geometry: Geometry, asked: Asked, config: Config
+) -> tuple[Tensor, Tensor]:
+    from attnstats.kernels.backward import backward_queries as kernel
+
+    dtype = inputs[0].dtype
+    query, key, value, output, lse, grad_output = (_input(x) for x in inputs)
+    made = _like(query, geometry)
+    delta = _empty(geometry, lse.shape)
+    tensors = (query, key, value, output, grad_output, made, lse.contiguous(), delta, asked.shift)
+    strides = tuple(_strides(x) for x in (query, key, value, output, grad_output, made))
+    _launch_backward(kernel, config.BM, geometry, asked, tensors, strides, config)
+    return made.to(dtype), delta
+
+
+def _backward_keys(
+    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, asked: Asked, config: Config
+) -> tuple[Tensor, Tensor]:
+    from attnstats.kernels.backward import backward_keys as kernel
+
+    dtype = inputs[0].dtype
+    query, key, value, _, lse, grad_output = (_input(x) for x in inputs)
+    made = _like(key, geometry), _like(value, geometry)
+    tensors = (query, key, value, grad_output, *made, lse.contiguous(), delta)
+    strides = tuple(_strides(x) for x in (query, key, value, grad_output, *made))
+    _launch_backward(kernel, config.BN, geometry, asked, tensors, strides, config)
+    return made[0].to(dtype), made[1].to(dtype)
+
+
+def _launch_backward(
+    kernel: Any,
+    block: int,
+    geometry: Geometry,
+    asked: Asked,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[tuple[int, ...], ...],
+    config: Config,
+) -> None:
+    by_keys = block == config.BN and kernel.__name__ == "backward_keys"
+    known = ("backward", by_keys, asked.plan, config)
+    if known not in geometry.memo:
+        geometry.memo[known] = _prepared_backward(geometry, asked.plan, config, by_keys)
+    programs, sizes, constants, *_ = geometry.memo[known]
+    counted = _flags(geometry.counted()) if asked.plan.columns else None
+    which = (asked.rows, asked.columns, counted, _flags(geometry.key_mask), *_boundaries(geometry))
+    tensors = (*tensors, *which, geometry.dropout_seed)
+    _launch(kernel, programs, tensors, (*sizes, _dropout(geometry)), strides, constants, config)
+
+
+def _prepared_backward(geometry: Geometry, plan: GradientPlan, config: Config, by_keys: bool) -> _Prepared:
+    longest = _longest(geometry)[by_keys]
+    blocks = -(-longest // (config.BN if by_keys else config.BM))
+    heads = geometry.key_heads if by_keys else geometry.query_heads
+    constants = {
+        "ROWS": _flat(plan.far_rows, tails=False),
+        "NEAR_ROWS": _flat(plan.near_rows),
+        "ENTROPY": int(plan.entropy),
+        "COLUMNS": _flat(plan.far_columns),
+        "NEAR_COLUMNS": _flat(plan.near_columns),
+        "BM": config.BM,
+        "BN": config.BN,
+        "DIM": geometry.head_dim,
+        "BLOCK_DIM": block_dim(geometry.head_dim),
+        "VALUE_DIM": geometry.value_dim,
+        "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
+    }
+    behind, ahead = plan.reach(geometry)
+    reach = (_bounded(behind), _bounded(ahead)) if plan.near_rows or plan.near_columns else (None, None)
+    sizes = (geometry.batch, geometry.query_heads, *_sizes(geometry), longest, *_window(geometry), *reach)
+    programs = blocks * heads * _sequences(geometry)
+    return _Prepared(programs, (*sizes, geometry.scale, *_score(geometry)), constants, config)
+
+
+def _like(x: Tensor, geometry: Geometry) -> Tensor:
+    """A buffer of x's shape and, where they are sane, strides; zeros where no program may come by."""
+    return torch.empty_like(x) if geometry.packing is None else torch.zeros_like(x)
+
+
 class _Pieces(NamedTuple):
     """Blocks of keys cut at the boundaries of segments."""
 
@@ -466,6 +579,10 @@ def _sizes(geometry: Geometry) -> tuple[int, ...]:
 def _score(geometry: Geometry) -> tuple[float, float | None]:
     """scale2 and cap2 of tiles.scores."""
     return geometry.scale * LOG2E, None if geometry.softcap is None else geometry.softcap * LOG2E
+
+
+def _dropout(geometry: Geometry) -> float | None:
+    return None if geometry.dropout_seed is None else geometry.dropout_p
 
 
 def _sinks2(geometry: Geometry) -> Tensor | None:

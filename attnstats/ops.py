@@ -14,11 +14,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from attnstats import launch, sweep
+from attnstats import launch
 from attnstats.configs import Config, Kernel, candidates, interpreted
-from attnstats.geometry import Evaluation, Geometry, Step
-from attnstats.plan import Heads, Plan
-from attnstats.statistics import Statistic
+from attnstats.geometry import Evaluation, Geometry, Step, divisor_of
+from attnstats.plan import GradientPlan, Heads, Plan
+from attnstats.statistics import LSE, Entropy, RowStatistic, Statistic
 from attnstats.sweep import Gradients, OfStatistics, Recomputed
 from attnstats.tiled import sink_mass
 
@@ -93,7 +93,46 @@ def gradients(
 
     `of_statistics` has the value of each statistic that carries a gradient, and that gradient.
     """
-    return sweep.gradients(query, key, value, output, lse, grad_output, geometry, of_statistics)
+    asked, excess = _asked(lse, geometry, of_statistics)
+    inputs = (query, key, value, output, lse, grad_output)
+    *grads, delta = launch.backward(*inputs, geometry, asked)
+    if geometry.sinks is None:
+        return grads[0], grads[1], grads[2], None
+    if excess is not None:
+        delta = delta - excess
+    share = (geometry.sinks.float()[:, None] - divisor_of(lse)).exp()
+    return grads[0], grads[1], grads[2], -(share * delta).sum((0, 2)).to(geometry.sinks.dtype)
+
+
+def _asked(lse: Tensor, geometry: Geometry, of_statistics: OfStatistics) -> tuple[launch.Asked, Tensor | None]:
+    """What statistics ask of A, and what the shift of delta has besides row sums of A times that.
+
+    With r = rowsum(A dA), dS = A (dA - r). What dA has in common along a row is taken off r instead: the tail of a
+    weight, and the entropy's -g. The row sum itself is g S, S being the statistic; the entropy's g (H - mass).
+    """
+    plan = GradientPlan.of(tuple(of_statistics))
+    if not of_statistics:
+        return launch.Asked(plan, None, None, None), None
+    shift, excess = torch.zeros_like(lse), torch.zeros_like(lse)
+    grads = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
+    rows, columns = [grads[s] for s in plan.rows], [grads[s] for s in plan.columns]
+    for s, (value, _) in of_statistics.items():
+        if isinstance(s, LSE):  # its dS is g A
+            shift -= grads[s]
+        elif isinstance(s, RowStatistic):
+            shift += grads[s] * geometry.in_all_heads(s, value)
+            if s.band is not None:
+                excess -= s.tail * grads[s]
+        elif isinstance(s, Entropy):
+            rows.append(grads[s])
+            shift += grads[s] * (geometry.in_all_heads(s, value) - geometry.row_mass(lse))
+            excess += grads[s]
+    shift += excess
+    return launch.Asked(plan, _stacked(rows), _stacked(columns), shift), excess
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor | None:
+    return torch.stack(tensors).float() if tensors else None
 
 
 def from_lse(

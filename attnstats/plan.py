@@ -122,6 +122,42 @@ class Plan(NamedTuple):
         return tuple(reach)
 
 
+class GradientPlan(NamedTuple):
+    """Which statistics that carry gradients have a weight in which list of the backward kernels."""
+
+    far_rows: tuple[RowStatistic, ...]
+    near_rows: tuple[RowStatistic, ...]  # those with a band: looked at near the diagonal alone
+    entropy: bool
+    far_columns: tuple[ColumnStatistic, ...]
+    near_columns: tuple[ColumnStatistic, ...]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(statistics: tuple[Statistic, ...]) -> GradientPlan:
+        rows = [s for s in statistics if isinstance(s, RowStatistic)]
+        columns = [s for s in statistics if isinstance(s, ColumnStatistic)]
+        return GradientPlan(
+            far_rows=tuple(s for s in rows if s.band is None),
+            near_rows=tuple(s for s in rows if s.band is not None),
+            entropy=any(isinstance(s, Entropy) for s in statistics),
+            far_columns=tuple(s for s in columns if s.band is None),
+            near_columns=tuple(s for s in columns if s.band is not None),
+        )
+
+    @property
+    def rows(self) -> tuple[RowStatistic, ...]:
+        """In the kernels' order."""
+        return (*self.far_rows, *self.near_rows)
+
+    @property
+    def columns(self) -> tuple[ColumnStatistic, ...]:
+        return (*self.far_columns, *self.near_columns)
+
+    def reach(self, geometry: Geometry) -> tuple[int, int]:
+        """How far weights with a band go behind and ahead of a query."""
+        return _reach((*self.near_rows, *self.near_columns), geometry)
+
+
 def _reach(statistics: tuple[DistanceWeighted, ...], geometry: Geometry) -> tuple[int, int]:
     bands = [s.band for s in statistics if s.band]
     behind, ahead = max((hi for _, hi in bands), default=0), max((-lo for lo, _ in bands), default=0)

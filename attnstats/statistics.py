@@ -12,15 +12,18 @@ distance, `c[t]` is 1 where query t counts (`query_mask`). Equations: Li et al.,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+# Every class of statistics there is in this process, by its key: what a compiled graph, which holds no objects, names.
+DEFINED: WeakValueDictionary[str, type[Statistic]] = WeakValueDictionary()
 
 OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"; every setting is below it
 
@@ -30,11 +33,16 @@ class Statistic:
     """Base of all statistics. Frozen and hashable: a statistic is the key under which its result is found."""
 
     name: ClassVar[str]
+    key: ClassVar[str]  # of the class in DEFINED
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        cls.key = f"{cls.__module__}:{cls.__qualname__}"
+        while cls.key in DEFINED:  # a namesake, or this class before dataclass gave it slots
+            cls.key += "'"
+        DEFINED[cls.key] = cls
 
 
 @dataclass(frozen=True)
@@ -341,11 +349,17 @@ def resolve(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
     return tuple(resolved)
 
 
+def needing_distances(statistics: Iterable[Statistic]) -> list[Statistic]:
+    """Those that mean nothing where queries and keys share no positions."""
+    return [s for s in statistics if isinstance(s, DistanceWeighted) and s.uses_distance]
+
+
 class ByStatistic(Mapping[Statistic, Tensor]):
     """Tensors keyed by statistic, and by name where the name is unambiguous: `stats["waad"]`, `stats[WAAD(20)]`."""
 
     def __init__(self, tensors: Mapping[Statistic, Tensor]):
         self._tensors = dict(tensors)
+        self._statistics = tuple(self._tensors)  # torch.compile can return keys that are elsewhere too
 
     def __getitem__(self, key: Statistic | str) -> Tensor:
         if isinstance(key, Statistic):
@@ -393,15 +407,35 @@ class Statistics(ByStatistic):
         self.lse = lse
         self._validity = validity
         self._counting = counting
+        self._valid: ByStatistic | None = None
+        self._counts: ByStatistic | None = None
 
-    @functools.cached_property
+    @property
     def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need
-        return ByStatistic({statistic: self._validity(statistic) for statistic in self})
+        if self._valid is None:  # not a cached_property, whose lock can't be traced
+            self._valid = ByStatistic({statistic: self._validity(statistic) for statistic in self})
+        return self._valid
 
-    @functools.cached_property
+    @property
     def counts(self) -> ByStatistic:
-        means = (s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None)
-        return ByStatistic({statistic: self._counting(statistic) for statistic in means})
+        if self._counts is None:
+            means = [s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None]
+            self._counts = ByStatistic({statistic: self._counting(statistic) for statistic in means})
+        return self._counts
+
+    def changed(
+        self, values: Callable[[Statistic, Tensor], Tensor], facts: Callable[[Statistic, Tensor], Tensor]
+    ) -> Statistics:
+        """The same with every tensor, the lse as that of `LSE()`, put through `values`, and valid and counts through
+        `facts`. Keeps nothing of the tensors that were there before.
+        """
+        validity, counting = self._validity, self._counting
+        return Statistics(
+            {statistic: values(statistic, tensor) for statistic, tensor in self.items()},
+            lambda s: facts(s, validity(s)),
+            lambda s: facts(s, counting(s)),
+            values(LSE(), self.lse),
+        )
 
 
 def _require_integer(owner: Statistic, field: str, least: int) -> None:

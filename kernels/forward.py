@@ -27,11 +27,15 @@ import triton.language as tl
 
 from attnstats.kernels.tiles import (
     FIELDS,
+    LN2,
+    LOG2_ZERO,
     band_sweep,
     dot,
     extent,
     head_pointer,
     inside,
+    kept,
+    key_range,
     keys_present,
     load_packed,
     load_tile,
@@ -41,10 +45,6 @@ from attnstats.kernels.tiles import (
     wide,
     zeros_for,
 )
-
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-LOG2_ZERO = tl.constexpr(-1.0e4)  # exp2 of it is exactly 0, and 0 * LOG2_ZERO is not NaN as 0 * -inf is
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def add_moments(
 def visit(
     b_out, b_max, b_sum, b_log, b_moment, sums,  # the running state; the three in the middle in CHUNKs of columns
     b_q, o_position, p_k, p_v, p_key_mask, k_strides, v_strides, i_batch, first, last, n_keys,
-    left, right, scale2, cap2,
+    p_seed, o_flat_head, o_query, k_begin, left, right, scale2, cap2, dropout,
     LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MOMENT: tl.constexpr, FROM_LSE: tl.constexpr, EDGE: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
@@ -159,6 +159,9 @@ def visit(
                 updated = updated + (sums[j] * b_rescale + b_row,)
         sums = updated
         if not FROM_LSE:
+            if p_seed is not None:
+                m_kept = kept(p_seed, o_flat_head[:, None], o_query[:, None], (k_begin + o_key)[None, :], dropout)
+                b_a = tl.where(m_kept, b_a, 0.0)
             b_v = load_tile(p_v, v_strides, start, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
@@ -167,8 +170,9 @@ def visit(
 
 @triton.jit
 def forward(
-    p_q, p_k, p_v, p_out, p_lse, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_reach,
-    n_batch, n_sequences, n_query_heads, group, query_offset, n_queries, n_keys, longest, left, right, scale2, cap2,
+    p_q, p_k, p_v, p_out, p_lse, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_reach, p_seed,
+    n_batch, n_sequences, n_query_heads, group, query_offset, n_queries, n_keys, longest,
+    left, right, scale2, cap2, dropout,
     q_strides, k_strides, v_strides, out_strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
@@ -194,6 +198,7 @@ def forward(
     packed = tl.minimum(HEADS, group - i_part * HEADS)
     o_head, o_row, m_row = packed_rows(i_block, packed, rows, HEADS, BM)
     o_position = offset + o_row
+    o_flat_head = i_batch * n_query_heads + i_head + o_head
     o_flat = (wide(i_batch) * n_query_heads + i_head + o_head) * n_queries + q_begin + o_row  # in [B, Hq, Tq]
     n_flat = wide(n_batch) * n_query_heads * n_queries
     p_q_head = head_pointer(p_q, q_strides, i_batch, i_head, q_begin)
@@ -212,15 +217,7 @@ def forward(
     if SPLIT_KEYS > 0:
         first = i_split * SPLIT_KEYS
         end = tl.minimum(first + SPLIT_KEYS, keys)
-    whole, edge = first, end
-    if left is not None:
-        first = tl.maximum(first, (position - left) // BN * BN)
-        whole = tl.maximum(first, tl.cdiv(position + BM - 1 - left, BN) * BN)
-    if right is not None:
-        end = tl.minimum(end, position + BM + right)
-        edge = tl.minimum(edge, position + right + 1)
-    whole = tl.minimum(whole, tl.maximum(end, first))
-    edge = tl.maximum(edge // BN * BN, whole)
+    first, whole, edge, end = key_range(position, first, end, left, right, BM, BN)
 
     b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
     b_sum = tl.zeros((HEADS * BM, CHUNK), tl.float32)
@@ -236,21 +233,24 @@ def forward(
         if first < whole:
             b_out, b_max, b_sum, b_log, b_moment, sums = visit(
                 b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
-                v_strides, i_batch, first, whole, keys, left, right, scale2, cap2,
+                v_strides, i_batch, first, whole, keys,
+                p_seed, o_flat_head, q_begin + o_row, k_begin, left, right, scale2, cap2, dropout,
                 LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, True, HEADS * BM, BN, CHUNK,
             DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
     if whole < edge:
         b_out, b_max, b_sum, b_log, b_moment, sums = visit(
             b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
-            v_strides, i_batch, whole, edge, keys, left, right, scale2, cap2,
+            v_strides, i_batch, whole, edge, keys,
+            p_seed, o_flat_head, q_begin + o_row, k_begin, left, right, scale2, cap2, dropout,
             LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, False, HEADS * BM, BN, CHUNK,
             DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
     if edge < end:
         b_out, b_max, b_sum, b_log, b_moment, sums = visit(
             b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
-            v_strides, i_batch, edge, end, keys, left, right, scale2, cap2,
+            v_strides, i_batch, edge, end, keys,
+            p_seed, o_flat_head, q_begin + o_row, k_begin, left, right, scale2, cap2, dropout,
             LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, True, HEADS * BM, BN, CHUNK,
             DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
@@ -280,6 +280,8 @@ def forward(
         p_out_head = head_pointer(p_out, out_strides, i_batch, i_head, q_begin) + i_split * n_flat * VALUE_DIM
         o_element = o_head.to(tl.int64) * out_strides[1] + o_row.to(tl.int64) * out_strides[2]
         pointers = p_out_head + o_element[:, None] + o_dim[None, :] * out_strides[3]
+        if p_seed is not None:
+            b_out *= 1.0 / (1.0 - dropout)
         b_out = (b_out * b_inverse[:, None]).to(p_out.dtype.element_ty)
         tl.store(pointers, b_out, mask=m_row[:, None] & (o_dim < VALUE_DIM)[None, :])
 

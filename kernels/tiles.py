@@ -12,6 +12,10 @@ import triton.language as tl
 
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2_ZERO = tl.constexpr(-1.0e4)  # exp2 of it is exactly 0, and 0 * LOG2_ZERO is not NaN as 0 * -inf is
+PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush: Salmon et al., Parallel random numbers, 2011
 
 
 @triton.jit
@@ -89,6 +93,39 @@ def load_tile(
 
 
 @triton.jit
+def store_tile(
+    p_head, strides, start, n_rows, b_x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Write b_x [ROWS, BLOCK_DIM] to where `load_tile` would read it, in the pointer's type."""
+    o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    p_tile = p_head + wide(start) * strides[2]
+    pointers = p_tile + (o_row[:, None] * strides[2] + o_dim[None, :] * strides[3])
+    m_element = (start + o_row < n_rows)[:, None] & (o_dim < DIM)[None, :]
+    tl.store(pointers, b_x.to(p_head.dtype.element_ty), mask=m_element)
+
+
+@triton.jit
+def load_lse2(pointers, m_row):
+    """lse * log2(e), and +inf for rows that see nothing or don't exist, so that their A is exactly 0."""
+    b_lse = tl.load(pointers, mask=m_row)
+    m_live = b_lse != float("-inf")
+    if m_row is not None:
+        m_live &= m_row
+    return tl.where(m_live, b_lse * LOG2E, float("inf"))
+
+
+@triton.jit
+def kept(p_seed, i_flat_head, o_query, o_key, dropout):
+    """Whether dropout leaves the weight of a query on a key, by their places in the tensors: in no tiling another.
+
+    o_query and o_key broadcast to the tile. One of the four numbers of a Philox counter is used.
+    """
+    o_none = o_key * 0
+    o_bits, _, _, _ = tl.philox(tl.load(p_seed), o_none + o_query, o_key, o_none + i_flat_head, o_none, PHILOX_ROUNDS)
+    return (o_bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout  # 24 bits, all that float32 holds
+
+
+@triton.jit
 def dot(b_a, b_b, b_acc=None):
     """Matmul in float32. IEEE, not TF32: scores that are computed twice have to match their lse."""
     return tl.dot(b_a, b_b, acc=b_acc, input_precision="ieee", out_dtype=tl.float32)
@@ -133,6 +170,21 @@ def inside(m_seen, distance, left, right):
     if right is not None:
         m_seen = m_seen & (distance >= -right)
     return m_seen
+
+
+@triton.jit
+def key_range(position, first, end, left, right, BM: tl.constexpr, BN: tl.constexpr):
+    """first, whole, edge, end: BM rows from `position` on see keys of first .. end alone, and each of them sees every
+    key of whole .. edge, which are whole tiles."""
+    whole, edge = first, end
+    if left is not None:
+        first = tl.maximum(first, (position - left) // BN * BN)
+        whole = tl.maximum(first, tl.cdiv(position + BM - 1 - left, BN) * BN)
+    if right is not None:
+        end = tl.minimum(end, position + BM + right)
+        edge = tl.minimum(edge, position + right + 1)
+    whole = tl.minimum(whole, tl.maximum(end, first))
+    return first, whole, tl.maximum(edge // BN * BN, whole), end
 
 
 @triton.jit
