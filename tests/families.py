@@ -240,9 +240,13 @@ def tiny_config(kind: Any, changes: dict[str, Any]) -> Any:
     if default is not None:
         settings |= _layer_kinds(default, fields, settings)
     for name, sub_kind in kind.sub_configs.items():
-        if sub_kind.__name__ == "AutoConfig":
+        if getattr(default, name, None) is not None:
+            sub_kind = type(getattr(default, name))
+        elif hasattr(kind, "sub_configs_defaults"):
             sub_kind = CONFIG_MAPPING[kind.sub_configs_defaults[name].model_type]
-        settings[name] = tiny_config(sub_kind, changes.get(name, {})).to_dict()
+        else:
+            continue
+        settings[name] = tiny_config(sub_kind, changes.get(name, {}))
     settings |= {name: value for name, value in changes.items() if name not in kind.sub_configs}
     settings = {name: value for name, value in settings.items() if value is not ...}
     return kind(**settings)
