@@ -21,6 +21,7 @@ from attnstats.geometry import Geometry
 from attnstats.packing import Packing
 from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, PooledMap, Statistic
 
+INTEGERS = (int, torch.SymInt)  # a length in a graph is a symbol
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Window = tuple[int | None, int | None]
@@ -233,8 +234,7 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
 
     Dense calls take (B, Hq, Tq), packed ones (Hq, total) or (total, Hq); a last dimension of 1 is dropped.
     """
-    if layout not in (None, "HT", "TH"):
-        raise ValueError(f"lse_layout must be 'HT', 'TH' or None (by its shape), got {layout!r}")
+    check_lse(base, layout)
     heads, length = geometry.query_heads, geometry.query_length
     shapes: list[tuple[int, ...]] = [(geometry.batch, heads, length)]
     if geometry.packing is not None:
@@ -253,14 +253,23 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
         raise TypeError(f"lse must be float32 or float64, got {lse.dtype}; in less its error is over 1 % of A")
     if lse.device != geometry.device:
         raise ValueError(f"lse must be on query's device {geometry.device}, got {lse.device}")
-    if base not in ("e", "2"):
-        raise ValueError(f"lse_base must be 'e' or '2', got {base!r}")
     lse = lse.detach().to(geometry.accumulator).reshape(shape)
     if geometry.packing is not None:
         lse = (lse.T if layout == "TH" or (layout is None and shape != (heads, length)) else lse)[None]
     if base == "2":
         lse = lse * math.log(2.0)
     return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)
+
+
+def check_length(name: str, length: int | None) -> None:
+    check_integer(name, length)
+    if length is not None and length < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
+
+
+def check_integer(name: str, length: int | None) -> None:
+    if length is not None and (not isinstance(length, INTEGERS) or isinstance(length, bool)):
+        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
 def check_settings(is_causal: bool, scale: float | None, softcap: float | None, window_size: Window | None) -> None:
@@ -270,9 +279,11 @@ def check_settings(is_causal: bool, scale: float | None, softcap: float | None, 
     _window(window_size, is_causal)
 
 
-def check_length(name: str, length: int | None) -> None:
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 0):
-        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
+def check_lse(base: str, layout: str | None) -> None:
+    if layout not in (None, "HT", "TH"):
+        raise ValueError(f"lse_layout must be 'HT', 'TH' or None (by its shape), got {layout!r}")
+    if base not in ("e", "2"):
+        raise ValueError(f"lse_base must be 'e' or '2', got {base!r}")
 
 
 def _refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
@@ -302,7 +313,7 @@ def _window(window_size: Window | None, is_causal: bool) -> Window:
     if window_size is None:
         return None, 0 if is_causal else None
     sides = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
-    whole = all(side is None or (isinstance(side, int) and not isinstance(side, bool)) for side in sides)
+    whole = all(side is None or (isinstance(side, INTEGERS) and not isinstance(side, bool)) for side in sides)
     if len(sides) != 2 or not whole or any(side is not None and not -1 <= side < 2**31 - 1 for side in sides):
         raise ValueError(
             f"window_size must be (left, right), integers >= 0, or None or -1 for no limit; got {window_size!r}. "

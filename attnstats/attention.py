@@ -96,7 +96,7 @@ def attention(
 
     Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
     """
-    given = {
+    given: dict[str, Any] = {
         "attn_mask": attn_mask,
         "is_causal": is_causal,
         "scale": scale,
@@ -175,7 +175,7 @@ def varlen_attention(
 
     Source: as `attention`.
     """
-    given = {
+    given: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
@@ -234,7 +234,8 @@ def statistics_from_lse(
     """
     given = _given("statistics_from_lse", cu_seqlens_q, others)
     if library.tracing(query):
-        return library.statistics_from_lse(query, key, lse, statistics, lse_base, lse_layout, backend, given)
+        options = {"lse_base": lse_base, "lse_layout": lse_layout, "backend": backend}
+        return library.statistics_from_lse(query, key, lse, statistics, options | given)
     wanted = resolve(statistics)
     lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, given, backend)
     packed = cu_seqlens_q is not None

@@ -458,7 +458,9 @@ def _prepared_backward(geometry: Geometry, plan: GradientPlan, config: Config, b
     }
     behind, ahead = plan.reach(geometry)
     reach = (_bounded(behind), _bounded(ahead)) if plan.near_rows or plan.near_columns else (None, None)
-    sizes = (geometry.batch, geometry.query_heads, *_sizes(geometry), longest, *_window(geometry), *reach)
+    sizes = (geometry.batch, geometry.query_heads, *_sizes(geometry), longest, *_window(geometry))
+    if not by_keys:
+        sizes = (*sizes, *reach)
     programs = blocks * heads * _sequences(geometry)
     return _Prepared(programs, (*sizes, geometry.scale, *_score(geometry)), constants, config)
 

@@ -56,6 +56,8 @@ class Call(NamedTuple):
     dropout_p: float
     dropout_seed: Tensor | None
     differentiable: bool
+    lse_base: str
+    lse_layout: str | None
     statistics: str
     heads: str
     backend: str
@@ -88,6 +90,7 @@ _TYPES: dict[Any, str] = {
     float: "float",
     bool: "bool",
     str: "str",
+    str | None: "str?",
 }
 _KINDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
 _CALL = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
@@ -98,6 +101,7 @@ NOTHING: dict[str, Any] = dict.fromkeys(Call._fields) | {
     "enable_gqa": False,
     "dropout_p": 0.0,
     "differentiable": False,
+    "lse_base": "e",
     "statistics": "[]",
     "heads": None,
     "backend": "auto",
@@ -132,22 +136,17 @@ def attention(
 
 
 def statistics_from_lse(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    statistics: Iterable[Statistic | str],
-    lse_base: str,
-    lse_layout: str | None,
-    backend: str,
-    given: dict[str, Any],
+    query: Tensor, key: Tensor, lse: Tensor, statistics: Iterable[Statistic | str], given: dict[str, Any]
 ) -> Statistics:
-    call, wanted = _call(statistics, {"backend": backend, **given}, query=query, key=key, lse=lse)
-    natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, lse_base, lse_layout, *call)
+    """`attnstats.statistics_from_lse`; `given` are all other arguments."""
+    call, wanted = _call(statistics, given, query=query, key=key, lse=lse)
+    natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, *call)
     return _results(wanted, tensors, natural, key, call)
 
 
 def _results(wanted: tuple[Statistic, ...], tensors: list[Tensor], lse: Tensor, key: Tensor, call: Call) -> Statistics:
-    keys = key.shape[0] if call.packed else key.shape[2]
+    keys = key.shape[0] if call.packed else key.shape[-2]
+    call = call._replace(dropout_p=0.0, dropout_seed=None, heads="null")
     of_wanted = dict(zip(wanted, tensors, strict=False))
     return Statistics(of_wanted, _Later(lse, keys, call, False), _Later(lse, keys, call, True), lse)
 
@@ -159,7 +158,7 @@ class _Later:
         self.lse, self.keys, self.call, self.counts = lse, keys, call, counts
 
     def __call__(self, statistic: Statistic) -> Tensor:
-        call = self.call._replace(statistics=_encoded((statistic,)), heads="null")
+        call = self.call._replace(statistics=_encoded((statistic,)))
         operator = torch.ops.attnstats.counts if self.counts else torch.ops.attnstats.valid
         (found,) = operator(self.lse, self.keys, *call)
         return found
@@ -175,12 +174,13 @@ def _call(
     known = NOTHING | given
     try:
         wanted = resolve(statistics)
-        _check(known, wanted)
+        _check(known, wanted, "cu_seqlens_q" in given)
     except (TypeError, ValueError) as error:
         if not torch.compiler.is_dynamo_compiling():
             raise
         kind = "TypeError" if isinstance(error, TypeError) else "ValueError"
-        refused = {"heads": "null", "cu_seqlens_q": known["cu_seqlens_q"], "refusal": f"{kind}: {error.args[0]}"}
+        packed = known["cu_seqlens_q"] if isinstance(known["cu_seqlens_q"], Tensor) else None
+        refused = {"heads": "null", "cu_seqlens_q": packed, "refusal": f"{kind}: {error.args[0]}"}
         return Call(**(NOTHING | refused)), ()
     known["statistics"] = _encoded(wanted)
     known["heads"] = _encoded_heads(known["heads"])
@@ -195,18 +195,21 @@ def _call(
     return Call(**known), wanted
 
 
-def _check(known: dict[str, Any], wanted: tuple[Statistic, ...]) -> None:
+def _check(known: dict[str, Any], wanted: tuple[Statistic, ...], packed: bool) -> None:
     """What a schema would refuse in words of its own, and what isn't said in the graph any more."""
     for name in _TENSORS:
-        if known[name] is not None and not isinstance(known[name], Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(known[name]).__name__}")
+        missing = known[name] is None and not (packed and name == "cu_seqlens_q")
+        if not missing and not isinstance(known[name], Tensor):
+            kind = "an int32 or int64 tensor of shape (sequences + 1,)" if "cu" in name else "a tensor"
+            raise TypeError(f"{name} must be {kind}, got {type(known[name]).__name__}")
     for name in ("query_offset", "max_seqlen_q", "max_seqlen_k"):
-        arguments.check_length(name, known[name])
+        arguments.check_integer(name, known[name])
     arguments.check_settings(known["is_causal"], known["scale"], known["softcap"], known["window_size"])
+    arguments.check_lse(known["lse_base"], known["lse_layout"])
     arguments.check_dropout(known["dropout_p"])
     arguments.check_differentiable(wanted, known["differentiable"])
-    _encoded(wanted), _encoded_heads(known["heads"])
     backends.check(known["backend"])
+    _encoded(wanted), _encoded_heads(known["heads"])
 
 
 def _encoded(statistics: tuple[Statistic, ...]) -> str:
@@ -217,7 +220,7 @@ def _encoded(statistics: tuple[Statistic, ...]) -> str:
 def _encoded_statistic(s: Statistic) -> str:
     kind = type(s)
     name = s.name if CATALOGUE.get(s.name) is kind else kind.key
-    settings = [_text(getattr(s, field.name), kind) for field in dataclasses.fields(s)]
+    settings = [_text(getattr(s, field.name), kind) for field in dataclasses.fields(s) if field.init]
     return "[" + ", ".join([f'"{name}"', *settings]) + "]"
 
 
@@ -260,7 +263,7 @@ def _decoded_statistic(item: list[Any]) -> Statistic:
     kind = CATALOGUE.get(name) or DEFINED.get(name)
     if kind is None:
         raise ValueError(f"statistics: the graph asks for {name}, which nothing in this process defines; import it")
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
     return kind(**dict(zip(names, map(_tuples, settings), strict=True)))
 
 
@@ -315,20 +318,16 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
     return output, lse, tensors
 
 
-def _statistics_from_lse(
-    query: Tensor, key: Tensor, lse: Tensor, lse_base: str, lse_layout: str | None, *settings: Any
-) -> tuple[Tensor, list[Tensor]]:
+def _statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, *settings: Any) -> tuple[Tensor, list[Tensor]]:
     call = Call(*settings)
     natural, tensors, _ = backends.from_lse(
-        query, key, lse, _decoded(call.statistics), lse_base, lse_layout, call.given(), call.backend
+        query, key, lse, _decoded(call.statistics), call.lse_base, call.lse_layout, call.given(), call.backend
     )
     natural, *found = _apart(_unbatched(call, [natural, *tensors.values()]), (query, key, lse, *call))
     return natural, found
 
 
-def _fake_statistics_from_lse(
-    query: Tensor, key: Tensor, lse: Tensor, lse_base: str, lse_layout: str | None, *settings: Any
-) -> tuple[Tensor, list[Tensor]]:
+def _fake_statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, *settings: Any) -> tuple[Tensor, list[Tensor]]:
     natural, *tensors = [_new(query, shape) for shape in _shapes(query, key, Call(*settings))]
     return natural, tensors
 
@@ -422,7 +421,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, lse, tensors = output
     kept = tensors if call.differentiable else []
     ctx.save_for_backward(query, key, value, out, lse, *(getattr(call, name) for name in _TENSORS), *kept)
-    ctx.call = call._replace(**dict.fromkeys(_TENSORS))
+    without: dict[str, Any] = dict.fromkeys(_TENSORS)
+    ctx.call = call._replace(**without)
     ctx.mark_non_differentiable(lse, *(() if call.differentiable else tensors))
     ctx.set_materialize_grads(False)
 
@@ -529,7 +529,7 @@ _define(
     "statistics_from_lse",
     _statistics_from_lse,
     _fake_statistics_from_lse,
-    "Tensor query, Tensor key, Tensor lse, str lse_base, str? lse_layout",
+    "Tensor query, Tensor key, Tensor lse",
     "(Tensor, Tensor[])",
 )
 _define("valid", _valid, _fake_valid, "Tensor lse, SymInt keys", "Tensor[]")

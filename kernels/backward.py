@@ -4,8 +4,7 @@
         queries [BM, D], resident     keys      [ masked ] | every row sees every key | [ masked, or near ]
 
     program (i_sequence, i_key_head, i_block) of `backward_keys`: dK, dV
-        keys [BN, D], resident        queries   [ masked, or near ] | every row sees every key | [ masked ]
-                                      of the group's heads, one after the other
+        keys [BN, D], resident        queries of the group's heads, one head after the other
 
 With A = exp2(scores - lse2) and dA = dO V^T + what statistics ask of A: dS = A * (dA - rowsum(A dA)), dQ = dS K,
 dK = dS^T Q, dV = A^T dO. Both kernels take A and dS of a tile from `step`; `backward_keys` computes them transposed, so
@@ -13,8 +12,8 @@ that no result of a matmul is transposed to be an operand. No atomics: each grad
 
 A statistic of rows asks g[t] * w(t - s), one of columns c[t] * g[s] * w(t - s), the entropy -g[t] * (ln A + 1); g
 arrives per query head, [statistics, B, Hq, T] float32. What is the same in all of a row is no business of a tile: it
-is in `p_shift`, which is taken off delta. Weights with a band are 0 beyond it, less their tail: the lists NEAR_ROWS and
-NEAR_COLUMNS are looked at in masked tiles alone, among which are those within `behind` and `ahead` of the diagonal.
+is in `p_shift`, which is taken off delta. Weights with a band are 0 beyond it, less their tail: `backward_queries` looks
+at the lists NEAR_ROWS and NEAR_COLUMNS in masked tiles alone, among which are those near the diagonal.
 The row sums of columns take a pass over their keys before dQ's. Where no statistic has a gradient all of it is gone.
 """
 
@@ -28,7 +27,6 @@ from attnstats.kernels.tiles import (
     dot,
     extent,
     head_pointer,
-    inside,
     keys_present,
     kept,
     key_range,
@@ -87,7 +85,8 @@ def of_columns(
 
 @triton.jit
 def weights(
-    b_q, b_k, b_lse2, m_key, distance, left, right, scale2, cap2, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr
+    b_q, b_k, b_lse2, m_key, o_position, o_key, left, right, scale2, cap2,
+    EDGE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Scores and log2 A of a tile, -inf where a key isn't seen. m_key None: all keys may be."""
     if TRANSPOSED:
@@ -95,8 +94,11 @@ def weights(
     else:
         b_x = scores(b_q, tl.trans(b_k), scale2, cap2)  # [BM, BN]
     b_log = b_x - of_queries(b_lse2, TRANSPOSED)
-    if EDGE:
-        m_seen = inside(of_queries(b_lse2 < float("inf"), TRANSPOSED), distance, left, right)
+    if EDGE and left is not None:
+        m_seen = of_queries(o_position, TRANSPOSED) <= of_keys(o_key + left, TRANSPOSED)
+        b_log = tl.where(m_seen, b_log, float("-inf"))
+    if EDGE and right is not None:
+        m_seen = of_queries(o_position, TRANSPOSED) >= of_keys(o_key - right, TRANSPOSED)
         b_log = tl.where(m_seen, b_log, float("-inf"))
     if m_key is not None:
         b_log = tl.where(of_keys(m_key, TRANSPOSED), b_log, float("-inf"))
@@ -113,8 +115,7 @@ def step(
     """A of a tile as it met the values, and dS without the scale; [BM, BN], or TRANSPOSED."""
     N_ROWS: tl.constexpr = len(ROWS) // FIELDS
     N_NEAR: tl.constexpr = len(NEAR_ROWS) // FIELDS
-    distance = of_queries(o_position, TRANSPOSED) - of_keys(o_key, TRANSPOSED)
-    b_x, b_log = weights(b_q, b_k, b_lse2, m_key, distance, left, right, scale2, cap2, EDGE, TRANSPOSED)
+    b_x, b_log = weights(b_q, b_k, b_lse2, m_key, o_position, o_key, left, right, scale2, cap2, EDGE, TRANSPOSED)
     b_a = tl.exp2(b_log)
     if TRANSPOSED:
         b_da = dot(b_v, tl.trans(b_do))
@@ -126,8 +127,7 @@ def step(
         m_kept = kept(p_seed, i_flat_head, o_query, of_keys(k_begin + o_key, TRANSPOSED), dropout)
         b_met = tl.where(m_kept, b_a * (1.0 / (1.0 - dropout)), 0.0)
         b_da = tl.where(m_kept, b_da * (1.0 / (1.0 - dropout)), 0.0)
-    if len(ROWS) + len(NEAR_ROWS) + len(COLUMNS) + len(NEAR_COLUMNS) > 0:
-        distance = distance.to(tl.float32)
+    distance = (of_queries(o_position, TRANSPOSED) - of_keys(o_key, TRANSPOSED)).to(tl.float32)
     for j in tl.static_range(N_ROWS):
         b_da += of_queries(row_grads[j], TRANSPOSED) * weigh(distance, ROWS, j)
     if EDGE:
@@ -157,9 +157,9 @@ def column_delta(
         m_key = keys_present(p_key_mask, i_batch, o_key, n_keys)
         b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
         column_grads = load_each(p_column_grads, n_between, o_key, m_key, (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS)
-        distance = o_position[:, None] - o_key[None, :]
-        _, b_log = weights(b_q, b_k, b_lse2, m_key, distance, left, right, scale2, cap2, True, False)
-        b_asked = of_columns(distance.to(tl.float32), m_counted, column_grads, COLUMNS, NEAR_COLUMNS, True, False)
+        _, b_log = weights(b_q, b_k, b_lse2, m_key, o_position, o_key, left, right, scale2, cap2, True, False)
+        distance = (o_position[:, None] - o_key[None, :]).to(tl.float32)
+        b_asked = of_columns(distance, m_counted, column_grads, COLUMNS, NEAR_COLUMNS, True, False)
         b_delta += tl.sum(tl.exp2(b_log) * b_asked, 1)
     return b_delta
 
@@ -263,17 +263,7 @@ def backward_queries(
         edge = tl.maximum(tl.minimum(edge, (position - behind) // BN * BN), whole)
 
     b_dq = tl.zeros((BM, BLOCK_DIM), tl.float32)
-    if left is not None:
-        # Guarded, here and below, for the reason that forward.py gives.
-        if first < whole:
-            b_dq = over_keys(
-                b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
-                p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
-                i_batch, i_flat_head, n_between, q_begin, k_begin, offset, first, whole, keys,
-                left, right, scale2, cap2, dropout,
-                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
-            )  # fmt: skip
-    if whole < edge:
+    if whole < edge:  # guarded, here and below, for the reason that forward.py gives
         b_dq = over_keys(
             b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
             p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
@@ -281,14 +271,17 @@ def backward_queries(
             left, right, scale2, cap2, dropout,
             ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, False, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
-    if edge < end:
-        b_dq = over_keys(
-            b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
-            p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
-            i_batch, i_flat_head, n_between, q_begin, k_begin, offset, edge, end, keys,
-            left, right, scale2, cap2, dropout,
-            ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
-        )  # fmt: skip
+    for part in tl.range(0 if left is not None else 1, 2, num_stages=1):  # one copy of the masked loop
+        begin = tl.where(part == 0, first, edge)
+        stop = tl.where(part == 0, whole, end)
+        if begin < stop:
+            b_dq = over_keys(
+                b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
+                p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
+                i_batch, i_flat_head, n_between, q_begin, k_begin, offset, begin, stop, keys,
+                left, right, scale2, cap2, dropout,
+                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            )  # fmt: skip
     store_tile(
         head_pointer(p_dq, dq_strides, i_batch, i_head, q_begin), dq_strides, q_start, rows, b_dq * scale,
         BM, DIM, BLOCK_DIM,
@@ -299,34 +292,31 @@ def backward_queries(
 def over_queries(
     b_dk, b_dv, b_k, b_v, column_grads, o_key,
     p_q, p_do, q_strides, do_strides, p_lse, p_delta, p_row_grads, p_counted, p_seed,
-    i_flat_head, n_between, q_begin, k_begin, offset, first, last, rows, left, right, scale2, cap2, dropout,
+    i_flat_head, n_between, q_begin, k_begin, offset, first, last, left, right, scale2, cap2, dropout,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
-    COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, EDGE: tl.constexpr, BM: tl.constexpr,
+    COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries first .. last of a head give to b_dk [BN, BLOCK_DIM] and b_dv [BN, BLOCK_VALUE_DIM].
 
-    Keys that don't exist or are padding have rows of their own in the tile, which aren't stored."""
+    Keys that don't exist or are padding have rows of their own in the tile, which aren't stored. A second loop for tiles
+    without a mask would save 4 instructions per score, but costs the registers that a larger tile needs."""
     for start in range(first, last, BM):
         o_row = start + tl.arange(0, BM)
-        m_row = None
-        if EDGE:
-            m_row = o_row < rows
-        b_q = load_tile(p_q, q_strides, start, rows, BM, DIM, BLOCK_DIM, EDGE)  # [BM, BLOCK_DIM]
-        b_do = load_tile(p_do, do_strides, start, rows, BM, VALUE_DIM, BLOCK_VALUE_DIM, EDGE)
+        m_row = o_row < last
+        b_q = load_tile(p_q, q_strides, start, last, BM, DIM, BLOCK_DIM, True)  # [BM, BLOCK_DIM]
+        b_do = load_tile(p_do, do_strides, start, last, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
         b_lse2 = load_lse2(p_lse + o_row, m_row)
-        b_delta = tl.load(p_delta + o_row, mask=m_row)
-        if EDGE:
-            b_delta = tl.where(m_row, b_delta, 0.0)
+        b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
         n_row_grads: tl.constexpr = (len(ROWS) + len(NEAR_ROWS)) // FIELDS + ENTROPY
-        row_grads = load_each(p_row_grads, n_between, o_row, o_row < rows, n_row_grads)
+        row_grads = load_each(p_row_grads, n_between, o_row, m_row, n_row_grads)
         m_counted = None
         if p_counted is not None:
-            m_counted = tl.load(p_counted + o_row, mask=o_row < rows, other=0) != 0
+            m_counted = tl.load(p_counted + o_row, mask=m_row, other=0) != 0
         b_met, b_ds = step(
             b_q, b_k, b_do, b_v, b_lse2, b_delta, row_grads, column_grads, m_counted, None, offset + o_row, o_key,
             p_seed, i_flat_head, q_begin, k_begin, offset, left, right, scale2, cap2, dropout,
-            ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, EDGE, True,
+            ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, True,
         )  # fmt: skip
         b_dv = dot(b_met.to(b_do.dtype), b_do, b_dv)
         b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
@@ -338,7 +328,7 @@ def backward_keys(
     p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_row_grads, p_column_grads,
     p_counted, p_key_mask, p_cu_q, p_cu_k, p_seed,
     n_batch, n_query_heads, group, query_offset, n_queries, n_keys, longest,
-    left, right, behind, ahead, scale, scale2, cap2, dropout,
+    left, right, scale, scale2, cap2, dropout,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -360,22 +350,13 @@ def backward_keys(
     b_k = load_tile(p_k_head, k_strides, k_start, keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
     b_v = load_tile(p_v_head, v_strides, k_start, keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, True)
 
-    # The rows first .. last see keys of the block; those in whole .. edge see all, and are not near.
+    # The rows first .. last see keys of the block.
     position = k_start - offset  # of the block's first key, as a row
     first, last = rows * 0, rows
     if right is not None:
         first = tl.minimum(tl.maximum(first, position - right), last)
     if left is not None:
         last = tl.maximum(tl.minimum(last, position + BN + left), first)
-    whole, edge = first, last
-    if right is not None:
-        whole = tl.maximum(whole, position + BN - 1 - right)
-    if behind is not None:
-        whole = tl.maximum(whole, position + BN + behind)
-    if left is not None:
-        edge = tl.minimum(edge, position + left + 1)
-    whole = tl.minimum(first + tl.cdiv(whole - first, BM) * BM, last)
-    edge = whole + tl.maximum(edge - whole, 0) // BM * BM
 
     b_dk = tl.zeros((BN, BLOCK_DIM), tl.float32)
     b_dv = tl.zeros((BN, BLOCK_VALUE_DIM), tl.float32)
@@ -399,29 +380,13 @@ def backward_keys(
             p_column_head, wide(n_batch) * n_query_heads * n_keys, o_key, o_key < keys,
             (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS,
         )  # fmt: skip
-        if first < whole:
+        if first < last:
             b_dk, b_dv = over_queries(
                 b_dk, b_dv, b_k, b_v, column_grads, o_key,
                 p_q_head, p_do_head, q_strides, do_strides, p_lse + o_head, p_delta + o_head, p_row_head,
-                p_counted_batch, p_seed, i_flat_head, n_between, q_begin, k_begin, offset, first, whole, rows,
+                p_counted_batch, p_seed, i_flat_head, n_between, q_begin, k_begin, offset, first, last,
                 left, right, scale2, cap2, dropout,
-                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BM, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
-            )  # fmt: skip
-        if whole < edge:
-            b_dk, b_dv = over_queries(
-                b_dk, b_dv, b_k, b_v, column_grads, o_key,
-                p_q_head, p_do_head, q_strides, do_strides, p_lse + o_head, p_delta + o_head, p_row_head,
-                p_counted_batch, p_seed, i_flat_head, n_between, q_begin, k_begin, offset, whole, edge, rows,
-                left, right, scale2, cap2, dropout,
-                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, False, BM, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
-            )  # fmt: skip
-        if edge < last:
-            b_dk, b_dv = over_queries(
-                b_dk, b_dv, b_k, b_v, column_grads, o_key,
-                p_q_head, p_do_head, q_strides, do_strides, p_lse + o_head, p_delta + o_head, p_row_head,
-                p_counted_batch, p_seed, i_flat_head, n_between, q_begin, k_begin, offset, edge, last, rows,
-                left, right, scale2, cap2, dropout,
-                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BM, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, BM, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
             )  # fmt: skip
     m_key = keys_present(p_key_mask, i_batch, o_key, keys)[:, None]
     p_dk_head = head_pointer(p_dk, dk_strides, i_batch, i_key_head, k_begin)

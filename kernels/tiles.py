@@ -107,11 +107,8 @@ def store_tile(
 @triton.jit
 def load_lse2(pointers, m_row):
     """lse * log2(e), and +inf for rows that see nothing or don't exist, so that their A is exactly 0."""
-    b_lse = tl.load(pointers, mask=m_row)
-    m_live = b_lse != float("-inf")
-    if m_row is not None:
-        m_live &= m_row
-    return tl.where(m_live, b_lse * LOG2E, float("inf"))
+    b_lse = tl.load(pointers, mask=m_row, other=float("-inf"))
+    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
 
 
 @triton.jit
