@@ -289,15 +289,20 @@ def model_class(family: str) -> Any:
     return getattr(transformers, class_name(family))
 
 
+class NotBuilt(Exception):
+    """The sizes and overrides here don't fit this version's config class."""
+
+
 def build(family: str) -> Any:
-    """The model, in evaluation mode and float32."""
-    kind = config_class(family)
-    changes = OVERRIDES.get(family, {})
+    """The model, in evaluation mode and float32. Raises NotBuilt."""
+    kind, changes = config_class(family), OVERRIDES.get(family, {})
     if not kind.sub_configs and "text_config" in changes:
         changes = changes["text_config"]
-    config = tiny_config(kind, changes)
     torch.manual_seed(0)
-    model = model_class(family)._from_config(config, dtype=torch.float32).eval()
+    try:
+        model = model_class(family)._from_config(tiny_config(kind, changes), dtype=torch.float32).eval()
+    except Exception as error:
+        raise NotBuilt(family) from error
     for name, parameter in model.named_parameters():
         if "sink" in name and parameter.dim() == 1:  # zeros, or empty, where a family doesn't initialise them
             torch.nn.init.normal_(parameter)
