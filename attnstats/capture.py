@@ -19,9 +19,10 @@ from torch import Tensor
 from attnstats import caches
 from attnstats.attention import Backend
 from attnstats.calls import Call
+from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
 from attnstats.hooks import Kind, attachment_of, base_model, observed, sites
-from attnstats.recording import Generation, Pass, grows
+from attnstats.recording import Generation, Pass, Ranks, grows
 from attnstats.selection import Choice, Heads, Layers, check_heads, resolve_heads, resolve_layers
 from attnstats.statistics import LSE, ByStatistic, DistanceWeighted, MaxLogit, PooledMap, Statistic, resolve
 
@@ -79,6 +80,7 @@ class Capture:
         self.heads = heads
         self.stopped = False
         self._model = model
+        self._head_count = _head_count(model)
         self._reduce = reduce
         self._live = live
         self._on_token = on_token
@@ -141,7 +143,7 @@ class Capture:
 
         Example: see `attnstats.capture`.
         """
-        of_model = _head_count(self._model)
+        of_model = self._head_count
         sizes = {}
         for s in self.statistics:
             counts = [of_model or 1 if heads is None else len(heads) for heads in self.heads[s].values()]
@@ -204,6 +206,7 @@ class Capture:
             )
         if isinstance(self._store, Generation):
             self._place(self._store, call)
+        self._store.ranks = self._ranks(call)
         self._calls.add(layer)
         self._seen = layer, call.query, call.key
         heads = {s: chosen for s in wanted if (chosen := self._local(s, layer, call)) is not None}
@@ -282,8 +285,21 @@ class Capture:
                 mask = mask.repeat_interleave(batch // len(mask), dim=0)  # beams
         return mask.to(call.query.device)
 
+    def _ranks(self, call: Call) -> Ranks | None:
+        """Who has the other heads, where fewer arrive than the model has."""
+        total, here = self._head_count, call.query.shape[1]
+        if total is None or here == total or not torch.distributed.is_initialized():
+            return None
+        group = tensor_parallel_group(self._model)
+        if group is None or torch.distributed.get_world_size(group) * here != total:
+            return None
+        return Ranks(group, here, self.heads)
+
     def _local(self, statistic: Statistic, layer: int, call: Call) -> tuple[int, ...] | None:
-        heads, count = self.heads[statistic][layer], call.query.shape[1]
+        """The chosen heads as they are numbered here; None: all that are here."""
+        heads, count, ranks = self.heads[statistic][layer], call.query.shape[1], self._store.ranks
+        if heads is not None and ranks is not None:  # of a rank that has none of them one is computed, and left out
+            heads = tuple(local_heads(heads, count, group=ranks.group)) or (0,)
         if heads is None or heads == tuple(range(count)):
             return None
         if max(heads) >= count:

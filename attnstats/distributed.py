@@ -126,6 +126,45 @@ def local_heads(heads: Iterable[int], count: int, *, group: Any = None) -> list[
     return [head - first for head in heads if first <= head < first + count]
 
 
+def tensor_parallel_group(model: Any) -> Any:
+    """The process group over which a model's attention heads are spread, or None.
+
+    It is that of the mesh on which transformers (`tp_plan`) or `torch.distributed.tensor.parallel` laid its weights.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None:
+        meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
+        mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None:
+        return None
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return mesh["tp"].get_group() if "tp" in (mesh.mesh_dim_names or ()) else None
+
+
+def gather_heads(values: Tensor, heads: Sequence[int] | None, count: int, *, dim: int = 1, group: Any = None) -> Tensor:
+    """The heads of all ranks in the order of `heads`, where each rank has some. Every rank must call it.
+
+    Args:
+        values: this rank's heads along `dim`, in the order of `local_heads(heads, count)`.
+        heads: of the whole model; None: all, in order.
+        count: how many heads a rank has; rank r has those from r * count on.
+        dim: of the heads.
+        group: the process group; None: the default one.
+    """
+    ranks = dist.get_world_size(group)
+    heads = range(ranks * count) if heads is None else heads
+    per_rank = [[head for head in heads if head // count == rank] for rank in range(ranks)]
+    most = max(map(len, per_rank))
+    own = values.movedim(dim, 0)
+    room = own.new_zeros((most, *own.shape[1:]))
+    room[: len(own)] = own
+    gathered = [torch.empty_like(room) for _ in range(ranks)]
+    dist.all_gather(gathered, room, group=group)
+    found = {head: x[i] for x, of_rank in zip(gathered, per_rank, strict=True) for i, head in enumerate(of_rank)}
+    return torch.stack([found[head] for head in heads]).movedim(0, dim)
+
+
 def _reducer(length: int, layout: Layout, scatter: bool, group: Any) -> Callable[[Tensor], Tensor]:
     """Adds a tensor (..., Tk) up over ranks, and keeps what this rank shall have of it."""
 

@@ -144,7 +144,7 @@ def describe_mask(
     mask_function: MaskFunction | None = None,
     attention_mask: Tensor | MaskDescription | None = None,
     device: Any = "cpu",
-    **_: Any,
+    **others: Any,
 ) -> MaskDescription:
     """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
     from transformers.masking_utils import causal_mask_function
@@ -164,11 +164,14 @@ def describe_mask(
         visible = _evaluate(function, batch_size, rows + query_offset, keys + key_offset, device)
         return (visible if padding is None else visible & padding[:, None])[:, None]
 
+    compiling = torch.compiler.is_compiling()
+    pattern = _announced(others) if compiling else _pattern(function)
     description = MaskDescription(
-        query_offset, key_offset, q_length, kv_length, padding=padding, dense=dense, **_pattern(function)
+        query_offset, key_offset, q_length, kv_length, padding=padding, dense=dense, **pattern
     )
-    if torch.compiler.is_compiling():
-        return _for_a_graph(description)
+    if compiling:
+        _check_in_graph(description, function, batch_size, device)
+        return description
     if not description.unknown:
         _check(description, function, batch_size, device)
     return _simplified(description)
@@ -271,19 +274,32 @@ def _simplified(description: MaskDescription) -> MaskDescription:
     return replace(description, **changes) if changes else description
 
 
-def _for_a_graph(description: MaskDescription) -> MaskDescription:
-    """Under torch.compile no value can be looked at: packed rows are asserted away when the graph runs."""
-    if description.segments is not None:
-        torch._assert_async(
-            (description.segments == description.segments[:, :1]).all(),
-            "attnstats: position_ids pack several sequences into a row, which cannot be compiled; "
-            "give each sequence a row with a (B, T) attention_mask, or do not compile",
-        )
-        description = replace(description, segments=None)
-    last = description.query_offset + description.query_length - 1
-    if description.chunks is not None and last < description.chunks.size:
-        description = replace(description, chunks=None)
-    return description
+# A graph can take no function apart: what it was announced as is checked where the graph runs.
+
+
+def _announced(settings: dict[str, Any]) -> dict[str, Any]:
+    """left and right by what transformers tells a mask function beside its pattern."""
+    size, config = settings.get("local_size"), settings.get("config")
+    full = "allow_is_bidirectional_skip" in settings
+    if (
+        size is None or getattr(config, "attention_chunk_size", None) == size
+    ):  # within the first chunk, none hides a key
+        return {} if full else {"right": 0}
+    return {"left": size, "right": size} if full else {"left": size - 1, "right": 0}
+
+
+def _check_in_graph(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
+    # The last row among them: packed rows, full chunks and the like hide most from it.
+    last = description.query_length - 1
+    rows = torch.arange(4, device=device) * last // 3
+    keys = torch.arange(description.key_length, device=device) + description.key_offset
+    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
+    understood = replace(description, padding=None).visible(rows)
+    torch._assert_async(
+        (understood == expected).all(),
+        "attnstats: in a compiled model only causal, full and sliding-window attention with padding can be described; "
+        "packed position_ids, chunks that are full and masks of the model's own can not: do not compile it",
+    )
 
 
 # Taking mask functions apart

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from attnstats.calls import Call, Heads, reach_of
+from attnstats.distributed import gather_heads, local_heads
 from attnstats.geometry import AttentionResult
+from attnstats.selection import Choice
 from attnstats.statistics import (
     ColumnStatistic,
     DistanceWeighted,
@@ -28,19 +30,38 @@ from attnstats.statistics import (
 UNDONE_ROWS = 64  # how many of the last tokens can be taken back
 
 
+class Ranks(NamedTuple):
+    """Tensor parallel: each rank of the group has `count` query heads of a layer, `chosen` are those of the model."""
+
+    group: Any
+    count: int
+    chosen: Choice
+
+
 class Store:
-    """Sums of statistics: one tensor by statistic and layer, or by statistic where layers are added up."""
+    """Sums of statistics: one tensor by statistic and layer, or by statistic where layers are added up.
+
+    Attributes:
+        ranks: who has the other heads, where they are spread over ranks.
+    """
 
     def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
         self.reduce = reduce
         self.device = device
+        self.ranks: Ranks | None = None
         self.heads: dict[Statistic, dict[int, int]] = {}
         self.nan: dict[Statistic, dict[int, Tensor]] = {}  # bool per chosen head
         self._copies: list[Any] = []
 
     def counted(self, statistic: Statistic, layer: int, x: Tensor) -> tuple[int | None, Tensor]:
         """The key of the sum that x (B, heads, ...) belongs to, and what is added to it."""
-        self.heads.setdefault(statistic, {})[layer] = x.shape[1]
+        count = x.shape[1]
+        if self.ranks is not None:
+            chosen = self.ranks.chosen[statistic][layer]
+            x = x if _has_some(chosen, self.ranks) else x[:, :0]
+            size = torch.distributed.get_world_size(self.ranks.group)
+            count = size * self.ranks.count if chosen is None else len(chosen)
+        self.heads.setdefault(statistic, {})[layer] = count
         nan = x.sum((0, *range(2, x.dim()))).isnan()
         of_layers = self.nan.setdefault(statistic, {})
         of_layers[layer] = of_layers[layer] | nan if layer in of_layers else nan
@@ -56,6 +77,21 @@ class Store:
             sums = {layer: x / heads[layer] for layer, x in sums.items() if layer is not None}
         first = next(iter(sums.values()))
         return torch.stack([x.to(first.device) for _, x in sorted(sums.items(), key=lambda item: item[0] or 0)])
+
+    def of_all_ranks(self, statistic: Statistic, sums: dict[int | None, Tensor]) -> dict[int | None, Tensor]:
+        """Sums over the heads of all ranks, or the heads of all ranks; every rank takes part."""
+        if self.ranks is None:
+            return sums
+        group, count, chosen = self.ranks
+        whole: dict[int | None, Tensor] = {}
+        for layer, x in sums.items():
+            if "heads" in self.reduce:
+                whole[layer] = x.contiguous().clone()
+                torch.distributed.all_reduce(whole[layer], group=group)
+            else:
+                heads = next(iter(chosen[statistic].values())) if layer is None else chosen[statistic][layer]
+                whole[layer] = gather_heads(x, heads, count, group=group)
+        return whole
 
     def broken(self, statistic: Statistic) -> dict[int, list[int]]:
         """The heads of each layer, by their place among those chosen, that gave a NaN."""
@@ -105,6 +141,7 @@ class Pass(Store):
         return result
 
     def finish(self) -> None:
+        self.sums = {s: self.of_all_ranks(s, sums) for s, sums in self.sums.items()}
         if "layers" in self.reduce:
             self.sums = {s: {key: self.away(x) for key, x in sums.items()} for s, sums in self.sums.items()}
 
@@ -225,7 +262,7 @@ class Generation(Store):
 
     def read(self, statistic: Statistic) -> Tensor:
         sums = {layer: line.values[..., : self.length] for layer, line in self.lines[statistic].items()}
-        mean = self.mean(statistic, sums)
+        mean = self.mean(statistic, self.of_all_ranks(statistic, sums))
         if _mean(statistic):
             count = self._count(statistic).clamp(min=1)
             mean = mean / (count if "heads" in self.reduce else count[:, None])
@@ -320,6 +357,10 @@ class Generation(Store):
         for s in step.wanted:
             key, x = self.counted(s, layer, found[own[s]])
             self.lines[s][key].add(call.first_key, -x)
+
+
+def _has_some(heads: tuple[int, ...] | None, ranks: Ranks) -> bool:
+    return heads is None or bool(local_heads(heads, ranks.count, group=ranks.group))
 
 
 def _mean(statistic: Statistic) -> bool:
