@@ -31,6 +31,7 @@ Kind = Literal["self", "cross", "encoder"]
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn|encdecattention|encoder_attention", re.IGNORECASE)
+BLOCK = re.compile(r"(Layer|Block)$")
 # Of the types in a config's layer_types: attention with a softmax.
 SOFTMAX_LAYER = re.compile(r"^(?!.*(linear|lightning)).*attention", re.IGNORECASE)
 
@@ -382,11 +383,15 @@ def sites(model: Any) -> dict[Kind, dict[int, list[nn.Module]]]:
         if layer >= 0 and (kind != "self" or softmax is None or layer in softmax):
             candidates.append((kind, layer, own, name, module))
     numbered = {kind for kind, _, own, *_ in candidates if own}
-    # Where modules know their layer, those that don't are something else; and an attention block is not its attention.
+    # Where modules know their layer, those that don't are something else; an attention block is not its attention, and
+    # neither is a projection within it.
     candidates = [candidate for candidate in candidates if candidate[2] or candidate[0] not in numbered]
     names = [name for *_, name, _ in candidates]
+    blocks = {name for _, _, own, name, module in candidates if not own or BLOCK.search(type(module).__name__)}
     for kind, layer, _, name, module in candidates:
-        if not any(other.startswith(f"{name}.") for other in names):
+        holds_another = name in blocks and any(other.startswith(f"{name}.") for other in names)
+        is_a_part = any(name.startswith(f"{other}.") for other in names if other not in blocks)
+        if not holds_another and not is_a_part:
             found.setdefault(kind, {}).setdefault(layer, []).append(module)
     return {kind: dict(sorted(layers.items())) for kind, layers in found.items()}
 
