@@ -34,6 +34,7 @@ class Call:
         across: queries and keys are different sequences, so that distances mean nothing (cross-attention).
         settings: scale, softcap, sinks and dropout_p of `attnstats.attention`.
         bias: (1 | B, Hq, Tq, Tk), added to the scores; None: nothing is.
+        target: (B, Tq) bool, which queries of cross-attention aren't padding; None: all.
     """
 
     where: str
@@ -46,6 +47,7 @@ class Call:
     bias: Tensor | None = None
     backend: Backend = "auto"
     allow_dense: bool = False
+    target: Tensor | None = None
 
     @property
     def begin(self) -> int:

@@ -72,6 +72,7 @@ class Attachment:
     Attributes:
         sites: by kind and layer, the modules that may attend there.
         implementations: what each config said before.
+        target: (B, Tq) bool, which tokens of a decoder are real: its cross-attention isn't told.
     """
 
     model: nn.Module
@@ -80,6 +81,7 @@ class Attachment:
     sites: dict[Kind, dict[int, list[nn.Module]]] = field(default_factory=dict)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
     observer: Observer | None = None
+    target: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -321,6 +323,9 @@ def attend(
             f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "
             "position_ids, no attention_mask and use_cache=False"
         )
+    observer = None if site is None else site.attachment.observer
+    if site is not None and observer is not None and observer.kind == "cross" and site.kind == "self":
+        site.attachment.target = mask.real_queries
     call = Call(
         where,
         query,
@@ -332,8 +337,8 @@ def attend(
         position_bias,
         "auto" if site is None else site.attachment.backend,
         site is not None and site.attachment.allow_dense,
+        site.attachment.target if site is not None and across else None,
     )
-    observer = None if site is None else site.attachment.observer
     if site is not None and observer is not None and observer.kind == site.kind:
         output = observer.attend(site.layer, call)
     else:
