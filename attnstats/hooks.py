@@ -388,15 +388,13 @@ def sites(model: Any) -> dict[Kind, dict[int, list[nn.Module]]]:
         if layer >= 0 and (kind != "self" or softmax is None or layer in softmax):
             candidates.append((kind, layer, own, name, module))
     numbered = {kind for kind, _, own, *_ in candidates if own}
-    # Where modules know their layer, those that don't are something else; an attention block is not its attention, and
-    # neither is a projection within it.
+    # Where modules know their layer, those that don't are something else; and a decoder layer is not its attention. Of
+    # others, one within the other, either may be the one that attends.
     candidates = [candidate for candidate in candidates if candidate[2] or candidate[0] not in numbered]
     names = [name for *_, name, _ in candidates]
-    blocks = {name for _, _, own, name, module in candidates if not own or BLOCK.search(type(module).__name__)}
-    for kind, layer, _, name, module in candidates:
-        holds_another = name in blocks and any(other.startswith(f"{name}.") for other in names)
-        is_a_part = any(name.startswith(f"{other}.") for other in names if other not in blocks)
-        if not holds_another and not is_a_part:
+    for kind, layer, own, name, module in candidates:
+        holds_another = any(other.startswith(f"{name}.") for other in names)
+        if not holds_another or (own and not BLOCK.search(type(module).__name__)):
             found.setdefault(kind, {}).setdefault(layer, []).append(module)
     return {kind: dict(sorted(layers.items())) for kind, layers in found.items()}
 
