@@ -34,6 +34,7 @@ class Call:
         across: queries and keys are different sequences, so that distances mean nothing (cross-attention).
         settings: scale, softcap, sinks and dropout_p of `attnstats.attention`.
         bias: (1 | B, Hq, Tq, Tk), added to the scores; None: nothing is.
+        target: (B, Tq) bool, which queries of cross-attention aren't padding; None: all.
     """
 
     where: str
@@ -46,6 +47,7 @@ class Call:
     bias: Tensor | None = None
     backend: Backend = "auto"
     allow_dense: bool = False
+    target: Tensor | None = None
 
     @property
     def begin(self) -> int:
@@ -205,7 +207,7 @@ class Call:
         sums = {s: Summed(s) if chunked and _is_mean(s) else s for s in statistics}
         query_mask = asked["query_mask"]
         if query_mask is None and self.mask.padding is not None:
-            query_mask = self.real_queries()
+            query_mask = self.mask.real_queries
         mask = self.mask
         output, found = varlen_attention(
             *flat,  # type: ignore[arg-type]
@@ -240,12 +242,6 @@ class Call:
         )
         tensors = {s: whole.finish(s, x) if _is_mean(s) else x for s, x in tensors.items()}
         return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, rows(found.lse)))
-
-    def real_queries(self) -> Tensor:
-        """(B, Tq) bool"""
-        assert self.mask.padding is not None
-        position = torch.arange(self.begin, self.end, device=self.query.device) - self.first_key
-        return self.mask.padding.to(self.query.device)[:, position]
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""

@@ -275,6 +275,8 @@ class Capture:
     def _counting(self, call: Call) -> Tensor | None:
         """(B, Tq) bool: which of the call's queries count, as the user said; None: all."""
         mask = self._query_mask
+        if call.target is not None:
+            mask = call.target if mask is None else mask.to(call.target.device) & call.target
         if mask is None:
             return None
         if self._live:  # the mask is that of the prompt, and what comes after counts
@@ -396,7 +398,7 @@ def capture(
             response). Can be changed between forward passes: `run.query_mask = mask`. With `live` it is that of the
             prompt, and every later token counts.
         attention: "self", of the decoder or the only stack; "encoder" and "cross", of an encoder-decoder model.
-            Cross-attention has no distances, so only statistics without them.
+            Cross-attention has no distances, so only statistics without them; the decoder's padding counts nowhere.
         live: keep statistics up to date while the model generates token by token, or in chunks.
         on_token: called with the run after every forward pass of a live capture. If it returns True the generation
             stops, given `model.generate(..., stopping_criteria=[run.should_stop])`.

@@ -33,6 +33,7 @@ Kind = Literal["self", "cross", "encoder"]
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn|encdecattention|encoder_attention", re.IGNORECASE)
+BLOCK = re.compile(r"(Layer|Block)$")
 # Of the types in a config's layer_types: attention with a softmax.
 SOFTMAX_LAYER = re.compile(r"^(?!.*(linear|lightning)).*attention", re.IGNORECASE)
 
@@ -77,6 +78,7 @@ class Attachment:
     Attributes:
         sites: by kind and layer, the modules that may attend there.
         implementations: what each config said before.
+        target: (B, Tq) bool, which tokens of a decoder are real: its cross-attention isn't told.
     """
 
     backend: Backend
@@ -84,6 +86,7 @@ class Attachment:
     sites: dict[Kind, dict[int, list[nn.Module]]] = field(default_factory=dict)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
     observer: Observer | None = None
+    target: Tensor | None = None
 
 
 _ATTACHMENTS: WeakSet[Attachment] = WeakSet()
@@ -333,6 +336,9 @@ def attend(
             "position_ids, no attention_mask and use_cache=False"
         )
     query, key, value = as_autocast(query, key, value)
+    observer = None if site is None else site.attachment.observer
+    if site is not None and observer is not None and observer.kind == "cross" and site.kind == "self":
+        site.attachment.target = mask.real_queries
     call = Call(
         where,
         query,
@@ -344,8 +350,8 @@ def attend(
         position_bias,
         "auto" if site is None else site.attachment.backend,
         site is not None and site.attachment.allow_dense,
+        site.attachment.target if site is not None and across else None,
     )
-    observer = None if site is None else site.attachment.observer
     if site is not None and observer is not None and observer.kind == site.kind:
         output = observer.attend(site.layer, call)
     else:
@@ -395,11 +401,13 @@ def sites(model: Any) -> dict[Kind, dict[int, list[nn.Module]]]:
         if layer >= 0 and (kind != "self" or softmax is None or layer in softmax):
             candidates.append((kind, layer, own, name, module))
     numbered = {kind for kind, _, own, *_ in candidates if own}
-    # Where modules know their layer, those that don't are something else; and an attention block is not its attention.
+    # Where modules know their layer, those that don't are something else; and a decoder layer is not its attention. Of
+    # others, one within the other, either may be the one that attends.
     candidates = [candidate for candidate in candidates if candidate[2] or candidate[0] not in numbered]
     names = [name for *_, name, _ in candidates]
-    for kind, layer, _, name, module in candidates:
-        if not any(other.startswith(f"{name}.") for other in names):
+    for kind, layer, own, name, module in candidates:
+        holds_another = any(other.startswith(f"{name}.") for other in names)
+        if not holds_another or (own and not BLOCK.search(type(module).__name__)):
             found.setdefault(kind, {}).setdefault(layer, []).append(module)
     return {kind: dict(sorted(layers.items())) for kind, layers in found.items()}
 

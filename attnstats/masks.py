@@ -76,6 +76,12 @@ class MaskDescription:
             return self.key_length
         return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
 
+    @property
+    def real_queries(self) -> Tensor | None:
+        """(B, Tq) bool, False where a query is padding; None: none is. For attention of a sequence to itself."""
+        start = self.query_offset - self.key_offset
+        return None if self.padding is None else self.padding[:, start : start + self.query_length]
+
     def contiguous(self) -> MaskDescription:
         return self
 

@@ -293,7 +293,7 @@ class Generation(Store):
         """Note once per step which of its queries count and which of its keys are real."""
         batch = call.query.shape[0]
         new = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
-        real = new if call.real is None else call.real_queries()
+        real = new if call.mask.real_queries is None else call.mask.real_queries.to(new.device)
         counted = real if query_mask is None else real & query_mask.to(real.device)
         if self.counted_queries is None or self.live is None or self.real is None:
             self.counted_queries, self.live, self.real = Line(new), Line(new), Line(new)

@@ -240,9 +240,13 @@ def tiny_config(kind: Any, changes: dict[str, Any]) -> Any:
     if default is not None:
         settings |= _layer_kinds(default, fields, settings)
     for name, sub_kind in kind.sub_configs.items():
-        if sub_kind.__name__ == "AutoConfig":
+        if getattr(default, name, None) is not None:
+            sub_kind = type(getattr(default, name))
+        elif hasattr(kind, "sub_configs_defaults"):
             sub_kind = CONFIG_MAPPING[kind.sub_configs_defaults[name].model_type]
-        settings[name] = tiny_config(sub_kind, changes.get(name, {})).to_dict()
+        else:
+            continue
+        settings[name] = tiny_config(sub_kind, changes.get(name, {}))
     settings |= {name: value for name, value in changes.items() if name not in kind.sub_configs}
     settings = {name: value for name, value in settings.items() if value is not ...}
     return kind(**settings)
@@ -285,15 +289,20 @@ def model_class(family: str) -> Any:
     return getattr(transformers, class_name(family))
 
 
+class NotBuilt(Exception):
+    """The sizes and overrides here don't fit this version's config class."""
+
+
 def build(family: str) -> Any:
-    """The model, in evaluation mode and float32."""
-    kind = config_class(family)
-    changes = OVERRIDES.get(family, {})
+    """The model, in evaluation mode and float32. Raises NotBuilt."""
+    kind, changes = config_class(family), OVERRIDES.get(family, {})
     if not kind.sub_configs and "text_config" in changes:
         changes = changes["text_config"]
-    config = tiny_config(kind, changes)
     torch.manual_seed(0)
-    model = model_class(family)._from_config(config, dtype=torch.float32).eval()
+    try:
+        model = model_class(family)._from_config(tiny_config(kind, changes), dtype=torch.float32).eval()
+    except Exception as error:
+        raise NotBuilt(family) from error
     for name, parameter in model.named_parameters():
         if "sink" in name and parameter.dim() == 1:  # zeros, or empty, where a family doesn't initialise them
             torch.nn.init.normal_(parameter)

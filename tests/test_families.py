@@ -31,7 +31,12 @@ def quiet():
 def test_the_verdict_is_that_of_the_table(family):
     if family not in offered():
         pytest.skip(f"transformers {transformers.__version__} has no family {family}; the table is of {VERSION}")
-    verdict = verdicts.judged(family)
+    try:
+        verdict = verdicts.judged(family)
+    except families.NotBuilt as error:
+        if SAME_VERSION:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} builds no tiny {family}: {error.__cause__}")
     if verdict == TABLE[family]:
         return
     message = f"{family}: {': '.join(verdict)}; the table says {': '.join(TABLE[family])}"
