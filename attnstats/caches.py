@@ -7,7 +7,7 @@ copy of it is not followed, and `release` gives the class back. Used by capture.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,9 @@ def release(follower: Follower) -> None:
 
 
 @functools.cache
-def _following(kind: type) -> type:
+def _following(kind: Hashable) -> type:
+    assert isinstance(kind, type)
+
     def told(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
         method = getattr(kind, name)
 

@@ -1,4 +1,4 @@
-"""kernels/backward.py: gradients of the fused forward against the reference in float64, which autograd differentiates."""
+"""kernels/backward.py: gradients of the fused forward against autograd through the reference in float64."""
 
 import os
 import subprocess
