@@ -7,7 +7,7 @@ copy of it is not followed, and `release` gives the class back. Used by capture.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -29,7 +29,8 @@ def follow(cache: Any, follower: Follower) -> None:
     """Tell `follower` from now on; once per cache."""
     if cache not in _FOLLOWERS:
         _FOLLOWERS[cache] = follower
-        cache.__class__ = _following(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _following(kind)
 
 
 def release(follower: Follower) -> None:
@@ -40,8 +41,7 @@ def release(follower: Follower) -> None:
 
 
 @functools.cache
-def _following(kind: Hashable) -> type:
-    assert isinstance(kind, type)
+def _following(kind: Any) -> type:
 
     def told(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
         method = getattr(kind, name)

@@ -345,8 +345,8 @@ def _is_empty_overlay(function: MaskFunction) -> bool:
     """Whether it is blocks that see each other, of which this input has none."""
     if not getattr(function, "__qualname__", "").startswith("blockwise_overlay") or torch.compiler.is_compiling():
         return False
-    (cell,) = getattr(function, "__closure__", None) or ()
-    return bool((cell.cell_contents < 0).all())
+    held: Any = function
+    return bool((held.__closure__[0].cell_contents < 0).all())
 
 
 def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
