@@ -2,7 +2,7 @@
 
 `describe_mask` is the mask function that hooks.py registers with transformers. It takes apart the function of indices
 that transformers composes (causal, sliding window, chunks, packed rows, padding), and checks what it understood against
-that function on a sample of rows. `recognise` does the same for a mask that somebody made as a tensor. What they do not
+that function on a sample of rows. A mask that somebody made as a tensor is read by tensor_masks.py. What they do not
 understand is named in the description and raises where attention is computed, never before: a model may not use it.
 """
 
@@ -16,12 +16,12 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from attnstats import tensor_masks
 from attnstats.errors import InputError
 
 MaskFunction = Callable[..., Any]
 
 PROBED_ROWS = 8
-BLOCK_ELEMENTS = 2**18  # of a mask tensor that are looked at together
 
 
 class Chunks(NamedTuple):
@@ -191,77 +191,20 @@ def unannounced(query_length: int, key_length: int, causal: bool, across: bool) 
 
 
 def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) -> MaskDescription:
-    """The description of a mask made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive.
-
-    Queries are taken as the last positions of the keys, unless the mask hides the keys from a query's own index on.
-    """
-    unknown = MaskDescription(
-        max(0, key_length - query_length), 0, query_length, key_length, unknown=(announced,), dense=lambda: mask
+    """The description of a mask that somebody made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive."""
+    last = max(0, key_length - query_length)
+    description = MaskDescription(
+        last, 0, query_length, key_length, unknown=(announced,), dense=lambda: mask[..., :key_length]
     )
-    if mask.dim() != 4 or mask.shape[-2] not in (1, query_length) or mask.shape[-1] < key_length:
-        return unknown
-    whole = mask[..., :key_length].expand(-1, -1, query_length, -1)
-    if mask.dtype != torch.bool and not _only_hides(whole):
-        return unknown
-    one = whole[:, 0]
-    if any(not torch.equal(_shown(one), _shown(whole[:, head])) for head in range(1, mask.shape[1])):
-        return unknown
-    padding, ahead, behind = _outline(one, unknown.query_offset)
-    for offset in dict.fromkeys((unknown.query_offset, 0)):
-        shift = offset - unknown.query_offset
-        found = replace(
-            unknown,
-            unknown=(),
-            query_offset=offset,
-            left=None if behind + shift >= offset + query_length - 1 else behind + shift,
-            right=None if ahead - shift >= key_length - 1 - offset else ahead - shift,
-            padding=None if bool(padding.all()) else padding,
-        )
-        if (found.right is None or found.right >= 0) and _is(one, found):
-            return found
-    return unknown
-
-
-def _only_hides(mask: Tensor) -> bool:
-    """Whether an additive mask adds 0 or so much that exp of it is 0."""
-    return all(
-        bool(((part == 0) | (part <= min(-1e4, torch.finfo(mask.dtype).min / 2))).all()) for part in _row_blocks(mask)
-    )
-
-
-def _shown(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def _row_blocks(mask: Tensor) -> Any:
-    rows = max(1, BLOCK_ELEMENTS // max(1, mask.shape[-1] * mask.shape[0]))
-    return mask.split(rows, dim=-2)
-
-
-def _outline(mask: Tensor, offset: int) -> tuple[Tensor, int, int]:
-    """(B, Tk) keys that anybody sees, and how far ahead and behind anybody sees; mask (B, Tq, Tk)."""
-    padding = torch.zeros(mask.shape[0], mask.shape[2], dtype=torch.bool, device=mask.device)
-    keys = torch.arange(mask.shape[2], device=mask.device)
-    ahead, behind, start = -mask.shape[2], 0, offset
-    for part in _row_blocks(mask):
-        shown = _shown(part)
-        padding |= shown.any(1)
-        distance = torch.arange(start, start + part.shape[1], device=mask.device)[:, None] - keys
-        if bool(shown.any()):
-            seen = distance.expand_as(shown)[shown]
-            ahead, behind = max(ahead, -int(seen.min())), max(behind, int(seen.max()))
-        start += part.shape[1]
-    return padding, ahead, behind
-
-
-def _is(mask: Tensor, found: MaskDescription) -> bool:
-    start = 0
-    for part in _row_blocks(mask):
-        rows = torch.arange(start, start + part.shape[1], device=mask.device)
-        if not torch.equal(_shown(part), found.visible(rows).expand(part.shape[0], -1, -1)):
-            return False
-        start += part.shape[1]
-    return True
+    found = None
+    if mask.dim() == 4 and mask.shape[-2] in (1, query_length) and mask.shape[-1] >= key_length:
+        hidden = 0.0 if mask.dtype == torch.bool else min(-1e4, torch.finfo(mask.dtype).min / 2)
+        found = tensor_masks.recognise(mask[..., :key_length], query_length, hidden=hidden)
+    if found is None:
+        return description
+    offset = last if found.offset is None else found.offset
+    sides = {"query_offset": offset, "left": found.left, "right": found.right}
+    return replace(description, unknown=(), padding=found.keep, **sides)
 
 
 def _simplified(description: MaskDescription) -> MaskDescription:

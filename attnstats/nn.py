@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats import sdpa_masks
+from attnstats import tensor_masks
 from attnstats.arguments import Heads
 from attnstats.attention import Backend, attention
 from attnstats.statistics import (
@@ -29,6 +29,7 @@ from attnstats.statistics import (
     needing_distances,
     resolve,
 )
+from attnstats.tensor_masks import Recognised
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -184,8 +185,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         asked: tuple[Statistic, ...],
     ) -> tuple[Tensor, Statistics]:
         q, k, v = (self._by_head(x) for x in self._project(query, key, value))
-        keep, offset, bias = self._read_masks(key_padding_mask, attn_mask, is_causal, q, k)
-        positions = offset
+        keep, sees, bias = self._read_masks(key_padding_mask, attn_mask, is_causal, q, k)
+        positions = sees.offset
         if positions is None and q.shape[2] == k.shape[2]:
             positions = 0
         self._check_statistics(asked, positions)
@@ -196,7 +197,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             keep = None if keep is None else functional.pad(keep, (1, 0), value=True)
             bias = None if bias is None else functional.pad(bias, (1, 0))
         shown = None
-        if keep is not None and query is not key and offset is None:
+        if keep is not None and query is not key and sees.offset is None:
             # Hidden keys of another sequence say nothing about the queries, so they are no padding.
             shown, keep = keep[:, None, None], None
             if bias is not None:
@@ -208,7 +209,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             statistics=asked,
             attn_mask=bias if shown is None else shown,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=offset is not None,
+            is_causal=sees.is_causal,
+            window_size=sees.window_size,
             key_padding_mask=keep,
             query_offset=positions,
             sinks=q.new_zeros(self.num_heads) if self.add_zero_attn else None,
@@ -266,8 +268,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _read_masks(
         self, padding: Tensor | None, mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
-    ) -> tuple[Tensor | None, int | None, Tensor | None]:
-        """(keys kept (N, S), query offset of a causal mask, the rest as a float bias (N, H | 1, L | 1, S))."""
+    ) -> tuple[Tensor | None, Recognised, Tensor | None]:
+        """(keys kept (N, S), who sees whom by position, the rest as a float bias (N, H | 1, L | 1, S))."""
         batch, heads, length, key_length = *query.shape[:3], key.shape[2]
         shapes = {
             "key_padding_mask": (padding, ((batch, key_length), *([(key_length,)] if batch == 1 else []))),
@@ -284,16 +286,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "need_weights and key_padding_mask; pass the causal attn_mask with is_causal=False, which shows them"
             )
         keep = bias = None
-        offset = 0 if is_causal else None
+        sees = Recognised(None, 0, None, 0) if is_causal else Recognised(None, None)
         if padding is not None:
             padding = padding.expand(batch, key_length)
-            keep = sdpa_masks.keys_kept(padding, true_hides=True)
+            keep = tensor_masks.keys_kept(padding, true_hides=True)
             if keep is None:
                 bias = self._as_bias("key_padding_mask", padding[:, None, None], query.dtype)
         if mask is not None:
             mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, heads))
-            known = sdpa_masks.recognise(mask, length, true_hides=True)
-            if is_causal and (known is None or (length > 1 and (known.offset != 0 or known.keep is not None))):
+            known = tensor_masks.recognise(mask, length, true_hides=True)
+            if known is not None and known.window_size is not None and self.bias_k is not None:
+                known = None  # every query sees the added key, however far
+            plain = known is not None and known.offset == 0 and known.is_causal and known.window_size is None
+            if is_causal and length > 1 and (not plain or known is None or known.keep is not None):
                 raise ValueError(
                     "is_causal=True says that attn_mask is the causal mask, and it is another one; pass is_causal=False"
                 )
@@ -301,16 +306,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 more = self._as_bias("attn_mask", mask, query.dtype)
                 bias = more if bias is None else bias + more
             else:
-                offset = known.offset  # the mask decides, not the hint
+                sees = known  # the mask decides, not the hint
                 shown = None if known.keep is None else known.keep.expand(batch, key_length)
                 keep = shown if keep is None else keep if shown is None else keep & shown
         if keep is not None and not torch.compiler.is_compiling() and bool(keep.all()):
             keep = None
-        return keep, offset, None if bias is None else bias.expand(batch, -1, -1, -1)
+        return keep, sees, None if bias is None else bias.expand(batch, -1, -1, -1)
 
     def _as_bias(self, name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.allow_dense:
-            raise ValueError(sdpa_masks.refusal(name, mask) + " to the module")
+            raise ValueError(tensor_masks.refusal(name, mask) + " to the module")
         warnings.warn(f"{name}: attention on the whole map, O(L * S)", stacklevel=8)
         if mask.dtype != torch.bool:
             return mask.to(dtype)

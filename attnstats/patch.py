@@ -11,18 +11,19 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats import sdpa_masks
+from attnstats import tensor_masks
 from attnstats.arguments import Heads
 from attnstats.attention import Backend, attention
 from attnstats.geometry import as_autocast
 from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
+from attnstats.tensor_masks import Recognised
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
 
@@ -240,19 +241,20 @@ def _attend(
         return output, _nothing(others["statistics"], output, key_length)
     flat, batch = _flatten(query, key, value, enable_gqa)
 
-    offset = 0 if is_causal else None
-    padding = dense = None
+    known = Recognised(None, 0, None, 0) if is_causal else Recognised(None, None)
+    dense = None
     if attn_mask is not None:
-        padding, offset, dense = _read_mask(attn_mask, query, key_length, offset, batch, allow_dense)
-    if offset is None and query_length != key_length:
+        known, dense = _read_mask(attn_mask, query, key_length, known, batch, allow_dense)
+    if known.offset is None and query_length != key_length:
         _refuse_distances(others["statistics"], query_length, key_length)
     output, found = attention(
         *flat,
         **(others if dense is None else others | {"backend": "reference"}),
         attn_mask=dense,
-        key_padding_mask=padding,
-        is_causal=offset is not None,
-        query_offset=offset,
+        key_padding_mask=known.keep,
+        is_causal=known.is_causal,
+        window_size=known.window_size,
+        query_offset=known.offset,
         enable_gqa=enable_gqa,
     )
 
@@ -280,9 +282,9 @@ def _flatten(
 
 
 def _read_mask(
-    mask: Tensor, query: Tensor, key_length: int, offset: int | None, batch: tuple[int, ...], allow_dense: bool
-) -> tuple[Tensor | None, int | None, Tensor | None]:
-    """(key padding mask (B, Tk), query offset, dense mask (B, H | 1, Tq, Tk)) of an SDPA mask."""
+    mask: Tensor, query: Tensor, key_length: int, asked: Recognised, batch: tuple[int, ...], allow_dense: bool
+) -> tuple[Recognised, Tensor | None]:
+    """Who sees whom by an SDPA mask, keys (B, Tk); and the mask (B, H | 1, Tq, Tk) where it says more than that."""
     if mask.dim() < 2:
         raise ValueError(f"attn_mask must broadcast to (..., heads, Tq, Tk), got {tuple(mask.shape)}")
     while mask.dim() < len(batch) + 3:
@@ -291,17 +293,19 @@ def _read_mask(
     if mask.dim() > len(shape) or any(a not in (1, b) for a, b in zip(mask.shape, shape, strict=True)):
         raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
     mask = mask.expand(*mask.shape[:-1], key_length)
-    known = sdpa_masks.recognise(mask, query.shape[-2])
+    known = tensor_masks.recognise(mask, query.shape[-2])
+    if known is not None and asked.offset is not None and known.offset in (None, asked.offset):
+        known = replace(known, offset=asked.offset, right=asked.right)  # is_causal as well
+    elif asked.offset is not None:
+        known = None
     if known is not None:
-        keep = known.keep
-        if keep is not None:
-            keep = keep.expand(*batch, key_length).reshape(-1, key_length)
-        return keep, known.offset if offset is None else offset, None
+        keep = None if known.keep is None else known.keep.expand(*batch, key_length).reshape(-1, key_length)
+        return replace(known, keep=keep), None
     if not allow_dense:
-        raise ValueError(sdpa_masks.refusal("attn_mask", mask))
+        raise ValueError(tensor_masks.refusal("attn_mask", mask))
     warnings.warn(f"attn_mask of shape {tuple(mask.shape)}: attention on the whole map, O(Tq * Tk)", stacklevel=4)
     mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
-    return None, offset, mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    return asked, mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
 def _refuse_distances(statistics: tuple[Statistic, ...], query_length: int, key_length: int) -> None:

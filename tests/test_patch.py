@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import attnstats
-from attnstats import FAI, LSE, WAAD, Entropy, PooledMap, Received, sdpa_masks
+from attnstats import FAI, LSE, WAAD, Entropy, PooledMap, Received, tensor_masks
 from tests.vision import FOLDER
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -40,6 +40,7 @@ def dense_map(query, key, attn_mask=None, is_causal=False, scale=None, enable_gq
 
 KEYS = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
 SQUARE = randn(2, 4, 9, 8)
+STRIPES = (torch.arange(9)[:, None] - torch.arange(9)) % 3 != 1
 CALLS = {
     "plain": ((2, 4, 9, 8), (2, 4, 9, 8), {}),
     "causal": ((2, 4, 9, 8), (2, 4, 9, 8), {"is_causal": True}),
@@ -59,6 +60,13 @@ CALLS = {
     "causal mask": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": torch.ones(9, 9).tril().bool()}),
     "causal float mask": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": CAUSAL(9)}),
     "bottom right": ((2, 4, 5, 8), (2, 4, 9, 8), {"attn_mask": torch.ones(5, 9).tril(4).bool()}),
+    "window": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": torch.ones(9, 9).tril(2).triu(-3).bool()}),
+    "causal window": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": torch.ones(9, 9).tril().triu(-3).bool()}),
+    "window and padding in one": (
+        (2, 4, 9, 8),
+        (2, 4, 9, 8),
+        {"attn_mask": torch.ones(9, 9).tril(1).bool() & KEYS[:, None, None]},
+    ),
     "causal and padding in one": (
         (2, 4, 9, 8),
         (2, 4, 9, 8),
@@ -147,7 +155,7 @@ def test_autocast_and_half_precision():
             {"attn_mask": SQUARE[:, :, :, 0, None] * torch.ones(9)},
             "attn_mask: this torch.float32 mask.*allow_dense=True",
         ),
-        ({"attn_mask": torch.ones(9, 9).tril(1).bool()}, "attn_mask: this torch.bool mask"),
+        ({"attn_mask": STRIPES}, "attn_mask: this torch.bool mask"),
         ({"attn_mask": torch.zeros(9, 9).requires_grad_()}, "attn_mask: this torch.float32 mask"),
         ({"attn_mask": torch.ones(9, 7).bool()}, r"attn_mask must broadcast to \(2, 4, 9, 9\), got \(1, 1, 9, 7\)"),
         ({"attn_mask": torch.ones(9).bool()}, r"attn_mask must broadcast to .*got \(9,\)"),
@@ -324,8 +332,8 @@ def test_timm_vision_transformer():
 
 def test_masks_are_read_in_blocks(monkeypatch):
     """Block by block gives the same, one wrong element anywhere is seen, and no block is larger than said."""
-    monkeypatch.setattr(sdpa_masks, "BLOCK", 64)
-    assert max((s.stop - s.start) * 16 for s in sdpa_masks._blocks(torch.ones(1, 1, 16, 16))) == 64
+    monkeypatch.setattr(tensor_masks, "BLOCK", 64)
+    assert max((s.stop - s.start) * 16 for s in tensor_masks._blocks(torch.ones(1, 1, 16, 16))) == 64
     for offset in (None, 0, 4):
         mask = torch.ones(2, 1, 12, 16).bool()
         if offset is not None:
@@ -336,18 +344,18 @@ def test_masks_are_read_in_blocks(monkeypatch):
             (~mask, True),
             (torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), True),
         ):
-            found = sdpa_masks.recognise(form, 12, true_hides=hides)
+            found = tensor_masks.recognise(form, 12, true_hides=hides)
             assert found.offset == offset
             seen = torch.arange(16) < (12 + offset if offset is not None else 16)
             kept = torch.ones(16).bool() if found.keep is None else found.keep
             assert torch.equal(kept & seen, mask.any(-2)[:, 0])
-            assert sdpa_masks.recognise(form, 12, true_hides=hides) is found  # remembered
+            assert tensor_masks.recognise(form, 12, true_hides=hides) is found  # remembered
             for i, j in ((0, 0), (7, 15), (11, 2), (5, 3)):
                 wrong = form.clone()
                 wrong[0, 0, i, j] = ~wrong[0, 0, i, j] if wrong.dtype == torch.bool else -1e30
-                assert sdpa_masks.recognise(wrong, 12, true_hides=hides) is None, (offset, i, j)
+                assert tensor_masks.recognise(wrong, 12, true_hides=hides) is None, (offset, i, j)
             form[0, 0, 3, 3] = not form[0, 0, 3, 3]  # in place: what was remembered is not used
-            assert sdpa_masks.recognise(form, 12, true_hides=hides) is None
+            assert tensor_masks.recognise(form, 12, true_hides=hides) is None
 
 
 def test_a_forced_backend_of_sdpa_changes_nothing():
