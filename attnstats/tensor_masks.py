@@ -80,8 +80,8 @@ def recognise(
 def refusal(name: str, mask: Tensor) -> str:
     """The error for a mask that was not recognised."""
     return (
-        f"{name}: this {mask.dtype} mask of shape {tuple(mask.shape)} is neither causal, nor a window, nor the same for "
-        "every query and head, nor of these two at once, in bool or in 0 and -inf; other masks and biases take "
+        f"{name}: this {mask.dtype} mask of shape {tuple(mask.shape)} is neither causal, nor a window, nor the same "
+        "for every query and head, nor of these two at once, in bool or in 0 and -inf; other masks and biases take "
         "O(Tq * Tk) memory: pass allow_dense=True"
     )
 
