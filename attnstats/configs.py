@@ -32,8 +32,8 @@ Table = dict[Kernel, dict[int, Config]]
 
 # Each entry holds for head sizes up to its key, a power of two. "forward_loop" is forward with statistics in its main
 # loop: its tiles are forward's, or asking for them could change the output's last bit. "decode" is a few queries before
-# many keys; its BM, and band's, count the packed rows of one group's heads. "weighted" are the backward kernels with more
-# per score than plain attention's: gradients of statistics, a softcap, dropout.
+# many keys; its BM, and band's, count the packed rows of one group's heads. "weighted" are the backward kernels where
+# more is done per score than for plain attention: gradients of statistics, a softcap, dropout.
 HALF: Table = {
     "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
     "forward_loop": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
@@ -43,7 +43,7 @@ HALF: Table = {
     "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
     "backward_queries": {128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
-    "weighted_queries": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
     "weighted_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 32, 8, 1)},
 }
 # Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
@@ -54,8 +54,8 @@ FLOAT32: Table = {
     "column": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "pooled": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "band": {64: Config(32, 16, 8, 2), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    "backward_queries": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    "backward_keys": {64: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "backward_queries": {64: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "backward_keys": {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "weighted_queries": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     "weighted_keys": {64: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
@@ -66,7 +66,8 @@ _SM_80: Table = {
     "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 8, 2)},
     "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
     "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 64, 8, 1)},
-    "weighted_keys": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 64, 8, 1)},
+    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+    "weighted_keys": {64: Config(16, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
 }
 _SM_100: Table = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
@@ -74,7 +75,7 @@ _SM_100: Table = {
     "column": {64: Config(64, 128, 4, 3), 128: Config(128, 128, 8, 3), 256: Config(64, 64, 8, 2)},
     "band": {256: Config(128, 64, 8, 2)},
     "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 4, 1), 256: Config(16, 64, 8, 1)},
-    "weighted_queries": {128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
     "weighted_keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)},
 }
 _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads

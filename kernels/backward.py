@@ -11,10 +11,10 @@ dK = dS^T Q, dV = A^T dO. Both kernels take A and dS of a tile from `step`; `bac
 that no result of a matmul is transposed to be an operand. No atomics: each gradient has one program that adds it up.
 
 A statistic of rows asks g[t] * w(t - s), one of columns c[t] * g[s] * w(t - s), the entropy -g[t] * (ln A + 1); g
-arrives per query head, [statistics, B, Hq, T] float32. What is the same in all of a row is no business of a tile: it
-is in `p_shift`, which is taken off delta. Weights with a band are 0 beyond it, less their tail: `backward_queries` looks
-at the lists NEAR_ROWS and NEAR_COLUMNS in masked tiles alone, among which are those near the diagonal.
-The row sums of columns take a pass over their keys before dQ's. Where no statistic has a gradient all of it is gone.
+arrives per query head, [statistics, B, Hq, T] float32. What is the same along a row is no business of a tile: it is
+part of delta, by way of `p_shift`. Weights with a band are 0 beyond it, less their tail: `backward_queries` looks at
+the lists NEAR_ROWS and NEAR_COLUMNS in masked tiles alone, among which are those near the diagonal. The row sums of
+columns take a pass over their keys before dQ's. Where no statistic has a gradient all of it is gone.
 """
 
 import triton
@@ -27,9 +27,9 @@ from attnstats.kernels.tiles import (
     dot,
     extent,
     head_pointer,
-    keys_present,
     kept,
     key_range,
+    keys_present,
     load_lse2,
     load_tile,
     scores,
@@ -306,8 +306,9 @@ def over_queries(
 ):  # fmt: skip
     """Add what the queries first .. last of a head give to b_dk [BN, BLOCK_DIM] and b_dv [BN, BLOCK_VALUE_DIM].
 
-    Keys that don't exist or are padding have rows of their own in the tile, which aren't stored. A second loop for tiles
-    without a mask would save 4 instructions per score, but costs the registers that a larger tile needs."""
+    Keys that don't exist or are padding have rows of their own in the tile, which aren't stored. A second loop for
+    tiles without a mask would save 4 instructions per score, but costs the registers that a larger tile needs.
+    """
     for start in range(first, last, BM):
         o_row = start + tl.arange(0, BM)
         m_row = o_row < last

@@ -1,4 +1,4 @@
-"""kernels/backward.py: gradients of the fused forward against the reference in float64, which autograd differentiates."""
+"""kernels/backward.py: gradients of the fused forward against autograd through the reference in float64."""
 
 import os
 import subprocess
@@ -13,32 +13,37 @@ from attnstats.configs import Config, configured
 from tests.cases import Case, allowed_gradient
 from tests.guards import Guarded
 
+
+def small(**changed):
+    return Case(**{"batch": 1, "key_heads": 1} | changed)
+
+
 CASES = {
-    "causal": Case(batch=1),
-    "full": Case(batch=1, is_causal=False, group=1),
-    "queries-last": Case(batch=1, query_length=19, key_length=50),
-    "offset": Case(batch=1, query_length=20, key_length=33, query_offset=5),
-    "cross": Case(batch=1, query_length=20, key_length=33, is_causal=False),
-    "group-of-3": Case(batch=2, key_heads=1, group=3, query_length=33, key_length=33),
-    "window": Case(batch=1, window_size=(9, 0), query_length=60, key_length=60),
-    "window-both": Case(batch=1, window_size=(6, 3), is_causal=False),
-    "window-right": Case(batch=1, window_size=(-1, 4), is_causal=False),
-    "softcap": Case(batch=1, softcap=2.0, spread=4.0),
-    "sinks": Case(batch=2, sinks=True, padding="left"),
-    "holes": Case(batch=1, padding="holes", is_causal=False),
-    "padding-only": Case(batch=2, key_heads=1, padding="all", sinks=True),
-    "packed": Case(packed=((5, 5), (0, 0), (33, 33), (1, 1)), sinks=True),
-    "packed-queries-last": Case(packed=((5, 9), (0, 3), (4, 0), (20, 40), (20, 17))),
-    "packed-cross": Case(packed=((5, 9), (33, 20)), is_causal=False),
-    "decoding": Case(batch=1, query_length=3, key_length=130, sinks=True, padding="left"),
-    "one": Case(batch=1, query_length=1, key_length=1),
-    "large-scores": Case(batch=1, spread=30.0),
-    "odd-dims": Case(batch=1, key_heads=1, group=2, head_dim=19, value_dim=40, layout="guarded"),
-    "strided": Case(batch=1, layout="strided", key_heads=1),
-    "wide": Case(batch=1, key_heads=1, group=1, head_dim=256, value_dim=200, query_length=20, key_length=20),
-    "float16": Case(batch=1, layout="bthd", dtype="float16"),
-    "bfloat16": Case(batch=1, dtype="bfloat16", window_size=(12, 0), sinks=True),
-    "all-together": Case(window_size=(9, 0), softcap=3.0, sinks=True, padding="left", dtype="float16", value_dim=24),
+    "causal": Case(batch=2, query_length=20, key_length=20),
+    "full": small(is_causal=False, group=1),
+    "queries-last": small(query_length=19, key_length=50),
+    "offset": small(query_length=20, key_length=33, query_offset=5),
+    "cross": small(query_length=20, key_length=33, is_causal=False),
+    "group-of-3": small(key_heads=2, group=3, query_length=33, key_length=33),
+    "window": small(window_size=(9, 0), query_length=70, key_length=70, group=1),
+    "window-both": small(window_size=(6, 3), is_causal=False),
+    "window-right": small(window_size=(-1, 4), is_causal=False),
+    "softcap": small(softcap=2.0, spread=4.0),
+    "sinks": small(sinks=True, padding="left"),
+    "holes": small(padding="holes", is_causal=False),
+    "padding-only": small(batch=2, padding="all", sinks=True, query_length=20, key_length=20),
+    "packed": small(packed=((5, 5), (0, 0), (33, 33), (1, 1)), sinks=True),
+    "packed-queries-last": small(packed=((5, 9), (0, 3), (4, 0), (20, 40), (20, 17)), group=1),
+    "packed-cross": small(packed=((5, 9), (33, 20)), is_causal=False, group=1),
+    "decoding": small(query_length=3, key_length=70, sinks=True, padding="left"),
+    "one": small(query_length=1, key_length=1),
+    "large-scores": small(spread=30.0),
+    "odd-dims": small(head_dim=19, value_dim=40, layout="guarded"),
+    "strided": small(layout="strided"),
+    "wide": small(group=1, head_dim=256, value_dim=200, query_length=20, key_length=20),
+    "float16": small(layout="bthd", dtype="float16"),
+    "bfloat16": small(dtype="bfloat16", window_size=(12, 0), sinks=True),
+    "all-together": small(window_size=(9, 0), softcap=3.0, sinks=True, padding="left", dtype="float16", value_dim=24),
 }
 
 
@@ -79,20 +84,19 @@ def test_gradients_match_the_reference(case, device):
 
 
 def test_gradients_are_the_same_bits_twice_and_with_statistics(device):
-    case = Case(batch=1, query_length=70, key_length=70, window_size=(40, 0), sinks=True)
+    case = small(query_length=40, key_length=40, window_size=(25, 0), sinks=True)
     tensors, arguments = case.tensors(device), case.arguments(device)
-    asked = [WAAD(10), FAI(10, 60), FAI(5, None), Entropy(), MeanDistance()]
+    asked = [WAAD(10), FAI(5, None), Entropy()]
     runs = [
         gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton", statistics=s)[0]
-        for s in ([], [], asked)
+        for s in ([], asked)
     ]
-    for again in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(runs[0], again, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("tiles", [Config(16, 16), Config(16, 64), Config(64, 16)], ids=str)
 def test_any_tiles(tiles, device):
-    case = Case(batch=1, query_length=45, key_length=70, window_size=(30, 0), key_heads=1)
+    case = small(query_length=45, key_length=70, window_size=(30, 0), group=1)
     tensors, arguments = case.tensors(device), case.arguments(device)
     with configured("backward_queries", tiles), configured("backward_keys", tiles):
         found, _ = gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton")
@@ -103,7 +107,7 @@ def test_any_tiles(tiles, device):
 
 @pytest.mark.parametrize("make", [lambda x: x.sum(), lambda x: x.transpose(1, 2).reshape(-1)[::3].sum()])
 def test_gradient_of_the_output_with_any_strides(make, device):
-    tensors = Case(batch=1, group=1).tensors(device)
+    tensors = small(group=1).tensors(device)
     both = []
     for function, dtype in ((attnstats.attention, torch.float32), (reference.attention, torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in tensors]
@@ -113,17 +117,17 @@ def test_gradient_of_the_output_with_any_strides(make, device):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["odd-dims", "sinks", "all-together", "padding-only"])
+@pytest.mark.parametrize("name", ["odd-dims", "sinks", "padding-only"])
 def test_nothing_outside_a_buffer_is_read_or_written(name, device):
     with Guarded() as guards:
         test_gradients_match_the_reference(CASES[name], device)
     guards.check()
 
 
-@pytest.mark.parametrize("asked", [(), (WAAD(4), FAI(2, 9), FAI(3, None), Entropy(), MeanDistance())], ids=len)
-def test_memory_is_linear_in_the_length(asked, device):
+def test_memory_is_linear_in_the_length(device):
     largest = []
-    for length in (64, 128, 256):
+    asked = (WAAD(4), FAI(3, None), Entropy(), MeanDistance())
+    for length in (32, 64, 128):
         case = Case(batch=1, key_heads=1, group=1, query_length=length, key_length=length)
         inputs = [x.requires_grad_() for x in case.tensors(device)]
         options = {"statistics": asked, "differentiable": True, "backend": "triton"}
@@ -138,8 +142,8 @@ OFFSETS = """
 import torch, attnstats
 stride = 2**30  # elements: head 3 begins past 2^31 of them, 6 GiB of float16 that nothing touches
 room = torch.empty(3 * stride + 2**20, dtype=torch.float16)
-view = room.as_strided((1, 4, 33, 16), (4 * stride, stride, 16, 1))
-view[0, [0, 3]] = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0)).half()
+view = room.as_strided((1, 4, 17, 16), (4 * stride, stride, 16, 1))
+view[0, [0, 3]] = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(0)).half()
 view[0, [1, 2]] = 0
 found = []
 for x in (view, view[:, 3:].clone()):

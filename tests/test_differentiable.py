@@ -8,8 +8,20 @@ import triton
 import triton.language as tl
 
 import attnstats
-from attnstats import FAI, LSE, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, PooledMap, Received, SinkMass
-from attnstats import reference, sweep
+from attnstats import (
+    FAI,
+    LSE,
+    WAAD,
+    Entropy,
+    LocalMass,
+    MaxLogit,
+    MeanDistance,
+    PooledMap,
+    Received,
+    SinkMass,
+    reference,
+    sweep,
+)
 from attnstats.statistics import ColumnStatistic, RowStatistic
 from tests.cases import Case
 from tests.guards import Guarded

@@ -11,9 +11,16 @@ from tests.cases import Case
 BACKENDS = ["reference", "tiled", "triton"]
 P = 0.3
 CASES = {
-    "causal": Case(batch=2, query_length=20, key_length=20),
+    "causal": Case(batch=1, query_length=20, key_length=20),
     "window-softcap-sinks": Case(
-        batch=1, query_length=20, key_length=20, window_size=(7, 2), is_causal=False, softcap=2.0, sinks=True
+        batch=1,
+        key_heads=1,
+        query_length=20,
+        key_length=20,
+        window_size=(7, 2),
+        is_causal=False,
+        softcap=2.0,
+        sinks=True,
     ),
     "padding": Case(batch=2, query_length=20, key_length=20, key_heads=1, padding="left", value_dim=24),
     "packed": Case(packed=((5, 5), (0, 0), (12, 20)), key_heads=1),
@@ -95,9 +102,9 @@ def test_statistics_are_of_the_whole_map_and_the_seed_is_torchs(backend, device)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_mean_over_seeds_is_attention(backend, device):
-    """And the share that is dropped is p, in every place: 200 draws of 400 rows each, 5 standard deviations."""
+    """And the share that is dropped is p: 100 draws, 5 standard deviations."""
     where = device if backend == "triton" else "cpu"
-    draws, rows = 200 // 20, 20
+    draws, rows = 5, 20
     case = Case(batch=rows, key_heads=1, group=1, query_length=16, key_length=16, value_dim=16)
     query, key, _ = (x[:1].expand(rows, -1, -1, -1) for x in case.tensors(where))
     identity = torch.eye(16, device=where).expand(rows, 1, 16, 16)
@@ -112,7 +119,7 @@ def test_the_mean_over_seeds_is_attention(backend, device):
 
 @pytest.mark.parametrize("kernel", ["forward", "weighted_queries", "weighted_keys"])
 def test_the_mask_does_not_depend_on_the_tiles(kernel, device):
-    case = CASES["causal"]
+    case = Case(batch=1, key_heads=1, query_length=20, key_length=20)
     both = []
     for tiles in (Config(16, 16), Config(32, 32)):
         inputs = [x.requires_grad_() for x in case.tensors(device)]
