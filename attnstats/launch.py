@@ -96,7 +96,10 @@ def _forward(
             written = output[0]
         else:  # heads innermost but one, as models want it
             batch, heads, length = shape
-            output = _empty(geometry, (batch, length, heads, geometry.value_dim), query.dtype).transpose(1, 2)
+            size = (batch, heads, length, geometry.value_dim)
+            output = torch.empty_permuted(size, (0, 2, 1, 3), dtype=query.dtype, device=query.device)
+            if geometry.packing is not None:
+                output.zero_()
             written = output
         natural = _empty(geometry, (*partial, *shape), fill=-torch.inf)  # written by the kernel, not in exp2's domain
     rows = _empty(geometry, (len(plan.in_rows), *partial, *shape))

@@ -110,16 +110,19 @@ NOTHING: dict[str, Any] = dict.fromkeys(Call._fields) | {
 }
 
 
+# Every plain call asks, so these are looked up once.
+_in_dynamo = torch.compiler.is_dynamo_compiling
+_is_batched, _modes = torch._C._functorch.is_batchedtensor, torch._C._len_torch_dispatch_stack
+
+
 def tracing(x: Any) -> bool:
     """Whether the tensors of this call are stand-ins: it is being recorded, or torch.vmap has hidden a dimension."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+    if _in_dynamo() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and _is_batched(x)):
         return True
-    if isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x):
-        return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    modes = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
+    return _modes() > 0 and any(
+        torch._C._get_dispatch_mode(mode) is not None
+        for mode in (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    )
 
 
 # What dynamo traces: no numbers, no sizes, and errors only as text.

@@ -76,10 +76,9 @@ class _Call(Structure):
 
 
 def takes(geometry: Geometry, statistic: Statistic) -> bool:
-    """Whether the library is there and can compute this one. A traced call stays with PyTorch: it has no addresses."""
+    """Whether the library is there and can compute this one."""
     return (
         enabled
-        and not torch.compiler.is_compiling()
         and geometry.device.type == "cpu"
         and geometry.dtype in TYPES
         and isinstance(statistic, (DistanceWeighted, Entropy, MaxLogit))

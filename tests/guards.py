@@ -12,6 +12,7 @@ GUARD = 256
 MAKERS = {
     torch.ops.aten.empty.memory_format: torch.nan,
     torch.ops.aten.new_empty.default: torch.nan,
+    torch.ops.aten.empty_permuted.default: torch.nan,
     torch.ops.aten.zeros.default: 0.0,
     torch.ops.aten.new_zeros.default: 0.0,
 }
@@ -29,13 +30,13 @@ class Guarded(TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         if isinstance(made, Tensor):
             self.largest = max(self.largest, made.untyped_storage().nbytes())
-        if function not in MAKERS or not made.is_floating_point() or not made.is_contiguous():
+        if function not in MAKERS or not made.is_floating_point():
             return made
         room = torch.full((made.numel() + 2 * GUARD,), torch.nan, dtype=made.dtype, device=made.device)
         inside = room[GUARD : GUARD + made.numel()]
         inside.fill_(MAKERS[function])
         self.rooms.append((room, inside))
-        return inside.view(made.shape)
+        return inside.as_strided(made.shape, made.stride(), inside.storage_offset())
 
     def check(self) -> None:
         assert self.rooms, "nothing was allocated inside"
