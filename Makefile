@@ -44,7 +44,7 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 
 docs: $(STAMP) ## run every example in README.md, docs/ and the docstrings
-	@$(BIN)/python -m pytest -p no:xdist --doctest-glob='*.md' README.md docs attnstats
+	@$(BIN)/python -m pytest -p no:xdist README.md docs attnstats
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

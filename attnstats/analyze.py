@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from attnstats import heads, rhythm
-from attnstats.capture import Layers, capture
+from attnstats.capture import capture
 from attnstats.errors import InputError
 from attnstats.models import LoadedModel
 from attnstats.presets import paper_v2
 from attnstats.prompts import SYSTEM, render
+from attnstats.selection import Layers
 from attnstats.statistics import FAI, WAAD, MeanDistance
 
 GENERATION_BATCH = 8

@@ -183,10 +183,14 @@ def resolve_packed(
     )
 
 
-def with_dropout(geometry: Geometry, dropout_p: float, seed: Tensor | None = None) -> Geometry:
-    """The same call with its dropout, and with a seed for it."""
+def with_dropout(geometry: Geometry, dropout_p: float, seed: Tensor | None = None, seeded: bool = True) -> Geometry:
+    """The same call with its dropout, and with a seed for it: one that was drawn before, or a new one."""
     check_dropout(dropout_p)
-    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed) if dropout_p else geometry
+    if dropout_p == 0:
+        return geometry
+    if seed is None and seeded:
+        seed = draw_seed(geometry.device)
+    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed)
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -275,7 +275,7 @@ def explain(
     arguments.check_differentiable(wanted, differentiable)
     given = _given("explain", cu_seqlens_q, others)
     query, key, value, geometry = backends.geometry_of(query, key, value, wanted, given)
-    geometry = arguments.with_dropout(geometry, dropout_p)
+    geometry = arguments.with_dropout(geometry, dropout_p, seeded=False)
     module = backends.choose(backend, geometry)
     lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
     for step in module.plan(geometry, wanted, value is not None):

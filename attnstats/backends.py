@@ -48,10 +48,7 @@ def attend(
     """Output, lse and statistics with a batch dimension, packed calls too. Draws a seed where dropout needs one."""
     arguments.check_differentiable(statistics, differentiable)
     query, key, checked, geometry = geometry_of(query, key, value, statistics, given)
-    if dropout_p:
-        arguments.check_dropout(dropout_p)
-        seed = arguments.draw_seed(geometry.device) if dropout_seed is None else dropout_seed
-        geometry = arguments.with_dropout(geometry, dropout_p, seed)
+    geometry = arguments.with_dropout(geometry, dropout_p, dropout_seed)
     with full_precision(geometry.device):
         module = choose(backend, geometry)
         return module.attend(query, key, checked, geometry, statistics, differentiable), geometry

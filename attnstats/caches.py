@@ -29,7 +29,8 @@ def follow(cache: Any, follower: Follower) -> None:
     """Tell `follower` from now on; once per cache."""
     if cache not in _FOLLOWERS:
         _FOLLOWERS[cache] = follower
-        cache.__class__ = _following(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _following(kind)
 
 
 def release(follower: Follower) -> None:
@@ -40,7 +41,8 @@ def release(follower: Follower) -> None:
 
 
 @functools.cache
-def _following(kind: type) -> type:
+def _following(kind: Any) -> type:
+
     def told(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
         method = getattr(kind, name)
 

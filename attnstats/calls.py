@@ -20,7 +20,7 @@ from attnstats.attention import Backend, attention, statistics_from_lse, varlen_
 from attnstats.errors import InputError
 from attnstats.geometry import AttentionResult
 from attnstats.masks import MaskDescription
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, SinkMass, Statistic, Statistics, Summed
+from attnstats.statistics import DistanceWeighted, SinkMass, Statistic, Statistics, is_mean, summed
 
 Heads = Mapping[Statistic, tuple[int, ...]]
 
@@ -98,8 +98,15 @@ class Call:
         )
         query = self.query if rows == self.query.shape[2] else self.query[:, :, -rows:].clone()
         bias = None if self.bias is None else self.bias[..., -rows:, :]
-        tensors = {"query": query.detach(), "key": self.key.detach(), "value": self.value.detach()}
-        return replace(self, **tensors, mask=some, bias=bias, settings={**self.settings, "dropout_p": 0.0})
+        return replace(
+            self,
+            query=query.detach(),
+            key=self.key.detach(),
+            value=self.value.detach(),
+            mask=some,
+            bias=bias,
+            settings={**self.settings, "dropout_p": 0.0},
+        )
 
     def can_look_near(self, reach: int) -> bool:
         """Whether `near` would look at less than all keys."""
@@ -204,13 +211,13 @@ class Call:
         statistics = asked["statistics"]
         chunked = self.mask.chunks is not None
         # A chunk hides keys from queries, but these queries still count: the mean over T(s) is taken afterwards.
-        sums = {s: Summed(s) if chunked and _is_mean(s) else s for s in statistics}
+        sums = {s: summed(s) if chunked else s for s in statistics}
         query_mask = asked["query_mask"]
         if query_mask is None and self.mask.padding is not None:
-            query_mask = self.real_queries()
+            query_mask = self.mask.real_queries
         mask = self.mask
         output, found = varlen_attention(
-            *flat,  # type: ignore[arg-type]
+            *flat,
             cu_seqlens_q=boundaries[0],
             cu_seqlens_k=boundaries[1],
             statistics=tuple(sums.values()),
@@ -240,14 +247,8 @@ class Call:
         whole = arguments.resolve(
             self.query, key, None, statistics, **_without(self._arguments(), "dropout_p"), query_mask=query_mask
         )
-        tensors = {s: whole.finish(s, x) if _is_mean(s) else x for s, x in tensors.items()}
+        tensors = {s: whole.finish(s, x) if is_mean(s) else x for s, x in tensors.items()}
         return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, rows(found.lse)))
-
-    def real_queries(self) -> Tensor:
-        """(B, Tq) bool"""
-        assert self.mask.padding is not None
-        position = torch.arange(self.begin, self.end, device=self.query.device) - self.first_key
-        return self.mask.padding.to(self.query.device)[:, position]
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""
@@ -289,10 +290,6 @@ def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, 
         lengths += [(len(query) - before - int(inside.sum()), 0), (0, len(key) - end)]
     sums = torch.tensor([(0, 0), *lengths]).cumsum(0).int()
     return sums[:, 0].contiguous(), sums[:, 1].contiguous()
-
-
-def _is_mean(statistic: Statistic) -> bool:
-    return isinstance(statistic, ColumnStatistic) and statistic.horizon is not None
 
 
 def reach_of(statistics: tuple[Statistic, ...]) -> int:

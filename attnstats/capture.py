@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -339,7 +339,24 @@ class Capture:
             raise RuntimeError("nothing was recorded: call model(**inputs) inside `with attnstats.capture(model, ...)`")
 
 
-@contextmanager
+class Capturing(AbstractContextManager["Capture"]):
+    """What `capture` returns: enter it once."""
+
+    def __init__(self, opened: AbstractContextManager[Capture]):
+        self._opened: AbstractContextManager[Capture] | None = opened
+        self._inside: AbstractContextManager[Capture] | None = None
+
+    def __enter__(self) -> Capture:
+        if self._opened is None:
+            raise RuntimeError("this capture was used already; call attnstats.capture(...) again for another `with`")
+        self._inside, self._opened = self._opened, None
+        return self._inside.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        assert self._inside is not None
+        return self._inside.__exit__(*error)
+
+
 def capture(
     model: Any,
     *,
@@ -355,7 +372,7 @@ def capture(
     stop_after_last_layer: bool = False,
     allow_dense: bool = False,
     backend: Backend = "auto",
-) -> Iterator[Capture]:
+) -> Capturing:
     """Record statistics of a transformers model while it runs, without changing what it computes.
 
     Inside the `with` the model attends through `attnstats.attention`: its logits are those of its eager path, and
@@ -392,9 +409,10 @@ def capture(
             eagerly and with a warning; without it they are an error.
         backend: as for `attnstats.attention`.
 
-    Yields:
-        A `Capture`: `run["waad"]` (L, B, H, Tq), or (B, Tq) with both reduced; `run.valid["waad"]` (B, Tq).
-        Column statistics have Tk for Tq: keys of the cache included, its unused slots not.
+    Returns:
+        What goes into a `with`, once, and gives a `Capture` there: `run["waad"]` (L, B, H, Tq), or (B, Tq) with both
+        reduced; `run.valid["waad"]` (B, Tq). Column statistics have Tk for Tq: keys of the cache included, its unused
+        slots not.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work; from the forward pass for what
@@ -432,6 +450,11 @@ def capture(
         model, attention, wanted, chosen_layers, chosen_heads, reduced, live, on_token, on, stop_after_last_layer
     )
     run.query_mask = query_mask
+    return Capturing(_observing(model, run, backend, allow_dense))
+
+
+@contextmanager
+def _observing(model: Any, run: Capture, backend: Backend, allow_dense: bool) -> Iterator[Capture]:
     with observed(model, run, backend, allow_dense):
         try:
             yield run

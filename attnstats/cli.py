@@ -20,7 +20,7 @@ from attnstats.prompts import QUESTIONS, SYSTEM, read_prompts
 
 if TYPE_CHECKING:
     from attnstats.analyze import Settings
-    from attnstats.capture import Layers
+    from attnstats.selection import Layers
 
 BAD_INPUT, DIFFERENT, INTERRUPTED = 2, 1, 130
 

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band", "backward_queries", "backward_keys"]
+Backward = Literal["backward_queries", "backward_keys", "weighted_queries", "weighted_keys"]
+Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band"] | Backward
 
 
 class Config(NamedTuple):
@@ -31,7 +32,8 @@ Table = dict[Kernel, dict[int, Config]]
 
 # Each entry holds for head sizes up to its key, a power of two. "forward_loop" is forward with statistics in its main
 # loop: its tiles are forward's, or asking for them could change the output's last bit. "decode" is a few queries before
-# many keys; its BM, and band's, count the packed rows of one group's heads.
+# many keys; its BM, and band's, count the packed rows of one group's heads. "weighted" are the backward kernels with more
+# per score than plain attention's: gradients of statistics, a softcap, dropout.
 HALF: Table = {
     "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
     "forward_loop": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
@@ -39,6 +41,10 @@ HALF: Table = {
     "column": {128: Config(64, 128, 4, 3), 256: Config(64, 128, 8, 2)},
     "pooled": {128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
     "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
+    "backward_queries": {128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
+    "weighted_queries": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
+    "weighted_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 32, 8, 1)},
 }
 # Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
 FLOAT32: Table = {
@@ -48,18 +54,28 @@ FLOAT32: Table = {
     "column": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "pooled": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "band": {64: Config(32, 16, 8, 2), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    "backward_queries": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    "backward_keys": {64: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "weighted_queries": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    "weighted_keys": {64: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
 # What differs from the above, for 16-bit inputs.
 _SM_80: Table = {
     "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
     "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
     "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 8, 2)},
+    "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 64, 8, 1)},
+    "weighted_keys": {64: Config(32, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(16, 64, 8, 1)},
 }
 _SM_100: Table = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
     "forward_loop": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
     "column": {64: Config(64, 128, 4, 3), 128: Config(128, 128, 8, 3), 256: Config(64, 64, 8, 2)},
     "band": {256: Config(128, 64, 8, 2)},
+    "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 4, 1), 256: Config(16, 64, 8, 1)},
+    "weighted_queries": {128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    "weighted_keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)},
 }
 _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
     "forward": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
@@ -68,6 +84,10 @@ _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
     "column": {128: Config(64, 128, 4, 1), 256: Config(64, 128, 8, 1)},
     "pooled": {128: Config(64, 64, 4, 1), 256: Config(64, 64, 8, 1)},
     "band": {256: Config(128, 64, 4, 1)},
+    "backward_queries": {64: Config(128, 64, 8, 1), 128: Config(128, 32, 8, 1), 256: Config(64, 16, 8, 1)},
+    "backward_keys": {64: Config(32, 128, 8, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 64, 8, 1)},
+    "weighted_queries": {64: Config(128, 32, 8, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 16, 8, 1)},
+    "weighted_keys": {64: Config(64, 64, 4, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 32, 8, 1)},
 }
 BY_ARCHITECTURE: dict[str, Table] = {
     # sm_86 and later consumer cards have 99 KB of shared memory, not 163: band at head size 256 then takes one stage.

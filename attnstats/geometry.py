@@ -311,6 +311,16 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[An
     return torch.autocast(device.type, enabled=False)
 
 
+def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Query, key, value and an additive mask as SDPA takes them: under autocast in its dtype."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    kept = (torch.float64, torch.bool)
+    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)
+
+
 def divisor_of(lse: Tensor) -> Tensor:
     """The lse with +inf for rows that see nothing, so that exp(score - lse) is exactly 0 there, not NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from attnstats.attention import Backend
 from attnstats.calls import Call
 from attnstats.errors import InputError
+from attnstats.geometry import as_autocast
 from attnstats.masks import MaskDescription, describe_mask, recognise, unannounced
 
 # transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
@@ -41,6 +43,10 @@ HARMLESS = frozenset({
     "num_items_in_batch", "position_ids", "token_type_ids",
 })  # fmt: skip
 
+NO_MAPS = (
+    "model: output_attentions=True asks for the maps that attnstats is there to avoid; ask attnstats.capture for "
+    "statistics of them (PooledMap is a picture of the map), or detach the model and use attn_implementation='eager'"
+)
 HOW_TO = (
     "its eager attention with output_attentions=True still gives its maps, and attnstats.statistics_from_lse takes the "
     "query, key and lse of any attention of your own"
@@ -75,13 +81,15 @@ class Attachment:
         target: (B, Tq) bool, which tokens of a decoder are real: its cross-attention isn't told.
     """
 
-    model: nn.Module
     backend: Backend
     allow_dense: bool
     sites: dict[Kind, dict[int, list[nn.Module]]] = field(default_factory=dict)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
     observer: Observer | None = None
     target: Tensor | None = None
+
+
+_ATTACHMENTS: WeakSet[Attachment] = WeakSet()
 
 
 @dataclass(eq=False)
@@ -200,7 +208,12 @@ class _Passes:
         thread = _thread()
         self.depth[thread] = self.depth.get(thread, 0) + 1
         if self.depth[thread] == 1:
+            asked = kwargs.get("output_attentions")
+            if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+                raise InputError(NO_MAPS)
             ids = kwargs.get("input_ids", args[0] if args else None)
+            if getattr(module.config, "is_encoder_decoder", False):
+                ids = kwargs.get("decoder_input_ids")
             self.observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
@@ -237,10 +250,11 @@ def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, describe_mask)
-    attachment = Attachment(model, backend, allow_dense)
+    attachment = Attachment(backend, allow_dense)
     attachment.implementations = [(config, config._attn_implementation) for config in _configs(model)]
     kind = type(model).__name__
-    if any(implementation == NAME for _, implementation in attachment.implementations):
+    shared = [config for other in _ATTACHMENTS for config, _ in other.implementations]
+    if any(config is other for config, _ in attachment.implementations for other in shared):
         raise InputError(f"model: this {kind} shares its config with a model that is attached already; one at a time")
     try:
         try:
@@ -260,10 +274,12 @@ def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
     except BaseException:
         _release(attachment)
         raise
+    _ATTACHMENTS.add(attachment)
     return attachment
 
 
 def _release(attachment: Attachment) -> None:
+    _ATTACHMENTS.discard(attachment)
     for layers in attachment.sites.values():
         for modules in layers.values():
             for module in modules:
@@ -297,11 +313,7 @@ def attend(
     where = f"attnstats: {type(module).__name__} of layer {layer}"
     across = site is not None and site.kind == "cross"
     if kwargs.get("output_attentions"):
-        raise InputError(
-            f"{where} was asked for output_attentions=True, the maps that attnstats is there to avoid; ask "
-            "attnstats.capture for statistics of them (PooledMap is a picture of the map), or detach the model and use "
-            "attn_implementation='eager'"
-        )
+        raise InputError(NO_MAPS)
     for name, given in kwargs.items():
         if isinstance(given, (Tensor, float)) and name not in HARMLESS:
             raise InputError(
@@ -323,6 +335,7 @@ def attend(
             f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "
             "position_ids, no attention_mask and use_cache=False"
         )
+    query, key, value = as_autocast(query, key, value)
     observer = None if site is None else site.attachment.observer
     if site is not None and observer is not None and observer.kind == "cross" and site.kind == "self":
         site.attachment.target = mask.real_queries

@@ -381,13 +381,21 @@ def backward(
     """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
     dim = max(geometry.head_dim, geometry.value_dim)
     inputs = (query, key, value, output, lse, grad_output)
+    by_queries, by_keys = backward_kernels(geometry, asked.plan)
     grad_query, delta = _fitting(
-        "backward_queries", geometry, dim, lambda config: _backward_queries(inputs, geometry, asked, config)
+        by_queries, geometry, dim, lambda config: _backward_queries(inputs, geometry, asked, config)
     )
     grad_key, grad_value = _fitting(
-        "backward_keys", geometry, dim, lambda config: _backward_keys(inputs, delta, geometry, asked, config)
+        by_keys, geometry, dim, lambda config: _backward_keys(inputs, delta, geometry, asked, config)
     )
     return grad_query, grad_key, grad_value, delta
+
+
+def backward_kernels(geometry: Geometry, plan: GradientPlan) -> tuple[Kernel, Kernel]:
+    """The entries of the table for dQ and for dK and dV."""
+    if plan.weighs or geometry.softcap is not None or geometry.dropout_p > 0:
+        return "weighted_queries", "weighted_keys"
+    return "backward_queries", "backward_keys"
 
 
 def _backward_queries(
@@ -401,7 +409,7 @@ def _backward_queries(
     delta = _empty(geometry, lse.shape)
     tensors = (query, key, value, output, grad_output, made, lse.contiguous(), delta, asked.shift)
     strides = tuple(_strides(x) for x in (query, key, value, output, grad_output, made))
-    _launch_backward(kernel, config.BM, geometry, asked, tensors, strides, config)
+    _launch_backward(kernel, False, geometry, asked, tensors, strides, config)
     return made.to(dtype), delta
 
 
@@ -415,20 +423,19 @@ def _backward_keys(
     made = _like(key, geometry), _like(value, geometry)
     tensors = (query, key, value, grad_output, *made, lse.contiguous(), delta)
     strides = tuple(_strides(x) for x in (query, key, value, grad_output, *made))
-    _launch_backward(kernel, config.BN, geometry, asked, tensors, strides, config)
+    _launch_backward(kernel, True, geometry, asked, tensors, strides, config)
     return made[0].to(dtype), made[1].to(dtype)
 
 
 def _launch_backward(
     kernel: Any,
-    block: int,
+    by_keys: bool,
     geometry: Geometry,
     asked: Asked,
     tensors: tuple[Tensor | None, ...],
     strides: tuple[tuple[int, ...], ...],
     config: Config,
 ) -> None:
-    by_keys = block == config.BN and kernel.__name__ == "backward_keys"
     known = ("backward", by_keys, asked.plan, config)
     if known not in geometry.memo:
         geometry.memo[known] = _prepared_backward(geometry, asked.plan, config, by_keys)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from attnstats import arguments, backends
 from attnstats.arguments import Heads
@@ -110,8 +111,10 @@ NOTHING: dict[str, Any] = dict.fromkeys(Call._fields) | {
 
 
 def tracing(x: Any) -> bool:
-    """Whether this call is being recorded, so that its tensors have no numbers or these are of no consequence."""
+    """Whether the tensors of this call are stand-ins: it is being recorded, or torch.vmap has hidden a dimension."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return True
+    if isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x):
         return True
     if not torch._C._len_torch_dispatch_stack():
         return False
@@ -146,7 +149,7 @@ def statistics_from_lse(
 
 def _results(wanted: tuple[Statistic, ...], tensors: list[Tensor], lse: Tensor, key: Tensor, call: Call) -> Statistics:
     keys = key.shape[0] if call.packed else key.shape[-2]
-    call = call._replace(dropout_p=0.0, dropout_seed=None, heads="null")
+    call = call._replace(heads="null", scale=None, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None)
     of_wanted = dict(zip(wanted, tensors, strict=False))
     return Statistics(of_wanted, _Later(lse, keys, call, False), _Later(lse, keys, call, True), lse)
 
@@ -511,7 +514,21 @@ def _define(name: str, body: Any, fake: Any, tensors: str, returns: str) -> Any:
         f"attnstats::{name}", body, mutates_args=(), schema=f"({tensors}, {_CALL}) -> {returns}"
     )
     operator.register_fake(fake)
+    if name != "attention_backward":
+        operator.register_vmap(functools.partial(_one_by_one, getattr(torch.ops.attnstats, name)))
     return operator
+
+
+def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """Under torch.vmap each call of the batch is made on its own."""
+    results = []
+    for i in range(info.batch_size):
+        own = [
+            x.select(d, i) if isinstance(x, Tensor) and d is not None else x for x, d in zip(args, in_dims, strict=True)
+        ]
+        results.append(operator(*own))
+    stacked = tree_map(lambda *tensors: torch.stack(tensors), *results)
+    return stacked, tree_map(lambda _: 0, stacked)
 
 
 _three = "Tensor query, Tensor key, Tensor value"

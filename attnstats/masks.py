@@ -137,7 +137,7 @@ class MaskDescription:
         self._computed_with()
 
     __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __sub__ = _computed_with
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _computed_with  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _computed_with
     __hash__ = object.__hash__
 
 
@@ -345,8 +345,8 @@ def _is_empty_overlay(function: MaskFunction) -> bool:
     """Whether it is blocks that see each other, of which this input has none."""
     if not getattr(function, "__qualname__", "").startswith("blockwise_overlay") or torch.compiler.is_compiling():
         return False
-    (cell,) = function.__closure__  # type: ignore[attr-defined]
-    return bool((cell.cell_contents < 0).all())
+    held: Any = function
+    return bool((held.__closure__[0].cell_contents < 0).all())
 
 
 def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from attnstats import sdpa_masks
 from attnstats.arguments import Heads
 from attnstats.attention import Backend, attention
+from attnstats.geometry import as_autocast
 from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
@@ -223,7 +224,7 @@ def _attend(
             raise ValueError(f"{name} is a nested tensor; pad it, or use attnstats.varlen_attention")
         if x.dim() < 2:
             raise ValueError(f"{name} must have the dimensions (..., heads, length, head_dim), got {tuple(x.shape)}")
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
     query_length, key_length = query.shape[-2], key.shape[-2]
     if 0 in (*query.shape, *key.shape, *value.shape):
         output = original(
@@ -263,16 +264,6 @@ def _attend(
         lambda s, x: x[0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
     )
     return output.reshape(*lead, *(output.shape[2:] if drop_heads else output.shape[1:])), found
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """SDPA is one of the functions that autocast runs in lower precision."""
-    kind = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    wide = (torch.float64, torch.bool)
-    return tuple(x if x is None or x.dtype in wide else x.to(dtype) for x in tensors)
 
 
 def _flatten(

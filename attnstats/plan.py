@@ -145,6 +145,11 @@ class GradientPlan(NamedTuple):
         )
 
     @property
+    def weighs(self) -> bool:
+        """Whether there is anything to do for a tile."""
+        return self.entropy or bool(self.rows or self.columns)
+
+    @property
     def rows(self) -> tuple[RowStatistic, ...]:
         """In the kernels' order."""
         return (*self.far_rows, *self.near_rows)

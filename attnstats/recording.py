@@ -8,6 +8,7 @@ tokens, beams that change places and rejected tokens all end where one teacher-f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +25,15 @@ from attnstats.statistics import (
     RowStatistic,
     Statistic,
     Statistics,
-    Summed,
+    is_mean,
+    summed,
 )
 
 UNDONE_ROWS = 64  # how many of the last tokens can be taken back
 
 
-class Ranks(NamedTuple):
+@dataclass(frozen=True)
+class Ranks:
     """Tensor parallel: each rank of the group has `count` query heads of a layer, `chosen` are those of the model."""
 
     group: Any
@@ -82,7 +85,7 @@ class Store:
         """Sums over the heads of all ranks, or the heads of all ranks; every rank takes part."""
         if self.ranks is None:
             return sums
-        group, count, chosen = self.ranks
+        group, count, chosen = self.ranks.group, self.ranks.count, self.ranks.chosen
         whole: dict[int | None, Tensor] = {}
         for layer, x in sums.items():
             if "heads" in self.reduce:
@@ -223,23 +226,23 @@ class Generation(Store):
     def attend(
         self, layer: int, call: Call, wanted: tuple[Statistic, ...], query_mask: Tensor | None, heads: Heads
     ) -> AttentionResult:
-        near = tuple(s for s in wanted if isinstance(s, DistanceWeighted) and s.band is not None)
+        near: tuple[Statistic, ...] = tuple(s for s in wanted if isinstance(s, DistanceWeighted) and s.band is not None)
         reach = reach_of(near)
         if not call.can_look_near(reach):
             near = ()
-        asked = tuple(Summed(s) if _mean(s) else s for s in wanted if s not in near)
-        of_heads = {Summed(s) if _mean(s) else s: chosen for s, chosen in heads.items()}
+        asked = tuple(summed(s) for s in wanted if s not in near)
+        of_heads = {summed(s): chosen for s, chosen in heads.items()}
         result = call.attend(asked, query_mask, {s: h for s, h in of_heads.items() if s in asked})
         found, starts = dict(result.statistics), dict.fromkeys(asked, call.first_key)
         if near:
-            summed = tuple(Summed(s) if _mean(s) else s for s in near)
-            some = {s: h for s, h in of_heads.items() if s in summed}
+            sums = tuple(summed(s) for s in near)
+            some = {s: h for s, h in of_heads.items() if s in sums}
             with torch.no_grad():
-                start, beside = call.near(result.statistics.lse.detach(), summed, reach, query_mask, some)
+                start, beside = call.near(result.statistics.lse.detach(), sums, reach, query_mask, some)
             found |= dict(beside)
-            starts |= dict.fromkeys(summed, start)
+            starts |= dict.fromkeys(sums, start)
         for s in wanted:
-            own = Summed(s) if _mean(s) else s
+            own = summed(s)
             key, x = self.counted(s, layer, found[own])
             lines = self.lines.setdefault(s, {})
             if key not in lines:
@@ -263,7 +266,7 @@ class Generation(Store):
     def read(self, statistic: Statistic) -> Tensor:
         sums = {layer: line.values[..., : self.length] for layer, line in self.lines[statistic].items()}
         mean = self.mean(statistic, self.of_all_ranks(statistic, sums))
-        if _mean(statistic):
+        if is_mean(statistic):
             count = self._count(statistic).clamp(min=1)
             mean = mean / (count if "heads" in self.reduce else count[:, None])
         return mean if self.device is None else mean.to(self.device)
@@ -275,7 +278,7 @@ class Generation(Store):
         if not isinstance(statistic, ColumnStatistic):
             return self.counted_queries.values & self.live.values
         real = self.real.values
-        return real & (self._count(statistic) > 0) if _mean(statistic) else real.clone()
+        return real & (self._count(statistic) > 0) if is_mean(statistic) else real.clone()
 
     def _count(self, statistic: ColumnStatistic) -> Tensor:
         """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
@@ -293,7 +296,7 @@ class Generation(Store):
         """Note once per step which of its queries count and which of its keys are real."""
         batch = call.query.shape[0]
         new = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
-        real = new if call.real is None else call.real_queries()
+        real = new if call.mask.real_queries is None else call.mask.real_queries.to(new.device)
         counted = real if query_mask is None else real & query_mask.to(real.device)
         if self.counted_queries is None or self.live is None or self.real is None:
             self.counted_queries, self.live, self.real = Line(new), Line(new), Line(new)
@@ -309,10 +312,12 @@ class Generation(Store):
         for lines in self.lines.values():
             for line in lines.values():
                 line.rows(change)
-        for line in (self.counted_queries, self.live, self.real, self.tokens):
-            if line is not None:
-                line.rows(change)
+        for line in self._kept():
+            line.rows(change)
         self._last.clear()
+
+    def _kept(self) -> list[Line]:
+        return [line for line in (self.counted_queries, self.live, self.real, self.tokens) if line is not None]
 
     def cut(self, length: int) -> None:
         """The tokens from position `length` on were rejected."""
@@ -328,16 +333,15 @@ class Generation(Store):
         for lines in self.lines.values():
             for line in lines.values():
                 line.cut(length)
-        for kept in (self.counted_queries, self.live, self.real, self.tokens):
-            if kept is not None:
-                kept.cut(length)
+        for kept in self._kept():
+            kept.cut(length)
         self.length = length
         self._last.clear()
 
     def _remember(
         self, layer: int, call: Call, wanted: tuple[Statistic, ...], query_mask: Tensor | None, heads: Heads
     ) -> None:
-        columns = tuple(s for s in wanted if isinstance(s, ColumnStatistic))
+        columns: tuple[Statistic, ...] = tuple(s for s in wanted if isinstance(s, ColumnStatistic))
         rows = min(UNDONE_ROWS, call.query.shape[2])
         if columns:
             counted = None if query_mask is None else query_mask[:, -rows:]
@@ -350,7 +354,7 @@ class Generation(Store):
         rejected = rejected.expand(call.query.shape[0], -1)
         if step.counted is not None:
             rejected = rejected & step.counted.to(rejected.device)
-        own = {s: Summed(s) if _mean(s) else s for s in step.wanted}
+        own = {s: summed(s) for s in step.wanted}
         heads = {own[s]: chosen for s, chosen in step.heads.items()}
         with torch.no_grad():
             found = call.attend(tuple(own.values()), rejected, heads).statistics
@@ -361,10 +365,6 @@ class Generation(Store):
 
 def _has_some(heads: tuple[int, ...] | None, ranks: Ranks) -> bool:
     return heads is None or bool(local_heads(heads, ranks.count, group=ranks.group))
-
-
-def _mean(statistic: Statistic) -> bool:
-    return isinstance(statistic, ColumnStatistic) and statistic.horizon is not None
 
 
 def grows(statistic: Statistic) -> bool:

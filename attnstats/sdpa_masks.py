@@ -33,7 +33,6 @@ class Recognised:
     offset: int | None
 
 
-@torch.compiler.disable
 def recognise(mask: Tensor, query_length: int, *, true_hides: bool = False) -> Recognised | None:
     """What the mask says, or None where that is not a key mask, a causal mask, or both at once.
 
@@ -45,7 +44,7 @@ def recognise(mask: Tensor, query_length: int, *, true_hides: bool = False) -> R
     """
     if mask.requires_grad:
         return None
-    if mask.is_inference():  # has no version
+    if mask.is_inference():  # has no version; torch.compile breaks the graph here, before it would trace what follows
         return _recognise(mask, query_length, true_hides)
     owner = mask if mask._base is None else mask._base
     known = _RECOGNISED.setdefault(owner, {})

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
@@ -116,7 +116,7 @@ class Summed(ColumnStatistic):
     of: ColumnStatistic
 
     @property
-    def kernel_weight(self) -> Any:  # type: ignore[override]
+    def kernel_weight(self) -> Any:
         return self.of.kernel_weight
 
     @property
@@ -137,6 +137,16 @@ class Summed(ColumnStatistic):
 
     def weight(self, distance: Tensor) -> Tensor:
         return self.of.weight(distance)
+
+
+def is_mean(statistic: Statistic) -> TypeGuard[ColumnStatistic]:
+    """Whether a statistic is a mean over a key's counted queries."""
+    return isinstance(statistic, ColumnStatistic) and statistic.horizon is not None
+
+
+def summed(statistic: Statistic) -> Statistic:
+    """A statistic whose results add up over parts of the queries: of a mean its sum, else itself."""
+    return Summed(statistic) if is_mean(statistic) else statistic
 
 
 @dataclass(frozen=True)
@@ -419,7 +429,7 @@ class Statistics(ByStatistic):
     @property
     def counts(self) -> ByStatistic:
         if self._counts is None:
-            means = [s for s in self if isinstance(s, ColumnStatistic) and s.horizon is not None]
+            means = [s for s in self if is_mean(s)]
             self._counts = ByStatistic({statistic: self._counting(statistic) for statistic in means})
         return self._counts
 

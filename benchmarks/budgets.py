@@ -103,6 +103,18 @@ BUDGETS: tuple[Budget, ...] = (
             for r in launches
         ),
     ),
+    Budget(
+        "backward, 16-bit: spilled bytes and instructions on local memory",
+        0,
+        "binary",
+        lambda d: sum(
+            r["spilled_bytes"] + r["local"]
+            for name, launches in d["binaries"].items()
+            if " float32 " not in name
+            for r in launches
+            if r["kernel"].startswith("backward")
+        ),
+    ),
     *(
         Budget(
             f"all configurations: {what}",

@@ -32,7 +32,7 @@ LENGTHS = (2048, 8192, 32768)
 HEADS, KEY_HEADS = 32, 8  # of the modelled shapes; batch 1, causal
 SLACK = 1.02  # what a known miss may get worse by before it fails: compilers differ a little
 
-# What is asked for, and whether attention runs too or an lse is given.
+# What is asked for, and of what: of attention, of an lse that is given, or of the backward pass.
 ASKED: dict[str, tuple[str, bool]] = {
     "attention": ("", True),
     "attention + WAAD + FAI": ("WAAD(10), FAI(10, 100)", True),
@@ -45,6 +45,10 @@ ASKED: dict[str, tuple[str, bool]] = {
     "rows Entropy + MeanDistance": ("Entropy(), MeanDistance()", False),
 }
 ALL = tuple(ASKED)
+BACKWARD = {  # statistics that have gradients
+    "gradients": "",
+    "gradients, of statistics too": "WAAD(10), FAI(10, 100), FAI(10, None), Entropy(), MeanDistance()",
+}
 MAIN = ("attention", "attention + WAAD + FAI", "attention + Entropy + MeanDistance + MaxLogit", *ALL[5:7])
 
 
@@ -79,6 +83,16 @@ CASES = (
     ),
     *(Case("gfx942", 128, "float16", asked) for asked in MAIN),
     *(Case("gfx942", dim, "float16", asked) for dim in (64, 256) for asked in (_PAPER, _ROWS, _COLUMN)),
+    *(
+        Case(target, dim, "float16" if target == "gfx942" else "bfloat16", asked)
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+        for dim in (64, 128, 256)
+        for asked in BACKWARD
+    ),
+    *(Case("sm_90", 128, "bfloat16", asked, "window, softcap, sinks") for asked in BACKWARD),
+    *(Case("sm_90", 64, "float16", asked, "full, padded") for asked in BACKWARD),
+    *(Case("sm_90", 128, "bfloat16", asked, "dropout") for asked in ("attention", "gradients")),
+    *(Case("sm_90", dim, "float32", "gradients") for dim in (64, 128, 256)),
 )
 
 
@@ -88,12 +102,12 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
 
     import attnstats
     from attnstats import ops
-    from attnstats.arguments import resolve
+    from attnstats.arguments import resolve, with_dropout
     from attnstats.configs import candidates, configured, targeting
     from attnstats.kernels.tiles import FIELDS
     from benchmarks.aot import compiled, recorded, resources
 
-    text, attends = ASKED[case.asked]
+    text, attends = ASKED.get(case.asked) or (BACKWARD[case.asked], False)
     statistics = eval(f"({text}{',' if text else ''})", vars(attnstats))
     dtype = getattr(torch, case.dtype)
     queries, keys = (1, 4096) if case.layout == "decode" else (512, 512)
@@ -105,6 +119,8 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     elif case.layout == "window, softcap, sinks":
         options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
     geometry = resolve(query, key, key, statistics, enable_gqa=True, **options)
+    geometry = with_dropout(geometry, 0.1 if case.layout == "dropout" else 0.0)
+    rows = torch.zeros(2, 8, queries)
     tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if case.layout == "tiles of forward_loop":
         with targeting(case.target):
@@ -112,8 +128,10 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     with recorded(case.target) as launches, tiles:
         if attends:
             ops.attend(query, key, key, geometry, statistics)
+        elif case.asked in BACKWARD:
+            ops.gradients(query, key, key, query, rows, query, geometry, dict.fromkeys(statistics, (rows, rows)))
         else:
-            ops.from_lse(query, key, torch.zeros(2, 8, queries), geometry, statistics)
+            ops.from_lse(query, key, rows, geometry, statistics)
     found = []
     for launch in launches:
         used = resources(compiled(launch, case.target))
@@ -188,9 +206,9 @@ def _fma(instructions: Sequence[sass.Instruction]) -> dict[str, int]:
 
 
 def timed(case: Case, record: dict[str, Any], length: int) -> dict[str, Any] | None:
-    """The modelled time of a launch at batch 1, 32 query heads and 8 key heads, causal; None for other layouts."""
+    """The modelled time of a launch at batch 1, 32 query heads and 8 key heads, causal; None for others."""
     hardware, shape, kernel = HARDWARE[case.target], record["shape"], record["kernel"]
-    if case.layout != "causal" or not record["loops"] or not record["resident"]:
+    if case.layout != "causal" or not record["loops"] or not record["resident"] or kernel.startswith("backward"):
         return None
     warps, bm, bn = record["config"][2], shape["BM"], shape["BN"]
     groups = record["resident"] * warps * hardware.lanes // 128

@@ -27,9 +27,9 @@ from attnstats.kernels.tiles import (
     dot,
     extent,
     head_pointer,
-    keys_present,
     kept,
     key_range,
+    keys_present,
     load_lse2,
     load_tile,
     scores,
@@ -263,7 +263,17 @@ def backward_queries(
         edge = tl.maximum(tl.minimum(edge, (position - behind) // BN * BN), whole)
 
     b_dq = tl.zeros((BM, BLOCK_DIM), tl.float32)
-    if whole < edge:  # guarded, here and below, for the reason that forward.py gives
+    if left is not None:
+        # Guarded, here and below, for the reason that forward.py gives.
+        if first < whole:
+            b_dq = over_keys(
+                b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
+                p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
+                i_batch, i_flat_head, n_between, q_begin, k_begin, offset, first, whole, keys,
+                left, right, scale2, cap2, dropout,
+                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            )  # fmt: skip
+    if whole < edge:
         b_dq = over_keys(
             b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
             p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
@@ -271,17 +281,14 @@ def backward_queries(
             left, right, scale2, cap2, dropout,
             ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, False, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
         )  # fmt: skip
-    for part in tl.range(0 if left is not None else 1, 2, num_stages=1):  # one copy of the masked loop
-        begin = tl.where(part == 0, first, edge)
-        stop = tl.where(part == 0, whole, end)
-        if begin < stop:
-            b_dq = over_keys(
-                b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
-                p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
-                i_batch, i_flat_head, n_between, q_begin, k_begin, offset, begin, stop, keys,
-                left, right, scale2, cap2, dropout,
-                ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
-            )  # fmt: skip
+    if edge < end:
+        b_dq = over_keys(
+            b_dq, b_q, b_do, b_lse2, b_delta, row_grads, m_counted, o_position,
+            p_k_head, p_v_head, k_strides, v_strides, p_key_mask, p_grads_head, p_seed,
+            i_batch, i_flat_head, n_between, q_begin, k_begin, offset, edge, end, keys,
+            left, right, scale2, cap2, dropout,
+            ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS, True, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+        )  # fmt: skip
     store_tile(
         head_pointer(p_dq, dq_strides, i_batch, i_head, q_begin), dq_strides, q_start, rows, b_dq * scale,
         BM, DIM, BLOCK_DIM,

@@ -193,6 +193,15 @@ def allowed(statistic: Statistic | None, case: Case, backend: str, truth: Tensor
     return 2 * float((eager.double() - truth).abs().max()) + floor
 
 
+def allowed_gradient(case: Case, truth: Tensor, eager: Tensor, lse: Tensor) -> float:
+    """The largest error of a gradient that passes: three times what autograd makes of eager PyTorch in the same dtype,
+    and a floor of float32: A and what it is multiplied with are recomputed from scores of size |lse|."""
+    magnitude = 1.0 + float(lse.abs()[lse.isfinite()].max()) if lse.isfinite().any() else 1.0
+    rounding = torch.finfo(getattr(torch, case.dtype)).eps
+    floor = (rounding + 8 * torch.finfo(torch.float32).eps * magnitude) * max(1.0, float(truth.abs().max()))
+    return 3 * float((eager.double() - truth).abs().max()) + floor
+
+
 def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse: bool = False) -> None:
     """Compare output, lse, every statistic and validity with the float64 reference; assert on the worst element."""
     statistics = tuple(dict.fromkeys(s for s in case.statistics() if not (from_lse and isinstance(s, MaxLogit))))

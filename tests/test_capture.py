@@ -555,6 +555,11 @@ def test_maps_are_not_to_be_had_beside_statistics(llama):
     with capture(llama, statistics=["waad"]), pytest.raises(ValueError, match=r"output_attentions=True.*PooledMap"):
         llama(tokens(), output_attentions=True)
 
+    llama.set_attn_implementation("eager")
+    llama.config.output_attentions = True
+    with capture(llama, statistics=["waad"]), pytest.raises(ValueError, match=r"output_attentions=True.*PooledMap"):
+        llama(tokens())
+
 
 @pytest.mark.parametrize(
     ("changes", "counted"),
@@ -782,12 +787,48 @@ def test_one_thread_at_a_time(llama):
         assert run["waad"].shape == (1, 1, HEADS, LENGTH)
 
 
+def test_a_capture_is_entered_once(llama):
+    once = capture(llama, statistics=["waad"])
+    with once:
+        pass
+    with pytest.raises(RuntimeError, match=r"used already; call attnstats\.capture"), once:
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_precision_models(llama, dtype):
+    ids = tokens()
+    expected = {}
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers=[0]) as run:
+        llama(ids)
+        expected = {s: run[s] for s in STATISTICS}
+        with torch.autocast("cpu", dtype=dtype):
+            ours = llama(ids).logits
+            cast = {s: run[s] for s in STATISTICS}
+    half = copy.deepcopy(llama).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        theirs = llama(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=64 * torch.finfo(dtype).eps)
+    with torch.no_grad(), capture(half, statistics=STATISTICS, layers=[0]) as run:
+        half(ids)
+    for s in STATISTICS:
+        # Weights of A are off by some roundings of the scores, which reach 4 here.
+        tolerance = 8 * torch.finfo(dtype).eps * max(1.0, float(expected[s].abs().max()))
+        for found in (cast[s], run[s]):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected[s], rtol=0, atol=tolerance)
+
+
 def test_a_copy_of_a_captured_model_is_not_captured(llama):
     with torch.no_grad(), capture(llama, statistics=["waad"]) as run:
         llama(tokens())
         before = run["waad"]
-        copy.deepcopy(llama)(tokens(seed=7))
+        copied = copy.deepcopy(llama)
+        copied(tokens(seed=7))
         assert torch.equal(run["waad"], before)
+    with torch.no_grad(), capture(copied, statistics=["waad"]) as run:
+        copied(tokens())
+    assert torch.equal(run["waad"], before)
 
 
 def test_a_capture_left_open_lets_go_when_it_is_dropped(llama):

@@ -1,4 +1,4 @@
-"""Captured transformers models under torch.compile(fullgraph=True): what they compute, record, and how often they compile."""
+"""Captured transformers models under torch.compile(fullgraph=True): what they compute, record and how often."""
 
 from typing import Any
 

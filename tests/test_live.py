@@ -12,7 +12,7 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass
 from attnstats.capture import capture
 from attnstats.recording import UNDONE_ROWS
-from tests.test_capture import HEADS, LENGTH, padding, tiny, tokens
+from tests.test_capture import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
 NEW = 20
@@ -241,3 +241,16 @@ def test_shapes_of_a_live_run(llama):
         llama.generate(**prompt(), max_new_tokens=3)
     assert run["waad"].shape == run["fai"].shape == (2, 2, HEADS, LENGTH + 2)
     assert run.valid["fai"].shape == (2, LENGTH + 2)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_decoder_of_an_encoder_decoder(beams):
+    model, inputs = tiny_bart(), prompt("right")
+    statistics = [WAAD(3), FAI(1, 4), Received()]
+    with torch.no_grad(), capture(model, statistics=statistics, layers="all", live=True) as run:
+        model.generate(**inputs, num_beams=beams, do_sample=False, min_new_tokens=12, max_new_tokens=12)
+    repeated = {name: x.repeat_interleave(beams, 0) for name, x in inputs.items()}
+    with torch.no_grad(), capture(model, statistics=statistics, layers="all") as forced:
+        model(**repeated, decoder_input_ids=run.tokens)
+    for s in statistics:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=1e-4)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import attnstats
 from attnstats import FAI, WAAD
-from attnstats.capture import middle_third
 from attnstats.presets import paper_v2
+from attnstats.selection import middle_third
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import Part, release_memory
 
@@ -316,7 +316,7 @@ def _capturing(model: Any, choice: Choice, log_probs: Callable[[], Tensor]) -> C
     def call(_: int) -> Any:
         with attnstats.capture(
             model, statistics=[WAAD_, FAI_], layers=choice.layers, heads=heads,
-            reduce_heads="mean", query_mask=choice.counted,
+            reduce=("layers", "heads"), query_mask=choice.counted,
         ) as run:  # fmt: skip
             result = log_probs()
         return result, {WAAD_: run[WAAD_], FAI_: run[FAI_]}

@@ -1,0 +1,267 @@
+"""Statistics that carry gradients: by finite differences, and against autograd through the reference in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import attnstats
+from attnstats import (
+    FAI,
+    LSE,
+    WAAD,
+    Entropy,
+    LocalMass,
+    MaxLogit,
+    MeanDistance,
+    PooledMap,
+    Received,
+    SinkMass,
+    reference,
+    sweep,
+)
+from attnstats.statistics import ColumnStatistic, RowStatistic
+from tests.cases import Case
+from tests.guards import Guarded
+
+
+@triton.jit
+def decaying(distance, scale: tl.constexpr, _: tl.constexpr):
+    return tl.exp(-tl.abs(distance) / scale)
+
+
+@dataclass(frozen=True)
+class Decay(RowStatistic):
+    """A user's own: it has a weight everywhere, and a parameter."""
+
+    kernel_weight = decaying
+    scale: int = 3
+
+    def weight(self, distance):
+        return torch.exp(-distance.abs().double() / self.scale)
+
+
+@dataclass(frozen=True)
+class Ahead(ColumnStatistic):
+    """A user's own sum of a column, with a band."""
+
+    kernel_weight = decaying
+    scale: int = 3
+
+    @property
+    def band(self):
+        return -4096, 4096  # the weight is 0 beyond, to all digits
+
+    def weight(self, distance):
+        return torch.exp(-distance.abs().double() / self.scale)
+
+
+EVERY = (
+    WAAD(1),
+    WAAD(4),
+    LocalMass(3),
+    MeanDistance(),
+    Entropy(),
+    LSE(),
+    FAI(0, 0),
+    FAI(2, 9),
+    FAI(3, None),
+    Received(),
+)
+OWN = (Decay(), Ahead())
+NO_DISTANCE = (Entropy(), LSE(), Received())
+
+FEATURES = {
+    "causal": {"group": 1},
+    "full": {"is_causal": False},
+    "window": {"window_size": (3, 0)},
+    "window-both": {"window_size": (3, 2), "is_causal": False},
+    "softcap-sinks": {"softcap": 1.5, "spread": 3.0, "sinks": True},
+    "padding": {"padding": "left", "counted": "some", "sinks": True},
+    "holes": {"padding": "holes", "is_causal": False},
+    "heads-some": {"heads": "some", "group": 3, "key_heads": 1},
+    "heads-split": {"heads": "split"},
+    "packed": {"counted": "some", "sinks": True},
+}
+SMALL = {"batch": 1, "key_heads": 1, "head_dim": 3, "value_dim": 2}
+
+
+def heads_of(case, asked):
+    """The case's choice of heads for these statistics."""
+    every = range(case.key_heads * case.group)
+    if case.heads == "some":
+        return list(every)[::2][::-1]
+    if case.heads == "split":
+        return {s: list(every)[isinstance(s, ColumnStatistic) :: 2] or [0] for s in asked}
+    return None
+
+
+def call(function, case, asked, inputs, **options):
+    """Output and statistics, without what is -inf."""
+    arguments = case.arguments(inputs[0].device)
+    if case.packed:
+        function = {attnstats.attention: attnstats.varlen_attention, reference.attention: reference.varlen_attention}[
+            function
+        ]
+        inputs = [*(x[0].transpose(0, 1) for x in inputs[:3]), *inputs[3:]]
+    arguments |= {"heads": heads_of(case, asked), "sinks": inputs[3] if len(inputs) > 3 else None}
+    output, stats = function(*inputs[:3], statistics=asked, differentiable=True, **arguments, **options)
+    return output, *(stats[s].masked_fill(stats[s] == -torch.inf, 0.0) for s in asked)
+
+
+def inputs_of(case, dtype, device="cpu"):
+    tensors = case.tensors(device)
+    if (sinks := case.arguments(device)["sinks"]) is not None:
+        tensors = (*tensors, sinks)
+    return [x.to(dtype).requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_finite_differences(name, backend):
+    """In float64, for every statistic and the output at once."""
+    sizes = {"packed": ((2, 3), (0, 1), (4, 4))} if name == "packed" else {"query_length": 6, "key_length": 6}
+    case = Case(**SMALL | sizes | FEATURES[name])
+    inputs = inputs_of(case, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: call(attnstats.attention, case, (*EVERY, *OWN), inputs, backend=backend), inputs
+    )
+
+
+def gradients(function, case, asked, dtype, device="cpu", with_output=True, **options):
+    inputs = inputs_of(case, dtype, device)
+    generator = torch.Generator().manual_seed(5)
+    found = call(function, case, asked, inputs, **options)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
+        for x in (found if with_output else found[1:])
+    )
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
+def agree(case, asked, backend, device, dtype=torch.float32, **options):
+    found = gradients(attnstats.attention, case, asked, dtype, device, backend=backend, **options)
+    expected = gradients(reference.attention, case, asked, torch.float64, device, **options)
+    eager = gradients(reference.attention, case, asked, dtype, device, **options)
+    for name, x, y, by_eager in zip(("query", "key", "value", "sinks"), found, expected, eager, strict=False):
+        floor = 64 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+        limit = 3 * float((by_eager.double() - y).abs().max()) + floor * max(1.0, float(y.abs().max()))
+        error = float((x.double() - y).abs().max())
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_kernels_match_the_reference(name, monkeypatch, device):
+    monkeypatch.setattr(sweep, "gradients", None)
+    sizes = {"packed": ((5, 9), (0, 3), (33, 33))} if name == "packed" else {"query_length": 37, "key_length": 37}
+    agree(Case(**{"batch": 1, "key_heads": 1} | sizes | FEATURES[name]), (*EVERY, *OWN), "triton", device)
+
+
+@pytest.mark.parametrize("asked", [(WAAD(4),), (FAI(2, 9),), (Received(),), (Entropy(),), (LSE(),)], ids=str)
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_a_statistic_alone(backend, asked, device):
+    """A loss of nothing but the statistic, so that the value gets none."""
+    where = device if backend == "triton" else "cpu"
+    case = Case(batch=1, key_heads=1, query_length=20, key_length=40, softcap=3.0)
+    agree(case, asked, backend, where, with_output=False)
+    found = gradients(attnstats.attention, case, asked, torch.float32, where, with_output=False, backend=backend)
+    assert not found[2].any()
+    assert found[0].any()
+    assert found[1].any()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype, backend, device):
+    where = device if backend == "triton" else "cpu"
+    case = Case(batch=1, key_heads=1, dtype=str(dtype).removeprefix("torch."))
+    agree(case, (WAAD(4), Entropy(), FAI(2, 9), Received()), backend, where, dtype)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_cross_attention(backend, device):
+    where = device if backend == "triton" else "cpu"
+    case = Case(batch=1, key_heads=1, query_length=20, key_length=33, is_causal=False, padding="right")
+    agree(case, NO_DISTANCE, backend, where)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
+@pytest.mark.parametrize(
+    ("refused", "match"),
+    [
+        (MaxLogit(), r"differentiable: MaxLogit\(\) carries no gradients; .*differentiable=False"),
+        (SinkMass(2), "differentiable: SinkMass"),
+        (PooledMap(2, 2), "differentiable: PooledMap"),
+        (Received(last=3), r"differentiable: Received\(last=3\) of the last queries"),
+    ],
+    ids=str,
+)
+def test_what_carries_none_is_refused(refused, match, backend):
+    tensors = Case(group=1).tensors()
+    with pytest.raises(ValueError, match=match):
+        attnstats.attention(*tensors, statistics=[refused], differentiable=True, backend=backend)
+    attnstats.attention(*tensors, statistics=[refused], backend=backend)
+
+
+def test_other_errors():
+    query, key, value = Case(group=1).tensors()
+    lse = torch.zeros(query.shape[:3])
+    with pytest.raises(TypeError, match="statistics_from_lse: unknown argument 'differentiable'"):
+        attnstats.statistics_from_lse(query, key, lse, statistics=["waad"], differentiable=True)
+    with pytest.raises(TypeError, match="differentiable must be True or False, got 1"):
+        attnstats.attention(query, key, value, differentiable=1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
+def test_only_what_was_asked_for_carries_gradients(backend, device):
+    where = device if backend == "triton" else "cpu"
+    inputs = inputs_of(Case(batch=1, group=1, key_heads=1), torch.float32, where)
+    asked = [WAAD(), FAI(), LSE()]
+    _, stats = attnstats.attention(*inputs, statistics=asked, backend=backend)
+    assert not any(stats[s].requires_grad for s in asked)
+    _, carrying = attnstats.attention(*inputs, statistics=asked, differentiable=True, backend=backend)
+    assert all(carrying[s].requires_grad for s in asked)
+    assert not carrying.lse.requires_grad
+    assert all(torch.equal(stats[s], carrying[s]) for s in asked)
+    _, stats = attnstats.attention(
+        *(x.detach() for x in inputs), statistics=asked, differentiable=True, backend=backend
+    )
+    assert not any(stats[s].requires_grad for s in asked)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_gradients_of_attention_alone_are_the_same_bits(backend, device):
+    """I3: whether statistics are asked for or not, and on tiled whatever kernel made the output."""
+    where = device if backend == "triton" else "cpu"
+    for changed in ({}, {"value_dim": 24}, {"sinks": True}):
+        case = Case(batch=1, key_heads=1, query_length=40, key_length=40, **changed)
+        found = []
+        for asked in ([], [WAAD(), FAI(2, 9), Received(), Entropy()]):
+            inputs = inputs_of(case, torch.float32, where)
+            arguments = case.arguments(where) | {"sinks": inputs[3] if len(inputs) > 3 else None}
+            output, _ = attnstats.attention(*inputs[:3], statistics=asked, backend=backend, **arguments)
+            found.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_second_derivatives_are_refused(backend, device):
+    inputs = inputs_of(Case(batch=1, group=1, key_heads=1), torch.float32, device if backend == "triton" else "cpu")
+    _, stats = attnstats.attention(*inputs, statistics=["waad"], differentiable=True, backend=backend)
+    (gradient,) = torch.autograd.grad(stats["waad"].square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_tiled_allocates_nothing_of_the_size_of_the_map(monkeypatch):
+    monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 2**12)
+    largest = []
+    for length in (256, 512, 1024):
+        inputs = inputs_of(Case(batch=1, key_heads=1, group=1, query_length=length, key_length=length), torch.float32)
+        with Guarded() as guards:
+            output, stats = attnstats.attention(*inputs, statistics=EVERY, differentiable=True, backend="tiled")
+            (output.sum() + sum(stats[s].sum() for s in EVERY)).backward()
+        largest.append(guards.largest)
+    assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
