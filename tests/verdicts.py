@@ -70,6 +70,10 @@ class Wrong(AssertionError):
     """attnstats gave other numbers than eager attention, and no error."""
 
 
+class Changed(UserWarning):
+    """A verdict differs from the table's, with another version of transformers."""
+
+
 def judge(family: str) -> Verdict:
     """Raises Wrong, or whatever it was where an exception isn't one that attnstats raises on purpose."""
     model = families.build(family)
