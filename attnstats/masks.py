@@ -202,9 +202,14 @@ def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) 
         found = tensor_masks.recognise(mask[..., :key_length], query_length, hidden=hidden)
     if found is None:
         return description
-    offset = last if found.offset is None else found.offset
-    sides = {"query_offset": offset, "left": found.left, "right": found.right}
-    return replace(description, unknown=(), padding=found.keep, **sides)
+    return replace(
+        description,
+        unknown=(),
+        query_offset=last if found.offset is None else found.offset,
+        left=found.left,
+        right=found.right,
+        padding=found.keep,
+    )
 
 
 def _simplified(description: MaskDescription) -> MaskDescription:
