@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Follower(Protocol):
-    def select(self, change: Callable[[Tensor], Tensor]) -> None:
+    def select(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
         """`change` was done to the batch dimension of what is cached."""
 
-    def cut(self, length: int) -> None:
+    def cut(self, cache: Any, length: int) -> None:
         """Only the first `length` tokens are still cached."""
 
 
@@ -57,9 +57,17 @@ def _following(kind: Any) -> type:
         return wrapper
 
     methods: dict[str, Callable[[Follower, Any, Any], None]] = {
-        "reorder_cache": lambda f, _, rows: f.select(lambda x: x.index_select(0, rows.to(x.device))),
-        "batch_select_indices": lambda f, _, rows: f.select(lambda x: x[rows.to(x.device)]),
-        "batch_repeat_interleave": lambda f, _, times: f.select(lambda x: x.repeat_interleave(times, dim=0)),
-        "crop": lambda f, cache, _: f.cut(int(cache.get_seq_length())),
+        "reorder_cache": lambda f, c, rows: f.select(c, lambda x: x.index_select(0, rows.to(x.device))),
+        "batch_select_indices": lambda f, c, rows: f.select(c, lambda x: x[rows.to(x.device)]),
+        "batch_repeat_interleave": lambda f, c, times: f.select(c, lambda x: x.repeat_interleave(times, dim=0)),
+        "crop": lambda f, c, _: f.cut(c, int(c.get_seq_length())),
     }
-    return type(kind.__name__, (kind,), {n: told(n, after) for n, after in methods.items() if hasattr(kind, n)})
+
+    def reduce(cache: Any, protocol: Any) -> Any:
+        """Copies and pickles are of the class that the cache had."""
+        plain = kind.__new__(kind)
+        plain.__dict__.update(cache.__dict__)
+        return plain.__reduce_ex__(protocol)
+
+    replaced: dict[str, Any] = {n: told(n, after) for n, after in methods.items() if hasattr(kind, n)}
+    return type(kind.__name__, (kind,), replaced | {"__reduce_ex__": reduce})

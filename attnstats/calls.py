@@ -20,7 +20,7 @@ from attnstats.attention import Backend, attention, statistics_from_lse, varlen_
 from attnstats.errors import InputError
 from attnstats.geometry import AttentionResult
 from attnstats.masks import MaskDescription
-from attnstats.statistics import DistanceWeighted, SinkMass, Statistic, Statistics, is_mean, summed
+from attnstats.statistics import ColumnStatistic, DistanceWeighted, SinkMass, Statistic, Statistics, is_mean, summed
 
 Heads = Mapping[Statistic, tuple[int, ...]]
 
@@ -73,6 +73,13 @@ class Call:
     ) -> AttentionResult:
         """Output (B, Hq, Tq, Dv) and statistics, columns over the keys `first_key .. end`."""
         self._check()
+        if self.mask.chunks is not None:
+            for s in statistics:
+                if isinstance(s, SinkMass) or (isinstance(s, ColumnStatistic) and s.last_queries is not None):
+                    raise InputError(
+                        f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of full "
+                        "attention, or leave it out"
+                    )
         if self.first_key > 0 and any(isinstance(s, SinkMass) for s in statistics):
             raise InputError(
                 f"{self.where} has a sliding cache that has dropped the first keys, which SinkMass looks at; leave "

@@ -141,6 +141,11 @@ def detach(model: Any) -> Any:
         if attachment.observer is not None:
             raise InputError("model: it is being captured; leave the `with attnstats.capture(...)` before detaching")
         _release(attachment)
+    elif any(config._attn_implementation == NAME for config in _configs(model)):  # a copy of an attached model
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:
+            model.set_attn_implementation("eager")
     return model
 
 
@@ -163,10 +168,10 @@ def observed(
         attachment = _attach(model, backend, allow_dense)
     before = attachment.backend, attachment.allow_dense
     attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
-    passes = _Passes(_stacks(model, observer.kind), observer)
-    handles = passes.hook()
-    attachment.observer = observer
+    handles: list[Any] = []
     try:
+        handles += _Passes(_stacks(model, observer.kind), observer).hook()
+        attachment.observer = observer
         yield attachment.sites
     finally:
         attachment.observer = None
@@ -181,12 +186,16 @@ class _Passes:
     """Tells the observer of forward passes: of whichever of some nested modules is called first.
 
     Models whose head calls the decoder past their own body, users who call the body without its head.
+
+    Attributes:
+        stacks: the outer before the inner.
+        outermost: of each thread, the one whose forward pass is running.
     """
 
-    def __init__(self, stacks: list[nn.Module], observer: Observer):
+    def __init__(self, stacks: list[nn.Module], observer: Observer | None):
         self.stacks = stacks
         self.observer = observer
-        self.depth: dict[int, int] = {}  # of each thread
+        self.outermost: dict[int, nn.Module | None] = {}
 
     def hook(self) -> list[Any]:
         handles = []
@@ -200,35 +209,42 @@ class _Passes:
 
     def __deepcopy__(self, _: Any) -> _Passes:
         """A copy of the model has copies of these hooks, and nobody watches it."""
-        return _Passes([], self.observer)
+        return _Passes([], None)
+
+    def __reduce__(self) -> Any:
+        return _Passes, ([], None)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._is_ours(module):
+        if self.observer is None or not self._is_outer(module):
             return
-        thread = _thread()
-        self.depth[thread] = self.depth.get(thread, 0) + 1
-        if self.depth[thread] == 1:
-            asked = kwargs.get("output_attentions")
-            if asked or (asked is None and getattr(module.config, "output_attentions", False)):
-                raise InputError(NO_MAPS)
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            if getattr(module.config, "is_encoder_decoder", False):
-                ids = kwargs.get("decoder_input_ids")
-            self.observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
+        self.outermost[_thread()] = module
+        asked = kwargs.get("output_attentions")
+        if asked or (asked is None and getattr(module.config, "output_attentions", False)):
+            raise InputError(NO_MAPS)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if getattr(module.config, "is_encoder_decoder", False):
+            ids = kwargs.get("decoder_input_ids")
+        self.observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._is_ours(module) and self.depth.get(_thread()) == 1:
+        if self.observer is not None and self.outermost.get(_thread()) is module:
             self.observer.end(_cache(output))
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._is_ours(module):
-            thread = _thread()
-            self.depth[thread] = max(0, self.depth.get(thread, 0) - 1)
-            if self.depth[thread] == 0:
-                self.observer.leave()
+        if self.observer is not None and self.outermost.get(_thread()) is module:
+            self.outermost[_thread()] = None
+            self.observer.leave()
 
-    def _is_ours(self, module: nn.Module) -> bool:
-        return any(module is stack for stack in self.stacks)
+    def _is_outer(self, module: nn.Module) -> bool:
+        """Whether no stack around this one is running. One that left with a KeyboardInterrupt is not told of, so a
+        module that begins while it is said to be running, or outside of what is, begins anew."""
+        running = self.outermost.get(_thread())
+        for stack in self.stacks:
+            if stack is module:
+                return True
+            if stack is running:
+                return False
+        return False
 
 
 def _thread() -> int:
@@ -329,7 +345,8 @@ def attend(
         mask = attention_mask
     else:
         announced = f"{tuple(attention_mask.shape)} that was passed as a tensor"
-        mask = recognise(attention_mask, query.shape[2], key.shape[2], announced)
+        causal = not across and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        mask = recognise(attention_mask, query.shape[2], key.shape[2], announced, causal)
     if kwargs.get("cu_seq_lens_q") is not None and mask.segments is None and len(kwargs["cu_seq_lens_q"]) > 2:
         raise InputError(
             f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "

@@ -190,8 +190,13 @@ def unannounced(query_length: int, key_length: int, causal: bool, across: bool) 
     return MaskDescription(max(0, key_length - query_length), 0, query_length, key_length)
 
 
-def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) -> MaskDescription:
-    """The description of a mask that somebody made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive."""
+def recognise(
+    mask: Tensor, query_length: int, key_length: int, announced: str, causal: bool = False
+) -> MaskDescription:
+    """The description of a mask that somebody made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive.
+
+    Where attention is causal, a single query stands at the last key that it sees.
+    """
     last = max(0, key_length - query_length)
     description = MaskDescription(
         last, 0, query_length, key_length, unknown=(announced,), dense=lambda: mask[..., :key_length]
@@ -202,6 +207,9 @@ def recognise(mask: Tensor, query_length: int, key_length: int, announced: str) 
         found = tensor_masks.recognise(mask[..., :key_length], query_length, hidden=hidden)
     if found is None:
         return description
+    if query_length == 1 and causal and found.keep is not None and bool(found.keep.any()):
+        last = int(found.keep.any(0).nonzero()[-1])
+        return replace(description, unknown=(), query_offset=last, right=0, padding=found.keep)
     return replace(
         description,
         unknown=(),

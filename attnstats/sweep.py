@@ -126,8 +126,8 @@ def gradients(
     grad_query, grad_key, grad_value = grads
     delta = (grad_output.to(geometry.accumulator) * output).sum(-1)
     wanted = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
-    for s in [s for s in wanted if isinstance(s, LSE)]:
-        delta -= wanted.pop(s)
+    for of_lse in [s for s in wanted if isinstance(s, LSE)]:
+        delta -= wanted.pop(of_lse)
     counts = {s: _counts(s, geometry)[:, None] for s in wanted if isinstance(s, ColumnStatistic)}
     generator = _generator(geometry)
     for block in _blocks(geometry):
@@ -189,10 +189,10 @@ def _gradients_by_sequence(
     for queries, keys, alone in geometry.sequences():
         of_rows = (slice(None), slice(None), queries)
         of_keys = (slice(None), slice(None), keys)
-        of_its_own = {
-            s: tuple(x[of_keys if isinstance(s, ColumnStatistic) else of_rows] for x in both)
-            for s, both in of_statistics.items()
-        }
+        of_its_own = {}
+        for s, (value_of_all, grad_of_all) in of_statistics.items():
+            own = of_keys if isinstance(s, ColumnStatistic) else of_rows
+            of_its_own[s] = (value_of_all[own], grad_of_all[own])
         inputs = (query[of_rows], key[of_keys], value[of_keys], output[of_rows], lse[of_rows], grad_output[of_rows])
         *parts, sinks_part = gradients(*inputs, alone, of_its_own)
         for grad, where, part in zip(grads, (of_rows, of_keys, of_keys), parts, strict=True):

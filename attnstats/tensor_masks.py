@@ -53,7 +53,7 @@ def recognise(
 ) -> Recognised | None:
     """What the mask says, or None where that is not a key mask, a causal mask or a window, or of these two at once.
 
-    Queries are the last positions of the keys or, where only that fits, the first.
+    Queries are the last positions of the keys or, where only that fits, those at which attention is causal.
 
     Args:
         mask: (..., Hq | 1, Tq | 1, Tk), bool, or float with 0 for visible and `hidden` or less for hidden. One that
@@ -110,7 +110,9 @@ def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float)
         found = Recognised(outline.keep, None)
         return _tidy(found) if _equals(mask, found, true_hides) else None
     key = torch.arange(key_length, device=mask.device)
-    for offset in dict.fromkeys((max(0, key_length - query_length), 0)):
+    last = max(0, key_length - query_length)
+    # Last, where it is causal (the slots of a cache lie behind it), and first.
+    for offset in dict.fromkeys((last, min(max(0, outline.ahead), last), 0)):
         ahead, behind = outline.ahead - offset, outline.behind + offset
         right = None if ahead >= key_length - 1 - offset else ahead
         left = None if behind >= offset + query_length - 1 else behind

@@ -217,17 +217,16 @@ def test_other_errors():
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
 def test_only_what_was_asked_for_carries_gradients(backend, device):
     where = device if backend == "triton" else "cpu"
-    inputs = inputs_of(Case(batch=1, group=1, key_heads=1), torch.float32, where)
-    asked = [WAAD(), FAI(), LSE()]
-    _, stats = attnstats.attention(*inputs, statistics=asked, backend=backend)
+    inputs = inputs_of(Case(batch=1, group=2, key_heads=1, query_length=20, key_length=20), torch.float32, where)
+    asked = [WAAD(), FAI(2, 9), Entropy(), LSE()]  # not in the order of their heads
+    options = {"statistics": asked, "backend": backend, "enable_gqa": True, "heads": {WAAD(): [1], Entropy(): [0]}}
+    _, stats = attnstats.attention(*inputs, **options)
     assert not any(stats[s].requires_grad for s in asked)
-    _, carrying = attnstats.attention(*inputs, statistics=asked, differentiable=True, backend=backend)
+    _, carrying = attnstats.attention(*inputs, differentiable=True, **options)
     assert all(carrying[s].requires_grad for s in asked)
     assert not carrying.lse.requires_grad
+    _, stats = attnstats.attention(*(x.detach() for x in inputs), differentiable=True, **options)
     assert all(torch.equal(stats[s], carrying[s]) for s in asked)
-    _, stats = attnstats.attention(
-        *(x.detach() for x in inputs), statistics=asked, differentiable=True, backend=backend
-    )
     assert not any(stats[s].requires_grad for s in asked)
 
 

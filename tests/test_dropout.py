@@ -130,6 +130,13 @@ def test_the_mask_does_not_depend_on_the_tiles(kernel, device):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_sequences_have_masks_of_their_own(backend, device):
+    case = Case(packed=((16, 16), (16, 16)), key_heads=1, group=1)
+    mask = mask_of(case, case.tensors(device if backend == "triton" else "cpu"), backend)[0, 0] > 0
+    assert not torch.equal(mask[:16, :16], mask[16:, 16:])
+
+
 def test_a_plan_shows_it_and_draws_nothing(capsys):
     query = torch.zeros(1, 1, 64, 16)
     torch.manual_seed(0)
