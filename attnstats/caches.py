@@ -40,6 +40,12 @@ def release(follower: Follower) -> None:
         cache.__class__ = type(cache).__mro__[1]
 
 
+def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
+    cache = kind.__new__(kind)
+    cache.__dict__.update(state)
+    return cache
+
+
 @functools.cache
 def _following(kind: Any) -> type:
 
@@ -65,9 +71,7 @@ def _following(kind: Any) -> type:
 
     def reduce(cache: Any, protocol: Any) -> Any:
         """Copies and pickles are of the class that the cache had."""
-        plain = kind.__new__(kind)
-        plain.__dict__.update(cache.__dict__)
-        return plain.__reduce_ex__(protocol)
+        return _rebuilt, (kind, cache.__dict__)
 
     replaced: dict[str, Any] = {n: told(n, after) for n, after in methods.items() if hasattr(kind, n)}
     return type(kind.__name__, (kind,), replaced | {"__reduce_ex__": reduce})

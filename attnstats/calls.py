@@ -77,8 +77,8 @@ class Call:
             for s in statistics:
                 if isinstance(s, SinkMass) or (isinstance(s, ColumnStatistic) and s.last_queries is not None):
                     raise InputError(
-                        f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of full "
-                        "attention, or leave it out"
+                        f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of "
+                        "full attention, or leave it out"
                     )
         if self.first_key > 0 and any(isinstance(s, SinkMass) for s in statistics):
             raise InputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
@@ -80,7 +81,7 @@ class Capture:
         self.heads = heads
         self.stopped = False
         self._model = model
-        self._head_count = _head_count(model)
+        self._head_count = _head_count(model, kind)
         self._reduce = reduce
         self._live = live
         self._on_token = on_token
@@ -95,7 +96,9 @@ class Capture:
         self._seen: tuple[int, Tensor, Tensor] | None = None  # the last recorded call's layer, query and key
         self._calls: set[int] = set()
         self._ids: Tensor | None = None
-        self._asked = False  # whether generate asks should_stop
+        self._stopping = False  # until generate has asked should_stop
+        self._cache: weakref.ref[Any] | None = None  # of the sequence that a live run follows
+        self._resumed: bool | None = None
 
     # Reading
 
@@ -171,8 +174,8 @@ class Capture:
 
     def should_stop(self, input_ids: Tensor, scores: Any = None, **_: Any) -> Tensor:
         """Goes into `generate(..., stopping_criteria=[run.should_stop])`: stops once `on_token` returned True."""
-        self._asked = True
-        return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
+        stop, self._stopping = self._stopping, False
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
     # What the model calls
 
@@ -183,8 +186,10 @@ class Capture:
         self._ids = ids if self._live else None
         if not self._live:
             self._store = self._fresh()
-        elif cache is not None:
-            caches.follow(cache, self)
+        else:
+            # Whether this pass goes on with the cache of the last one; None: there are none to compare.
+            self._resumed = None if cache is None or self._cache is None else self._is_current(cache)
+            self._follow(cache)
         self._complete = False
         self._calls, self._seen = set(), None
         self._running = True
@@ -228,29 +233,45 @@ class Capture:
         self._store.finish()
         self._complete = True
         if self._live:
-            if cache is not None:
-                caches.follow(cache, self)
-            if self.stopped and not self._asked:
+            self._follow(cache)
+            if self._stopping:
                 raise RuntimeError(
                     "on_token returned True, but the generation goes on; pass it stopping_criteria=[run.should_stop]"
                 )
             if self._on_token is not None and self._on_token(self):
-                self.stopped = True
+                self.stopped = self._stopping = True
 
     def leave(self) -> None:
         """The model calls this when a forward pass is over, also after an exception."""
         if torch.compiler.is_compiling() or self._thread == threading.get_ident():
             self._running, self._seen = False, None
 
-    def select(self, change: Callable[[Tensor], Tensor]) -> None:
-        """The cache tells that its batch rows were chosen anew."""
-        if isinstance(self._store, Generation):
+    def select(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
+        """A cache tells that its batch rows were chosen anew."""
+        if isinstance(self._store, Generation) and self._is_current(cache):
             self._store.select(change)
 
-    def cut(self, length: int) -> None:
-        """The cache tells that it dropped its last tokens."""
+    def cut(self, cache: Any, length: int) -> None:
+        """A cache tells that it dropped its last tokens."""
+        if isinstance(self._store, Generation) and self._is_current(cache):
+            if length == 0:
+                self._store = self._fresh()
+            else:
+                self._store.cut(length)
+
+    def let_go(self) -> None:
+        """The `with` is over."""
+        caches.release(self)
         if isinstance(self._store, Generation):
-            self._store.cut(length)
+            self._store.forget()
+
+    def _follow(self, cache: Any) -> None:
+        if cache is not None:
+            caches.follow(cache, self)
+            self._cache = weakref.ref(cache)
+
+    def _is_current(self, cache: Any) -> bool:
+        return self._cache is not None and self._cache() is cache
 
     def _fresh(self) -> Pass | Generation:
         return (Generation if self._live else Pass)(self._reduce, self._device)
@@ -261,7 +282,12 @@ class Capture:
             return
         if call.begin == 0:
             self._store = self._fresh()
-            self.stopped = self._asked = False
+            self.stopped = self._stopping = False
+        elif store.length and self._resumed is False:
+            raise InputError(
+                f"attnstats.capture(live=True): the model goes on at position {call.begin} with another cache than the "
+                "one that was followed; a live capture is of one sequence at a time"
+            )
         elif call.begin > store.length:
             raise InputError(
                 f"attnstats.capture(live=True): the model goes on at position {call.begin}, but only the first "
@@ -269,7 +295,7 @@ class Capture:
             )
         elif call.begin < store.length:
             store.cut(call.begin)
-        if self._ids is not None and isinstance(self._store, Generation):
+        if isinstance(self._store, Generation):
             self._store.note(call.begin, self._ids)
 
     def _counting(self, call: Call) -> Tensor | None:
@@ -279,10 +305,15 @@ class Capture:
             mask = call.target if mask is None else mask.to(call.target.device) & call.target
         if mask is None:
             return None
+        batch, length = call.query.shape[0], call.end - call.begin
+        if not self._live and tuple(mask.shape) != (batch, length):
+            raise InputError(
+                f"query_mask must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(mask.shape)}; "
+                "while a model generates, live=True takes the prompt's"
+            )
         if self._live:  # the mask is that of the prompt, and what comes after counts
             mask = torch.nn.functional.pad(mask, (0, max(0, call.end - mask.shape[1])), value=True)
             mask = mask[:, call.begin : call.end]
-            batch = call.query.shape[0]
             if batch != len(mask) and batch % len(mask) == 0:
                 mask = mask.repeat_interleave(batch // len(mask), dim=0)  # beams
         return mask.to(call.query.device)
@@ -320,9 +351,11 @@ class Capture:
         """The result; NaN of a head is named and never averaged with other heads."""
         result = self._store.read(statistic)
         if not isinstance(statistic, (LSE, MaxLogit)) and not torch.compiler.is_compiling() and result.isnan().any():
-            broken = self._store.broken(statistic)
+            broken = self._store.broken(statistic, self.heads[statistic])
             named = ", ".join(f"layer {layer} heads {heads}" for layer, heads in broken.items())
-            message = f"{statistic} is NaN in {named}: query or key hold NaN or infinities there"
+            message = (
+                f"{statistic} is NaN in {named or 'heads of another rank'}: query or key hold NaN or infinities there"
+            )
             if self._reduce:
                 raise ValueError(f"{message}; leave them out with `heads`, or capture without `reduce`")
             warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -443,7 +476,7 @@ def capture(
     if not found:
         raise InputError(f"attention={attention!r}: {type(model).__name__} has no such attention that can be replaced")
     chosen_layers = resolve_layers(layers, tuple(found))
-    chosen_heads = resolve_heads(heads, wanted, chosen_layers, _head_count(model))
+    chosen_heads = resolve_heads(heads, wanted, chosen_layers, _head_count(model, attention))
     check_heads(chosen_heads, chosen_layers, reduced)
     on = None if device is None else torch.device(device)
     run = Capture(
@@ -459,7 +492,7 @@ def _observing(model: Any, run: Capture, backend: Backend, allow_dense: bool) ->
         try:
             yield run
         finally:
-            caches.release(run)
+            run.let_go()
 
 
 def _reduce(reduce: Reduce | Iterable[Reduce] | None) -> tuple[Reduce, ...]:
@@ -490,10 +523,13 @@ def _check_settings(
                 raise ValueError(f"statistics: {s} depends on where the sequence ends, so it cannot be kept live")
 
 
-def _head_count(model: Any) -> int | None:
+def _head_count(model: Any, kind: Kind) -> int | None:
     """Query heads of a layer; None: unknown, or not the same in every layer."""
+    config = model.config.get_text_config()
     try:
-        count = getattr(model.config.get_text_config(), "num_attention_heads", None)
+        count = getattr(config, "num_attention_heads", None)
+        if getattr(config, "is_encoder_decoder", False):
+            count = getattr(config, f"{'encoder' if kind == 'encoder' else 'decoder'}_attention_heads", count)
     except Exception:  # configs that differ by layer raise an error of their own
         return None
     return count if isinstance(count, int) else None

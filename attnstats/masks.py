@@ -125,6 +125,14 @@ class MaskDescription:
                 )
         return self._computed_with()
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """A function of torch got the mask: the attention that it was made for is not there any more."""
+        raise InputError(
+            f"attnstats: torch's {getattr(function, '__name__', 'function')} got the mask of an attached model; with "
+            "gradient checkpointing call backward inside the `with`, or before detaching"
+        )
+
     def _computed_with(self, *_: Any, **__: Any) -> NoReturn:
         raise MaskIsNoTensor(
             "attnstats: the model computes with its attention mask instead of only handing it to its attention "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnstats.calls import Call, Heads, reach_of
 from attnstats.distributed import gather_heads, local_heads
+from attnstats.errors import InputError
 from attnstats.geometry import AttentionResult
 from attnstats.selection import Choice
 from attnstats.statistics import (
@@ -24,7 +25,6 @@ from attnstats.statistics import (
     PooledMap,
     RowStatistic,
     Statistic,
-    Statistics,
     is_mean,
     summed,
 )
@@ -73,6 +73,12 @@ class Store:
     def mean(self, statistic: Statistic, sums: dict[int | None, Tensor]) -> Tensor:
         """(L, B, heads, ...), without L where layers are reduced and without heads where they are."""
         heads = self.heads[statistic]
+        lengths = {x.shape[-1] for x in sums.values()}
+        if len(lengths) > 1:
+            raise InputError(
+                f"{statistic}: layers had different numbers of keys in this step, {sorted(lengths)}, because some keep "
+                "only a window of them; capture with live=True, or layers of one kind"
+            )
         if "layers" in self.reduce:
             (total,) = sums.values()
             return total / (sum(heads.values()) if "heads" in self.reduce else len(heads))
@@ -96,11 +102,19 @@ class Store:
                 whole[layer] = gather_heads(x, heads, count, group=group)
         return whole
 
-    def broken(self, statistic: Statistic) -> dict[int, list[int]]:
-        """The heads of each layer, by their place among those chosen, that gave a NaN."""
-        return {
-            layer: flags.nonzero().flatten().tolist() for layer, flags in self.nan[statistic].items() if flags.any()
-        }
+    def broken(self, statistic: Statistic, chosen: dict[int, tuple[int, ...] | None]) -> dict[int, list[int]]:
+        """The heads of each layer, by their number, that gave a NaN here."""
+        found: dict[int, list[int]] = {}
+        for layer, flags in self.nan[statistic].items():
+            heads = chosen[layer]
+            if self.ranks is not None:
+                first = torch.distributed.get_rank(self.ranks.group) * self.ranks.count
+                here = range(first, first + self.ranks.count)
+                heads = tuple(head for head in (here if heads is None else heads) if head in here)
+            places = flags.nonzero().flatten().tolist()
+            if places:
+                found[layer] = places if heads is None else [heads[place] for place in places]
+        return found
 
     def away(self, x: Tensor) -> Tensor:
         """x on the device where results are kept; a copy off a GPU runs beside it and is waited for when read."""
@@ -126,7 +140,7 @@ class Pass(Store):
     def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
         super().__init__(reduce, device)
         self.sums: dict[Statistic, dict[int | None, Tensor]] = {}
-        self.validity: dict[Statistic, Callable[[], Tensor]] = {}
+        self.validity: dict[Statistic, Tensor] = {}  # layers see the same padding
 
     def attend(
         self, layer: int, call: Call, wanted: tuple[Statistic, ...], query_mask: Tensor | None, heads: Heads
@@ -137,10 +151,16 @@ class Pass(Store):
             key, x = self.counted(s, layer, statistics[s])
             of_layers = self.sums.setdefault(s, {})
             if key in of_layers and key is None:
+                if of_layers[key].shape != x.shape:
+                    raise InputError(
+                        f"{s}: layers have different numbers of keys or heads in this step, {of_layers[key].shape[-1]} "
+                        f"and {x.shape[-1]} keys; capture with live=True, or layers of one kind"
+                    )
                 of_layers[key] = of_layers[key] + x.to(of_layers[key].device)
             else:
                 of_layers[key] = x if key is None else self.away(x)
-            self.validity.setdefault(s, _validity(statistics, s))
+            if s not in self.validity:
+                self.validity[s] = statistics.valid[s]
         return result
 
     def finish(self) -> None:
@@ -153,18 +173,14 @@ class Pass(Store):
         return self.mean(statistic, self.sums[statistic])
 
     def valid(self, statistic: Statistic) -> Tensor:
-        return self.validity[statistic]()
-
-
-def _validity(statistics: Statistics, statistic: Statistic) -> Callable[[], Tensor]:
-    return lambda: statistics.valid[statistic]
+        return self.validity[statistic]
 
 
 class Line:
     """A tensor (..., T) that grows along its last dimension by doubling."""
 
     def __init__(self, like: Tensor):
-        self._room = like.new_zeros((*like.shape[:-1], max(256, 2 * like.shape[-1])))
+        self._room = _zeros(like, max(256, 2 * like.shape[-1]))
         self.length = 0
 
     @property
@@ -175,7 +191,7 @@ class Line:
         """Add x from `start` on; what was never added to is 0 (False)."""
         end = start + x.shape[-1]
         if end > self._room.shape[-1]:
-            grown = self._room.new_zeros((*self._room.shape[:-1], max(end, 2 * self._room.shape[-1])))
+            grown = _zeros(self._room, max(end, 2 * self._room.shape[-1]))
             grown[..., : self.length] = self.values
             self._room = grown
         target = self._room[..., start:end]
@@ -193,6 +209,14 @@ class Line:
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Let `change` choose or repeat batch rows, the dimension in front."""
         self._room = change(self._room)
+
+
+def _zeros(like: Tensor, length: int) -> Tensor:
+    shape = (*like.shape[:-1], length)
+    if not torch.is_inference_mode_enabled():
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):  # the next step may be outside of it, and adds in place
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
 class Step(NamedTuple):
@@ -254,11 +278,18 @@ class Generation(Store):
         self._remember(layer, call, wanted, query_mask, heads)
         return result
 
-    def note(self, start: int, ids: Tensor) -> None:
-        """These tokens go through the model now."""
+    def note(self, start: int, ids: Tensor | None) -> None:
+        """These tokens go through the model now; None: it was given embeddings."""
+        if ids is None or (self.tokens is None and start > 0):
+            self.tokens = None
+            return
         if self.tokens is None:
             self.tokens = Line(ids)
         self.tokens.add(start, ids)
+
+    def forget(self) -> None:
+        """Nothing will be taken back any more, so what that needs is let go: the cache."""
+        self._last.clear()
 
     def finish(self) -> None:
         """A forward pass came to its end."""
@@ -323,10 +354,11 @@ class Generation(Store):
         """The tokens from position `length` on were rejected."""
         if length >= self.length:
             return
-        if length < self.length - UNDONE_ROWS or (length < self._begin and length > 0):
+        columns = any(isinstance(s, ColumnStatistic) for s in self.lines)
+        if columns and (length < max(self._begin, self.length - UNDONE_ROWS) or not self._last):
             raise RuntimeError(
                 f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only "
-                f"tokens of the last step, {UNDONE_ROWS} at most, can be taken back. Start a new generation"
+                f"tokens of the last step, {UNDONE_ROWS} at most and once, can be taken back. Start a new generation"
             )
         for layer, step in self._last.items():
             self._take_back(layer, step, length)

@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import gc
+import io
 import subprocess
 import sys
 import threading
@@ -276,7 +277,7 @@ def test_the_run_holds_the_most_recent_pass_and_its_query_mask(llama):
         run.query_mask = response
         llama(second)
         masked = run["fai"]
-        with pytest.raises(ValueError, match=r"query_mask must have shape \(2, 23\)"):
+        with pytest.raises(ValueError, match=r"query_mask must have shape \(2, 23\).*live=True"):
             llama(first)
         run.query_mask = None
         llama(second)
@@ -673,6 +674,30 @@ def test_packed_rows_are_sequences_of_their_own(family):
             start += n
 
 
+def test_chunks_have_no_first_and_last_tokens_of_the_sequence():
+    model = tiny("llama4_text", attention_chunk_size=8, num_local_experts=2, num_hidden_layers=4)
+    for statistic in (attnstats.SinkMass(2), Received(last=4)):
+        with (
+            torch.no_grad(),
+            capture(model, statistics=[statistic], layers=[0]),
+            pytest.raises(ValueError, match="would be each chunk's own"),
+        ):
+            model(tokens())
+
+
+def test_masks_made_for_a_cache_place_their_queries(llama):
+    ids, slots = tokens(1, 14), torch.arange(30)
+    cache = transformers.StaticCache(config=llama.config, max_cache_len=30)
+    with torch.no_grad(), capture(llama, statistics=[WAAD(4), Received()], layers="all") as run:
+        llama(ids)
+        whole = run[WAAD(4)]
+        for start, end in ((0, 9), (9, 13), (13, 14)):
+            mask = (slots <= torch.arange(start, end)[:, None])[None, None]
+            position = torch.arange(start, end)[None]
+            llama(ids[:, start:end], past_key_values=cache, attention_mask=mask, position_ids=position)
+            torch.testing.assert_close(run[WAAD(4)], whole[..., start:end], rtol=0, atol=4 * WEIGHT_TOLERANCE)
+
+
 def test_packed_rows_that_leak_into_each_other_are_refused(llama):
     cu_seqlens = torch.tensor([0, 9, LENGTH], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seq_lens_q of packed sequences"), capture(llama, statistics=["waad"]):
@@ -761,6 +786,62 @@ def test_nan_is_named_by_layer_and_head_and_not_averaged(llama):
         run[WAAD(4)]
 
 
+def test_nan_of_chosen_heads_has_their_number(llama):
+    with torch.no_grad():
+        llama.model.layers[3].self_attn.q_proj.weight[16 * 4 : 16 * 5] = torch.nan
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[3], heads=[8, 4]) as run:
+        llama(tokens())
+    with pytest.warns(RuntimeWarning, match=r"NaN in layer 3 heads \[4\]:"):
+        _ = run["waad"]
+
+
+def test_an_interrupt_leaves_nothing_behind(llama):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[1, 4]) as run:
+        handle = llama.model.layers[2].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama(tokens())
+        handle.remove()
+        with pytest.raises(RuntimeError, match="incomplete"):
+            _ = run["waad"]
+        llama(tokens())
+        assert run["waad"].shape[0] == 2
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_an_exception_while_attaching_leaves_nothing_behind(llama, monkeypatch):
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(llama, "get_decoder", broken)
+    with pytest.raises(ZeroDivisionError), capture(llama, statistics=["waad"]):
+        pass
+    assert llama.config._attn_implementation == "sdpa"
+    assert not any(SITE in module.__dict__ for module in llama.modules())
+
+
+def test_checkpointing_outside_says_where_backward_belongs(llama):
+    llama.train()
+    llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with capture(llama, statistics=["waad"]):
+        loss = llama(tokens(), labels=tokens()).loss
+    with pytest.raises(ValueError, match="call backward inside the `with`"):
+        loss.backward()
+
+
+def test_layers_that_keep_other_keys_are_named():
+    model = tiny("gemma2", sliding_window=8)
+    for reduce in (None, "layers"):
+        with (
+            capture(model, statistics=["fai"], layers="all", reduce=reduce) as run,
+            pytest.raises(ValueError, match=r"different numbers of keys.*live=True"),
+        ):
+            model.generate(tokens(), max_new_tokens=3)
+            _ = run["fai"]
+
+
 def test_one_thread_at_a_time(llama):
     inside, go_on = threading.Event(), threading.Event()
 
@@ -829,6 +910,14 @@ def test_a_copy_of_a_captured_model_is_not_captured(llama):
     with torch.no_grad(), capture(copied, statistics=["waad"]) as run:
         copied(tokens())
     assert torch.equal(run["waad"], before)
+    assert attnstats.detach(copied).config._attn_implementation == "sdpa"
+    fresh = tiny()
+    with torch.no_grad(), capture(fresh, statistics=["waad"]):
+        kept = io.BytesIO()
+        torch.save(fresh, kept)
+    kept.seek(0)
+    loaded = attnstats.detach(torch.load(kept, weights_only=False))
+    torch.testing.assert_close(loaded(tokens()).logits, fresh(tokens()).logits)
 
 
 def test_a_capture_left_open_lets_go_when_it_is_dropped(llama):

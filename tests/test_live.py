@@ -2,6 +2,9 @@
 chunks, beams, sampling, assisted decoding; stopping; what a step looks at."""
 
 import copy
+import gc
+import io
+import types
 from typing import Any
 
 import pytest
@@ -180,7 +183,12 @@ def test_the_cache_has_its_class_back(llama):
             llama(tokens(), past_key_values=cache)
             assert isinstance(cache, kind)
             copied = copy.deepcopy(cache)
+            assert type(copied) is kind
             copied.crop(-5)  # nobody follows a copy
+            kept = io.BytesIO()
+            torch.save(cache, kept)
+            kept.seek(0)
+            assert type(torch.load(kept, weights_only=False)) is kind
             caches.append(cache)
         assert type(cache) is kind
     assert caches[0].get_seq_length() == LENGTH
@@ -213,6 +221,125 @@ def test_a_live_capture_must_see_the_whole_sequence(llama):
             pytest.raises(ValueError, match=f"goes on at position {LENGTH}, but only the first 0 tokens were seen"),
         ):
             llama(tokens(length=1), past_key_values=cache)
+
+
+def test_a_live_capture_is_of_one_sequence(llama):
+    ours, other = (transformers.DynamicCache(config=llama.config) for _ in range(2))
+    ids = tokens(1, 30)
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+        llama(tokens(1, 20, seed=9), past_key_values=other)
+        llama(ids[:, :20], past_key_values=ours)
+        other.crop(-15)  # nobody's business
+        assert run.length == 20
+        with pytest.raises(ValueError, match="position 5 with another cache"):
+            llama(ids[:, 5:9], past_key_values=other)
+        llama(ids[:, :20], past_key_values=transformers.DynamicCache(config=llama.config))  # a new one begins anew
+        assert run.length == 20
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_may_change_between_steps(llama, mode):
+    cache = transformers.DynamicCache(config=llama.config)
+    ids = tokens(1, 30)
+    with capture(llama, statistics=["waad", "fai"], live=True) as run:
+        with mode():
+            llama(ids[:, :20], past_key_values=cache)
+        with torch.no_grad():
+            llama(ids[:, 20:], past_key_values=cache)
+            assert run.length == 30
+            llama(ids, use_cache=False)
+    assert not run["waad"].requires_grad
+
+
+def test_what_was_cut_is_taken_back_once(llama):
+    ids = tokens(1, 30)
+
+    def after(*changes):
+        cache = transformers.DynamicCache(config=llama.config)
+        with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+            llama(ids[:, :20], past_key_values=cache)
+            for name, argument in changes:
+                getattr(cache, name)(argument)
+            rows = 2 if len(changes) > 1 else 1
+            llama(ids[:, run.length :].expand(rows, -1), past_key_values=cache)
+        return run
+
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as forced:
+        llama(ids)
+    for change in (("crop", -5), ("crop", -20)):
+        run = after(change)
+        for s in STATISTICS:
+            torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
+    for changes in ((("crop", -2), ("crop", -3)), (("batch_repeat_interleave", 2), ("crop", -1))):
+        with pytest.raises(RuntimeError, match="at most and once"):
+            after(*changes)
+
+
+def test_rows_that_end_go_on_with_their_padding(llama):
+    """As generate has it: the run is of the tokens that went through the model, `run.tokens`."""
+    plain = llama.generate(**prompt("left"), max_new_tokens=NEW, do_sample=False)
+    ends = int(plain[0, LENGTH + 5])
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+        llama.generate(**prompt("left"), max_new_tokens=NEW, do_sample=False, eos_token_id=ends)
+        seen = run.tokens
+    mask = torch.cat([padding("left"), torch.ones(2, seen.shape[1] - LENGTH, dtype=torch.long)], 1)
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as forced:
+        llama(seen, attention_mask=mask)
+    for s in STATISTICS:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 1e-4))
+
+
+def test_a_conversation_may_be_stopped_twice(llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    with capture(llama, statistics=["waad"], live=True, on_token=lambda run: run.length == LENGTH + 3) as run:
+        ids = llama.generate(**prompt(rows=1), past_key_values=cache, stopping_criteria=[run.should_stop])
+        assert run.stopped
+        assert ids.shape[1] == LENGTH + 4
+        mask = torch.ones(1, ids.shape[1], dtype=torch.long)
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        more = llama.generate(
+            ids, attention_mask=mask, past_key_values=cache, stopping_criteria=[run.should_stop], **options
+        )
+    assert more.shape[1] == ids.shape[1] + 6
+
+
+def test_embeddings_have_no_tokens(llama):
+    embedded = llama.get_input_embeddings()(prompt()["input_ids"])
+    with capture(llama, statistics=["waad"], live=True) as run:
+        llama.generate(inputs_embeds=embedded, max_new_tokens=3, do_sample=False)
+    assert run["waad"].shape[-1] == LENGTH + 2
+    with pytest.raises(RuntimeError, match="without input_ids"):
+        _ = run.tokens
+
+
+def test_what_a_capture_holds_when_it_is_over(llama):
+    for live in (False, True):
+        cache = transformers.DynamicCache(config=llama.config)
+        with (
+            torch.no_grad(),
+            capture(llama, statistics=["waad", "fai"], layers="all", reduce="heads", live=live) as run,
+        ):
+            llama(tokens(2, 100), past_key_values=cache)
+        said = run.kept(2, 100).total
+        # What is held beside results is by token, not by token and head: who counts, who is valid, ids.
+        assert held(run) <= 4 * said + 100 * 2 * 64
+
+
+def held(run):
+    """Bytes of all tensors that the run can reach, but for its model."""
+    seen, pending, storages = {id(run._model)}, [run], {}
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, types.FunctionType):
+            pending += [cell.cell_contents for cell in thing.__closure__ or ()]
+        else:
+            pending += gc.get_referents(thing)
+    return sum(storages.values())
 
 
 def test_more_than_the_last_tokens_cannot_be_taken_back(llama):
