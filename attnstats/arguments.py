@@ -6,7 +6,6 @@ nothing here touches the numbers in query, key and value. Called by attention.py
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -53,13 +52,16 @@ def resolve(
     """Validate the arguments of `attnstats.attention`. Raises TypeError or ValueError naming the argument."""
     # A call without masks is known by its shapes: the same one is not validated twice.
     facts = None
-    tensors = (query, key) if value is None else (query, key, value)
-    settings = (is_causal, scale, enable_gqa, softcap, window_size, query_offset, heads)
-    if attn_mask is sinks is query_mask is key_padding_mask is None and all(isinstance(x, Tensor) for x in tensors):
-        facts = (*((x.shape, x.dtype, x.device) for x in tensors), statistics, *settings, *map(type, settings))
-        with contextlib.suppress(TypeError):  # a list or a dict, which can't be looked up
-            if facts in _KNOWN:
-                return _KNOWN[facts]
+    if attn_mask is sinks is query_mask is key_padding_mask is None:
+        settings = (is_causal, scale, enable_gqa, softcap, window_size, query_offset, heads)
+        facts = (_facts(query), _facts(key), _facts(value), statistics, settings, *map(type, settings))
+        try:
+            known = _KNOWN.get(facts)
+        except TypeError:  # a list or a dict, which can't be looked up
+            facts = None
+        else:
+            if known is not None:
+                return known
     _check_tensors(query, key, value, enable_gqa)
     batch, query_heads, query_length, head_dim = query.shape
     key_length = key.shape[2]
@@ -116,12 +118,15 @@ def resolve(
         dense_mask=dense_mask,
         heads=_heads(heads, statistics, query_heads),
     )
-    with contextlib.suppress(TypeError):
-        if facts is not None:
-            if len(_KNOWN) >= KNOWN_CALLS:
-                _KNOWN.clear()
-            _KNOWN[facts] = geometry
+    if facts is not None:
+        if len(_KNOWN) >= KNOWN_CALLS:
+            _KNOWN.clear()
+        _KNOWN[facts] = geometry
     return geometry
+
+
+def _facts(x: Tensor | None) -> Any:
+    return (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None if x is None else [x]
 
 
 def resolve_packed(

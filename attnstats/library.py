@@ -146,6 +146,7 @@ def statistics_from_lse(
 ) -> Statistics:
     """`attnstats.statistics_from_lse`; `given` are all other arguments."""
     call, wanted = _call(statistics, given, query=query, key=key, lse=lse)
+    query, key, lse = query.detach(), key.detach(), lse.detach()  # else the results would ask for gradients
     natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, *call)
     return _results(wanted, tensors, natural, key, call)
 

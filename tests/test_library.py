@@ -380,6 +380,8 @@ def test_statistics_beside_another_kernel(packed):
 
     lse = lse / torch.tensor(2.0).log()
     assert_same(compiled(call)(query, key, lse), call(query, key, lse))
+    found = compiled(call)(query.requires_grad_(), key.requires_grad_(), lse)
+    assert not any(x.requires_grad for x in found)
 
 
 @dataclass(frozen=True)
