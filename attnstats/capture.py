@@ -308,8 +308,8 @@ class Capture:
         batch, length = call.query.shape[0], call.end - call.begin
         if not self._live and tuple(mask.shape) != (batch, length):
             raise InputError(
-                f"query_mask must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(mask.shape)}; "
-                "while a model generates, live=True takes the prompt's"
+                f"query_mask must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(mask.shape)}"
+                "; while a model generates, live=True takes the prompt's"
             )
         if self._live:  # the mask is that of the prompt, and what comes after counts
             mask = torch.nn.functional.pad(mask, (0, max(0, call.end - mask.shape[1])), value=True)
@@ -353,9 +353,8 @@ class Capture:
         if not isinstance(statistic, (LSE, MaxLogit)) and not torch.compiler.is_compiling() and result.isnan().any():
             broken = self._store.broken(statistic, self.heads[statistic])
             named = ", ".join(f"layer {layer} heads {heads}" for layer, heads in broken.items())
-            message = (
-                f"{statistic} is NaN in {named or 'heads of another rank'}: query or key hold NaN or infinities there"
-            )
+            where = named or "heads of another rank"
+            message = f"{statistic} is NaN in {where}: query or key hold NaN or infinities there"
             if self._reduce:
                 raise ValueError(f"{message}; leave them out with `heads`, or capture without `reduce`")
             warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -296,10 +296,8 @@ def test_a_conversation_may_be_stopped_twice(llama):
         assert run.stopped
         assert ids.shape[1] == LENGTH + 4
         mask = torch.ones(1, ids.shape[1], dtype=torch.long)
-        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-        more = llama.generate(
-            ids, attention_mask=mask, past_key_values=cache, stopping_criteria=[run.should_stop], **options
-        )
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "stopping_criteria": [run.should_stop]}
+        more = llama.generate(ids, attention_mask=mask, past_key_values=cache, **options)
     assert more.shape[1] == ids.shape[1] + 6
 
 
@@ -315,10 +313,8 @@ def test_embeddings_have_no_tokens(llama):
 def test_what_a_capture_holds_when_it_is_over(llama):
     for live in (False, True):
         cache = transformers.DynamicCache(config=llama.config)
-        with (
-            torch.no_grad(),
-            capture(llama, statistics=["waad", "fai"], layers="all", reduce="heads", live=live) as run,
-        ):
+        asked = {"statistics": ["waad", "fai"], "layers": "all", "reduce": "heads"}
+        with torch.no_grad(), capture(llama, **asked, live=live) as run:
             llama(tokens(2, 100), past_key_values=cache)
         said = run.kept(2, 100).total
         # What is held beside results is by token, not by token and head: who counts, who is valid, ids.
@@ -344,7 +340,7 @@ def held(run):
 
 def test_more_than_the_last_tokens_cannot_be_taken_back(llama):
     cache = transformers.DynamicCache(config=llama.config)
-    with torch.no_grad(), capture(llama, statistics=["waad"], live=True):
+    with torch.no_grad(), capture(llama, statistics=["fai"], live=True):
         llama(tokens(1, 100), past_key_values=cache)
         with pytest.raises(RuntimeError, match=f"{UNDONE_ROWS} at most"):
             cache.crop(-90)
