@@ -40,7 +40,7 @@ def release(follower: Follower) -> None:
         cache.__class__ = type(cache).__mro__[1]
 
 
-def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
+def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
     cache = kind.__new__(kind)
     cache.__dict__.update(state)
     return cache
