@@ -5,7 +5,7 @@ tile, so that the penalty costs O(T) memory at any length. The task: read `T` sy
 that came `--lag` symbols before. Both models start from the same seed and see the same sequences.
 
     python examples/entropy_penalty.py
-    python examples/entropy_penalty.py --strength 1.0 --steps 400
+    python examples/entropy_penalty.py --strength 0.01 --length 64 --steps 500
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import attnstats
 
-SYMBOLS, WIDTH, HEADS, LAYERS = 16, 64, 4, 2
+SYMBOLS, WIDTH, HEADS, LAYERS, BATCH = 16, 32, 2, 1, 8
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ def train(strength: float, options: argparse.Namespace) -> list[tuple[float, flo
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     history = []
     for _ in range(options.steps):
-        ids = torch.randint(SYMBOLS, (16, options.length))
+        ids = torch.randint(SYMBOLS, (BATCH, options.length))
         logits, entropy = model(ids)
         loss = functional.cross_entropy(logits[:, options.lag :].flatten(0, 1), ids[:, : -options.lag].flatten())
         optimizer.zero_grad()
@@ -77,10 +77,10 @@ def train(strength: float, options: argparse.Namespace) -> list[tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strength", type=float, default=0.1, help="what the mean entropy is multiplied with")
+    parser.add_argument("--strength", type=float, default=0.05, help="what the mean entropy is multiplied with")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--lag", type=int, default=5)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--lag", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
@@ -89,7 +89,10 @@ def main() -> None:
     print(f"{'step':>5}  {'loss':>5}  {'entropy':>7}  {'loss':>5}  {'entropy':>7}")
     shown = sorted({*range(0, options.steps, max(1, options.steps // 6)), options.steps - 1})
     for step in shown:
-        print(f"{step:5}  " + "  ".join(f"{loss:5.3f}  {entropy:7.3f}" for loss, entropy in (plain[step], penalised[step])))
+        print(
+            f"{step:5}  "
+            + "  ".join(f"{loss:5.3f}  {entropy:7.3f}" for loss, entropy in (plain[step], penalised[step]))
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """WAAD of every token at the moment the model makes it, and a rule of your own that ends the answer.
 
 `live=True` keeps statistics up to date while the model generates: each step costs O(window + horizon), and FAI of older
-tokens grows as later ones look at them. Here the answer ends once one of its tokens has become an anchor, that is, once
-its FAI passes --anchor. At the end one teacher-forced pass over the same tokens must give the same numbers.
+tokens grows as later ones look at them. WAAD is of the heads that are local on the prompt, FAI of the global ones. Here
+the answer ends once one of its tokens has become an anchor, that is, once its FAI passes --anchor. At the end one
+teacher-forced pass over the same tokens must give the same numbers.
 
     python examples/live_generation.py
     python examples/live_generation.py --question "Why is the sky blue?" --anchor 0.02 --max-tokens 200
@@ -13,11 +14,12 @@ import argparse
 import torch
 
 import attnstats
-from attnstats import models
+from attnstats import heads, models
 from attnstats.capture import Capture
 from attnstats.prompts import QUESTIONS, SYSTEM, render
 
 LO = 10  # FAI(10, 100), the default, counts queries from this distance on
+FLOOR = 4  # WAAD at which a bar begins
 
 
 def main() -> None:
@@ -38,7 +40,10 @@ def main() -> None:
         if run.length == len(prompt):  # the prompt went through in one pass
             return False
         waad = float(run["waad"][0, -1])
-        print(f"{tokenizer.decode(run.tokens[0, -1:])!r:>14}  {waad:5.2f}  {'#' * round(4 * waad)}", flush=True)
+        print(
+            f"{tokenizer.decode(run.tokens[0, -1:])!r:>14}  {waad:5.2f}  {'#' * round(8 * max(0.0, waad - FLOOR))}",
+            flush=True,
+        )
         # Tokens of the answer that enough later ones have looked at, or could have.
         fai = run["fai"][0, len(prompt) : run.length - LO - options.seen_by + 1]
         if not len(fai) or fai.max() < options.anchor:
@@ -48,7 +53,15 @@ def main() -> None:
         return True
 
     ids = torch.tensor([prompt], device=loaded.device)
-    asked = {"statistics": ["waad", "fai"], "reduce": ("layers", "heads")}
+    with attnstats.capture(model, statistics=["mean_distance"], stop_after_last_layer=True) as run:
+        run.forward(input_ids=ids)
+    counted = torch.ones(len(prompt), dtype=torch.bool, device=loaded.device)
+    classes = heads.classify(heads.head_distance(run["mean_distance"][:, 0], counted))
+    asked = {
+        "statistics": ["waad", "fai"],
+        "heads": {"waad": classes.local, "fai": classes.global_},
+        "reduce": ("layers", "heads"),
+    }
     print(f"{'token':>14}   WAAD")
     with attnstats.capture(model, **asked, live=True, on_token=show) as live:
         model.generate(
@@ -61,9 +74,10 @@ def main() -> None:
 
     with attnstats.capture(model, **asked, stop_after_last_layer=True) as forced:
         forced.forward(input_ids=live.tokens)
-    differences = {name: float((live[name] - forced[name]).abs().max()) for name in ("waad", "fai")}
-    print(f"\n{live.length} tokens, {live.length - len(prompt)} of them decoded one by one; against one pass over all of them")
-    print("the largest difference is " + ", ".join(f"{value:.1e} in {name}" for name, value in differences.items()))
+    decoded = live.length - len(prompt)
+    print(f"\n{decoded} of {live.length} tokens were decoded one by one; largest difference to one pass over all:")
+    for name in ("waad", "fai"):
+        print(f"  {name:4}  {(live[name] - forced[name]).abs().max().item():.1e}")
 
 
 if __name__ == "__main__":
