@@ -245,10 +245,11 @@ def markdown(found: dict[str, Series], notes: list[str], where: dict[str, Any]) 
     lines += ["", f"| decoding {NEW} tokens after {PROMPT} | ms per token | x plain |", "| -- | --: | --: |"]
     for name in DECODING:
         lines.append(f"| {name} | {found[name].median * 1e3:.1f} | {found[name].over(found[PLAIN]):.2f} |")
+    versions = ", ".join(f"{name} {where[name]}" for name in ("attnstats", "torch", "transformers"))
     measured = (
         "SmolLM2-135M (30 layers, 9 query and 3 key heads, D64), batch 1, fp32, logits of the last token; WAAD(10) + "
-        f"FAI(10, 100) reduced over layers and heads. {where['cpu']}, {where['threads']} threads; attnstats "
-        f"{where['attnstats']}, torch {where['torch']}, transformers {where['transformers']}, Python {where['python']}; "
+        f"FAI(10, 100) reduced over layers and heads. {where['cpu']}, {where['threads']} threads; {versions}, "
+        f"Python {where['python']}; "
         f"commit {where['commit'][:9]}{'+changes' if where['commit'].endswith('+changes') else ''}, {where['date']}. "
         "Ratios: medians over rounds, each round's own. Peak: resident memory added to the loaded model."
     )
