@@ -128,7 +128,8 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=200, num_hidden_layers=whole_model.LAYERS, initializer_range=0.3, **sizes)
     model = LlamaForCausalLM(config).eval()
     monkeypatch.setattr(whole_model, "load", lambda: model)
