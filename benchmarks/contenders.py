@@ -2,7 +2,8 @@
 
 Every contender is a plain function of (query, key, value), causal, grouped heads un-repeated. What depends on
 the length alone (masks, block masks, distance weights) is prepared once and neither timed nor counted as its
-memory, and each expression is the fastest of the plain ones tried. Used by test_attention.py and memory.py.
+memory, and each expression is the fastest of the plain ones tried. Used by test_attention.py, memory.py and
+whole_model.py.
 """
 
 from __future__ import annotations
@@ -100,9 +101,15 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Answer:
     scores = query @ key.mT * query.shape[3] ** -0.5 + dense.mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     del scores
+    return Answer(weights @ value, *read_off(weights))
+
+
+def read_off(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """WAAD and FAI of maps that are there, [B, H, T, T]."""
+    length = weights.shape[2]
+    dense = _dense(length)
     waad = torch.einsum("bhts,ts->bht", weights, dense.near)
-    fai = (weights * dense.horizon).sum(-2) / _counts(query.shape[2])
-    return Answer(weights @ value, waad, fai)
+    return waad, (weights * dense.horizon).sum(-2) / _counts(length)
 
 
 def chunked(query: Tensor, key: Tensor, value: Tensor) -> Answer:

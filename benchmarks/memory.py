@@ -3,7 +3,7 @@
 Counted is resident memory: after one call that pays for initialisation, the kernel's high-water mark is reset
 and read again after a second call; the difference to what was resident in between is the peak, the result
 included. Freed memory is returned at once, so nothing hides in the allocator. Linux only: elsewhere there is no
-figure. Called by test_attention.py.
+figure. Called by test_attention.py and, for whole models, by whole_model.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +29,14 @@ STATUS = Path("/proc/self/status")
 @functools.cache
 def peaks(name: str) -> dict[str, float | None]:
     """MiB by `str` of a case, for all cases the contender runs in."""
+    return alone("benchmarks.memory", name)
+
+
+def alone(*module: str) -> Any:
+    """What `python -m *module` prints as JSON, in a process that returns freed memory at once."""
     # glibc keeps freed blocks below this threshold; above it they are mapped, and unmapped when freed.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "benchmarks.memory", name]
+    command = [sys.executable, "-m", *module]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -38,17 +45,22 @@ def peaks(name: str) -> dict[str, float | None]:
 
 
 def peak(name: str, case: Case) -> float | None:
-    """MiB that one call adds at its peak to what was resident before it."""
-    if not RESET.exists():
-        return None
+    """MiB that one call of a contender adds at its peak."""
     inputs = case.inputs()
     with torch.no_grad():
-        CONTENDERS[name](*inputs)
-        gc.collect()
-        RESET.write_text("5")
-        before = _resident("VmRSS")
-        CONTENDERS[name](*inputs)
-        return (_resident("VmHWM") - before) / 1024
+        return added(lambda: CONTENDERS[name](*inputs))
+
+
+def added(call: Callable[[], Any]) -> float | None:
+    """MiB that a call adds at its peak to what was resident before it."""
+    if not RESET.exists():
+        return None
+    call()
+    gc.collect()
+    RESET.write_text("5")
+    before = _resident("VmRSS")
+    _ = call()
+    return (_resident("VmHWM") - before) / 1024
 
 
 def _resident(field: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, overhead, report
+from benchmarks import memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.test_attention import inputs_of, turns, verify
 
@@ -120,3 +120,44 @@ def test_overhead_times_every_call() -> None:
     found = overhead.measured(rounds=1, count=1)
     assert list(found) == ["SDPA", *overhead.ASKED]
     assert all(0 < microseconds < 1e6 for microseconds in found.values())
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """In the place of SmolLM2: as many layers, and nothing else."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=200, num_hidden_layers=whole_model.LAYERS, initializer_range=0.3, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    monkeypatch.setattr(whole_model, "load", lambda: model)
+    return model
+
+
+def test_a_whole_model_is_read_rightly_and_timed(tiny_model: Any, tmp_path: Path) -> None:
+    found = {s.contender: s for s in whole_model.measure(2, length=150, prompt=20, new=4)}  # verifies all
+    assert set(found) == {*whole_model.FORWARD, *whole_model.DECODING}
+    assert all(len(series.seconds) == 2 for series in found.values())
+    assert tiny_model.config._attn_implementation == "sdpa"
+    notes = whole_model.targets(found)
+    whole_model.write(found, notes, whole_model.here(), tmp_path)
+    kept = json.loads((tmp_path / "model.json").read_text())
+    assert kept["targets"] == notes
+    assert len(kept["series"]) == len(found)
+    assert f"| {whole_model.BASE} | " in (tmp_path / "model.md").read_text()
+
+
+def test_a_wrong_reading_of_a_whole_model_is_noticed(tiny_model: Any) -> None:
+    ids = whole_model.tokens(tiny_model, 64)
+    with torch.no_grad():
+        truth = whole_model.hooks(tiny_model, ids)
+        whole_model.verify(whole_model.captured("all")(tiny_model, ids), truth)
+        with pytest.raises(AssertionError):
+            whole_model.verify(whole_model.captured("middle-third")(tiny_model, ids), truth)
+
+
+def test_ratios_of_a_whole_model_pair_the_rounds_that_both_have() -> None:
+    base = whole_model.Series("base", [1.0, 2.0, 1.0, 9.0])
+    assert whole_model.Series("eager", [10.0, 22.0, 60.0]).over(base) == pytest.approx(11.0)
