@@ -328,30 +328,15 @@ def attend(
     layer = getattr(module, "layer_idx", None) if site is None else site.layer
     where = f"attnstats: {type(module).__name__} of layer {layer}"
     across = site is not None and site.kind == "cross"
-    if kwargs.get("output_attentions"):
-        raise InputError(NO_MAPS)
-    for name, given in kwargs.items():
-        if isinstance(given, (Tensor, float)) and name not in HARMLESS:
-            raise InputError(
-                f"{where} passes {name}, which changes its attention in a way that attnstats does not know; detach the "
-                "model and use attn_implementation='eager'"
-            )
-    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
-        raise InputError(f"{where} attends to a paged cache (continuous batching), which cannot be read; use generate")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        mask = unannounced(query.shape[2], key.shape[2], bool(causal), across)
+        mask = unannounced(query.shape[2], key.shape[2], causal, across)
     elif isinstance(attention_mask, MaskDescription):
         mask = attention_mask
     else:
         announced = f"{tuple(attention_mask.shape)} that was passed as a tensor"
-        causal = not across and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        mask = recognise(attention_mask, query.shape[2], key.shape[2], announced, causal)
-    if kwargs.get("cu_seq_lens_q") is not None and mask.segments is None and len(kwargs["cu_seq_lens_q"]) > 2:
-        raise InputError(
-            f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "
-            "position_ids, no attention_mask and use_cache=False"
-        )
+        mask = recognise(attention_mask, query.shape[2], key.shape[2], announced, causal and not across)
+    _refuse(where, mask, kwargs)
     query, key, value = as_autocast(query, key, value)
     observer = None if site is None else site.attachment.observer
     if site is not None and observer is not None and observer.kind == "cross" and site.kind == "self":
@@ -374,6 +359,26 @@ def attend(
     else:
         output = call.attend().output
     return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse(where: str, mask: MaskDescription, kwargs: dict[str, Any]) -> None:
+    """Raise InputError for what a model hands to its attention function and would be answered wrongly."""
+    if kwargs.get("output_attentions"):
+        raise InputError(NO_MAPS)
+    for name, given in kwargs.items():
+        if isinstance(given, (Tensor, float)) and name not in HARMLESS:
+            raise InputError(
+                f"{where} passes {name}, which changes its attention in a way that attnstats does not know; detach the "
+                "model and use attn_implementation='eager'"
+            )
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+        raise InputError(f"{where} attends to a paged cache (continuous batching), which cannot be read; use generate")
+    packed = kwargs.get("cu_seq_lens_q")
+    if packed is not None and mask.segments is None and len(packed) > 2:
+        raise InputError(
+            f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "
+            "position_ids, no attention_mask and use_cache=False"
+        )
 
 
 # What a model is made of
