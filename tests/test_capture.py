@@ -976,12 +976,13 @@ def tiny_bart():
     return transformers.BartForConditionalGeneration(config).eval()
 
 
-def test_each_kind_of_attention_of_an_encoder_decoder():
+@pytest.mark.parametrize("length", [11, LENGTH])  # as long as the source: still another sequence, without its padding
+def test_each_kind_of_attention_of_an_encoder_decoder(length):
     model = tiny_bart()
     mask = padding("right")
-    inputs = {"input_ids": tokens(), "attention_mask": mask, "decoder_input_ids": tokens(length=11, seed=4)}
+    inputs = {"input_ids": tokens(), "attention_mask": mask, "decoder_input_ids": tokens(length=length, seed=4)}
     maps = run_with(model, "eager", **inputs)
-    real, all_real = mask, torch.ones(2, 11)
+    real, all_real = mask, torch.ones(2, length)
     for kind, expected, layers in (
         ("encoder", maps.encoder_attentions, (0, 1)),
         ("self", maps.decoder_attentions, (0, 1, 2)),
