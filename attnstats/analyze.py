@@ -8,6 +8,7 @@ Called by cli.py, and by anyone who wants the numbers in Python.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -303,7 +304,9 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         ) as run,
     ):
         hidden, last_logits = hidden_states(loaded, ids)
-    waad, fai, distance = (run[statistic][:, 0].float().cpu() for statistic in settings.statistics)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error of its own below
+        waad, fai, distance = (run[statistic][:, 0].float().cpu() for statistic in settings.statistics)
     per_head = heads.head_distance(distance, in_response)
     if not per_head.isfinite().all():
         raise InputError(f"--dtype {loaded.dtype}: attention of {loaded.name} overflows in it; use --dtype float32")

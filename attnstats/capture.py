@@ -394,7 +394,7 @@ def capture(
     *,
     statistics: Iterable[Statistic | str],
     layers: Layers = "middle-third",
-    heads: Heads | Mapping[Statistic | str, Heads] | None = None,
+    heads: Heads | Mapping[Any, Heads] | None = None,
     reduce: Reduce | Iterable[Reduce] | None = None,
     query_mask: Tensor | None = None,
     attention: Kind = "self",

@@ -22,6 +22,10 @@ from attnstats.errors import InputError
 MaskFunction = Callable[..., Any]
 
 PROBED_ROWS = 8
+COMPUTED_WITH = (
+    "attnstats: the model computes with its attention mask instead of only handing it to its attention function, so "
+    "its attention cannot be replaced; its eager attention is the way to its maps"
+)
 
 
 class Chunks(NamedTuple):
@@ -127,17 +131,16 @@ class MaskDescription:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """A function of torch got the mask: the attention that it was made for is not there any more."""
-        raise InputError(
-            f"attnstats: torch's {getattr(function, '__name__', 'function')} got the mask of an attached model; with "
-            "gradient checkpointing call backward inside the `with`, or before detaching"
-        )
+        """A function of torch got the mask."""
+        if getattr(function, "__name__", "") == "scaled_dot_product_attention":
+            raise InputError(
+                "attnstats: torch's scaled_dot_product_attention got the mask of an attached model that is attached no "
+                "more; with gradient checkpointing call backward inside the `with`, or before detaching"
+            )
+        raise MaskIsNoTensor(COMPUTED_WITH)
 
     def _computed_with(self, *_: Any, **__: Any) -> NoReturn:
-        raise MaskIsNoTensor(
-            "attnstats: the model computes with its attention mask instead of only handing it to its attention "
-            "function, so its attention cannot be replaced; its eager attention is the way to its maps"
-        )
+        raise MaskIsNoTensor(COMPUTED_WITH)
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_") or not hasattr(Tensor, name):

@@ -293,8 +293,8 @@ def test_empty_prompts(tiny, questions):
 
 
 def test_models_that_cannot_be_analysed_say_so_before_generating(tmp_path):
-    windowed = save_tiny_model(tmp_path / "mistral", kind="Mistral", sliding_window=2, num_key_value_heads=2)
-    loaded = models.load(str(windowed), dtype="float32", device="cpu")
+    bloom = save_tiny_model(tmp_path / "bloom", kind="Bloom")
+    loaded = models.load(str(bloom), dtype="float32", device="cpu")
     loaded.model.generate = None
     with pytest.raises(InputError, match=f"--model {loaded.name}: "):
         analyze(loaded, QUESTIONS, SETTINGS, Silent())

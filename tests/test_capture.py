@@ -731,6 +731,17 @@ def test_heads_may_be_a_class_of_heads(llama):
         pass
 
 
+def test_results_may_be_kept_on_a_device(llama):
+    for live in (False, True):
+        runs = []
+        for device in (None, "cpu", torch.device("cpu")):
+            with torch.no_grad(), capture(llama, statistics=["waad"], device=device, live=live) as run:
+                llama(tokens())
+            runs.append(run["waad"])
+        assert torch.equal(runs[0], runs[1])
+        assert torch.equal(runs[0], runs[2])
+
+
 def test_what_is_kept_is_said_before_it_is(llama):
     ids = tokens()
     for reduce in (None, "heads", "layers", ("layers", "heads")):
