@@ -48,7 +48,6 @@ def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
 
 @functools.cache
 def _following(kind: Any) -> type:
-
     def told(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
         method = getattr(kind, name)
 

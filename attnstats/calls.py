@@ -32,7 +32,8 @@ class Call:
     Attributes:
         where: how errors name the call.
         across: queries and keys are different sequences, so that distances mean nothing (cross-attention).
-        settings: scale, softcap, sinks and dropout_p of `attnstats.attention`.
+        settings: scale, softcap and sinks of `attnstats.attention`.
+        dropout_p: likewise; statistics from an lse don't take it.
         bias: (1 | B, Hq, Tq, Tk), added to the scores; None: nothing is.
         target: (B, Tq) bool, which queries of cross-attention aren't padding; None: all.
     """
@@ -48,6 +49,7 @@ class Call:
     backend: Backend = "auto"
     allow_dense: bool = False
     target: Tensor | None = None
+    dropout_p: float = 0.0
 
     @property
     def begin(self) -> int:
@@ -91,7 +93,8 @@ class Call:
         if self.mask.segments is not None or self.mask.chunks is not None:
             return self._packed(asked)
         key, value = self._seen()
-        return attention(self.query, key, value, **self._arguments(), **asked, backend=self.backend)
+        others = self._arguments() | asked
+        return attention(self.query, key, value, **others, dropout_p=self.dropout_p, backend=self.backend)
 
     def last(self, rows: int) -> Call:
         """The call of its last queries alone, without dropout; it keeps no more of the queries alive."""
@@ -112,7 +115,7 @@ class Call:
             value=self.value.detach(),
             mask=some,
             bias=bias,
-            settings={**self.settings, "dropout_p": 0.0},
+            dropout_p=0.0,
         )
 
     def can_look_near(self, reach: int) -> bool:
@@ -129,7 +132,6 @@ class Call:
         skipped = max(0, self.begin - reach - self.first_key)
         others = self._arguments()
         others["query_offset"] -= skipped
-        others.pop("dropout_p", None)
         if others["key_padding_mask"] is not None:
             others["key_padding_mask"] = others["key_padding_mask"][:, skipped:]
         found = statistics_from_lse(
@@ -164,8 +166,8 @@ class Call:
         mask = self.mask
         real = self.real
         geometry: dict[str, Any] = {
-            "is_causal": mask.right == 0,
-            "window_size": None if mask.left is None and mask.right in (None, 0) else (mask.left, mask.right),
+            "is_causal": mask.is_causal,
+            "window_size": mask.window_size,
             "query_offset": mask.query_offset - mask.key_offset,
             "key_padding_mask": None if real is None else real.to(self.key.device),
             "enable_gqa": True,
@@ -191,8 +193,6 @@ class Call:
         rows = torch.arange(self.query.shape[2], device=self.query.device)
         mask = self.mask.dense() if self.mask.unknown and self.mask.dense else self.mask.visible(rows)[:, None]
         mask = mask[..., : self.mask.key_length].to(self.query.device)
-        if mask.dtype == torch.bool and self.mask.padding is not None and self.mask.unknown:
-            mask = mask & self.mask.padding[:, None, None].to(mask.device)
         if self.bias is not None:
             if mask.dtype == torch.bool:
                 mask = self.bias.to(self.query.dtype).masked_fill(~mask, -torch.inf)
@@ -203,8 +203,9 @@ class Call:
         arguments = self._arguments() | {"is_causal": False, "window_size": None, "attn_mask": mask}
         if arguments["key_padding_mask"] is not None and self.mask.seen < self.key.shape[2]:
             arguments["key_padding_mask"] = self.mask.padding
-        key, value = self.key, self.value
-        return attention(self.query, key, value, **arguments, **asked, backend="reference")
+        others = arguments | asked
+        others |= {"dropout_p": self.dropout_p, "backend": "reference"}
+        return attention(self.query, self.key, self.value, **others)
 
     # Packed rows and chunks
 
@@ -222,7 +223,6 @@ class Call:
         query_mask = asked["query_mask"]
         if query_mask is None and self.mask.padding is not None:
             query_mask = self.mask.real_queries
-        mask = self.mask
         output, found = varlen_attention(
             *flat,
             cu_seqlens_q=boundaries[0],
@@ -230,10 +230,11 @@ class Call:
             statistics=tuple(sums.values()),
             query_mask=None if query_mask is None else query_mask.flatten(),
             heads=None if asked["heads"] is None else {sums[s]: heads for s, heads in asked["heads"].items()},
-            is_causal=mask.right == 0,
-            window_size=None if mask.left is None and mask.right in (None, 0) else (mask.left, mask.right),
+            is_causal=self.mask.is_causal,
+            window_size=self.mask.window_size,
             enable_gqa=True,
             backend=self.backend,
+            dropout_p=self.dropout_p,
             **self.settings,
         )
 
@@ -251,9 +252,7 @@ class Call:
                 tensors, lambda s: of_batch(found.valid[s]), lambda s: of_batch(found.counts[s]), rows(found.lse)
             )
             return AttentionResult(output, results)
-        whole = arguments.resolve(
-            self.query, key, None, statistics, **_without(self._arguments(), "dropout_p"), query_mask=query_mask
-        )
+        whole = arguments.resolve(self.query, key, None, statistics, **self._arguments(), query_mask=query_mask)
         tensors = {s: whole.finish(s, x) if is_mean(s) else x for s, x in tensors.items()}
         return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, rows(found.lse)))
 
@@ -303,7 +302,3 @@ def reach_of(statistics: tuple[Statistic, ...]) -> int:
     """How far behind a query its band statistics look."""
     bands = [s.band for s in statistics if isinstance(s, DistanceWeighted) and s.band is not None]
     return max((hi for _, hi in bands), default=0)
-
-
-def _without(mapping: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if key != name}

@@ -25,7 +25,7 @@ from attnstats.errors import InputError
 from attnstats.hooks import Kind, attachment_of, base_model, observed, sites
 from attnstats.recording import Generation, Pass, Ranks, grows
 from attnstats.selection import Choice, Heads, Layers, check_heads, resolve_heads, resolve_layers
-from attnstats.statistics import LSE, ByStatistic, DistanceWeighted, MaxLogit, PooledMap, Statistic, resolve
+from attnstats.statistics import LSE, ByStatistic, MaxLogit, PooledMap, Statistic, needing_distances, resolve
 
 Reduce = Literal["heads", "layers"]
 
@@ -93,7 +93,7 @@ class Capture:
         self._complete = False
         self._running = False
         self._thread = 0
-        self._seen: tuple[int, Tensor, Tensor] | None = None  # the last recorded call's layer, query and key
+        self._seen: tuple[int, Tensor] | None = None  # the last recorded call's layer and query
         self._calls: set[int] = set()
         self._ids: Tensor | None = None
         self._stopping = False  # until generate has asked should_stop
@@ -203,7 +203,7 @@ class Capture:
         if not wanted or not self._running:
             return call.attend().output
         if layer in self._calls:
-            if self._seen is not None and self._seen[0] == layer and self._seen[1] is call.query is not None:
+            if self._seen is not None and self._seen[0] == layer and self._seen[1] is call.query:
                 return call.attend().output  # the same map once more, with the other half of the values
             raise InputError(
                 f"model: layer {layer} attends twice in one forward pass, to different things, so that it has no one "
@@ -213,7 +213,7 @@ class Capture:
             self._place(self._store, call)
         self._store.ranks = self._ranks(call)
         self._calls.add(layer)
-        self._seen = layer, call.query, call.key
+        self._seen = layer, call.query
         heads = {s: chosen for s in wanted if (chosen := self._local(s, layer, call)) is not None}
         output = self._store.attend(layer, call, wanted, self._counting(call), heads).output
         if self._stop and layer == self._last_layer:
@@ -509,9 +509,8 @@ def _check_settings(
     if attention not in ("self", "encoder", "cross"):
         raise ValueError(f"attention must be 'self', 'encoder' or 'cross', got {attention!r}")
     if attention == "cross":
-        for s in statistics:
-            if isinstance(s, DistanceWeighted) and s.uses_distance:
-                raise ValueError(f"statistics: {s} needs distances, and cross-attention has none")
+        for s in needing_distances(statistics):
+            raise ValueError(f"statistics: {s} needs distances, and cross-attention has none")
     if on_token is not None and not live:
         raise ValueError("on_token needs live=True")
     if live:

@@ -150,10 +150,8 @@ def detach(model: Any) -> Any:
 
 
 @contextmanager
-def observed(
-    model: Any, observer: Observer, backend: Backend, allow_dense: bool
-) -> Iterator[dict[Kind, dict[int, list[nn.Module]]]]:
-    """Let `observer` see the attached model's calls, attaching it for the duration if it isn't; yields its sites.
+def observed(model: Any, observer: Observer, backend: Backend, allow_dense: bool) -> Iterator[None]:
+    """Let `observer` see the attached model's calls, attaching it for the duration if it isn't.
 
     Raises:
         TypeError, ValueError: as `attach`; the model is observed already.
@@ -172,7 +170,7 @@ def observed(
     try:
         handles += _Passes(_stacks(model, observer.kind), observer).hook()
         attachment.observer = observer
-        yield attachment.sites
+        yield
     finally:
         attachment.observer = None
         attachment.backend, attachment.allow_dense = before
@@ -348,11 +346,12 @@ def attend(
         value,
         mask,
         across,
-        {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout},
+        {"scale": scaling, "softcap": softcap, "sinks": s_aux},
         position_bias,
         "auto" if site is None else site.attachment.backend,
         site is not None and site.attachment.allow_dense,
         site.attachment.target if site is not None and across else None,
+        dropout,
     )
     if site is not None and observer is not None and observer.kind == site.kind:
         output = observer.attend(site.layer, call)

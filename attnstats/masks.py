@@ -81,6 +81,15 @@ class MaskDescription:
         return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
 
     @property
+    def is_causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def window_size(self) -> tuple[int | None, int | None] | None:
+        """As `attnstats.attention` takes it."""
+        return None if self.left is None and not self.right else (self.left, self.right)
+
+    @property
     def real_queries(self) -> Tensor | None:
         """(B, Tq) bool, False where a query is padding; None: none is. For attention of a sequence to itself."""
         start = self.query_offset - self.key_offset
@@ -254,9 +263,7 @@ def _announced(settings: dict[str, Any]) -> dict[str, Any]:
     """left and right by what transformers tells a mask function beside its pattern."""
     size, config = settings.get("local_size"), settings.get("config")
     full = "allow_is_bidirectional_skip" in settings
-    if (
-        size is None or getattr(config, "attention_chunk_size", None) == size
-    ):  # within the first chunk, none hides a key
+    if size is None or getattr(config, "attention_chunk_size", None) == size:  # a first chunk hides nothing
         return {} if full else {"right": 0}
     return {"left": size, "right": size} if full else {"left": size - 1, "right": 0}
 
@@ -310,7 +317,7 @@ def _pattern(function: MaskFunction) -> dict[str, Any]:
 
 def _is_empty_overlay(function: MaskFunction) -> bool:
     """Whether it is blocks that see each other, of which this input has none."""
-    if not getattr(function, "__qualname__", "").startswith("blockwise_overlay") or torch.compiler.is_compiling():
+    if not getattr(function, "__qualname__", "").startswith("blockwise_overlay"):
         return False
     held: Any = function
     return bool((held.__closure__[0].cell_contents < 0).all())

@@ -23,7 +23,6 @@ from attnstats.statistics import (
     ColumnStatistic,
     DistanceWeighted,
     PooledMap,
-    RowStatistic,
     Statistic,
     is_mean,
     summed,
@@ -241,7 +240,6 @@ class Generation(Store):
         self.length = 0
         self.lines: dict[Statistic, dict[int | None, Line]] = {}
         self.counted_queries: Line | None = None  # (B, T) bool
-        self.live: Line | None = None
         self.real: Line | None = None
         self.tokens: Line | None = None
         self._last: dict[int, Step] = {}
@@ -304,10 +302,9 @@ class Generation(Store):
 
     def valid(self, statistic: Statistic) -> Tensor:
         assert self.counted_queries is not None
-        assert self.live is not None
         assert self.real is not None
         if not isinstance(statistic, ColumnStatistic):
-            return self.counted_queries.values & self.live.values
+            return self.counted_queries.values.clone()
         real = self.real.values
         return real & (self._count(statistic) > 0) if is_mean(statistic) else real.clone()
 
@@ -329,10 +326,9 @@ class Generation(Store):
         new = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
         real = new if call.mask.real_queries is None else call.mask.real_queries.to(new.device)
         counted = real if query_mask is None else real & query_mask.to(real.device)
-        if self.counted_queries is None or self.live is None or self.real is None:
-            self.counted_queries, self.live, self.real = Line(new), Line(new), Line(new)
+        if self.counted_queries is None or self.real is None:
+            self.counted_queries, self.real = Line(new), Line(new)
         self.counted_queries.add(call.begin, counted)
-        self.live.add(call.begin, real)
         self.real.add(call.begin, real)
         self.length = call.end
 
@@ -348,7 +344,7 @@ class Generation(Store):
         self._last.clear()
 
     def _kept(self) -> list[Line]:
-        return [line for line in (self.counted_queries, self.live, self.real, self.tokens) if line is not None]
+        return [line for line in (self.counted_queries, self.real, self.tokens) if line is not None]
 
     def cut(self, length: int) -> None:
         """The tokens from position `length` on were rejected."""
@@ -403,4 +399,4 @@ def grows(statistic: Statistic) -> bool:
     """Whether a statistic can be kept up to date token by token."""
     if isinstance(statistic, ColumnStatistic):
         return statistic.last_queries is None
-    return isinstance(statistic, RowStatistic) or not isinstance(statistic, PooledMap)
+    return not isinstance(statistic, PooledMap)

@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -650,6 +651,26 @@ def test_other_masks_are_refused_or_dense_with_a_warning(llama):
             [by_definition(s, a, torch.ones(2, LENGTH), torch.ones(2, LENGTH)) for a in theirs.attentions]
         )
         torch.testing.assert_close(run[s].double(), expected, rtol=0, atol=WEIGHT_TOLERANCE * LARGEST_FACTOR[s])
+
+
+def test_dropout_falls_on_dense_and_packed_calls_too():
+    model = tiny(attention_dropout=0.5).train()
+    holes = visible(None) & (torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) > 0.3)
+    position = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None].expand(2, -1)
+    for inputs in ({"attention_mask": holes | torch.eye(LENGTH, dtype=torch.bool)}, {"position_ids": position}):
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            capture(model, statistics=["waad"], layers=[0], allow_dense=True) as run,
+        ):
+            warnings.simplefilter("ignore", RuntimeWarning)
+            first, again = (model(tokens(), use_cache=False, **inputs).logits for _ in range(2))
+            waad = run["waad"]
+            model.eval()
+            model(tokens(), use_cache=False, **inputs)
+            torch.testing.assert_close(run["waad"], waad, rtol=0, atol=2e-5)
+            model.train()
+        assert not torch.equal(first, again)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
