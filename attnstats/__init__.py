@@ -1,11 +1,12 @@
 """Statistics of attention inside or beside a flash-style pass, without ever holding the T x T map."""
 
-from attnstats import distributed, nn, presets, reference
+from typing import TYPE_CHECKING, Any
+
+from attnstats import distributed, presets, reference
 from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.capture import capture
 from attnstats.geometry import AttentionResult
 from attnstats.hooks import attach, detach
-from attnstats.patch import patch_sdpa
 from attnstats.statistics import (
     FAI,
     LSE,
@@ -22,6 +23,10 @@ from attnstats.statistics import (
     Statistic,
     Statistics,
 )
+
+if TYPE_CHECKING:
+    from attnstats import nn
+    from attnstats.patch import patch_sdpa
 
 __version__ = "0.1.0"
 
@@ -54,3 +59,16 @@ __all__ = [
     "statistics_from_lse",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What `import attnstats` can do without until it is asked for."""
+    if name == "nn":
+        import attnstats.nn
+
+        return attnstats.nn
+    if name == "patch_sdpa":
+        from attnstats.patch import patch_sdpa
+
+        return patch_sdpa
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
