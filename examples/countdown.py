@@ -1,4 +1,4 @@
-"""Countdown: reach a target with three numbers, each used once, and + - *. Puzzles, worked solutions, the verifier.
+"""Countdown: reach a target with three numbers, each used once, and + - *. Puzzles, the verifier, a small model.
 
 A puzzle reads `2 5 9>63:`. An answer tries one way after another and then names the one that worked:
 `2*5=10,10+9=19;2+5=7,7*9=63!(2+5)*9`. Only what follows the `!` is judged, by a parser of its own: nothing is evaluated
@@ -13,6 +13,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIGNS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 NODES: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
@@ -95,3 +99,40 @@ def _value(node: ast.expr, used: list[int]) -> int:
     if isinstance(node, ast.BinOp) and type(node.op) in NODES:
         return SIGNS[NODES[type(node.op)]](_value(node.left, used), _value(node.right, used))
     raise ValueError(f"not a sum, difference or product of numbers: {ast.unparse(node)}")
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def warm_up(tokenizer: PreTrainedTokenizerFast, training: list[Puzzle], steps: int) -> LlamaForCausalLM:
+    """Supervised training on worked solutions, some ways that fail included."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True, **sizes)
+    for name, value in special.items():
+        setattr(config, name, value)
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
+        chosen = draw.choices(training, k=64)
+        texts = [puzzle.prompt + worked_solution(puzzle, draw) + "<end>" for puzzle in chosen]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for row, puzzle in zip(labels, chosen, strict=True):
+            row[: len(puzzle.prompt)] = -100
+        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"warm-up {step + 1}/{steps}: loss {loss.item():.3f}", flush=True)
+    return model
