@@ -20,6 +20,7 @@ from torch import Tensor
 from attnstats import heads, rhythm
 from attnstats.capture import capture
 from attnstats.errors import InputError
+from attnstats.maps import Maps, mean_maps
 from attnstats.models import LoadedModel
 from attnstats.presets import paper_v2
 from attnstats.prompts import SYSTEM, render
@@ -74,6 +75,7 @@ class Analysis:
         waad: (T,), mean over the local heads. fai: (T,), mean over the global heads, 0 where not fai_valid.
         delta: (response length,), change of WAAD to the next token.
         entropy: (T,) in nats, of the distribution each token was drawn from (drawn_entropy); NaN for the first.
+        maps: mean maps of the local and of the global heads, pooled and near the diagonal.
     """
 
     question: str
@@ -91,6 +93,7 @@ class Analysis:
     fai_valid: Tensor
     delta: Tensor
     entropy: Tensor
+    maps: Maps
 
     @property
     def response_start(self) -> int:
@@ -329,6 +332,7 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         fai_valid=fai_valid,
         delta=rhythm.delta(mean_waad[in_response]),
         entropy=drawn_entropy(loaded, hidden, last_logits, settings.temperature),
+        maps=mean_maps(loaded.model, ids, in_response, classes, run.layers),
     )
 
 
