@@ -1,0 +1,67 @@
+"""Which part of a corpus is this process's: all of it, or a share under torchrun or `accelerate launch`.
+
+Batches are dealt out whole, in turn, so that every batch has the same rows, and thus the same bits, on any number of
+processes. The processes meet only at the ends: nothing is sent but "I am here". Called by corpus.py and the commands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from attnstats.errors import InputError
+
+T = TypeVar("T")
+LONGEST_WAIT = timedelta(days=7)  # for the slowest process of a large corpus
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process among `count`; `local` is its number on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def of(self, batches: Sequence[T]) -> list[T]:
+        """The batches that are this process's.
+
+        Example:
+            >>> Shard(rank=1, count=2).of(["a", "b", "c", "d"])
+            ['b', 'd']
+        """
+        return list(batches[self.rank :: self.count])
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+def from_environment() -> Shard:
+    """What a launcher told this process by RANK, WORLD_SIZE and LOCAL_RANK; the only process without one.
+
+    Raises:
+        InputError: the variables contradict each other.
+    """
+    try:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; start with torchrun or accelerate launch") from error
+    if count <= 1:
+        return Shard()
+    if not 0 <= rank < count:
+        raise InputError(f"RANK {rank} is not below WORLD_SIZE {count}; start with torchrun or accelerate launch")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    return Shard(rank, count, local)
