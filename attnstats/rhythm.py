@@ -176,7 +176,7 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Chance:
-    """How a coupling is tested.
+    """What a coupling is compared with, and how often.
 
     Attributes:
         permutations: how often marks are placed anew within their response, count kept.
@@ -223,14 +223,14 @@ def couplings(
     entropy, same, follow = [], [], []
     for c, marks in zip(curves, found, strict=True):
         both = c.valid("fai") & c.valid("receiver_fai")
-        entropy.append(_Marked.of(marks["waad"], c.entropy, c.valid("entropy")))
-        same.append(_Marked.of(marks["receiver_fai"], marks["fai"], both))
+        entropy.append(Marked.of(marks["waad"], c.entropy, c.valid("entropy")))
+        same.append(Marked.of(marks["receiver_fai"], marks["fai"], both))
         at_or_after = marks["waad"] | _moved(marks["waad"], -1)
-        follow.append(_Marked.of(marks["fai"], at_or_after, c.valid("fai")))
+        follow.append(Marked.of(marks["fai"], at_or_after, c.valid("fai")))
     return (
-        coupling("entropy at WAAD peaks", entropy, test),
-        coupling("receiver FAI peaks that are global FAI peaks", same, test),
-        coupling("FAI peaks at or just after a WAAD peak", follow, test, shuffled=True),
+        coupling("entropy at WAAD peaks", entropy, chance),
+        coupling("receiver FAI peaks that are global FAI peaks", same, chance),
+        coupling("FAI peaks at or just after a WAAD peak", follow, chance, shuffled=True),
     )
 
 
@@ -250,10 +250,10 @@ def offsets(
     for of, near in itertools.permutations(CURVES, 2):
         for offset in range(-reach, reach + 1):
             marked = [
-                _Marked.of(marks[of], _moved(marks[near], offset), c.valid(of))
+                Marked.of(marks[of], _moved(marks[near], offset), c.valid(of))
                 for c, marks in zip(curves, found, strict=True)
             ]
-            table[of, near, offset] = coupling(f"{of} peaks with {near} at {offset:+d}", marked, test, shuffled=True)
+            table[of, near, offset] = coupling(f"{of} peaks with {near} at {offset:+d}", marked, chance, shuffled=True)
     return table
 
 
@@ -266,60 +266,60 @@ def _moved(marks: Tensor, offset: int) -> Tensor:
     return moved
 
 
-class _Marked(NamedTuple):
-    """The eligible tokens of one response, in order: which are marked, and the value at each."""
+class Marked(NamedTuple):
+    """The tokens of one response that count, in order: which are marked, and the value at each."""
 
     marks: npt.NDArray[np.bool_]
     values: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, marks: Tensor, values: Tensor, eligible: Tensor) -> _Marked:
+    def of(cls, marks: Tensor, values: Tensor, eligible: Tensor) -> Marked:
         return cls(marks[eligible].cpu().numpy(), values[eligible].double().cpu().numpy())
 
 
-def coupling(name: str, responses: Sequence[_Marked], chance: Chance, shuffled: bool = False) -> Coupling:
-    """The mean value at marks, against that at all tokens or, `shuffled`, at marks placed by chance in each response."""
-    rng = np.random.default_rng(test.seed)
+def coupling(name: str, responses: Sequence[Marked], chance: Chance, shuffled: bool = False) -> Coupling:
+    """The mean value at marks, against that at all tokens or, `shuffled`, at marks placed anew in each response."""
+    rng = np.random.default_rng(chance.seed)
     # Per response: the sum at marks, marks, and what stands for chance as a sum and a count.
     sums = np.array([_sums(r, shuffled) for r in responses if len(r.values)]).reshape(-1, 4)
     totals = sums.sum(0)
     if not totals[1] or not totals[3]:
-        return Coupling(name, *[math.nan] * 5, 0)
+        return Coupling(name, math.nan, math.nan, math.nan, math.nan, math.nan, 0)
     observed, random = totals[0] / totals[1], totals[2] / totals[3]
-    placed = np.zeros(test.permutations)
+    placed = np.zeros(chance.permutations)
     for response in responses:
         if response.marks.any():
-            placed += _placed_anew(response, test, rng)
+            placed += _placed_anew(response, chance, rng)
     # Sums of the same numbers in another order differ in their last bits.
     reached = int((placed >= totals[0] - 1e-9 * max(1.0, abs(totals[0]))).sum())
-    drawn = rng.integers(len(sums), size=(test.resamples, len(sums)))
+    drawn = rng.integers(len(sums), size=(chance.resamples, len(sums)))
     resampled = np.stack([column[drawn].sum(1) for column in sums.T])
     with np.errstate(divide="ignore", invalid="ignore"):
-        chance = resampled[2] / resampled[3]
-        lifts = (resampled[0] / resampled[1] - chance) / chance
+        expected = resampled[2] / resampled[3]
+        lifts = (resampled[0] / resampled[1] - expected) / expected
     lifts = lifts[np.isfinite(lifts)]
     low, high = np.quantile(lifts, [0.025, 0.975]) if len(lifts) else (math.nan, math.nan)
-    p_value = (1 + reached) / (1 + test.permutations)
+    p_value = (1 + reached) / (1 + chance.permutations)
     return Coupling(name, float(observed), float(random), p_value, float(low), float(high), int(totals[1]))
 
 
-def _sums(response: _Marked, shuffled: bool) -> tuple[float, float, float, float]:
+def _sums(response: Marked, shuffled: bool) -> tuple[float, float, float, float]:
     at_marks, marks = response.values[response.marks].sum(), response.marks.sum()
     if shuffled:
         return at_marks, marks, marks * response.values.mean(), marks
     return at_marks, marks, response.values.sum(), len(response.values)
 
 
-def _placed_anew(response: _Marked, chance: Chance, rng: np.random.Generator) -> npt.NDArray[np.float64]:
+def _placed_anew(response: Marked, chance: Chance, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Sums of the values at marks, for each permutation."""
     marks, values = response
     size, count = len(values), int(marks.sum())
-    if test.null == "shift":
+    if chance.null == "shift":
         at = np.flatnonzero(marks)
         sums = values[(np.arange(size)[:, None] + at) % size].sum(1)
-        return sums[rng.integers(size, size=test.permutations)]
+        return sums[rng.integers(size, size=chance.permutations)]
     if set(np.unique(values)) <= {0.0, 1.0}:
         ones = int(values.sum())
-        return rng.hypergeometric(ones, size - ones, count, size=test.permutations).astype(np.float64)
-    drawn = rng.random((test.permutations, size)).argpartition(count - 1, axis=1)[:, :count]
+        return rng.hypergeometric(ones, size - ones, count, size=chance.permutations).astype(np.float64)
+    drawn = rng.random((chance.permutations, size)).argpartition(count - 1, axis=1)[:, :count]
     return values[drawn].sum(1)
