@@ -7,6 +7,7 @@ analyze.py (rendering).
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def _question(file: Path, number: int, line: str) -> str:
     if not isinstance(question, str) or not question.strip():
         raise InputError(f'--prompts {file}, line {number}: needs an object with a text under "question"')
     return question
+
+
+def paper_prompt(question: str) -> str:
+    """The question as the paper puts it (App. A.1): its last sentence as `Question`, all before it as `Context`.
+
+    Example:
+        >>> print(paper_prompt("A tray holds 12 rolls. How many do 4 trays hold?"))
+        Context: A tray holds 12 rolls.
+        Question: How many do 4 trays hold?
+    """
+    *context, last = re.split(r"(?<=[.!?])[\"')\]]*\s+(?=\S)", question.strip())
+    before = question.strip()[: -len(last)].strip() if context else ""
+    return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
 
 
 def render(tokenizer: Any, question: str, system: str) -> list[int]:

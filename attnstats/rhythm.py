@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 CURVES = ("waad", "fai", "receiver_fai", "entropy")
+Null = Literal["shuffle", "shift"]
 
 
 def delta(waad: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class Chance:
     """
 
     permutations: int = 2000
-    null: Literal["shuffle", "shift"] = "shuffle"
+    null: Null = "shuffle"
     resamples: int = 2000
     seed: int = 0
 
