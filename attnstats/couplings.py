@@ -19,7 +19,7 @@ from attnstats.analyze import drawn_entropy, hidden_states
 from attnstats.capture import capture
 from attnstats.corpus import Measured
 from attnstats.errors import InputError
-from attnstats.heads import HeadClasses, HeadProfile, class_mean, identity
+from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean, identity
 from attnstats.models import LoadedModel
 from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets
 from attnstats.selection import middle_third
@@ -28,7 +28,6 @@ from attnstats.store import Store
 
 WINDOWS = (5, 10, 20)
 ANALYSIS = FAI(0, None)  # of the paper's analysis: to the end of the response, the token itself among its queries
-RECEIVED = FAI(4, None)  # what the kurtosis of receiver heads is of
 HORIZONS = (ANALYSIS, RECEIVED, FAI(10, None), FAI(0, 100), FAI(10, 100), FAI(10, 50))
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 MAXIMA = PeakRule()

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from attnstats.errors import InputError
+from attnstats.statistics import FAI
 
+# What the kurtosis of receiver heads is of, per token: what a key receives from queries four or more further on.
+RECEIVED = FAI(4, None)
 FORMAT, VERSION = "attnstats head profile", 1
 MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
 SAMPLES = 16  # entries of each parameter that the fingerprint is made of
@@ -37,6 +40,10 @@ class HeadClasses:
 
     local: Tensor
     global_: Tensor
+
+    def of(self, rows: Sequence[int]) -> HeadClasses:
+        """The classes of the layers at these indices of the tensors alone."""
+        return HeadClasses(self.local[list(rows)], self.global_[list(rows)])
 
     def name(self, layer: int, head: int) -> str:
         """ "local", "global" or "middle" for the head at these indices of the tensors."""

@@ -22,12 +22,12 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    given.require("jinja2", "rich", "safetensors")
-    from attnstats import outputs, report
+    given.require("jinja2", "pyarrow", "rich", "safetensors", "scipy")
+    from attnstats import findings, outputs, report
     from attnstats.terminal import Terminal
 
     analyses, settings, summary = outputs.load(options.folder)
-    page = report.render(analyses, settings, summary)
+    page = report.render(analyses, settings, summary, findings.coupled(analyses, findings.profile(analyses)))
     out = options.out or options.folder / outputs.REPORT
     try:
         out.write_text(page, encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnstats.analyze import Analysis, Settings
 from attnstats.report.charts import Curve, draw
+from attnstats.rhythm import Coupling
 from attnstats.text import PART, visible
 
 # Upper ends of the shades, as shares of the response's tokens: half of them stay white, so that peaks stand out.
@@ -28,7 +29,9 @@ LISTED = 6
 CONTEXT = 5
 
 
-def render(analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any]) -> str:
+def render(
+    analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any], couplings: Sequence[Coupling] = ()
+) -> str:
     """The report as HTML. Parts that would make it too large are left out, and it says so."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
