@@ -14,14 +14,7 @@ BATCH = 250
 WIDTH = 24
 
 
-# What each credit reads of a batch, and which of the drawn settings it has.
-SIGNALS = {
-    "local_chunk": ("waad",),
-    "global_anchor": ("fai", "valid"),
-    "coupled_rhythm": ("waad", "fai", "valid"),
-    "high_entropy": ("entropy",),
-    "high_entropy_selection": ("entropy",),
-}
+# Which of the drawn settings each credit has.
 SETTINGS = {
     "local_chunk": ("q", "amp", "bottom"),
     "global_anchor": ("q", "amp", "bottom"),
@@ -87,7 +80,7 @@ def random_batch(seed: int) -> Batch:
 
 
 def vectorised(name: str, batch: Batch) -> torch.Tensor:
-    signals = {signal: getattr(batch, signal) for signal in SIGNALS[name]}
+    signals = {signal: getattr(batch, signal) for signal in plain.SIGNALS[name]}
     settings = {setting: batch.settings[setting] for setting in SETTINGS[name]}
     if name != "high_entropy_selection":
         settings["keep_mean"] = batch.keep_mean
@@ -101,11 +94,11 @@ def written_out(name: str, batch: Batch) -> torch.Tensor:
         gamma = getattr(plain, name)(*signals, **settings)
         return plain.mean_kept(gamma) if batch.keep_mean and name != "high_entropy_selection" else gamma
 
-    columns = [getattr(batch, signal).tolist() for signal in ("mask", *SIGNALS[name])]
+    columns = [getattr(batch, signal).tolist() for signal in ("mask", *plain.SIGNALS[name])]
     return torch.tensor([plain.respond(mask, of_one, *row) for mask, *row in zip(*columns, strict=True)])
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", plain.SIGNALS)
 def test_as_written_out(name):
     for seed in range(CASES // BATCH):
         batch = random_batch(seed)
