@@ -77,7 +77,8 @@ def curves(golden: Golden) -> Curves:
 def sets(golden: Golden, curve: Curves) -> tuple[list[int], plain.Sets]:
     """Tloc and the sets of coupled rhythm, as positions in the sequence."""
     tokens = [t for t, counted in enumerate(golden.mask) if counted]
-    waad, fai, valid = ([signal[t] for t in tokens] for signal in (curve.waad, curve.fai, curve.valid))
+    waad, fai = ([signal[t] for t in tokens] for signal in (curve.waad, curve.fai))
+    valid = [curve.valid[t] for t in tokens]
     chunk = plain.top(plain.delta(waad), golden.q)
     coupled = plain.coupled_sets(waad, fai, valid, **golden.coupled)
     placed = plain.Sets(
@@ -159,7 +160,12 @@ def gamma(golden: Golden, curve: Curves, name: str, settings: dict[str, Any]) ->
         row = getattr(plain, name)(*signals, **exact)
         return plain.mean_kept(row) if keep_mean else row
 
-    known = {"waad": curve.waad, "fai": curve.fai, "valid": curve.valid, "entropy": golden.entropy}
+    known: dict[str, Sequence[Any]] = {
+        "waad": curve.waad,
+        "fai": curve.fai,
+        "valid": curve.valid,
+        "entropy": golden.entropy,
+    }
     signals = [known[signal] for signal in plain.SIGNALS[name]]
     return [Fraction(weight) for weight in plain.respond(golden.mask, credit, *signals)]
 
@@ -246,7 +252,7 @@ def all_golden() -> list[Golden]:
         ),
         drawn(
             "holes",
-            "Two tokens of padding, a prompt of 2, a response of 6 interrupted by 2 tokens that the policy didn't write.",
+            "Two tokens of padding, a prompt of 2, a response of 6 with 2 tokens between that the policy didn't write.",
             response(4, 12, holes=(7, 8)),
             lambda coupled: any(t - s > 2 and s < 7 for t, s in coupled.intro_of.items()),
             padding=2,
