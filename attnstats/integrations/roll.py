@@ -2,8 +2,8 @@
 
 The layout is that of ROLL 0.3.0 (commit 8eb27cc, read, not run). Prompt and response stand in one row of S tokens,
 padded on the right, and `response_mask` (B, S) says which are the response's. What is computed from logits
-(log-probabilities, entropy, advantages) is (B, S - 1), entry j being of token j + 1, which row j predicts; ROLL cuts its
-mask to match: `response_mask[:, 1:]`. WAAD and FAI of a token are those of its own row, (B, S): they are cut here.
+(log-probabilities, entropy, advantages) is (B, S - 1), entry j being of token j + 1, which row j predicts; ROLL cuts
+its mask to match: `response_mask[:, 1:]`. WAAD and FAI of a token are those of its own row, (B, S): they are cut here.
 """
 
 from __future__ import annotations
