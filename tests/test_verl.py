@@ -1,5 +1,8 @@
 """The verl adapter on batches of the shape that verl documents; verl itself is not needed."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -153,3 +156,12 @@ def test_nested_and_padded_are_not_mixed():
     nested = torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
     with pytest.raises(ValueError, match="both be nested, or neither"):
         verl.response_part(nested, torch.ones(2, 2))
+
+
+def test_no_framework_is_imported():
+    program = (
+        "import sys, attnstats.credit, attnstats.integrations.verl, attnstats.integrations.roll;"
+        "print(*{'transformers', 'accelerate', 'trl', 'verl', 'roll', 'tensordict', 'ray'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
