@@ -71,11 +71,13 @@ def table_2(findings: Findings) -> Table:
 
 
 def peaks(findings: Findings) -> Table:
-    table = _table("Peaks per token", "curve", "ours", "paper")
+    table = _table("Peaks per token, heads and sets", "share of", "ours", "paper")
     for name, density in findings.rows[0].densities.items():
         table.add_row(NAMES[name], _percent(density), DENSITIES.get(name, "not given"))
     table.add_section()
     table.add_row("receiver heads that are global heads", f"{findings.receivers_global} of {findings.receivers}", "")
+    for name, share in findings.sets.items():
+        table.add_row(f"tokens in the sets of Eq. 14-18: {name}", _percent(share), "")
     return table
 
 
@@ -147,6 +149,7 @@ def as_json(findings: Findings, tested: dict[str, Table1]) -> dict[str, Any]:
         "perturbation": {name: _finite(asdict(found)) for name, found in tested.items()},
         "couplings": _row(findings.rows[0])["couplings"],
         "densities": _finite(findings.rows[0].densities),
+        "sets": _finite(findings.sets),
         "offsets": [
             {"of": of, "near": near, "offset": offset, **coupling_as_json(found)}
             for (of, near, offset), found in findings.offsets.items()
