@@ -7,6 +7,7 @@ commands/, and by anyone who wants the numbers in Python.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from attnstats.capture import capture
 from attnstats.corpus import Measured, Progress
 from attnstats.errors import InputError
 from attnstats.generation import check_sampling
+from attnstats.maps import Maps, mean_maps
 from attnstats.models import LoadedModel
 from attnstats.presets import paper_v2
 from attnstats.prompts import SYSTEM, render
@@ -75,6 +77,7 @@ class Analysis:
         waad: (T,), mean over the local heads. fai: (T,), mean over the global heads, 0 where not fai_valid.
         delta: (response length,), change of WAAD to the next token.
         entropy: (T,) in nats, of the distribution each token was drawn from (drawn_entropy); NaN for the first.
+        maps: mean maps of the local and of the global heads, pooled and near the diagonal.
     """
 
     question: str
@@ -92,11 +95,13 @@ class Analysis:
     fai_valid: Tensor
     delta: Tensor
     entropy: Tensor
+    maps: Maps
 
     def stored(self) -> Measured:
         """As a store keeps it: tensors by name, and the texts."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         tensors |= {"layers": torch.tensor(self.layers), "local": self.classes.local, "global": self.classes.global_}
+        tensors |= vars(self.maps)
         return tensors, {"question": self.question, "tokens": self.tokens}
 
     @classmethod
@@ -107,6 +112,7 @@ class Analysis:
             tokens=list(map(str, texts["tokens"])),
             layers=tuple(tensors["layers"].tolist()),
             classes=heads.HeadClasses(tensors["local"], tensors["global"]),
+            maps=Maps(**{field.name: tensors[field.name] for field in dataclasses.fields(Maps)}),
             **{name: tensors[name] for name in _TENSORS},
         )
 
@@ -291,6 +297,7 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         fai_valid=fai_valid,
         delta=rhythm.delta(mean_waad[in_response]),
         entropy=drawn_entropy(loaded, hidden, last_logits, settings.temperature),
+        maps=mean_maps(loaded.model, ids, in_response, classes, run.layers),
     )
 
 
