@@ -19,7 +19,8 @@ from attnstats.analyze import drawn_entropy, hidden_states
 from attnstats.capture import capture
 from attnstats.corpus import Measured
 from attnstats.errors import InputError
-from attnstats.heads import HeadClasses, HeadProfile, class_mean, identity
+from attnstats.heads import HeadClasses, HeadProfile, class_mean
+from attnstats.identity import identity
 from attnstats.models import LoadedModel
 from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets, sets
 from attnstats.selection import middle_third

@@ -140,8 +140,8 @@ def _settings(options: argparse.Namespace) -> tuple[Chance, Perturbation]:
 
 
 def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard: Shard) -> Job:
-    from attnstats import heads
     from attnstats.corpus import stage
+    from attnstats.identity import identity as identity_of
     from attnstats.outputs import versions
 
     timings: dict[str, float] = {}
@@ -150,7 +150,7 @@ def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard
     prompts = [render(loaded.tokenizer, question, options.system) for question in questions]
     identity = {
         "command": "couplings",
-        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(heads.identity(loaded.model))},
+        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(identity_of(loaded.model))},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "settings": {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
         "versions": versions(),
