@@ -4,15 +4,18 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from attnstats import couplings as module
 from attnstats import models
 from attnstats.commands import couplings as command
 from attnstats.commands import tables
@@ -342,3 +345,44 @@ def test_the_papers_template(folder, tmp_path):
 def test_an_empty_store_has_no_profile(tmp_path, tiny):
     with pytest.raises(ValueError, match="holds no results"):
         profile_of(begin(tmp_path / "new", {}, resume=False), tiny)
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path, monkeypatch):
+    calls = []
+    original = module.measure
+
+    def interrupted(*arguments):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"3 of 5 responses are done and kept in .*out; go on with --resume"):
+        command.run(options_of(*arguments_of(folder, tmp_path / "out")))
+    assert Store(tmp_path / "out" / command.CORPUS).indices() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "broken", [f"{command.CORPUS}/items/000001.safetensors", f"{command.CORPUS}/items/000001.json"]
+)
+def test_a_damaged_file_is_named(finished, folder, tmp_path, broken):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / broken).write_bytes((out / broken).read_bytes()[:20])
+    shutil.rmtree(out / command.PERTURBED)
+    with pytest.raises(InputError, match=f"{Path(broken).name}: cannot be read"):
+        command.run(options_of(*arguments_of(folder, out, "--resume")))
+
+
+def test_an_out_that_is_a_file(folder, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="--out"):
+        command.run(options_of(*arguments_of(folder, tmp_path / "out")))
+
+
+def test_without_perturbation(finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    assert command.run(options_of(*arguments_of(folder, out, "--resume", "--no-perturb"))) == 0
+    record = json.loads((out / command.RESULTS).read_text())
+    assert record["perturbation"] == {}
+    assert record["couplings"] == json.loads((finished / command.RESULTS).read_text())["couplings"]
