@@ -363,14 +363,14 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path, monkeypatch):
     assert Store(tmp_path / "out" / command.CORPUS).indices() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    "broken", [f"{command.CORPUS}/items/000001.safetensors", f"{command.CORPUS}/items/000001.json"]
-)
-def test_a_damaged_file_is_named(finished, folder, tmp_path, broken):
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_damaged_file_is_named(finished, folder, tmp_path, suffix):
     out = shutil.copytree(finished, tmp_path / "out")
-    (out / broken).write_bytes((out / broken).read_bytes()[:20])
+    perturbed = next((out / command.PERTURBED / "items").glob("*.safetensors")).name
+    broken = (out / command.CORPUS / "items" / perturbed).with_suffix(suffix)
+    broken.write_bytes(broken.read_bytes()[:20])
     shutil.rmtree(out / command.PERTURBED)
-    with pytest.raises(InputError, match=f"{Path(broken).name}: cannot be read"):
+    with pytest.raises(InputError, match=f"{broken.name}: cannot be read"):
         command.run(options_of(*arguments_of(folder, out, "--resume")))
 
 

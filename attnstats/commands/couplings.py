@@ -79,6 +79,8 @@ class Job:
 
 def run(options: argparse.Namespace) -> int:
     given.require("rich", "safetensors", "scipy")
+    from rich.console import Console
+
     from attnstats import shards
     from attnstats.commands import tables
     from attnstats.corpus import stage
@@ -110,10 +112,10 @@ def run(options: argparse.Namespace) -> int:
     findings.profile.save(options.out / PROFILE)
     record = _record(options, job, findings, tested)
     (options.out / RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
-    width = None if terminal.console.is_terminal else WIDTH
+    console = terminal.console if terminal.console.is_terminal else Console(width=WIDTH, highlight=False)
     for part in tables.render(findings, tested):
-        terminal.console.print()
-        terminal.console.print(part, width=width)
+        console.print()
+        console.print(part)
     for name in (RESULTS, PROFILE):
         terminal.say(str(options.out / name))
     return 0
