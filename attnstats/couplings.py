@@ -19,9 +19,10 @@ from attnstats.analyze import drawn_entropy, hidden_states
 from attnstats.capture import capture
 from attnstats.corpus import Measured
 from attnstats.errors import InputError
-from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean, identity
+from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean
+from attnstats.identity import identity
 from attnstats.models import LoadedModel
-from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets
+from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets, sets
 from attnstats.selection import middle_third
 from attnstats.statistics import FAI, WAAD, MeanDistance
 from attnstats.store import Store
@@ -195,6 +196,7 @@ class Findings:
         local, global_, receivers: numbers of heads; receivers_global: of receivers that are global heads.
         rows: the default first, then each variant (`settlements`).
         offsets: of the default (Table 20), by (of, near, offset).
+        sets: of the default: which share of all tokens is preplan, anchor and both, and of the anchors is dominated.
     """
 
     profile: HeadProfile
@@ -206,6 +208,7 @@ class Findings:
     receivers_global: int
     rows: list[Row]
     offsets: dict[tuple[str, str, int], Coupling] = field(default_factory=dict)
+    sets: dict[str, float] = field(default_factory=dict)
 
 
 def profile_of(store: Store, loaded: LoadedModel) -> HeadProfile:
@@ -258,4 +261,21 @@ def examine(store: Store, loaded: LoadedModel, chance: Chance) -> Findings:
         receivers_global=int((receivers & classes.global_).sum()),
         rows=rows,
         offsets=offsets(curves[base], base.rule, chance) if base in curves else {},
+        sets=shares_of_sets(curves.get(base, [])),
     )
+
+
+def shares_of_sets(curves: Sequence[Curves]) -> dict[str, float]:
+    """How large the sets of rhythm.sets are over all responses, each a share of 0..1; nothing where there are none."""
+    if not curves:
+        return {}
+    found = [sets(c) for c in curves]
+    preplan, anchor, dominated = (
+        torch.cat([getattr(one, name) for one in found]) for name in ("preplan", "anchor", "dominated")
+    )
+    return {
+        "preplan": preplan.double().mean().item(),
+        "anchor": anchor.double().mean().item(),
+        "preplan and anchor": (preplan & anchor).double().mean().item(),
+        "dominated, of anchors": dominated.sum().item() / max(1, int(anchor.sum())),
+    }

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from attnstats.analyze import Analysis
-from attnstats.heads import HeadProfile, ModelIdentity, class_mean
+from attnstats.heads import HeadProfile, class_mean
+from attnstats.identity import ModelIdentity
 from attnstats.rhythm import Chance, Coupling, Curves, couplings
 
 RECEIVERS = 20

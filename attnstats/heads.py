@@ -8,7 +8,6 @@ anyone with per-head statistics from `attnstats.capture`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -20,18 +19,13 @@ import torch
 from torch import Tensor
 
 from attnstats.errors import InputError
+from attnstats.identity import ModelIdentity, differences, identity
 from attnstats.statistics import FAI
 
 # What the kurtosis of receiver heads is of, per token: what a key receives from queries four or more further on.
 RECEIVED = FAI(4, None)
 FORMAT, VERSION = "attnstats head profile", 1
 MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
-SAMPLES = 16  # entries of each parameter that the fingerprint is made of
-# Entries of a config that don't change what the model computes.
-INCIDENTAL = frozenset(
-    ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "pad_token_id",
-     "bos_token_id", "eos_token_id", "quantization_config", "_attn_implementation", "attn_implementation")
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +310,7 @@ class HeadProfile:
             profile = _parsed(content)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: a head profile with a broken entry ({error}); make it anew") from error
-        if model is not None and (different := _differences(profile.model, identity(model))):
+        if model is not None and (different := differences(profile.model, identity(model))):
             raise InputError(f"{file}: the profile is of another model: {different}; make one of this model")
         return profile
 
@@ -332,53 +326,6 @@ class HeadProfile:
         if values.dim() != 3 or values.shape[:2] != self.distance_sum.shape:
             expected = tuple(self.distance_sum.shape)
             raise ValueError(f"{name} must be (layers, heads, positions), {expected} first; got {tuple(values.shape)}")
-
-
-@dataclass(frozen=True)
-class ModelIdentity:
-    """Which model a profile is of, known again whatever the dtype, the device or the folder's name.
-
-    Attributes:
-        config: digest of the settings in which its config differs from the defaults of its family.
-        weights: digest of a few entries of every parameter, rounded to bfloat16; float16 rounds otherwise.
-    """
-
-    model_type: str
-    layers: int
-    heads: int
-    head_dim: int
-    config: str
-    weights: str
-
-
-def identity(model: Any) -> ModelIdentity:
-    """The identity of a transformers model; takes milliseconds."""
-    config = model.config.get_text_config()
-    settings = {key: value for key, value in config.to_diff_dict().items() if key not in INCIDENTAL}
-    described = json.dumps(settings, sort_keys=True, default=str)
-    heads = int(config.num_attention_heads)
-    samples = []
-    for _, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        samples.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to(torch.bfloat16))
-    sampled = torch.cat(samples).cpu().view(torch.int16).numpy().tobytes()
-    return ModelIdentity(
-        model_type=str(config.model_type),
-        layers=int(config.num_hidden_layers),
-        heads=heads,
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        config=hashlib.sha256(described.encode()).hexdigest()[:16],
-        weights=hashlib.sha256(sampled).hexdigest()[:16],
-    )
-
-
-def _differences(ours: ModelIdentity | None, theirs: ModelIdentity) -> str:
-    recorded = {} if ours is None else asdict(ours)
-    return ", ".join(
-        f"{field} is {value} and not {recorded.get(field)}"
-        for field, value in asdict(theirs).items()
-        if recorded.get(field) != value
-    )
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -150,6 +150,48 @@ def densities(curves: Sequence[Curves], rule: PeakRule = PeakRule()) -> dict[str
     return shares
 
 
+@dataclass(frozen=True, eq=False)
+class Sets:
+    """The tokens of one response that credit is about, (T,) bool each (Sec. 5.2).
+
+    Attributes:
+        preplan: Tloc, the top share of delta: where WAAD changes most to the next token (Eq. 14).
+        anchor: Tglob, the top share of FAI (Eq. 16).
+        dominated: anchors that follow such a change with a low WAAD of their own (Eq. 18).
+        intro: the tokens that lead to them, one per dominated anchor.
+    """
+
+    preplan: Tensor
+    anchor: Tensor
+    dominated: Tensor
+    intro: Tensor
+
+
+def sets(curves: Curves, q: float = 0.4, k: int = 3) -> Sets:
+    """The sets of a response, as credit.py defines them.
+
+    Args:
+        q: share of the tokens that are preplan, and that are anchors.
+        k: how many tokens before an anchor can lead to it.
+
+    Example:
+        >>> import torch
+        >>> waad = torch.tensor([4.0, 9.0, 2.0, 2.0, 2.0])
+        >>> fai = torch.tensor([0.1, 0.2, 0.9, 0.1, 0.1])
+        >>> found = sets(Curves(waad, fai, fai, waad), q=0.2)
+        >>> [found.preplan.nonzero().item(), found.dominated.nonzero().item(), found.intro.nonzero().item()]
+        [1, 2, 1]
+    """
+    from attnstats.credit import coupled_sets  # which takes delta from here
+    from attnstats.responses import top_share
+
+    waad, fai, valid = curves.waad[None], curves.fai[None], curves.valid("fai")[None]
+    everywhere = torch.ones_like(valid)
+    coupled = coupled_sets(waad, fai, everywhere, valid=valid, q=q, k=k)
+    preplan = top_share(delta(waad), everywhere, q)
+    return Sets(preplan[0], coupled.anchor[0], coupled.dominated[0], coupled.intro[0])
+
+
 @dataclass(frozen=True)
 class Coupling:
     """How much more often, or higher, than by chance something is at the marked tokens; NaN where there are none.

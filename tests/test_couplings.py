@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from attnstats import couplings as module
 from attnstats import models
 from attnstats.commands import couplings as command
 from attnstats.commands import tables
@@ -72,7 +74,7 @@ def arguments_of(folder, out, *more, data=None):
 def finished(folder, tmp_path_factory):
     """A run that went through."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert options_of(*arguments_of(folder, out)).run(options_of(*arguments_of(folder, out))) == 0
+    assert command.run(options_of(*arguments_of(folder, out))) == 0
     return out
 
 
@@ -213,7 +215,7 @@ def test_no_text_of_prompts_or_responses_is_in_the_results(finished, tiny):
 
 def test_the_same_run_gives_the_same_numbers(finished, folder, tmp_path):
     options = options_of(*arguments_of(folder, tmp_path / "out"))
-    assert options.run(options) == 0
+    assert command.run(options) == 0
     first, second = (json.loads((out / command.RESULTS).read_text()) for out in (finished, tmp_path / "out"))
     for record in (first, second):
         record.pop("timings_seconds"), record.pop("date")
@@ -236,7 +238,7 @@ def test_a_killed_run_goes_on(finished, folder, tmp_path):
         "parser = argparse.ArgumentParser()\n"
         "command.add_parser(parser.add_subparsers())\n"
         "options = parser.parse_args(['couplings', *sys.argv[1:]])\n"
-        "options.run(options)\n"
+        "command.run(options)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stdout=subprocess.DEVNULL)
@@ -254,9 +256,9 @@ def test_a_killed_run_goes_on(finished, folder, tmp_path):
     assert len([path for path in kept if path.suffix == ".safetensors"]) < len(QUESTIONS)
     refused = options_of(*arguments)
     with pytest.raises(InputError, match="--resume"):
-        refused.run(refused)
+        command.run(refused)
     options = options_of(*arguments, "--resume")
-    assert options.run(options) == 0
+    assert command.run(options) == 0
     for path, (written, content) in kept.items():
         assert (path.stat().st_mtime_ns, path.read_bytes()) == (written, content)
     first, second = (json.loads((folder / command.RESULTS).read_text()) for folder in (finished, out))
@@ -278,7 +280,7 @@ def test_a_killed_run_goes_on(finished, folder, tmp_path):
 def test_bad_input(folder, tmp_path, more, message):
     options = options_of(*arguments_of(folder, tmp_path / "out", *more))
     with pytest.raises(InputError, match=message):
-        options.run(options)
+        command.run(options)
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -289,13 +291,13 @@ def test_broken_data(folder, tmp_path, line, message):
     file.write_text('{"question": "so"}\n' + line + "\n")
     options = options_of(*arguments_of(folder, tmp_path / "out", data=file))
     with pytest.raises(InputError, match=message):
-        options.run(options)
+        command.run(options)
 
 
 def test_another_run_is_not_continued(finished, folder):
     options = options_of(*arguments_of(folder, finished, "--resume", "--seed", 5))
     with pytest.raises(InputError, match="seed"):
-        options.run(options)
+        command.run(options)
 
 
 def shown(findings, tested):
@@ -310,18 +312,18 @@ def test_the_papers_numbers_stand_beside_ours(store, tiny):
     for number in ("0.3608", "0.2386", "0.6084", "0.2241", "0.5253", "0.3687", "+171 %", "+42 %", "+296 %", "22.4 %"):
         assert number in text
     assert "Table 1:" not in text
-    for word in ("Table 2", "Table 10", "Table 20", "head share", "top third", "of the peaks of"):
+    for word in ("Table 2", "Table 10", "Table 20", "head share", "top third", "receiver FAI"):
         assert word in text
 
 
 def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
     """No peaks, no perturbation: null in the file and a dash in the tables, never NaN."""
     options = options_of(*arguments_of(folder, tmp_path / "out", "--max-tokens", 2))
-    assert options.run(options) == 0
+    assert command.run(options) == 0
     text = (tmp_path / "out" / command.RESULTS).read_text()
     assert "NaN" not in text
     record = json.loads(text)
-    assert record["couplings"][0]["observed"] is None
+    assert record["couplings"] == []  # no head receives anything that has a kurtosis
     assert record["perturbation"]["the likeliest"] == {
         "high": None, "low": None, "lower": None, "p_value": None, "difference_low": None, "difference_high": None,
         "count": 0,
@@ -332,7 +334,7 @@ def test_the_papers_template(folder, tmp_path):
     out = tmp_path / "out"
     data = data_file(tmp_path, ["so w1. how many?"])
     options = options_of(*arguments_of(folder, out, "--template", "paper", "--max-tokens", 3, data=data))
-    assert options.run(options) == 0
+    assert command.run(options) == 0
     prompt, _ = Store(out / command.CORPUS).response(0)
     tiny = models.load(str(folder), dtype="float32", device="cpu")
     expected = tiny.tokenizer("user Context: so w1.\nQuestion: how many? so ")["input_ids"]
@@ -342,3 +344,44 @@ def test_the_papers_template(folder, tmp_path):
 def test_an_empty_store_has_no_profile(tmp_path, tiny):
     with pytest.raises(ValueError, match="holds no results"):
         profile_of(begin(tmp_path / "new", {}, resume=False), tiny)
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path, monkeypatch):
+    calls = []
+    original = module.measure
+
+    def interrupted(*arguments):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"3 of 5 responses are done and kept in .*out; go on with --resume"):
+        command.run(options_of(*arguments_of(folder, tmp_path / "out")))
+    assert Store(tmp_path / "out" / command.CORPUS).indices() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_damaged_file_is_named(finished, folder, tmp_path, suffix):
+    out = shutil.copytree(finished, tmp_path / "out")
+    perturbed = next((out / command.PERTURBED / "items").glob("*.safetensors")).name
+    broken = (out / command.CORPUS / "items" / perturbed).with_suffix(suffix)
+    broken.write_bytes(broken.read_bytes()[:20])
+    shutil.rmtree(out / command.PERTURBED)
+    with pytest.raises(InputError, match=f"{broken.name}: cannot be read"):
+        command.run(options_of(*arguments_of(folder, out, "--resume")))
+
+
+def test_an_out_that_is_a_file(folder, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="--out"):
+        command.run(options_of(*arguments_of(folder, tmp_path / "out")))
+
+
+def test_without_perturbation(finished, folder, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    assert command.run(options_of(*arguments_of(folder, out, "--resume", "--no-perturb"))) == 0
+    record = json.loads((out / command.RESULTS).read_text())
+    assert record["perturbation"] == {}
+    assert record["couplings"] == json.loads((finished / command.RESULTS).read_text())["couplings"]

@@ -22,6 +22,7 @@ from attnstats.rhythm import (
     densities,
     offsets,
     peaks,
+    sets,
     top,
 )
 
@@ -283,3 +284,21 @@ def test_densities_are_shares_of_valid_tokens():
 def test_a_coupling_over_nothing_has_no_lift():
     assert math.isnan(Coupling("x", 0.5, 0.0, 1.0, 0.0, 0.0, 1).lift)
     assert Coupling("x", 0.3608, 0.2386, 1.0, 0.0, 0.0, 1).lift == pytest.approx(0.5122, abs=1e-4)  # Table 2
+
+
+@pytest.mark.parametrize("q", [0.2, 0.4])
+@pytest.mark.parametrize("k", [1, 3])
+def test_sets_by_hand(q, k):
+    c = without_rhythm(4, 60)
+    found = sets(c, q, k)
+    change = delta(c.waad).tolist()
+    waad, count = c.waad.tolist(), math.ceil(q * 60)
+    assert sorted(at(found.preplan)) == sorted(top(delta(c.waad), count))
+    anchors = top(c.fai, count, c.fai_valid)
+    assert sorted(at(found.anchor)) == sorted(anchors)
+    assert not found.anchor[50:].any()
+    low, large = sorted(waad)[29], sorted(change[:-1])[29]  # lower medians of 60 and of 59
+    dominated = {t for t in anchors if waad[t] <= low and max(change[max(0, t - k) : t], default=-1.0) >= large}
+    assert set(at(found.dominated)) == dominated
+    intro = {max(range(max(0, t - k), t), key=lambda s: (change[s], s)) for t in dominated}
+    assert set(at(found.intro)) == intro

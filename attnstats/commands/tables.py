@@ -10,18 +10,17 @@ from typing import Any
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from attnstats.couplings import Findings, Row
 from attnstats.perturb import Table1
-from attnstats.rhythm import CURVES, Coupling
+from attnstats.rhythm import Coupling
 
 # Li et al., arXiv 2510.13554v2: Qwen3-4B-Base on 70 GSM8K problems.
 TABLE_2 = ((0.3608, 0.2386), (0.6084, 0.2241), (0.5253, 0.3687))  # observed, random
 TABLE_10 = {"top third": (0.38, 2.96, 0.60), "middle third": (0.26, 1.27, 0.26), "bottom third": (0.52, 1.05, 0.37)}
 TABLE_1 = (0.534, 0.631, 0.8714)  # overlap after high, after low FAI; share of trials with less after high
 DENSITIES = {"fai": "22.4 %", "waad": "about 18 %: half of 36.87 %"}
-SHORT = ("entropy at WAAD peaks", "receiver peaks that are FAI peaks", "FAI peaks at or after WAAD peaks")
+COUPLINGS = ("1: entropy", "2: same peaks", "3: follow")  # in the order of Table 2
 NAMES = {"waad": "WAAD", "fai": "FAI", "receiver_fai": "receiver FAI", "entropy": "entropy"}
 
 
@@ -60,11 +59,11 @@ def table_1(tested: dict[str, Table1]) -> Table:
 def table_2(findings: Findings) -> Table:
     table = _table(
         f"Table 2: couplings over {findings.responses} responses, {findings.tokens} tokens",
-        "coupling", "observed", "random", "lift", "95 %", "p", "peaks", "paper: observed", "random", "lift",
+        "coupling", "observed", "random", "lift", "95 %", "p", "peaks", "paper:", "random", "lift",
     )  # fmt: skip
-    for found, (observed, random) in zip(findings.rows[0].couplings or (), TABLE_2, strict=False):
+    for i, (found, (observed, random)) in enumerate(zip(findings.rows[0].couplings or (), TABLE_2, strict=False), 1):
         table.add_row(
-            found.name, f"{found.observed:.4f}", f"{found.random:.4f}", _lift(found.lift),
+            f"{i}: {found.name}", f"{found.observed:.4f}", f"{found.random:.4f}", _lift(found.lift),
             f"{_lift(found.low)} .. {_lift(found.high)}", _p(found.p_value), str(found.count),
             f"{observed:.4f}", f"{random:.4f}", _lift((observed - random) / random),
         )  # fmt: skip
@@ -72,50 +71,54 @@ def table_2(findings: Findings) -> Table:
 
 
 def peaks(findings: Findings) -> Table:
-    table = _table("Peaks per token", "curve", "ours", "paper")
+    table = _table("Peaks per token, heads and sets", "share of", "ours", "paper")
     for name, density in findings.rows[0].densities.items():
         table.add_row(NAMES[name], _percent(density), DENSITIES.get(name, "not given"))
     table.add_section()
     table.add_row("receiver heads that are global heads", f"{findings.receivers_global} of {findings.receivers}", "")
+    for name, share in findings.sets.items():
+        table.add_row(f"tokens in the sets of Eq. 14-18: {name}", _percent(share), "")
     return table
 
 
 def table_10(findings: Findings) -> Table:
-    table = _table("Table 10: lifts by depth", "heads of", *(part for name in SHORT for part in (name, "p", "paper")))
+    table = _table("Table 10: lift (p) by depth", "heads of", *(c for name in COUPLINGS for c in (name, "paper")))
     for row in findings.rows:
         if row.setting == "layers" and row.value in TABLE_10 and row.couplings:
-            cells = []
-            for found, paper in zip(row.couplings, TABLE_10[row.value], strict=True):
-                cells += [_lift(found.lift), _p(found.p_value), _lift(paper)]
-            table.add_row(row.value, *cells)
+            both = zip(row.couplings, TABLE_10[row.value], strict=True)
+            table.add_row(row.value, *(cell for found, paper in both for cell in (_cell(found), _lift(paper))))
     return table
 
 
 def table_20(findings: Findings) -> Table:
     reach = sorted({offset for _, _, offset in findings.offsets})
-    table = _table("Table 20: lift of a peak near a peak, by offset in tokens", "of the peaks of", "with one of",
-                   *(part for offset in reach for part in (f"{offset:+d}", "p")))  # fmt: skip
+    columns = (f"{offset:+d}" for offset in reach)
+    table = _table(
+        "Table 20: lift (p) of a peak near a peak, by offset in tokens", "of peaks of", "with one of", *columns
+    )
     table.columns[1].justify = "left"
-    for of in CURVES:
-        for near in CURVES:
-            if (of, near, reach[0] if reach else 0) in findings.offsets:
-                found = [findings.offsets[of, near, offset] for offset in reach]
-                table.add_row(NAMES[of], NAMES[near], *(cell for f in found for cell in (_lift(f.lift), _p(f.p_value))))
+    for of, near in dict.fromkeys((of, near) for of, near, _ in findings.offsets):
+        table.add_row(NAMES[of], NAMES[near], *(_cell(findings.offsets[of, near, offset]) for offset in reach))
     return table
 
 
 def settlements(findings: Findings) -> Table:
-    table = _table("What the paper leaves open: lifts under other settings", "setting", "value", "WAAD peaks",
-                   "FAI peaks", *(part for name in SHORT for part in (name, "p")))  # fmt: skip
+    table = _table(
+        "What the paper leaves open: lift (p) under other settings",
+        "setting", "value", "WAAD peaks", "FAI peaks", *COUPLINGS,
+    )  # fmt: skip
     table.columns[1].justify = "left"
     for row in findings.rows:
         if row.couplings is None:
-            table.add_row(row.setting, row.value, Text("no heads of a kind", style="dim"))
+            table.add_row(row.setting, row.value, "no heads", "of a kind")
             continue
-        cells = [cell for found in row.couplings for cell in (_lift(found.lift), _p(found.p_value))]
         shown = (_percent(row.densities["waad"]), _percent(row.densities["fai"]))
-        table.add_row(row.setting, row.value, *shown, *cells)
+        table.add_row(row.setting, row.value, *shown, *map(_cell, row.couplings))
     return table
+
+
+def _cell(found: Coupling) -> str:
+    return f"{_lift(found.lift)} ({_p(found.p_value)})"
 
 
 def _percent(share: float) -> str:
@@ -146,6 +149,7 @@ def as_json(findings: Findings, tested: dict[str, Table1]) -> dict[str, Any]:
         "perturbation": {name: _finite(asdict(found)) for name, found in tested.items()},
         "couplings": _row(findings.rows[0])["couplings"],
         "densities": _finite(findings.rows[0].densities),
+        "sets": _finite(findings.sets),
         "offsets": [
             {"of": of, "near": near, "offset": offset, **coupling_as_json(found)}
             for (of, near, offset), found in findings.offsets.items()
