@@ -1,13 +1,13 @@
 """The settings of the paper, one frozen record per version of it: arXiv 2510.13554 v2 (default) and v1.
 
 A preset is what `attnstats analyze --preset` starts from; every field can be replaced by an option. It holds
-numbers only: statistics.py defines what they mean, heads.py and rhythm.py apply them.
+numbers only: statistics.py defines what they mean, heads.py, rhythm.py and credit.py apply them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,20 @@ class Preset:
         fai_lo, fai_hi: horizon of FAI in tokens (Def. 4.2).
         layers: which layers are sampled; "middle-third" is five, evenly spaced (Sec. 4.1).
         head_share: share of the heads called local, and of those called global (Sec. 4.1).
-        sign: advantages of which sign the credit weights scale (Sec. 5.2).
+        q: share of a response's tokens that a credit amplifies (Table 16).
+        amp: weight of an amplified token (Eq. 15, 17, 19).
+        alpha: share of a dominated anchor's bonus that goes to its intro token (Eq. 19); the paper names none.
+        k: how many tokens before an anchor may dominate it (Eq. 18); the paper says 1, 2 or 3.
+        sign: advantages of which sign the credit weights scale (Table 7a).
+
+    Example:
+        >>> import torch
+        >>> from attnstats import credit
+        >>> waad, fai, mask = torch.rand(2, 50), torch.rand(2, 50), torch.ones(2, 50, dtype=torch.bool)
+        >>> gamma = credit.coupled_rhythm(waad, fai, mask, **paper_v2.coupled)
+        >>> gamma = credit.local_chunk(waad, mask, **paper_v2.credit)
+        >>> credit.shape_advantages(torch.tensor([1.0, -1.0]), gamma, paper_v2.sign).shape
+        torch.Size([2, 50])
     """
 
     name: str
@@ -29,7 +42,21 @@ class Preset:
     fai_hi: int = 100
     layers: str = "middle-third"
     head_share: float = 0.30
+    q: float = 0.4
+    amp: float = 1.5
+    alpha: float = 0.5
+    k: int = 3
     sign: Literal["both", "positive", "negative"] = "both"
+
+    @property
+    def credit(self) -> dict[str, Any]:
+        """The settings that every credit takes."""
+        return {"q": self.q, "amp": self.amp}
+
+    @property
+    def coupled(self) -> dict[str, Any]:
+        """Those of `credit.coupled_rhythm`."""
+        return {**self.credit, "alpha": self.alpha, "k": self.k}
 
 
 paper_v2 = Preset("paper_v2")

@@ -1,0 +1,329 @@
+"""Token credit: which tokens of a response an advantage is made larger for (Sec. 5.2, Eq. 13-19).
+
+Pure functions on (B, T) tensors and a bool response mask, of no framework and no model: the curves come averaged
+over heads (heads.class_mean), the integrations call these. A row's response is its masked tokens in order, whatever
+lies between them: left or right padding, or a tool's output in the middle, so "the next token" is the next response
+token. What stands outside the mask never matters. Weights are constants: nothing here carries a gradient.
+
+Source: Li et al., arXiv 2510.13554v2. docs/credit.md has the formulas, and golden files for other implementations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attnstats.responses import Responses, check_mask, check_signal, delta, lower_median, top_of, top_share, working
+
+Sign = Literal["both", "positive", "negative"]
+
+
+@torch.no_grad()
+def local_chunk(
+    waad: Tensor, mask: Tensor, *, q: float = 0.4, amp: float = 1.5, bottom: bool = False, keep_mean: bool = False
+) -> Tensor:
+    """Local-chunk credit: `amp` where WAAD changes most to the next token, in the top share of delta (Eq. 14-15).
+
+    Args:
+        waad: (B, T) floating, WAAD averaged over the local heads; finite within the mask.
+        mask: (B, T) bool, the response tokens.
+        q: share of a row's response tokens that is amplified, `ceil(q * n)` of n, in [0, 1].
+        amp: weight of an amplified token, at least 1.
+        bottom: amplify the lowest share instead (Table 5).
+        keep_mean: divide each row by its mean weight, so that the credit only moves weight between tokens.
+
+    Returns:
+        gamma (B, T) of waad's dtype, 1 outside the mask.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, shape or range; NaN or infinity in waad within the mask.
+
+    Example:
+        >>> import torch
+        >>> waad = torch.tensor([[2.0, 2.0, 7.0, 6.0, 6.0]])
+        >>> local_chunk(waad, torch.ones(1, 5, dtype=torch.bool))
+        tensor([[1.0000, 1.5000, 1.5000, 1.0000, 1.0000]])
+    """
+    return _amplified(top_share(delta(waad, mask), mask, q, bottom=bottom), mask, amp, waad.dtype, keep_mean)
+
+
+@torch.no_grad()
+def global_anchor(
+    fai: Tensor,
+    mask: Tensor,
+    *,
+    valid: Tensor | None = None,
+    q: float = 0.4,
+    amp: float = 1.5,
+    bottom: bool = False,
+    keep_mean: bool = False,
+) -> Tensor:
+    """Global-anchor credit: `amp` on the top share of FAI (Eq. 16-17).
+
+    Args:
+        fai: (B, T) floating, FAI averaged over the global heads; finite where it is within the mask and valid.
+        mask, q, amp, bottom, keep_mean: as in `local_chunk`.
+        valid: (B, T) bool, where FAI is more than a placeholder (`Statistics.valid`); None: everywhere. The share is
+            of all response tokens, and only valid ones are taken: fewer than `ceil(q * n)` where fewer are valid.
+
+    Returns:
+        gamma (B, T) of fai's dtype, 1 outside the mask.
+
+    Raises:
+        TypeError, ValueError: as `local_chunk`.
+
+    Example:
+        >>> import torch
+        >>> fai = torch.tensor([[0.1, 0.4, 0.2, 0.0, 0.0]])
+        >>> valid = torch.tensor([[True, True, True, False, False]])
+        >>> global_anchor(fai, torch.ones_like(valid), valid=valid, q=0.8)
+        tensor([[1.5000, 1.5000, 1.5000, 1.0000, 1.0000]])
+    """
+    check_signal("fai", fai, mask, valid)
+    return _amplified(top_of(fai, mask, q, valid, bottom), mask, amp, fai.dtype, keep_mean)
+
+
+@torch.no_grad()
+def coupled_rhythm(
+    waad: Tensor,
+    fai: Tensor,
+    mask: Tensor,
+    *,
+    valid: Tensor | None = None,
+    q: float = 0.4,
+    amp: float = 1.5,
+    alpha: float = 0.5,
+    k: int = 3,
+    tau_waad: float | None = None,
+    tau_delta: float | None = None,
+    keep_mean: bool = False,
+) -> Tensor:
+    """Coupled-rhythm credit: anchors, with part of a locally dominated one's given to its intro token (Eq. 18-19).
+
+    `gamma = 1 + (amp - 1) * ([t anchor, not dominated] + (1 - alpha) * [t dominated] + alpha * [t intro token])`:
+    the terms add where the sets overlap, and a token that several anchors lead to counts once.
+
+    Args:
+        waad, fai, mask, valid: as in `local_chunk` and `global_anchor`.
+        q, amp, keep_mean: as in `local_chunk`.
+        alpha: share of a dominated anchor's bonus that its intro token gets, in [0, 1].
+        k, tau_waad, tau_delta: as in `coupled_sets`.
+
+    Returns:
+        gamma (B, T) of waad's dtype, 1 outside the mask.
+
+    Raises:
+        TypeError, ValueError: as `local_chunk`.
+
+    Example:
+        >>> import torch
+        >>> waad = torch.tensor([[8.0, 3.0, 2.0, 2.0, 9.0]])  # 8: looks back over the text, and writes on from there
+        >>> fai = torch.tensor([[0.1, 0.0, 0.9, 0.0, 0.3]])
+        >>> coupled_rhythm(waad, fai, torch.ones(1, 5, dtype=torch.bool))
+        tensor([[1.2500, 1.0000, 1.2500, 1.0000, 1.5000]])
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    sets = coupled_sets(waad, fai, mask, valid=valid, q=q, k=k, tau_waad=tau_waad, tau_delta=tau_delta)
+    dtype = working(waad.dtype)
+    bonus = (sets.anchor & ~sets.dominated).to(dtype) + (1 - alpha) * sets.dominated + alpha * sets.intro
+    return _finished(1 + _bonus(amp) * bonus, mask, waad.dtype, keep_mean)
+
+
+@torch.no_grad()
+def random_tokens(
+    mask: Tensor,
+    *,
+    q: float = 0.4,
+    amp: float = 1.5,
+    generator: torch.Generator | None = None,
+    keep_mean: bool = False,
+) -> Tensor:
+    """Random credit, the paper's control: `amp` on `ceil(q * n)` response tokens drawn anew (Table 3).
+
+    Args:
+        mask, q, amp, keep_mean: as in `local_chunk`.
+        generator: of mask's device; None: torch's own.
+
+    Returns:
+        gamma (B, T) float32, 1 outside the mask.
+
+    Example:
+        >>> import torch
+        >>> gamma = random_tokens(torch.ones(1, 10, dtype=torch.bool), generator=torch.Generator().manual_seed(0))
+        >>> (gamma == 1.5).sum().item()
+        4
+    """
+    check_mask("mask", mask)
+    drawn = torch.rand(mask.shape, generator=generator, device=mask.device)
+    return _amplified(top_of(drawn, mask, q, None, False), mask, amp, drawn.dtype, keep_mean)
+
+
+@torch.no_grad()
+def high_entropy(
+    entropy: Tensor, mask: Tensor, *, q: float = 0.4, amp: float = 1.5, bottom: bool = False, keep_mean: bool = False
+) -> Tensor:
+    """High-entropy credit, the paper's baseline: `amp` on the top share of token entropy (Table 3).
+
+    Args:
+        entropy: (B, T) floating, entropy of the distribution that each token was drawn from; finite within the mask.
+        mask, q, amp, bottom, keep_mean: as in `local_chunk`.
+
+    Returns:
+        gamma (B, T) of entropy's dtype, 1 outside the mask.
+
+    Raises:
+        TypeError, ValueError: as `local_chunk`.
+    """
+    check_signal("entropy", entropy, mask)
+    return _amplified(top_of(entropy, mask, q, None, bottom), mask, amp, entropy.dtype, keep_mean)
+
+
+@torch.no_grad()
+def high_entropy_selection(entropy: Tensor, mask: Tensor, *, q: float = 0.2) -> Tensor:
+    """Weight 1 on the top share of token entropy and 0 on the rest (Wang et al. 2025, arXiv 2506.01939).
+
+    Args:
+        entropy: (B, T) floating, as in `high_entropy`.
+        mask: (B, T) bool, the response tokens.
+        q: share of a row's response tokens that keep their gradient, in [0, 1].
+
+    Returns:
+        gamma (B, T) of entropy's dtype, 0 or 1, 1 outside the mask.
+
+    Raises:
+        TypeError, ValueError: as `local_chunk`.
+
+    Example:
+        >>> import torch
+        >>> high_entropy_selection(torch.tensor([[0.1, 2.0, 0.3, 0.4, 0.0]]), torch.ones(1, 5, dtype=torch.bool))
+        tensor([[0., 1., 0., 0., 0.]])
+    """
+    check_signal("entropy", entropy, mask)
+    return (top_of(entropy, mask, q, None, False) | ~mask).to(entropy.dtype)
+
+
+def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> Tensor:
+    """Advantages per token, `A[t] * gamma[t]` (Eq. 13).
+
+    Args:
+        advantages: (B,), (B, 1) or (B, T) floating.
+        gamma: (B, T) floating, of one of the credits.
+        sign: which advantages are scaled, "both" (v2), "positive" (v1) or "negative"; others stay as they are.
+
+    Returns:
+        (B, T), of the wider dtype of the two.
+
+    Raises:
+        ValueError: another sign, or shapes that don't go together.
+
+    Example:
+        >>> import torch
+        >>> shape_advantages(torch.tensor([1.0, -1.0]), torch.tensor([[1.0, 1.5], [1.5, 1.0]]), sign="positive")
+        tensor([[ 1.0000,  1.5000],
+                [-1.0000, -1.0000]])
+    """
+    if sign not in ("both", "positive", "negative"):
+        raise ValueError(f'sign must be "both", "positive" or "negative", got {sign!r}')
+    rows = advantages[:, None] if advantages.dim() == 1 else advantages
+    if gamma.dim() != 2 or rows.shape not in (gamma.shape, (len(gamma), 1)):
+        raise ValueError(
+            f"advantages must be (B,), (B, 1) or (B, T) beside gamma (B, T), "
+            f"got {tuple(advantages.shape)} beside {tuple(gamma.shape)}"
+        )
+    shaped = rows * gamma
+    if sign == "both":
+        return shaped
+    return torch.where(rows > 0 if sign == "positive" else rows < 0, shaped, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledSets:
+    """The sets of Eq. 16 and 18, (B, T) each.
+
+    Attributes:
+        anchor: bool, Tglob.
+        dominated: bool, D: the anchors that are locally dominated.
+        intro: bool, I(D).
+        intro_of: int64, for each dominated anchor the index of its intro token in T; -1 elsewhere.
+    """
+
+    anchor: Tensor
+    dominated: Tensor
+    intro: Tensor
+    intro_of: Tensor
+
+
+@torch.no_grad()
+def coupled_sets(
+    waad: Tensor,
+    fai: Tensor,
+    mask: Tensor,
+    *,
+    valid: Tensor | None = None,
+    q: float = 0.4,
+    k: int = 3,
+    tau_waad: float | None = None,
+    tau_delta: float | None = None,
+) -> CoupledSets:
+    """Anchors, which of them are locally dominated, and by which tokens (Eq. 16, 18).
+
+    An anchor t is dominated when `WAAD[t] <= tau_waad` and delta reaches `tau_delta` at one of the k response tokens
+    before it; where there is none it is not. Its intro token is the one of these with the greatest delta, the nearest
+    to t among equals.
+
+    Args:
+        waad, fai, mask, valid, q: as in `local_chunk` and `global_anchor`.
+        k: how many response tokens before an anchor are looked at, at least 1.
+        tau_waad, tau_delta: thresholds; None: each response's lower median, that of delta without its last token.
+
+    Raises:
+        TypeError, ValueError: as `local_chunk`.
+    """
+    check_signal("waad", waad, mask)
+    check_signal("fai", fai, mask, valid)
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be an integer >= 1, got {k!r}")
+    anchor = top_of(fai, mask, q, valid, False)
+    responses = Responses.of(mask)
+    curve = responses.gather(waad)
+    change = responses.delta(curve)
+    low = curve <= (lower_median(curve, responses.length) if tau_waad is None else tau_waad)
+    least = lower_median(change, responses.length - 1) if tau_delta is None else tau_delta
+
+    greatest = torch.full_like(change, -torch.inf)  # of delta, over the k tokens before each
+    back = torch.zeros_like(responses.index)  # how far before it that one is
+    for offset in range(1, min(k, change.shape[1] - 1) + 1):
+        before = torch.nn.functional.pad(change[:, :-offset], (offset, 0), value=-torch.inf)
+        back = back.masked_fill(before > greatest, offset)
+        greatest = torch.maximum(greatest, before)
+    dominated = anchor & responses.spread(low & (greatest >= least) & (back > 0))
+
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    intro_of = responses.spread(responses.gather(places).gather(1, (places - back).clamp(min=0)))
+    slots = torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
+    # The last slot is for tokens that lead nowhere.
+    intro = slots.scatter(1, torch.where(dominated, intro_of, mask.shape[1]), True)[:, :-1]
+    return CoupledSets(anchor, dominated, intro, torch.where(dominated, intro_of, -1))
+
+
+def _amplified(chosen: Tensor, mask: Tensor, amp: float, dtype: torch.dtype, keep_mean: bool) -> Tensor:
+    return _finished(1 + _bonus(amp) * chosen.to(working(dtype)), mask, dtype, keep_mean)
+
+
+def _finished(gamma: Tensor, mask: Tensor, dtype: torch.dtype, keep_mean: bool) -> Tensor:
+    """gamma, 1 outside the mask, as it is returned."""
+    if keep_mean:
+        total = gamma.masked_fill(~mask, 0).sum(1, keepdim=True)
+        gamma = torch.where(mask, gamma * (mask.sum(1, keepdim=True) / total), 1)
+    return gamma.to(dtype)
+
+
+def _bonus(amp: float) -> float:
+    if not 1 <= amp < math.inf:
+        raise ValueError(f"amp must be at least 1 and finite, got {amp}; below it a sum of terms could turn a sign")
+    return amp - 1
