@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from attnstats.analyze import Analysis, Settings
 from attnstats.report import data, scale
 from attnstats.report.columns import COLUMNS, horizon
@@ -114,7 +113,9 @@ def _without_script(analyses: Sequence[Analysis]) -> list[dict[str, Any]]:
             {"text": visible(text, newline="↵", tab="⇥") or "·", "breaks": "\n" * text.count("\n"), "shade": shade}
             for text, shade in zip(texts, scale.shades(values, waad.domain(values)), strict=True)
         ]
-        answers.append({"number": number, "question": visible(analysis.question[: data.MAX_CHARACTERS]), "tokens": tokens})
+        answers.append(
+            {"number": number, "question": visible(analysis.question[: data.MAX_CHARACTERS]), "tokens": tokens}
+        )
         room -= len(values)
         if room <= 0:
             break

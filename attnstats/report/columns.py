@@ -28,7 +28,7 @@ class Column:
         digits: decimals that are shown.
         about: what it says, in a sentence; {window} and {horizon} stand for settings.
         read: (R,) float64 in the unit, NaN where it has no value.
-        is_log: whether its scale is logarithmic; `low` is where a linear one starts, None for the least value.
+        is_log: whether its scale is logarithmic; `low` is where a linear one starts, None: half of the tokens stay pale.
     """
 
     key: str
@@ -73,11 +73,11 @@ COLUMNS = (
     Column(
         "delta", "Delta", "tokens", 2,
         "How much WAAD changes from this token to the next (Eq. 14): high where a chunk begins or ends.",
-        lambda a: a.delta.double(),
+        lambda a: a.delta.double(), low=None,
     ),
     Column(
         "gamma", "Gamma", "× advantage", 2,
-        "The weight that the coupled rhythm gives the token's advantage in training (Eq. 19): more than 1 for anchors "
+        "What the token's advantage is multiplied by in training with the coupled rhythm (Eq. 19): more than 1 for anchors "
         "and for the tokens that lead into them.",
         coupled_gamma, low=1.0,
     ),

@@ -91,7 +91,8 @@ function drawMarks(picture, key, values, at, x, most, width) {
   const placed = [];
   const highest = ranks.map((rank, i) => [rank, i]).filter(([rank]) => rank !== null && rank < LABELS).sort((a, b) => a[0] - b[0]);
   for (const [, i] of highest) {
-    const word = tokenText(i).trim() || "space";
+    const bare = tokenText(i).trim() || "space";
+    const word = /[\p{L}\p{N}]/u.test(bare) ? bare : `“${bare}”`;
     const beyond = values[i] > most;
     const text = (word.length > 12 ? `${word.slice(0, 11)}…` : word) + (beyond ? ` ${brief(values[i])} ↑` : "");
     const wide = 6.6 * text.length + 12;

@@ -38,14 +38,15 @@ class Shown:
     left_out: list[str]
 
 
-def fit(analyses: Sequence[Analysis], budget: int = MAX_BYTES) -> Shown:
-    """As many analyses as the budget in bytes holds, in order; then the maps of as many as still fit."""
+def fit(analyses: Sequence[Analysis]) -> Shown:
+    """As many analyses as MAX_BYTES hold, in order; then the maps of as many as still fit."""
+    budget = MAX_BYTES
     shown = Shown([], [], [], [])
     for number, analysis in enumerate(analyses, 1):
         data = prompt(analysis)
         text = embedded(data)
         if len(text) > budget:
-            shown.left_out.append(f"Prompts {number} to {len(analyses)}: the page has no room for them.")
+            shown.left_out.append(f"All from prompt {number} of {len(analyses)} on.")
             break
         budget -= len(text)
         shown.prompts.append(text)
@@ -63,7 +64,7 @@ def fit(analyses: Sequence[Analysis], budget: int = MAX_BYTES) -> Shown:
         shown.maps.append(text if fits else None)
         without += [] if fits else [number]
     if without:
-        shown.left_out.append(f"The maps of {len(without)} prompts, from {without[0]} on: the page has no room for them.")
+        shown.left_out.append(f"The maps of {len(without)} of the prompts, the first of them prompt {without[0]}.")
     return shown
 
 
@@ -97,10 +98,8 @@ def heads(analysis: Analysis) -> dict[str, Any]:
     return {
         "layers": list(analysis.layers),
         "distance": [[_short(value) for value in row] for row in distance.tolist()],
-        "classes": [
-            "".join(analysis.classes.name(row, head)[0] for head in range(distance.shape[1])) for row in rows
-        ],
-        "domain": _domain(Domain.of(distance.flatten(), is_log=True)),
+        "classes": ["".join(analysis.classes.name(row, head)[0] for head in range(distance.shape[1])) for row in rows],
+        "domain": _domain(Domain.of(distance.flatten(), is_log=True, pale=0.0)),
     }
 
 
@@ -119,19 +118,25 @@ def maps(analysis: Analysis) -> dict[str, Any]:
 
 
 def card(number: int, data: dict[str, Any]) -> dict[str, Any]:
-    """What the index shows of a prompt: its question, its length, and both curves in a hundred steps."""
+    """What the index shows of a prompt: its question, its length, and both curves in small."""
     return {
         "number": number,
         "question": data["question"][:160],
         "length": len(data["values"]["waad"]),
-        "waad": spark(data["values"]["waad"], data["domains"]["waad"]),
-        "fai": spark(data["values"]["fai"], data["domains"]["fai"]),
+        "waad": spark(data["values"]["waad"]),
+        "fai": spark(data["values"]["fai"]),
     }
 
 
-def spark(values: Sequence[float | None], domain: dict[str, Any]) -> list[int | None]:
-    """At most SPARK_POINTS points from 0 to 99 of a curve; the highest value of each stretch, so that peaks stay."""
-    scale = Domain(domain["low"], domain["high"], domain["log"])
+def spark(values: Sequence[float | None]) -> list[int | None]:
+    """At most SPARK_POINTS points from 0 to 99 of a curve; the highest value of each stretch, so that peaks stay.
+
+    Example:
+        >>> spark([3.0, 1.0, 2.0, None])
+        [99, 0, 50, None]
+    """
+    all_known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    scale = Domain.of(all_known, pale=0.0)
     count = min(SPARK_POINTS, len(values))
     points: list[int | None] = []
     for i in range(count):

@@ -16,9 +16,24 @@ from torch import Tensor
 
 SHADES = 16
 # Lightness, chroma, hue in degrees, from least to most.
-LIGHT = ((0.985, 0.012, 100), (0.93, 0.075, 106), (0.80, 0.110, 150), (0.64, 0.105, 205), (0.46, 0.125, 262), (0.30, 0.115, 285))
-DARK = ((0.255, 0.014, 265), (0.36, 0.085, 278), (0.50, 0.110, 255), (0.66, 0.105, 200), (0.81, 0.130, 150), (0.94, 0.120, 108))
+LIGHT = (
+    (1.0, 0.0, 100),
+    (0.93, 0.075, 106),
+    (0.80, 0.110, 150),
+    (0.64, 0.105, 205),
+    (0.46, 0.125, 262),
+    (0.30, 0.115, 285),
+)
+DARK = (
+    (0.222, 0.012, 262),
+    (0.36, 0.085, 278),
+    (0.50, 0.110, 255),
+    (0.66, 0.105, 200),
+    (0.81, 0.130, 150),
+    (0.94, 0.120, 108),
+)
 USUAL = 0.985  # the share of values that the scale spans; the few above share its last shade
+PALE = 0.5  # the share of a response's tokens that stays pale, so that the others stand out
 DECADES = 2  # of a logarithmic scale at most: what is 100 times less than most is nothing to look at
 Rgb = tuple[int, int, int]
 
@@ -28,16 +43,14 @@ def ramp(stops: Sequence[tuple[float, float, float]], count: int = SHADES) -> li
 
     Example:
         >>> ramp(LIGHT, 3)
-        [(253, 250, 242), (115, 184, 148), (33, 27, 89)]
+        [(255, 255, 255), (74, 187, 164), (43, 31, 100)]
     """
     colours = []
     for i in range(count):
         place = i / (count - 1) * (len(stops) - 1)
         index = min(int(place), len(stops) - 2)
         share = place - index
-        lightness, chroma, hue = (
-            a + (b - a) * share for a, b in zip(stops[index], stops[index + 1], strict=True)
-        )
+        lightness, chroma, hue = (a + (b - a) * share for a, b in zip(stops[index], stops[index + 1], strict=True))
         colours.append(from_oklch(lightness, chroma, hue))
     return colours
 
@@ -107,17 +120,17 @@ class Domain:
     is_log: bool = False
 
     @staticmethod
-    def of(values: Tensor, *, is_log: bool = False, low: float | None = None) -> Domain:
-        """The scale of the finite ones among `values`, (N,); `low` where its start is known."""
+    def of(values: Tensor, *, is_log: bool = False, low: float | None = None, pale: float = PALE) -> Domain:
+        """The scale of the finite ones among `values`, (N,), which starts at `low`, or above the `pale` share of them."""
         known = values[values.isfinite()].double()
         if not len(known):
             return Domain(0.0, 1.0)
         high = float(known.quantile(USUAL))
         if is_log and high > 0:
             positive = known[known > 0]
-            start = max(float(positive.quantile(0.05)), high / 10**DECADES)
+            start = max(float(positive.quantile(pale)), high / 10**DECADES)
             return Domain(min(start, high / 2), high, is_log=True)
-        start = float(known.min()) if low is None else low
+        start = float(known.quantile(pale)) if low is None else low
         return Domain(start, high if high > start else start + 1.0)
 
     def share(self, value: float) -> float:

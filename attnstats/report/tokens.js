@@ -76,14 +76,14 @@ function drawArcs() {
   const frame = tokens.getBoundingClientRect();
   arcs.setAttribute("width", frame.width);
   arcs.setAttribute("height", tokens.scrollHeight);
-  const anchors = marked(state.prompt.anchor);
+  if (!state.share) return;
   const top = (i) => {
     const box = spans[i].getClientRects()[0];
     return { x: box.left + box.width / 2 - frame.left - tokens.clientLeft, y: box.top - frame.top + 1 };
   };
   const paths = [];
   state.prompt.intro.forEach((intro, i) => {
-    if (intro === null || !anchors[i]) return;
+    if (intro === null) return;
     const from = top(i);
     const to = top(intro);
     if (Math.abs(from.y - to.y) < 4) {
@@ -112,16 +112,32 @@ function drawReadout() {
   const roles = [
     marked(preplan)[i] && `preplan: ${preplan[i] + 1}. highest WAAD`,
     marked(anchor)[i] && `anchor: ${anchor[i] + 1}. highest FAI`,
-    marked(anchor)[i] && intro[i] !== null && `led in by “${tokenText(intro[i]).trim()}”, ${i - intro[i]} before`,
-    intro.some((from, t) => from === i && marked(anchor)[t]) && "leads into an anchor",
+    intro[i] !== null && `led into by “${tokenText(intro[i]).trim()}”, ${i - intro[i]} back`,
+    intro.includes(i) && `leads into “${tokenText(intro.indexOf(i)).trim()}”`,
   ].filter(Boolean);
   byId("readout").replaceChildren(
-    make("p", { class: "context" }, make("span", {}, around(i - 4, i)), make("mark", {}, tokenText(i)),
-      make("span", {}, around(i + 1, i + 4))),
+    make("p", { class: "context" }, make("span", {}, make("bdi", {}, around(i - 7, i) + (tokenText(i).startsWith(" ") ? "\u00a0" : ""))), make("mark", {}, tokenText(i).trim() || tokenText(i)),
+      make("span", {}, around(i + 1, i + 7))),
     make("p", { class: "where" }, `token ${i + 1} of ${length()}, position ${start + i}`),
     make("dl", {}, ...rows),
     make("ul", {}, ...roles.map((role) => make("li", {}, role))),
+    ...lookingBack(i),
   );
+}
+
+// Bars of how much a token looks at each of the nearest before it, the token itself at the right.
+function lookingBack(i) {
+  if (!state.maps) return [];
+  const { distances } = state.maps;
+  return ["local", "global"].flatMap((name) => {
+    const values = Array.from({ length: distances }, (_, back) => (back <= state.prompt.start + i ? attention(exact(name, i, back)) : 0));
+    const most = Math.max(...values, 0.01);
+    const d = values.map((value, back) => `M${distances - back - 0.5} 30v${-((28 * value) / most).toFixed(2)}`).join("");
+    return [
+      make("p", { class: "axis" }, make("span", {}, `${name} heads look back`), make("span", {}, `most ${brief(most * 100)} %`)),
+      draw("svg", { class: `bars ${name}`, viewBox: `0 0 ${distances} 30`, preserveAspectRatio: "none", "aria-hidden": "true" }, draw("path", { d })),
+    ];
+  }).concat(make("p", { class: "axis" }, make("span", {}, `${distances - 1} back`), make("span", {}, "itself")));
 }
 
 const noValue = (key) => (key === "fai" ? `no token is ${page.lo} further on` : "not known");
