@@ -21,8 +21,8 @@ from attnstats.report.columns import COLUMNS
 from tests.tiny import synthetic_analysis
 
 HOSTILE = [
-    "how", " many", "<script>alert(1)</script>", '"><img onerror=alert(1) src=x>', "' onload='x", "</style>", "{{ 7*7 }}",
-    "&amp;", "\u202egnp", "\x1b[31m", "\0", "\ud800", "\n\n", "<!--", "]]>", "</script>", "</noscript>", ".", "<end>",
+    "how", " many", "<script>alert(1)</script>", '"><img onerror=alert(1) src=x>', "' onload='x", "</style>",
+    "{{ 7*7 }}", "&amp;", "\u202egnp", "\x1b[31m", "\0", "\ud800", "\n\n", "<!--", "]]>", "</script>", "</noscript>", ".", "<end>",
 ]  # fmt: skip
 SUMMARY = {
     "model": {"name": "<b>tiny</b>", "dtype": "float32", "device": "cpu"},
@@ -214,7 +214,7 @@ def test_without_couplings_there_is_no_section_of_them():
 def test_a_coupling_of_nothing_is_a_dash():
     nothing = types.SimpleNamespace(**COUPLING.__dict__ | {"observed": float("nan"), "lift": None, "count": 0})
     page = Page(report.render([synthetic_analysis(HOSTILE)], Settings(), SUMMARY, [nothing]))
-    assert [text for inside, text in page.texts if inside in ("td", "strong")].count("–") == 2
+    assert [text for inside, text in page.texts if inside in ("td", "strong")].count("-") == 2
 
 
 def test_settings_show_in_the_explanation():

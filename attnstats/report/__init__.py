@@ -126,10 +126,10 @@ def _coupling(coupling: Any) -> dict[str, str]:
     """A row of the couplings table as text."""
 
     def number(value: float | None) -> str:
-        return "–" if value is None or value != value else f"{value:.4g}"
+        return "-" if value is None or value != value else f"{value:.4g}"
 
     def percent(value: float | None) -> str:
-        return "–" if value is None or value != value else f"{value:+.1%}".replace("%", " %")
+        return "-" if value is None or value != value else f"{value:+.1%}".replace("%", " %")
 
     return {
         "name": visible(str(coupling.name)),

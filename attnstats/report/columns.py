@@ -28,7 +28,8 @@ class Column:
         digits: decimals that are shown.
         about: what it says, in a sentence; {window} and {horizon} stand for settings.
         read: (R,) float64 in the unit, NaN where it has no value.
-        is_log: whether its scale is logarithmic; `low` is where a linear one starts, None: half of the tokens stay pale.
+        is_log: whether its scale is logarithmic.
+        low: where a linear scale starts; None: where half of the tokens stay pale.
     """
 
     key: str
@@ -76,9 +77,9 @@ COLUMNS = (
         lambda a: a.delta.double(), low=None,
     ),
     Column(
-        "gamma", "Gamma", "× advantage", 2,
-        "What the token's advantage is multiplied by in training with the coupled rhythm (Eq. 19): more than 1 for anchors "
-        "and for the tokens that lead into them.",
+        "gamma", "Gamma", "times", 2,
+        "What the coupled rhythm multiplies the token's advantage by in training (Eq. 19): more than 1 for anchors and "
+        "for the tokens that lead into them.",
         coupled_gamma, low=1.0,
     ),
 )  # fmt: skip

@@ -121,7 +121,7 @@ class Domain:
 
     @staticmethod
     def of(values: Tensor, *, is_log: bool = False, low: float | None = None, pale: float = PALE) -> Domain:
-        """The scale of the finite ones among `values`, (N,), which starts at `low`, or above the `pale` share of them."""
+        """The scale of the finite ones among `values`, (N,): from `low`, or from where the `pale` share of them ends."""
         known = values[values.isfinite()].double()
         if not len(known):
             return Domain(0.0, 1.0)
