@@ -129,8 +129,8 @@ def coupled_rhythm(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
     sets = coupled_sets(waad, fai, mask, valid=valid, q=q, k=k, tau_waad=tau_waad, tau_delta=tau_delta)
-    dtype = working(waad.dtype)
-    bonus = (sets.anchor & ~sets.dominated).to(dtype) + (1 - alpha) * sets.dominated + alpha * sets.intro
+    anchor, dominated, intro = (chosen.to(working(waad.dtype)) for chosen in (sets.anchor, sets.dominated, sets.intro))
+    bonus = anchor - alpha * dominated + alpha * intro
     return _finished(1 + _bonus(amp) * bonus, mask, waad.dtype, keep_mean)
 
 
@@ -249,13 +249,13 @@ class CoupledSets:
         anchor: bool, Tglob.
         dominated: bool, D: the anchors that are locally dominated.
         intro: bool, I(D).
-        intro_of: int64, for each dominated anchor the index of its intro token in T; -1 elsewhere.
+        lead: int32, how many response tokens before a dominated anchor its intro token stands; 0 elsewhere.
     """
 
     anchor: Tensor
     dominated: Tensor
     intro: Tensor
-    intro_of: Tensor
+    lead: Tensor
 
 
 @torch.no_grad()
@@ -295,20 +295,19 @@ def coupled_sets(
     low = curve <= (lower_median(curve, responses.length) if tau_waad is None else tau_waad)
     least = lower_median(change, responses.length - 1) if tau_delta is None else tau_delta
 
-    greatest = torch.full_like(change, -torch.inf)  # of delta, over the k tokens before each
-    back = torch.zeros_like(responses.index)  # how far before it that one is
-    for offset in range(1, min(k, change.shape[1] - 1) + 1):
-        before = torch.nn.functional.pad(change[:, :-offset], (offset, 0), value=-torch.inf)
-        back = back.masked_fill(before > greatest, offset)
-        greatest = torch.maximum(greatest, before)
-    dominated = anchor & responses.spread(low & (greatest >= least) & (back > 0))
-
-    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    intro_of = responses.spread(responses.gather(places).gather(1, (places - back).clamp(min=0)))
-    slots = torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
-    # The last slot is for tokens that lead nowhere.
-    intro = slots.scatter(1, torch.where(dominated, intro_of, mask.shape[1]), True)[:, :-1]
-    return CoupledSets(anchor, dominated, intro, torch.where(dominated, intro_of, -1))
+    reach = min(k, mask.shape[1])
+    before = torch.nn.functional.pad(change, (reach, 0), value=-torch.inf)
+    greatest, lead = before[:, reach - 1 : -1], torch.ones_like(change, dtype=torch.int32)
+    for offset in range(2, reach + 1):
+        farther = before[:, reach - offset : -offset]
+        lead = torch.where(farther > greatest, offset, lead)
+        greatest = torch.maximum(greatest, farther)
+    dominated = responses.gather(anchor) & low & (greatest >= least) & (greatest > -torch.inf)
+    intro = torch.zeros_like(dominated)
+    for offset in range(1, min(k, mask.shape[1] - 1) + 1):
+        intro[:, :-offset] |= dominated[:, offset:] & (lead[:, offset:] == offset)
+    lead = torch.where(dominated, lead, 0)
+    return CoupledSets(anchor, responses.spread(dominated), responses.spread(intro), responses.spread(lead))
 
 
 def _amplified(chosen: Tensor, mask: Tensor, amp: float, dtype: torch.dtype, keep_mean: bool) -> Tensor:

@@ -1,21 +1,21 @@
-"""What `attnstats analyze` leaves behind: one folder that appears whole or not at all.
+"""What a run leaves behind: a folder that takes its place whole, and the tables that others read.
 
-`replacing` gives a folder to write into beside the one that was asked for, and puts it in its place at the
-end; an interrupted run leaves the old output as it was. All prompts share the tables (column `prompt`) and the
-tensor file (prefix of the name). The report is drawn by report/. Called by cli.py.
+A run works in `<out>.part`, which a killed run leaves to be resumed, and at the end becomes `<out>`: an interrupted run
+leaves older results as they were. Tables hold all prompts (column `prompt`), as CSV and as Parquet, and are written
+prompt by prompt. The report is drawn by report/. Called by commands/.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,23 @@ from typing import Any
 import torch
 
 import attnstats
-from attnstats.analyze import Analysis
+from attnstats.analyze import Analyses, Analysis, Settings
 from attnstats.errors import InputError
+from attnstats.store import ITEMS, RUN, Store, begin, corrupt, read_json, umask
 from attnstats.text import spreadsheet_cell
 
-TOKENS, HEADS, TENSORS, SUMMARY, REPORT = "tokens.csv", "heads.csv", "stats.safetensors", "summary.json", "report.html"
-FILES = (REPORT, TOKENS, HEADS, TENSORS, SUMMARY)
+TOKENS, HEADS, SUMMARY, REPORT = "tokens", "heads", "summary.json", "report.html"
+TABLES = tuple(f"{name}.{kind}" for name in (TOKENS, HEADS) for kind in ("csv", "parquet"))
+FILES = (REPORT, *TABLES, SUMMARY, RUN, ITEMS)
 
 
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; when the block ends well it takes the place of `out`.
+def workplace(out: Path) -> Path:
+    """The folder that a run works in before it becomes `out`.
 
     Raises:
-        InputError: before the block, where `out` can't be written, or holds what isn't ours to replace.
+        InputError: `out` can't be written, or holds what isn't ours to replace.
     """
-    target = Path(out).expanduser().resolve()
+    target = out.expanduser().resolve()
     try:
         if target.is_dir():
             others = sorted({entry.name for entry in target.iterdir()} - set(FILES))
@@ -47,107 +48,134 @@ def replacing(out: Path) -> Iterator[Path]:
         elif target.exists():
             raise InputError(f"--out {out}: is a file; name a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
+        if not os.access(target.parent, os.W_OK):
+            raise InputError(f"--out {out}: {os.strerror(errno.EACCES)}; name a folder that can be written")
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror or error}; name a folder that can be written") from error
+    return target.with_name(f"{target.name}.part")
+
+
+def open_store(work: Path, out: Path, identity: dict[str, Any], *, resume: bool) -> Store:
+    """A store in `work`, new or resumed; a finished run at `out` is opened again by moving there.
+
+    Raises:
+        InputError: see store.begin.
+    """
+    finished = out.expanduser().resolve()
+    if resume and not work.exists() and (finished / RUN).is_file():
+        begin(finished, identity, resume=True)
+        finished.rename(work)
+    return begin(work, identity, resume=resume)
+
+
+def finish(work: Path, out: Path) -> None:
+    """Give the finished folder its name; what had it goes."""
+    target = out.expanduser().resolve()
+    if not target.exists():
+        work.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old)  # an empty folder may be renamed over
     try:
-        yield beside
-        beside.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(old)  # an empty folder may be renamed over
-            try:
-                beside.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            shutil.rmtree(old)
-        else:
-            beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        work.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
+    """The analyses, settings and summary of a finished run.
+
+    Raises:
+        InputError: no such folder, not one of `attnstats analyze`, or one that is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name one that `attnstats analyze --out` has written")
+    if not (folder / SUMMARY).is_file() or not (folder / RUN).is_file():
+        raise InputError(f"{folder}: has no {SUMMARY} and {RUN}; name a folder that `attnstats analyze` has finished")
+    summary = read_json(folder / SUMMARY)
+    try:
+        settings = Settings(**{key: value for key, value in summary["settings"].items() if key != "preset"})
+        count = len(summary["prompts"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise corrupt(folder / SUMMARY, f"no settings and prompts in it: {error}") from error
+    analyses = Analyses(Store(folder))
+    if len(analyses) != count:
+        raise InputError(f"{folder}: results of {len(analyses)} prompts where {SUMMARY} names {count}; "
+                         "run again with --resume")  # fmt: skip
+    return analyses, settings, summary
 
 
 def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """tokens.csv and heads.csv, all prompts in each."""
-    import pandas
+    """tokens and heads as .csv and .parquet, all prompts in each."""
+    _write_table(folder, TOKENS, analyses, token_rows)
+    _write_table(folder, HEADS, analyses, head_rows)
 
-    for name, table in ((TOKENS, token_rows), (HEADS, head_rows)):
-        frame = pandas.concat([pandas.DataFrame(table(i, a)) for i, a in enumerate(analyses)])
-        # Text is always quoted: a bare carriage return in a token would end the row.
-        frame.to_csv(
-            folder / name, index=False, encoding="utf-8", errors="backslashreplace", quoting=csv.QUOTE_NONNUMERIC
-        )
+
+def _write_table(
+    folder: Path, name: str, analyses: Sequence[Analysis], rows: Callable[[int, Analysis], dict[str, Any]]
+) -> None:
+    import pandas
+    import pyarrow
+    import pyarrow.parquet
+
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = None
+        try:
+            for prompt, analysis in enumerate(analyses):
+                table = pandas.DataFrame(rows(prompt, analysis))
+                kept = pyarrow.Table.from_pandas(table, preserve_index=False)
+                if writer is None:
+                    writer = pyarrow.parquet.ParquetWriter(folder / f"{name}.parquet", kept.schema)
+                writer.write_table(kept)
+                # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
+                for column in table.select_dtypes(["object", "str"]):
+                    table[column] = table[column].map(spreadsheet_cell)
+                table.to_csv(file, index=False, header=prompt == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
-    """The columns of tokens.csv. delta is that of the response; entropy is unknown for the first token."""
-    start = analysis.response_start
+    """The columns of tokens. delta is that of the response, NaN before it; entropy is unknown for the first token.
+
+    A lone surrogate, which UTF-8 has no bytes for, is written as its escape.
+    """
+    delta = torch.full_like(analysis.waad, torch.nan)
+    delta[analysis.response] = analysis.delta
     return {
         "prompt": prompt,
         "position": range(len(analysis.tokens)),
-        "token": [spreadsheet_cell(token) for token in analysis.tokens],
+        "token": [token.encode("utf-8", "backslashreplace").decode() for token in analysis.tokens],
         "is_response": analysis.response.numpy(),
         "waad": analysis.waad.numpy(),
         "fai": analysis.fai.numpy(),
         "fai_valid": analysis.fai_valid.numpy(),
-        "delta": [None] * start + analysis.delta.tolist(),
-        "entropy": [None, *analysis.entropy[1:].tolist()],
+        "delta": delta.numpy(),
+        "entropy": analysis.entropy.numpy(),
     }
 
 
-def head_rows(prompt: int, analysis: Analysis) -> list[dict[str, Any]]:
-    """The rows of heads.csv: mean distance in tokens over the response, and the class it leads to."""
-    return [
-        {
-            "prompt": prompt,
-            "layer": layer,
-            "head": head,
-            "mean_distance": analysis.distance[i, head].item(),
-            "class": analysis.classes.name(i, head),
-        }
-        for i, layer in enumerate(analysis.layers)
-        for head in range(analysis.distance.shape[1])
-    ]
-
-
-def write_tensors(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """stats.safetensors: `<prompt>.<name>`, per head (layers, heads, T) and as class means (T,)."""
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for number, analysis in enumerate(analyses):
-        fields = {
-            "token_ids": analysis.token_ids,
-            "response": analysis.response,
-            "layers": torch.tensor(analysis.layers),
-            "head_waad": analysis.head_waad,
-            "head_fai": analysis.head_fai,
-            "head_mean_distance": analysis.head_mean_distance,
-            "distance": analysis.distance,
-            "local": analysis.classes.local,
-            "global": analysis.classes.global_,
-            "waad": analysis.waad,
-            "fai": analysis.fai,
-            "fai_valid": analysis.fai_valid,
-            "delta": analysis.delta,
-            "entropy": analysis.entropy,
-        }
-        tensors.update({f"{number}.{name}": tensor.contiguous() for name, tensor in fields.items()})
-    save_file(tensors, str(folder / TENSORS))
-    (folder / TENSORS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+def head_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
+    """The columns of heads: mean distance in tokens over the response, and the class it leads to."""
+    layers, heads = analysis.distance.shape
+    return {
+        "prompt": prompt,
+        "layer": [layer for layer in analysis.layers for _ in range(heads)],
+        "head": list(range(heads)) * layers,
+        "mean_distance": analysis.distance.flatten().numpy(),
+        "class": [analysis.classes.name(i, head) for i in range(layers) for head in range(heads)],
+    }
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """summary.json, readable by every JSON parser: no NaN, no lone surrogates."""
     text = json.dumps(summary, indent=2, ensure_ascii=True, allow_nan=False)
-    (folder / SUMMARY).write_text(text + "\n", encoding="ascii")
+    path = folder / SUMMARY
+    path.write_text(text + "\n", encoding="ascii")
+    path.chmod(0o666 & ~umask())
 
 
 def versions() -> dict[str, str]:

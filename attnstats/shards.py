@@ -7,7 +7,7 @@ processes. The processes meet only at the ends: nothing is sent but "I am here".
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -40,6 +40,19 @@ class Shard:
             ['b', 'd']
         """
         return list(batches[self.rank :: self.count])
+
+    def first(self, action: Callable[[], object]) -> None:
+        """Let the first process do something while the others wait. An InputError of it is one of all."""
+        failed: list[str | None] = [None]
+        if self.is_first:
+            try:
+                action()
+            except InputError as error:
+                failed = [str(error)]
+        if self.count > 1:
+            torch.distributed.broadcast_object_list(failed)
+        if failed[0] is not None:
+            raise InputError(failed[0])
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -36,7 +36,7 @@ class Store:
         return self._path(index, "json").is_file()
 
     def has(self, index: int) -> bool:
-        return self._path(index, "safetensors").is_file()
+        return self.path(index).is_file()
 
     def write_response(self, index: int, prompt: list[int], response: list[int]) -> None:
         """Keep the token ids of a prompt and of what was generated."""
@@ -57,19 +57,26 @@ class Store:
 
         header = {_TEXTS: json.dumps(texts, ensure_ascii=True, allow_nan=False)}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        _whole(self._path(index, "safetensors"), lambda part: save_file(contiguous, str(part), metadata=header))
+        _whole(self.path(index), lambda part: save_file(contiguous, str(part), metadata=header))
 
     def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and texts of a prompt. Raises InputError where they cannot be read."""
         from safetensors import SafetensorError, safe_open
 
-        path = self._path(index, "safetensors")
+        path = self.path(index)
         try:
             with safe_open(str(path), framework="pt") as file:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()[_TEXTS])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise corrupt(path, str(error)) from error
+
+    def discard_empty(self) -> bool:
+        """Remove the folder where nothing has been kept in it yet; whether it was removed."""
+        empty = not self.folder.exists() or not any((self.folder / ITEMS).glob("*.json"))
+        if empty:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return empty
 
     def indices(self) -> list[int]:
         """The prompts whose results are here, in order."""
@@ -78,6 +85,10 @@ class Store:
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
         return (self.read(index) for index in self.indices())
+
+    def path(self, index: int) -> Path:
+        """The file of a prompt's results."""
+        return self._path(index, "safetensors")
 
     def _path(self, index: int, suffix: str) -> Path:
         return self.folder / ITEMS / f"{index:06d}.{suffix}"
@@ -142,10 +153,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def corrupt(path: Path, why: str) -> InputError:
     return InputError(f"{path}: cannot be read ({why}); delete this file and run again with --resume")
-
-
-def remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:

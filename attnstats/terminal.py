@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -26,37 +33,45 @@ PREPLAN, ANCHOR, BOTH = "bold black on bright_cyan", "bold black on yellow", "bo
 class Terminal:
     """Progress as a bar where there is a terminal, as a line now and then where output goes to a file."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(highlight=False, quiet=quiet)
         self._bar: Progress | None = None
-        self._what, self._total, self._done, self._said = "", 0, 0, 0.0
+        self._total, self._done, self._began, self._said = 0, 0, 0.0, 0.0
 
     def say(self, line: str) -> None:
         self.console.print(Text(visible(line)), style="dim", soft_wrap=True)
 
     def start(self, what: str, total: int) -> None:
-        self._what, self._total, self._done, self._said = what, total, 0, time.monotonic()
+        self._total, self._done = total, 0
+        self._began = self._said = time.monotonic()
         if not self.console.is_terminal:
             self.say(what)
             return
         self._bar = Progress(
             TextColumn("[dim]{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
         self._bar.add_task(what, total=total)
         self._bar.start()
 
-    def advance(self) -> None:
-        self._done += 1
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
         if self._bar:
-            self._bar.advance(self._bar.task_ids[0])
+            self._bar.advance(self._bar.task_ids[0], amount)
         elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            self.say(f"  {self._done} of {self._total}")
+            self.say(f"  {self._done / max(1, self._total):.0%}, {self._left()} left")
+
+    def _left(self) -> str:
+        passed = time.monotonic() - self._began
+        seconds = round(passed * (self._total - self._done) / max(1, self._done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
     def finish(self) -> None:
         if self._bar:

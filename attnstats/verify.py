@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnstats.analyze import Analysis, Progress, Settings
+from attnstats.analyze import Analysis, Settings
+from attnstats.corpus import Progress
 from attnstats.models import LoadedModel
 
 TOLERANCE = 1e-4

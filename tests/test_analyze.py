@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from attnstats import analyze as pipeline
-from attnstats import models
+from attnstats import corpus, models
 from attnstats.analyze import Settings, analyze
 from attnstats.errors import InputError
 from attnstats.statistics import FAI, WAAD, MeanDistance
@@ -135,7 +135,7 @@ def test_greedy_responses_do_not_depend_on_the_batch(tiny, analyses):
 
 
 def test_more_prompts_than_a_batch(tiny, analyses, monkeypatch):
-    monkeypatch.setattr(pipeline, "GENERATION_BATCH", 2)
+    monkeypatch.setattr(corpus, "BATCH", 2)
     progress = Silent()
     again = analyze(tiny, QUESTIONS, SETTINGS, progress)
     assert [a.token_ids.tolist() for a in again] == [a.token_ids.tolist() for a in analyses]

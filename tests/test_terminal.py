@@ -56,7 +56,9 @@ def test_without_a_terminal_progress_is_lines_now_and_then(monkeypatch):
 
     lines = shown(work).splitlines()
     assert lines[0] == "Working"
-    assert lines[1:] == ["  6 of 30", "  12 of 30", "  18 of 30", "  24 of 30", "  30 of 30"]
+    assert lines[1:] == [
+        f"  {done}%, 0:00:{left:02d} left" for done, left in ((20, 24), (40, 18), (60, 12), (80, 6), (100, 0))
+    ]
 
 
 def test_in_a_terminal_progress_is_a_bar():

@@ -105,8 +105,8 @@ class Silent:
     def start(self, what: str, total: int) -> None:
         self.total = total
 
-    def advance(self) -> None:
-        self.steps += 1
+    def advance(self, amount: int = 1) -> None:
+        self.steps += amount
 
     def finish(self) -> None:
         pass

@@ -1,0 +1,105 @@
+"""What several commands take: a model, prompts, and the words in which layers and horizons are given.
+
+`add_*` adds options to a command's parser, the other functions make values of what was given, or raise InputError.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from attnstats.errors import InputError
+from attnstats.shards import Shard
+
+if TYPE_CHECKING:
+    from attnstats.models import LoadedModel
+    from attnstats.selection import Layers
+    from attnstats.store import Store
+
+
+def add_model(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--model", help="local folder or hub name (default: SmolLM2-135M-Instruct, from its wheel)")
+
+
+def add_machine(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def require(*packages: str) -> None:
+    """Raises InputError, naming the one that is absent and what installs it."""
+    import importlib
+
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InputError(f"{error.name} is not installed; run: pip install 'attnstats[cli]'") from error
+
+
+def load_model(options: argparse.Namespace, dtype: str, shard: Shard, notify: Any) -> LoadedModel:
+    """The model that was asked for; of several processes on a machine each takes a GPU of its own."""
+    from transformers.utils import logging
+
+    from attnstats.models import load
+
+    # Bars and advice of transformers would stand between our lines; its errors still come.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = options.device
+    if device in ("auto", "cuda") and shard.count > 1:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{shard.local % gpus}" if gpus else device
+    return load(options.model, dtype=dtype, device=device, notify=notify)
+
+
+@contextmanager
+def kept(options: argparse.Namespace, identity: dict[str, Any], shard: Shard, total: int) -> Iterator[Store]:
+    """The store of a run with --out and --resume; what is in it stays when the run is cut short.
+
+    Raises:
+        InputError: see outputs.workplace and outputs.open_store.
+        KeyboardInterrupt: with what is done and how to go on.
+    """
+    from attnstats import outputs
+    from attnstats.store import Store
+
+    work = outputs.workplace(options.out)
+    shard.first(lambda: outputs.open_store(work, options.out, identity, resume=options.resume))
+    store = Store(work)
+    try:
+        yield store
+    except BaseException as stop:
+        if shard.count == 1 and store.discard_empty():
+            raise
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt(
+            f"{len(store.indices())} of {total} prompts are done and kept in {options.out}.part; go on with --resume"
+        ) from stop
+
+
+def parse_horizon(lo: str, hi: str) -> tuple[int, int | None]:
+    """FAI's horizon as numbers; `open` is None. Raises InputError."""
+    try:
+        return int(lo), None if hi == "open" else int(hi)
+    except ValueError as error:
+        raise InputError(f"--horizon {lo} {hi}: needs two whole numbers, or a number and `open`") from error
+
+
+def parse_layers(text: str) -> Layers:
+    """Layers as `attnstats.capture` takes them. Raises InputError."""
+    if text in ("middle-third", "all"):
+        return text  # type: ignore[return-value]
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            layers += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError as error:
+        raise InputError(f"--layers {text}: needs middle-third, all, or a list such as 9,11,14-16") from error
+    return tuple(layers)
