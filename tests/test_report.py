@@ -22,7 +22,8 @@ from tests.tiny import synthetic_analysis
 
 HOSTILE = [
     "how", " many", "<script>alert(1)</script>", '"><img onerror=alert(1) src=x>', "' onload='x", "</style>",
-    "{{ 7*7 }}", "&amp;", "\u202egnp", "\x1b[31m", "\0", "\ud800", "\n\n", "<!--", "]]>", "</script>", "</noscript>", ".", "<end>",
+    "{{ 7*7 }}", "&amp;", "\u202egnp", "\x1b[31m", "\0", "\ud800", "\n\n", "<!--", "]]>", "</script>", "</noscript>",
+    ".", "<end>",
 ]  # fmt: skip
 SUMMARY = {
     "model": {"name": "<b>tiny</b>", "dtype": "float32", "device": "cpu"},

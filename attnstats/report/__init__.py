@@ -21,7 +21,6 @@ from attnstats.report.marks import SHARE
 from attnstats.text import visible
 
 SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js")
-WITHOUT_SCRIPT = 20_000  # tokens that the page also shows where scripts don't run
 
 
 def render(
@@ -47,7 +46,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = data.fit(analyses)
+    shown = data.fit(analyses, len(analyses))
     return environment.get_template("report.html.jinja").render(
         style=style,
         script=script,
@@ -55,7 +54,7 @@ def render(
         page=data.embedded(_page(settings, shown)),
         prompts=shown.prompts,
         maps=shown.maps,
-        fallback=_without_script(analyses[: len(shown.prompts)]),
+        plain=shown.plain,
         left_out=shown.left_out,
         couplings=[_coupling(coupling) for coupling in couplings],
         settings=settings,
@@ -98,28 +97,6 @@ def _page(settings: Settings, shown: data.Shown) -> dict[str, Any]:
         "headShare": settings.head_share,
         "cards": shown.cards,
     }
-
-
-def _without_script(analyses: Sequence[Analysis]) -> list[dict[str, Any]]:
-    """The responses coloured by WAAD, for readers whose browser runs no scripts."""
-    waad = COLUMNS[0]
-    answers = []
-    room = WITHOUT_SCRIPT
-    for number, analysis in enumerate(analyses, 1):
-        values = waad.read(analysis)[:room]
-        start = analysis.response_start
-        texts = analysis.tokens[start : start + len(values)]
-        tokens = [
-            {"text": visible(text, newline="↵", tab="⇥") or "·", "breaks": "\n" * text.count("\n"), "shade": shade}
-            for text, shade in zip(texts, scale.shades(values, waad.domain(values)), strict=True)
-        ]
-        answers.append(
-            {"number": number, "question": visible(analysis.question[: data.MAX_CHARACTERS]), "tokens": tokens}
-        )
-        room -= len(values)
-        if room <= 0:
-            break
-    return answers
 
 
 def _coupling(coupling: Any) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,48 +24,77 @@ from attnstats.text import PART, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
 MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question
+WITHOUT_SCRIPT = 20_000  # tokens that the page also shows where scripts don't run
 SPARK_POINTS = 80
 FLOOR, CODES = 1e-5, 254  # the least attention that is told from none; steps from there to 1
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown: per prompt its data and its maps (or None) as JSON, a card each, and what was left out."""
+    """What is shown of each prompt, and what was left out.
+
+    Attributes:
+        prompts, maps: JSON; None where maps are left out.
+        cards: for the index. plain: the response for browsers that run no scripts, of the first prompts.
+        left_out: sentences.
+    """
 
     prompts: list[str]
     maps: list[str | None]
     cards: list[dict[str, Any]]
+    plain: list[dict[str, Any]]
     left_out: list[str]
 
 
-def fit(analyses: Sequence[Analysis]) -> Shown:
-    """As many analyses as MAX_BYTES hold, in order; then the maps of as many as still fit."""
-    budget = MAX_BYTES
-    shown = Shown([], [], [], [])
+def fit(analyses: Iterable[Analysis], count: int) -> Shown:
+    """As many of `count` analyses as MAX_BYTES hold, in order; the maps of as many as fit beside them."""
+    shown = Shown([], [], [], [], [])
+    room, room_without_script = MAX_BYTES, WITHOUT_SCRIPT
     for number, analysis in enumerate(analyses, 1):
         data = prompt(analysis)
         text = embedded(data)
-        if len(text) > budget:
-            shown.left_out.append(f"All from prompt {number} of {len(analyses)} on.")
+        if len(text) > room:
+            shown.left_out.append(f"All from prompt {number} of {count} on.")
             break
-        budget -= len(text)
+        room -= len(text)
         shown.prompts.append(text)
         shown.cards.append(card(number, data))
-        length, kept = int(analysis.response.sum()), len(data["values"]["waad"])
+        if room_without_script > 0:
+            shown.plain.append(plain(number, data))
+            room_without_script -= len(data["breaks"])
+        length, kept = int(analysis.response.sum()), len(data["breaks"])
         if kept < length:
             shown.left_out.append(f"Prompt {number}: its response from token {kept + 1} to {length}.")
         if not data["heads"]:
             shown.left_out.append(f"Prompt {number}: its {analysis.distance.numel()} heads.")
-    without = []
-    for number, analysis in enumerate(analyses[: len(shown.prompts)], 1):
-        text = embedded(maps(analysis))
-        fits = len(text) <= budget
-        budget -= len(text) if fits else 0
-        shown.maps.append(text if fits else None)
-        without += [] if fits else [number]
+        shown.maps.append(embedded(maps(analysis)))
+        _drop_maps(shown.maps, room)
+    without = [number for number, text in enumerate(shown.maps, 1) if text is None]
     if without:
         shown.left_out.append(f"The maps of {len(without)} of the prompts, the first of them prompt {without[0]}.")
     return shown
+
+
+def _drop_maps(texts: list[str | None], room: int) -> None:
+    """Drop maps from the last on until they fit."""
+    taken = sum(len(text) for text in texts if text)
+    for i in reversed(range(len(texts))):
+        if taken <= room:
+            break
+        taken -= len(texts[i] or "")
+        texts[i] = None
+
+
+def plain(number: int, data: dict[str, Any]) -> dict[str, Any]:
+    """A response coloured by WAAD, for browsers that run no scripts."""
+    values, domain = data["values"]["waad"], data["domains"]["waad"]
+    scale = Domain(domain["low"], domain["high"], domain["log"])
+    tokens = zip(data["tokens"][data["start"] :], data["breaks"], values, strict=True)
+    return {
+        "number": number,
+        "question": data["question"],
+        "tokens": [(text, "\n" * breaks, scale.shade(value)) for text, breaks, value in tokens],
+    }
 
 
 def prompt(analysis: Analysis) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def marks(analysis: Analysis) -> Marks:
     return Marks(
         preplan=_ranks(waad, everyone),
         anchor=_ranks(fai, valid),
-        intro=[None if intro < 0 else intro for intro in sets.intro_of[0].tolist()],
+        intro=[t - lead if lead else None for t, lead in enumerate(sets.lead[0].tolist())],
     )
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 SHADES = 16
@@ -121,7 +120,7 @@ class Domain:
 
     @staticmethod
     def of(values: Tensor, *, is_log: bool = False, low: float | None = None, pale: float = PALE) -> Domain:
-        """The scale of the finite ones among `values`, (N,): from `low`, or from where the `pale` share of them ends."""
+        """The scale of the finite ones of `values`, (N,): from `low`, or from where the `pale` share of them ends."""
         known = values[values.isfinite()].double()
         if not len(known):
             return Domain(0.0, 1.0)
@@ -149,8 +148,3 @@ class Domain:
             [0, 8, 15, 15]
         """
         return min(SHADES - 1, int(self.share(value) * SHADES))
-
-
-def shades(values: Tensor, domain: Domain) -> list[int | None]:
-    """The shade of each value, None where it isn't finite."""
-    return [domain.shade(value) if math.isfinite(value) else None for value in torch.atleast_1d(values).tolist()]
