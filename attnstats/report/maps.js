@@ -1,10 +1,11 @@
-// The mean map of the local and of the global heads: the whole of it in cells, and under it a lens on the exact
+// The mean map of the local and of the global heads: the whole of it in cells, and under it a lens on the
 // attention near the cursor. Rows are tokens of the answer, columns what they look at, prompt and answer.
 
 const BAND = { low: 0.0003, high: 0.5, log: true }; // attention from the least to the darkest shade
 const LENSES = [32, 16]; // rows of the lens; it has twice as many columns, all of which the exact band covers
 const NAMES = { local: "Local heads", global: "Global heads" };
 const MARGIN = 92; // for the names of the lens's rows, where they have room
+const HEAD = 17; // over the whole map, for the names of its parts
 let figures = []; // { name, whole, lens, reading }, both canvases with their pictures
 let lensRows = LENSES[0];
 let lensFirst = 0;
@@ -80,14 +81,14 @@ function mapsControls() {
     make("div", { class: "ramp", role: "img", "aria-label": "Scale of attention in percent" }, make("span", {}, ...bar), make("ol", {}, ...ticks)),
     choice,
     make("p", { class: "hint" }, size === 1
-      ? "Of the attention of a token (row, downwards) the share that falls on a token before it (column)."
-      : `Of the attention of a token the share that falls on ${size} neighbouring tokens (a column), as the mean over ${size} tokens (a row, downwards).`,
-    " The line is where the answer begins. The lens under it is exact, token by token, and follows the cursor."));
+      ? "A cell is the share of a token's attention that falls on one token before it."
+      : `A cell is the share of a token's attention that falls on ${size} neighbours, as the mean over ${size} tokens.`,
+    " The lens under each map shows single tokens and follows the cursor."));
 }
 
 function makeFigure(name) {
   const whole = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of the whole answer` });
-  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: exact map near the cursor`, class: "lens" });
+  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of single tokens near the cursor`, class: "lens" });
   const reading = make("p", { class: "reading-line" });
   const node = make("figure", { class: name }, make("figcaption", {}, make("b", {}, NAMES[name]), name === "local" ? " give WAAD" : " give FAI"), whole, lens, reading);
   const figure = { name, whole, lens, reading, node };
@@ -114,6 +115,14 @@ function pictureOf(name) {
   return canvas;
 }
 
+function written(context, text, x, y, align) {
+  context.font = `12px ${css("--sans")}`;
+  context.textAlign = align;
+  context.textBaseline = "middle";
+  context.fillStyle = css("--soft");
+  context.fillText(text, x, y);
+}
+
 // A canvas of this many pixels of the page, sharp on every screen.
 function prepared(canvas, height) {
   const ratio = window.devicePixelRatio || 1;
@@ -136,25 +145,29 @@ function whereWhole(figure) {
     wide,
     height: wide * (rows.length - 1),
     x: (position) => cell(columns, position) * wide,
-    y: (position) => cell(rows, position) * wide,
+    y: (position) => HEAD + cell(rows, position) * wide,
   };
 }
 
 function drawWhole(figure) {
   const { whole, picture } = figure;
   const { wide, height, x, y } = whereWhole(figure);
-  const context = prepared(whole, height);
-  context.drawImage(picture, 0, 0, whole.clientWidth, height);
+  const width = whole.clientWidth;
+  const context = prepared(whole, HEAD + height);
+  context.drawImage(picture, 0, HEAD, width, height);
   const start = state.prompt.start;
-  context.fillStyle = css("--soft");
-  if (start) context.fillRect(x(start) - 0.5, 0, 1, height);
+  written(context, x(start) > 50 ? "prompt" : "", 0, 8, "left");
+  written(context, "answer", x(start) + 5, 8, "left");
+  if (start) context.fillRect(x(start) - 0.5, 0, 1, HEAD + height);
+  if (width > 300) ["rows: tokens of the answer,", "columns: what they look at"].forEach((line, i) =>
+    written(context, line, width - 4, HEAD + 12 + 16 * i, "right"));
   const at = start + cursor();
   context.strokeStyle = css("--cursor");
   context.lineWidth = 1.5;
   context.beginPath();
   context.moveTo(0, y(at) + wide / 2);
   context.lineTo(x(at) + wide / 2, y(at) + wide / 2);
-  context.lineTo(x(at) + wide / 2, height);
+  context.lineTo(x(at) + wide / 2, HEAD + height);
   context.stroke();
   const left = x(Math.max(0, start + lensFirst - lensRows));
   context.strokeRect(left, y(start + lensFirst), x(start + lensFirst + lensRows - 1) + wide - left, lensRows * wide / (state.maps.rows[1] - state.maps.rows[0]));
@@ -175,9 +188,7 @@ function drawLens(figure) {
   const { named, left, cell, rows, firstKey } = lensLayout(figure);
   const context = prepared(figure.lens, cell * rows);
   const { start, tokens: texts } = state.prompt;
-  context.font = `12px ${css("--sans")}`;
-  context.textAlign = "right";
-  context.textBaseline = "middle";
+  written(context, `tokens ${lensFirst + 1} to ${lensFirst + rows}`, figure.lens.clientWidth - 4, 12, "right");
   for (let row = 0; row < rows; row++) {
     const index = lensFirst + row;
     for (let c = 0; c < 2 * lensRows; c++) {
@@ -222,7 +233,7 @@ function pointAtWhole(figure, event) {
   const { rows, columns } = state.maps;
   const { wide } = whereWhole(figure);
   const box = figure.whole.getBoundingClientRect();
-  const r = Math.min(rows.length - 2, Math.max(0, Math.floor((event.clientY - box.top) / wide)));
+  const r = Math.min(rows.length - 2, Math.max(0, Math.floor((event.clientY - box.top - HEAD) / wide)));
   const c = Math.min(columns.length - 2, Math.max(0, Math.floor((event.clientX - box.left) / wide)));
   const texts = state.prompt.tokens;
   const segment = (bounds, i) => {
