@@ -1,0 +1,264 @@
+// The mean map of the local and of the global heads: the whole of it in cells, and under it a lens on the
+// attention near the cursor. Rows are tokens of the answer, columns what they look at, prompt and answer.
+
+const BAND = { low: 0.0003, high: 0.5, log: true }; // attention from the least to the darkest shade
+const LENSES = [32, 16]; // rows of the lens; it has twice as many columns, all of which the exact band covers
+const NAMES = { local: "Local heads", global: "Global heads" };
+const MARGIN = 92; // for the names of the lens's rows, where they have room
+const HEAD = 17; // over the whole map, for the names of its parts
+let figures = []; // { name, whole, lens, reading }, both canvases with their pictures
+let lensRows = LENSES[0];
+let lensFirst = 0;
+let colours = null; // of each byte, [red, green, blue]
+let spot = null; // { name, row, key, text } under the pointer
+
+const attention = (code) => (code ? page.floor * 10 ** (-Math.log10(page.floor) * ((code - 1) / page.codes)) : 0);
+const percent = (value) => (value === 0 ? `< ${brief(page.floor * 100)} %` : `${brief(value * 100)} %`);
+const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+const mapsView = {
+  open() {
+    const maps = state.maps;
+    byId("maps").hidden = false;
+    figures = [];
+    spot = null;
+    if (!maps) {
+      byId("mapping").replaceChildren(make("p", { class: "hint" }, "The maps of this prompt are left out."));
+      return;
+    }
+    if (!maps.decoded) {
+      for (const name of Object.keys(NAMES)) {
+        maps[name] = { map: bytes(maps[name].map), band: bytes(maps[name].band) };
+      }
+      maps.decoded = true;
+    }
+    figures = Object.keys(NAMES).map(makeFigure);
+    byId("mapping").replaceChildren(mapsControls(), make("div", { class: "pair" }, ...figures.map(({ node }) => node)));
+  },
+  paint() {
+    if (!figures.length) return;
+    const ramp = palette();
+    const paper = [...css("--card").matchAll(/[0-9a-f]{2}/g)].map((m) => parseInt(m[0], 16));
+    colours = Array.from({ length: 256 }, (_, code) =>
+      code && attention(code) >= BAND.low ? ramp[Math.round(255 * share(attention(code), BAND))] : paper);
+    figures.forEach((figure) => {
+      figure.picture = pictureOf(figure.name);
+    });
+    this.fit();
+  },
+  fit() {
+    figures.forEach(drawWhole);
+    figures.forEach(drawLens);
+  },
+  move(source) {
+    if (!figures.length) return;
+    if (source !== "lens") {
+      const last = Math.max(0, length() - lensRows);
+      lensFirst = Math.min(last, Math.max(0, cursor() - Math.round(lensRows * 0.7)));
+    }
+    if (source !== "lens" && source !== "whole") spot = null;
+    this.fit();
+  },
+};
+views.push(mapsView);
+
+function mapsControls() {
+  const { rows } = state.maps;
+  const size = rows[1] - rows[0];
+  const choice = make("fieldset", {}, make("legend", {}, "Lens"), ...LENSES.map((count) => {
+    const input = make("input", { type: "radio", name: "lens", value: count });
+    input.checked = count === lensRows;
+    input.addEventListener("change", () => {
+      lensRows = count;
+      mapsView.move();
+    });
+    return make("label", {}, input, `${count} tokens`);
+  }));
+  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
+  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) =>
+    make("li", {}, `${place === 1 ? "≥ " : place === 0 ? "≤ " : ""}${brief(100 * valueAt(place, BAND))} %`));
+  return make("div", { class: "controls" },
+    make("div", { class: "ramp", role: "img", "aria-label": "Scale of attention in percent" }, make("span", {}, ...bar), make("ol", {}, ...ticks)),
+    choice,
+    make("p", { class: "hint" }, size === 1
+      ? "A cell is the share of a token's attention that falls on one token before it."
+      : `A cell is the share of a token's attention that falls on ${size} neighbours, as the mean over ${size} tokens.`,
+    " The lens under each map shows single tokens and follows the cursor."));
+}
+
+function makeFigure(name) {
+  const whole = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of the whole answer` });
+  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of single tokens near the cursor`, class: "lens" });
+  const reading = make("p", { class: "reading-line" });
+  const node = make("figure", { class: name }, make("figcaption", {}, make("b", {}, NAMES[name]), name === "local" ? " give WAAD" : " give FAI"), whole, lens, reading);
+  const figure = { name, whole, lens, reading, node };
+  whole.addEventListener("pointermove", (event) => pointAtWhole(figure, event));
+  lens.addEventListener("pointermove", (event) => pointAtLens(figure, event));
+  whole.addEventListener("click", () => state.hovered !== null && select(state.hovered, "whole"));
+  lens.addEventListener("click", () => state.hovered !== null && select(state.hovered, "lens"));
+  for (const canvas of [whole, lens]) canvas.addEventListener("pointerleave", () => {
+    spot = null;
+    hover(null);
+  });
+  return figure;
+}
+
+// The pooled map as an image of a pixel per cell.
+function pictureOf(name) {
+  const { rows, columns } = state.maps;
+  const [height, width] = [rows.length - 1, columns.length - 1];
+  const canvas = make("canvas", { width, height });
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(width, height);
+  state.maps[name].map.forEach((code, i) => image.data.set([...colours[code], 255], 4 * i));
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+function written(context, text, x, y, align) {
+  context.font = `12px ${css("--sans")}`;
+  context.textAlign = align;
+  context.textBaseline = "middle";
+  context.fillStyle = css("--soft");
+  context.fillText(text, x, y);
+}
+
+// A canvas of this many pixels of the page, sharp on every screen.
+function prepared(canvas, height) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = canvas.clientWidth;
+  canvas.width = Math.round(width * ratio);
+  canvas.height = Math.round(height * ratio);
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d");
+  context.scale(ratio, ratio);
+  context.imageSmoothingEnabled = false;
+  return context;
+}
+
+// Positions on the axes of the whole map: cells are of one size, but for the first column and the last of both.
+function whereWhole(figure) {
+  const { rows, columns } = state.maps;
+  const wide = figure.whole.clientWidth / (columns.length - 1);
+  const cell = (bounds, position) => bounds.findLastIndex((bound, i) => i < bounds.length - 1 && bound <= position);
+  return {
+    wide,
+    height: wide * (rows.length - 1),
+    x: (position) => cell(columns, position) * wide,
+    y: (position) => HEAD + cell(rows, position) * wide,
+  };
+}
+
+function drawWhole(figure) {
+  const { whole, picture } = figure;
+  const { wide, height, x, y } = whereWhole(figure);
+  const width = whole.clientWidth;
+  const context = prepared(whole, HEAD + height);
+  context.drawImage(picture, 0, HEAD, width, height);
+  const start = state.prompt.start;
+  written(context, x(start) > 50 ? "prompt" : "", 0, 8, "left");
+  written(context, "answer", x(start) + 5, 8, "left");
+  if (start) context.fillRect(x(start) - 0.5, 0, 1, HEAD + height);
+  if (width > 300) ["rows: tokens of the answer,", "columns: what they look at"].forEach((line, i) =>
+    written(context, line, width - 4, HEAD + 12 + 16 * i, "right"));
+  const at = start + cursor();
+  context.strokeStyle = css("--cursor");
+  context.lineWidth = 1.5;
+  context.beginPath();
+  context.moveTo(0, y(at) + wide / 2);
+  context.lineTo(x(at) + wide / 2, y(at) + wide / 2);
+  context.lineTo(x(at) + wide / 2, HEAD + height);
+  context.stroke();
+  const left = x(Math.max(0, start + lensFirst - lensRows));
+  context.strokeRect(left, y(start + lensFirst), x(start + lensFirst + lensRows - 1) + wide - left, lensRows * wide / (state.maps.rows[1] - state.maps.rows[0]));
+}
+
+const exact = (name, index, back) =>
+  back >= 0 && back < state.maps.distances ? state.maps[name].band[index * state.maps.distances + back] : 0;
+
+function lensLayout(figure) {
+  const named = figure.lens.clientWidth > 300 && lensRows <= 16;
+  const left = named ? MARGIN : 0;
+  const cell = (figure.lens.clientWidth - left) / (2 * lensRows);
+  const rows = Math.min(lensRows, length());
+  return { named, left, cell, rows, firstKey: state.prompt.start + lensFirst - lensRows };
+}
+
+function drawLens(figure) {
+  const { named, left, cell, rows, firstKey } = lensLayout(figure);
+  const context = prepared(figure.lens, cell * rows);
+  const { start, tokens: texts } = state.prompt;
+  written(context, `tokens ${lensFirst + 1} to ${lensFirst + rows}`, figure.lens.clientWidth - 4, 12, "right");
+  for (let row = 0; row < rows; row++) {
+    const index = lensFirst + row;
+    for (let c = 0; c < 2 * lensRows; c++) {
+      const key = firstKey + c;
+      const back = start + index - key;
+      if (back < 0 || key < 0) continue;
+      context.fillStyle = `rgb(${colours[exact(figure.name, index, back)].join(" ")})`;
+      context.fillRect(left + c * cell, row * cell, cell + 0.3, cell + 0.3);
+    }
+    if (named) {
+      context.fillStyle = css(index === cursor() ? "--ink" : "--soft");
+      const word = texts[start + index].trim() || "space";
+      context.fillText(word.length > 12 ? `${word.slice(0, 11)}…` : word, left - 6, (row + 0.5) * cell, left - 6);
+    }
+  }
+  const row = cursor() - lensFirst;
+  context.strokeStyle = css("--cursor");
+  context.lineWidth = 1.5;
+  if (row >= 0 && row < rows) context.strokeRect(left + 0.75, row * cell, (lensRows + row + 1) * cell - 1, cell);
+  if (spot?.lens) context.strokeRect(left + (spot.key - firstKey) * cell, (spot.row - lensFirst) * cell, cell, cell);
+  readingOf(figure);
+}
+
+// Under each pair of maps: what is under the pointer, else the keys that the token at the cursor looks at most.
+function readingOf(figure) {
+  const texts = state.prompt.tokens;
+  const quoted = (position) => `“${texts[position].trim() || "space"}”`;
+  const start = state.prompt.start;
+  if (spot?.name === figure.name) {
+    figure.reading.textContent = spot.text;
+    return;
+  }
+  const i = cursor();
+  const near = Array.from({ length: state.maps.distances }, (_, back) => [attention(exact(figure.name, i, back)), back])
+    .filter(([value, back]) => value >= 0.001 && back <= start + i)
+    .sort((a, b) => b[0] - a[0]).slice(0, 3);
+  const list = near.map(([value, back]) => `${percent(value)} on ${back ? `${quoted(start + i - back)}, ${back} back` : "itself"}`);
+  figure.reading.textContent = `${quoted(start + i)}: ${list.join("; ") || `little on the last ${state.maps.distances} tokens`}`;
+}
+
+function pointAtWhole(figure, event) {
+  const { rows, columns } = state.maps;
+  const { wide } = whereWhole(figure);
+  const box = figure.whole.getBoundingClientRect();
+  const r = Math.min(rows.length - 2, Math.max(0, Math.floor((event.clientY - box.top - HEAD) / wide)));
+  const c = Math.min(columns.length - 2, Math.max(0, Math.floor((event.clientX - box.left) / wide)));
+  const texts = state.prompt.tokens;
+  const segment = (bounds, i) => {
+    const words = texts.slice(bounds[i], bounds[i + 1]).join("").trim() || "space";
+    return `“${words.length > 40 ? `${words.slice(0, 39)}…` : words}”`;
+  };
+  const index = Math.min(length() - 1, Math.floor((rows[r] + rows[r + 1] - 1) / 2) - state.prompt.start);
+  const value = attention(state.maps[figure.name].map[r * (columns.length - 1) + c]);
+  const later = columns[c] >= rows[r + 1];
+  spot = { name: figure.name, text: later ? `${segment(columns, c)} comes after ${segment(rows, r)}` : `${segment(rows, r)} → ${segment(columns, c)}: ${percent(value)} of its attention` };
+  state.hovered = null;
+  hover(index, "whole");
+}
+
+function pointAtLens(figure, event) {
+  const { left, cell, rows, firstKey } = lensLayout(figure);
+  const box = figure.lens.getBoundingClientRect();
+  const row = lensFirst + Math.min(rows - 1, Math.max(0, Math.floor((event.clientY - box.top) / cell)));
+  const key = Math.max(firstKey, firstKey + Math.floor((event.clientX - box.left - left) / cell));
+  const back = state.prompt.start + row - key;
+  const texts = state.prompt.tokens;
+  spot = back < 0 || key < 0 ? null : {
+    name: figure.name, row, key, lens: true,
+    text: `“${texts[state.prompt.start + row].trim()}” → “${texts[key].trim()}”, ${back} back: ${percent(attention(exact(figure.name, row, back)))} of its attention`,
+  };
+  state.hovered = null;
+  hover(row, "lens");
+}
