@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SIGNS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -70,13 +70,17 @@ def puzzles(count: int, seed: int, largest_number: int = 9) -> list[Puzzle]:
     return list(found.values())
 
 
-def worked_solution(puzzle: Puzzle, draw: random.Random, most_failures: int = 2) -> str:
-    """An answer as a person would write it: some ways that fail, then one that does not."""
+def careless_answer(puzzle: Puzzle, draw: random.Random) -> str:
+    """The answer of somebody who knows how to write one, sees what works one time in three, and does not check.
+
+    It stops after a way with even odds, whether that reached the target or not: what is left to learn from rewards.
+    """
     all_ways = list(ways(puzzle.numbers))
-    good = draw.choice([way for way in all_ways if way.value == puzzle.target])
-    bad = [way for way in all_ways if way.value != puzzle.target]
-    tried = draw.sample(bad, min(len(bad), draw.randint(0, most_failures)))
-    return ";".join(way.steps for way in (*tried, good)) + f"!{good.expression}"
+    good = [way for way in all_ways if way.value == puzzle.target]
+    tried: list[Way] = []
+    while not tried or (draw.random() < 0.5 and len(tried) < 3):
+        tried.append(draw.choice(good if draw.random() < 1 / 3 else all_ways))
+    return ";".join(way.steps for way in tried) + f"!{tried[-1].expression}"
 
 
 def solves(puzzle: Puzzle, answer: str) -> bool:
@@ -105,11 +109,12 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
 def warm_up(tokenizer: PreTrainedTokenizerFast, training: list[Puzzle], steps: int) -> LlamaForCausalLM:
-    """Supervised training on worked solutions, some ways that fail included."""
+    """Supervised training on careless answers."""
     torch.manual_seed(0)
     draw = random.Random(0)
     sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -123,7 +128,7 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, training: list[Puzzle], steps: i
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
         chosen = draw.choices(training, k=64)
-        texts = [puzzle.prompt + worked_solution(puzzle, draw) + "<end>" for puzzle in chosen]
+        texts = [puzzle.prompt + careless_answer(puzzle, draw) + "<end>" for puzzle in chosen]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         for row, puzzle in zip(labels, chosen, strict=True):

@@ -1,6 +1,6 @@
 """GRPO against five token credits on Countdown, with the same seeds: trains, records every run and plots them.
 
-A small Llama is made from scratch and shown worked solutions until it solves some puzzles (once, then kept in
+A small Llama is made from scratch and shown how answers are written, right and wrong ones (once, then kept in
 `--out`). From there on it is trained by reinforcement alone, once per credit and seed. Every finished run leaves a CSV
 and is not run again, so that a killed comparison goes on where it was, and two processes can share one `--out`.
 
@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import TextIO
 
 import countdown
 import torch
@@ -32,12 +33,13 @@ from attnstats.models import load
 CREDITS = ["grpo", "coupled", "local", "global", "random", "entropy"]
 HELD_OUT, GROUP = 512, 8
 ANSWER = 64  # tokens
+COLUMNS = ["step", "seconds", "held_out", "reward", "entropy", "completions/mean_length"]
+COLUMNS += ["rhythm/amplified", "rhythm/gamma", "rhythm/step_share"]
 
 
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
     if not options.plot:
         pool = countdown.puzzles(options.puzzles, seed=0, largest_number=12)
         held_out, training = pool[: options.held_out], pool[options.held_out :]
@@ -64,10 +66,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     parser.add_argument("--puzzles", type=int, default=4096, help="those held out included")
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS", help="measure what coupled credit costs")
     parser.add_argument("--plot", action="store_true", help="plot what is there, train nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 < options.held_out < options.puzzles:
+        parser.error(f"--held-out must be between 0 and --puzzles, {options.puzzles}; got {options.held_out}")
+    return options
 
 
 # One run
@@ -119,35 +123,32 @@ def trainer_for(
         dataloader_pin_memory=False,
         bf16=False,
     )
-    settings = {
-        "model": model,
-        "reward_funcs": reward,
-        "args": arguments,
-        "train_dataset": Dataset.from_dict({**rows, "target": [puzzle.target for puzzle in training]}),
-        "processing_class": tokenizer,
-    }
-    if kind == "grpo":
-        trainer = GRPOTrainer(**settings, **more)
-    else:
-        trainer = more.pop("trainer_class", RhythmGRPOTrainer)(**settings, credit=RhythmCredit(kind), **more)
+    dataset = Dataset.from_dict({**rows, "target": [puzzle.target for puzzle in training]})
+    kind_of_trainer = more.pop("kind_of_trainer", GRPOTrainer if kind == "grpo" else RhythmGRPOTrainer)
+    if kind != "grpo":
+        more["credit"] = RhythmCredit(kind)
+    trainer = kind_of_trainer(model, reward, args=arguments, train_dataset=dataset, processing_class=tokenizer, **more)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 class Recorder(TrainerCallback):
-    """Keeps what is written to the CSV: the rewards of training, and the share of held-out puzzles solved."""
+    """Writes down the rewards of training, and the share of held-out puzzles solved."""
 
-    def __init__(self, held_out: list[countdown.Puzzle], every: int):
-        self.held_out, self.every = held_out, every
-        self.rows: list[dict[str, object]] = []
+    def __init__(self, file: TextIO, held_out: list[countdown.Puzzle], every: int):
+        self.file, self.held_out, self.every = file, held_out, every
+        self.writer = csv.DictWriter(file, COLUMNS)
+        self.writer.writeheader()
+        self.solved: list[float] = []
         self.began = time.perf_counter()
 
-    def look(self, step: int, model: object, tokenizer: object) -> None:
-        solved = share_solved(model, tokenizer, self.held_out)
-        self.rows.append({"step": step, "seconds": self.seconds(), "held_out": solved})
+    def write(self, step: int, **values: float) -> None:
+        self.writer.writerow({"step": step, "seconds": f"{time.perf_counter() - self.began:.1f}", **values})
+        self.file.flush()
 
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.began, 1)
+    def look(self, step: int, model: object, tokenizer: object) -> None:
+        self.solved.append(share_solved(model, tokenizer, self.held_out))
+        self.write(step, held_out=self.solved[-1])
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
         self.look(0, model, processing_class)
@@ -158,9 +159,7 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "reward" in logs:
-            row = {"step": state.global_step, "seconds": self.seconds(), "reward": logs["reward"]}
-            kept = ("entropy", "completions/mean_length", "rhythm/amplified", "rhythm/gamma", "rhythm/step_share")
-            self.rows.append(row | {name: logs[name] for name in kept if name in logs})
+            self.write(state.global_step, **{name: f"{logs[name]:.4g}" for name in COLUMNS[3:] if name in logs})
 
 
 @torch.no_grad()
@@ -188,21 +187,15 @@ def run(
     claim = path.with_suffix(".running")
     if path.is_file() or claim.is_file():
         return
-    claim.touch()
     try:
-        recorder = Recorder(held_out, options.every)
-        trainer = trainer_for(options, kind, seed, training, callbacks=[recorder])
-        trainer.train()
-        names = list(dict.fromkeys(name for row in recorder.rows for name in row))
-        with claim.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(recorder.rows)
+        with claim.open("x", newline="") as file:
+            recorder = Recorder(file, held_out, options.every)
+            trainer_for(options, kind, seed, training, callbacks=[recorder]).train()
         claim.rename(path)
     finally:
         claim.unlink(missing_ok=True)
-    solved = [row["held_out"] for row in recorder.rows if "held_out" in row]
-    print(f"{kind}, seed {seed}: {solved[0]:.1%} -> {solved[-1]:.1%} solved, {recorder.seconds():.0f} s", flush=True)
+    first, *_, last = recorder.solved
+    print(f"{kind}, seed {seed}: {first:.1%} -> {last:.1%} of the held-out puzzles solved", flush=True)
 
 
 # What the credit costs
@@ -221,7 +214,7 @@ class Alternating(RhythmGRPOTrainer):
 def measure_cost(options: argparse.Namespace, training: list[countdown.Puzzle]) -> None:
     """GRPO and coupled credit in turn, in one process: seconds of a batch of completions and its steps."""
     options.steps = options.reuse * (2 * options.cost + 3)
-    trainer = trainer_for(options, "coupled", 0, training, trainer_class=Alternating)
+    trainer = trainer_for(options, "coupled", 0, training, kind_of_trainer=Alternating)
     trainer.train()
     marks = trainer.marks[2:]  # the first pair warms up
     for name, which in (("wall", 0), ("CPU", 1)):
