@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from attnstats.terminal import Terminal
 
 DIFFERENT = 1
-SHOWN = 5  # responses in the terminal; all are in the report
 
 
 def add_parser(commands: Any) -> None:
@@ -68,6 +67,7 @@ def add_parser(commands: Any) -> None:
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, default=Path("out/analysis"), help="folder; replaced when all is done")
     out.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    given.add_color(out)
     out.add_argument("--verify", action="store_true", help="recompute with eager attention and compare")
 
 
@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     if options.verify and options.dtype not in ("auto", "float32"):
         raise InputError(f"--dtype {options.dtype}: --verify compares in float32; leave --dtype out")
+    given.check_color(options)
     shard = shards.from_environment()
     terminal = Terminal(quiet=not shard.is_first)
     terminal.say("Loading the model")
@@ -178,11 +179,11 @@ def _conclude(
     profile.save(store.folder / outputs.PROFILE)
     page = report.render(analyses, settings, summary, findings.coupled(analyses, profile))
     (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")
-    shown = analyses[:SHOWN]
+    shown = analyses[: given.SHOWN]
     outputs.finish(store.folder, options.out)
-    terminal.show(shown, options.out)
-    if len(analyses) > SHOWN:
-        terminal.say(f"{len(analyses) - SHOWN} more prompts are in the report and in the tables")
+    terminal.show(shown, [options.out / name for name in outputs.FILES], color_by=options.color_by)
+    if len(analyses) > len(shown):
+        terminal.say(f"{len(analyses) - len(shown)} more prompts are in the report and in the tables")
     if not different:
         return False
     from attnstats.verify import TOLERANCE
