@@ -35,6 +35,7 @@ from attnstats.errors import InputError
 from attnstats.rhythm import Chance, couplings
 from attnstats.statistics import FAI
 from attnstats.store import Store, begin
+from benchmarks import couplings_control
 from tests.tiny import save_tiny_model
 
 QUESTIONS = ["how many rolls", "are w1 w2 w3 w4 left w5 w6 w7", "so", "many w9 w8", "left"]
@@ -385,3 +386,12 @@ def test_without_perturbation(finished, folder, tmp_path):
     record = json.loads((out / command.RESULTS).read_text())
     assert record["perturbation"] == {}
     assert record["couplings"] == json.loads((finished / command.RESULTS).read_text())["couplings"]
+
+
+def test_the_control_reads_the_same_text_with_other_weights(finished, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(couplings_control, "RESULT", tmp_path / "results" / "untrained.json")
+    monkeypatch.setattr(sys, "argv", ["control", str(finished), "--model", str(folder), "--permutations", "20"])
+    assert couplings_control.main() == 0
+    trained, untrained = (json.loads(f.read_text()) for f in (finished / command.RESULTS, couplings_control.RESULT))
+    assert trained["response_tokens"] == untrained["response_tokens"]
+    assert trained["couplings"] != untrained["couplings"]
