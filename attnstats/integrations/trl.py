@@ -149,6 +149,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     @property
     def _trained(self) -> Any:
+        """What TRL trains, of whatever class."""
         return self.model
 
     @property
@@ -220,8 +221,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
             with self._watch:
                 run = stack.enter_context(self._capture(wanted.values(), **settings))
                 _timed(run, self._watch)
-            for chunk in batch.chunks():
-                run.query_mask = chunk.response
+            for chunk in batch.chunks():  # whoever sees a completion's token is of the completion: no query_mask
                 forward(chunk, run)
                 with self._watch:
                     for name in wanted:
