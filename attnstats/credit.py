@@ -343,14 +343,12 @@ def _coupled(
 
     reach = min(k, mask.shape[1])
     padded = torch.nn.functional.pad(change, (reach, 0), value=-torch.inf)
-    before = [padded[:, reach - offset : -offset] for offset in range(1, reach + 1)]
-    greatest = before[0]
-    for farther in before[1:]:
-        greatest = torch.maximum(greatest, farther)
+    before = [padded[:, reach - offset : -offset] for offset in range(1, reach + 1)]  # delta so far before each token
+    greatest = functools.reduce(torch.maximum, before)
     undecided = anchor & low & (greatest >= least) & (greatest > -torch.inf)
     led = []
-    for change in before:  # the nearest first
-        led.append(undecided & (change == greatest))
+    for earlier in before:  # the nearest first
+        led.append(undecided & (earlier == greatest))
         undecided = undecided & ~led[-1]
     return responses, anchor, led
 
