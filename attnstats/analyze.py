@@ -72,6 +72,7 @@ class Analysis:
         response: (T,) bool, the positions that were generated.
         layers: indices of the captured layers.
         head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
+        head_received: (L, H, T) per head, heads.RECEIVED: what makes receiver heads. received_valid: (T,) bool.
         distance: (L, H), mean attention distance of each head over the response.
         classes: which heads are local and which global.
         waad: (T,), mean over the local heads. fai: (T,), mean over the global heads, 0 where not fai_valid.
@@ -88,6 +89,8 @@ class Analysis:
     head_waad: Tensor
     head_fai: Tensor
     head_mean_distance: Tensor
+    head_received: Tensor
+    received_valid: Tensor
     distance: Tensor
     classes: heads.HeadClasses
     waad: Tensor
@@ -143,6 +146,8 @@ _TENSORS = (
     "head_waad",
     "head_fai",
     "head_mean_distance",
+    "head_received",
+    "received_valid",
     "distance",
     "waad",
     "fai",
@@ -182,13 +187,14 @@ def fill(
     settings: Settings,
     progress: Progress,
     *,
+    profile: heads.HeadProfile | None = None,
     shard: Shard = Shard(),  # noqa: B008 frozen
     timings: dict[str, float] | None = None,
 ) -> None:
     """What `analyze` does, into a store and for this process's share; settings and questions went through `check`."""
 
     def measured(index: int, prompt: list[int], response: list[int]) -> Measured:
-        return measure(loaded, questions[index], prompt, response, settings).stored()
+        return measure(loaded, questions[index], prompt, response, settings, profile).stored()
 
     corpus.run(
         loaded,
@@ -258,15 +264,27 @@ def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> 
         raise InputError("--layers: one layer with one head has no local and global heads; capture more layers")
 
 
-def measure(loaded: LoadedModel, question: str, prompt: list[int], response: list[int], settings: Settings) -> Analysis:
-    """One forward pass over prompt + response, and what follows from it."""
+def measure(
+    loaded: LoadedModel,
+    question: str,
+    prompt: list[int],
+    response: list[int],
+    settings: Settings,
+    profile: heads.HeadProfile | None = None,
+) -> Analysis:
+    """One forward pass over prompt + response, and what follows from it.
+
+    Args:
+        profile: whose local and global heads are taken; None: this response decides which they are.
+    """
+    statistics = list(dict.fromkeys([*settings.statistics, heads.RECEIVED]))
     ids = torch.tensor([prompt + response], device=loaded.device)
     in_response = torch.arange(ids.shape[1]) >= len(prompt)
     with (
         torch.no_grad(),
         capture(
             loaded.model,
-            statistics=settings.statistics,
+            statistics=statistics,
             layers=settings.layers,
             query_mask=in_response[None].to(loaded.device),
         ) as run,
@@ -274,11 +292,16 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         hidden, last_logits = hidden_states(loaded, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error of its own below
-        waad, fai, distance = (run[statistic][:, 0].float().cpu() for statistic in settings.statistics)
+        waad, fai, distance, received = (
+            run[statistic][:, 0].float().cpu() for statistic in (*settings.statistics, heads.RECEIVED)
+        )
     per_head = heads.head_distance(distance, in_response)
     if not per_head.isfinite().all():
         raise InputError(f"--dtype {loaded.dtype}: attention of {loaded.name} overflows in it; use --dtype float32")
-    classes = heads.classify(per_head, settings.head_share)
+    if profile is None:
+        classes = heads.classify(per_head, settings.head_share)
+    else:
+        classes = profile.classes(settings.head_share, run.layers).of([profile.layers.index(i) for i in run.layers])
     fai_valid = run.valid[settings.statistics[1]][0].cpu()
     mean_waad = heads.class_mean(waad, classes.local)
     return Analysis(
@@ -290,6 +313,8 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         head_waad=waad,
         head_fai=fai,
         head_mean_distance=distance,
+        head_received=received,
+        received_valid=run.valid[heads.RECEIVED][0].cpu(),
         distance=per_head,
         classes=classes,
         waad=mean_waad,

@@ -17,7 +17,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnstats.responses import Responses, check_mask, check_signal, delta, lower_median, top_of, top_share, working
+from attnstats.responses import (
+    Responses,
+    check_mask,
+    check_signal,
+    delta,
+    delta_of,
+    lower_median,
+    top_of,
+    top_share,
+    working,
+)
+
+__all__ = [
+    "CoupledSets",
+    "Sign",
+    "coupled_rhythm",
+    "coupled_sets",
+    "delta",
+    "global_anchor",
+    "high_entropy",
+    "high_entropy_selection",
+    "local_chunk",
+    "random_tokens",
+    "shape_advantages",
+    "top_share",
+]
 
 Sign = Literal["both", "positive", "negative"]
 
@@ -48,7 +73,8 @@ def local_chunk(
         >>> local_chunk(waad, torch.ones(1, 5, dtype=torch.bool))
         tensor([[1.0000, 1.5000, 1.5000, 1.0000, 1.0000]])
     """
-    return _amplified(top_share(delta(waad, mask), mask, q, bottom=bottom), mask, amp, waad.dtype, keep_mean)
+    check_signal("waad", waad, mask)
+    return _amplified(top_of(delta_of(waad, mask), mask, q, None, bottom), mask, amp, waad.dtype, keep_mean)
 
 
 @torch.no_grad()

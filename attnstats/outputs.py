@@ -28,9 +28,9 @@ from attnstats.errors import InputError
 from attnstats.store import ITEMS, RUN, Store, begin, corrupt, read_json, umask
 from attnstats.text import spreadsheet_cell
 
-TOKENS, HEADS, SUMMARY, REPORT = "tokens", "heads", "summary.json", "report.html"
+TOKENS, HEADS, SUMMARY, PROFILE, REPORT = "tokens", "heads", "summary.json", "heads.json", "report.html"
 TABLES = tuple(f"{name}.{kind}" for name in (TOKENS, HEADS) for kind in ("csv", "parquet"))
-FILES = (REPORT, *TABLES, SUMMARY, RUN, ITEMS)
+FILES = (REPORT, *TABLES, PROFILE, SUMMARY, RUN, ITEMS)
 
 
 def workplace(out: Path) -> Path:

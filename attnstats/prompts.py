@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,19 @@ def _column(table: Any, field: str, where: str) -> list[str]:
         raise InputError(f"{where}: has no column {field!r}, only {', '.join(table.column_names)}; choose with --field")
     rows = enumerate(table.column(field).to_pylist(), 1)
     return [_prompt({field: value}, field, f"{where}, row {number}") for number, value in rows]
+
+
+def paper_prompt(question: str) -> str:
+    """The question as the paper puts it (App. A.1): its last sentence as `Question`, all before it as `Context`.
+
+    Example:
+        >>> print(paper_prompt("A tray holds 12 rolls. How many do 4 trays hold?"))
+        Context: A tray holds 12 rolls.
+        Question: How many do 4 trays hold?
+    """
+    *context, last = re.split(r"(?<=[.!?])[\"')\]]*\s+(?=\S)", question.strip())
+    before = question.strip()[: -len(last)].strip() if context else ""
+    return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
 
 
 def render(tokenizer: Any, question: str, system: str) -> list[int]:

@@ -38,8 +38,7 @@ def delta(waad: Tensor, mask: Tensor) -> Tensor:
         tensor([[0., 3., 0., 0.]])
     """
     check_signal("waad", waad, mask)
-    responses = Responses.of(mask)
-    return responses.spread(responses.delta(responses.gather(waad)))
+    return delta_of(waad, mask)
 
 
 @torch.no_grad()
@@ -104,6 +103,12 @@ class Responses:
         """[B, T] delta of a gathered curve."""
         steps = torch.arange(curve.shape[1], device=curve.device)
         return rhythm.delta(curve).masked_fill_(steps >= self.length - 1, 0)
+
+
+def delta_of(waad: Tensor, mask: Tensor) -> Tensor:
+    """`delta` of arguments that were checked."""
+    responses = Responses.of(mask)
+    return responses.spread(responses.delta(responses.gather(waad)))
 
 
 def top_of(values: Tensor, mask: Tensor, q: float, valid: Tensor | None, bottom: bool) -> Tensor:

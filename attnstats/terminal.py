@@ -26,7 +26,6 @@ from rich.table import Table
 from rich.text import Text
 
 from attnstats.analyze import Analysis
-from attnstats.outputs import FILES
 from attnstats.report.columns import Column, find
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
@@ -86,7 +85,7 @@ class Terminal:
             self._bar.stop()
             self._bar = None
 
-    def show(self, analyses: Sequence[Analysis], out: Path, *, color_by: str = "waad") -> None:
+    def show(self, analyses: Sequence[Analysis], files: Sequence[Path], *, color_by: str = "waad") -> None:
         """The responses, coloured by a column of report/columns.py, and where the files are.
 
         Raises:
@@ -106,8 +105,8 @@ class Terminal:
             self.console.print()
             self.console.print(peaks(analysis))
         self.console.print()
-        for name in FILES:
-            self.console.print(Text(str(out / name)), soft_wrap=True)
+        for file in files:
+            self.console.print(Text(str(file)), soft_wrap=True)
 
     def show_differences(self, largest: dict[str, float], tolerance: float) -> None:
         table = Table("statistic", "largest |difference| from eager attention", box=None, pad_edge=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from attnstats import analyze as pipeline
 from attnstats import cli
 from attnstats.commands import analyze
 from attnstats.commands.options import parse_layers
@@ -216,3 +218,77 @@ def test_help_does_not_import_what_is_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == ""
     assert torch.__version__
+
+
+def test_heads_of_a_corpus_are_taken_for_another(tmp_path, tiny, capsys):
+    options = ["analyze", "--model", str(tiny), "--layers", "all", "--max-tokens", "12", "--prompt"]
+    assert cli.main([*options, "how many rolls", "--out", str(tmp_path / "a")]) == 0
+    profile = ["--head-profile", str(tmp_path / "a" / "heads.json")]
+    assert cli.main([*options, "so", "--out", str(tmp_path / "b"), *profile]) == 0
+    one, two = (pandas.read_csv(tmp_path / name / "heads.csv") for name in "ab")
+    assert one["class"].tolist() == two["class"].tolist()
+    assert one.mean_distance.tolist() != two.mean_distance.tolist()
+    other = save_tiny_model(tmp_path / "other", hidden_size=16)
+    code = cli.main(["analyze", "--model", str(other), "--max-tokens", "4", "--out", str(tmp_path / "c"), *profile])
+    assert code == 2
+    assert "heads.json: the profile is of another model: " in capsys.readouterr().err
+    assert cli.main([*options, "so", "--out", str(tmp_path / "c"), "--head-profile", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == before
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == before
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda out: (out / "summary.json").unlink(), "has no summary.json"),
+    (lambda out: (out / "summary.json").write_text("{"), "summary.json: cannot be read"),
+    (lambda out: (out / "summary.json").write_text("{}"), "no settings and prompts in it"),
+    (lambda out: (out / "items" / "000001.safetensors").unlink(), "results of 2 prompts where summary.json names 3"),
+    (lambda out: (out / "items" / "000001.safetensors").write_bytes(b"\0" * 9), "000001.safetensors: cannot be read"),
+    (shutil.rmtree, "no such folder"),
+])  # fmt: skip
+def test_a_damaged_folder_is_refused_with_a_remedy(tmp_path, finished, capsys, damage, message):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    damage(out)
+    assert cli.main(["report", str(out)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    return out
+
+
+def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]
+    measure, calls = pipeline.measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure", interrupted)
+        assert cli.main(arguments) == 130
+    kept = f"1 of 3 prompts are done and kept in {out}.part; go on with --resume"
+    assert capsys.readouterr().err == f"attnstats: interrupted; {kept}\n"
+    assert cli.main(arguments) == 2
+    assert "holds an unfinished run with 1 prompts done; go on with it by --resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--seed", "1"]) == 2
+    assert "was begun with seed 0, this run has 1" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CREDITS = ("grpo", "coupled", "local", "global", "random", "entropy")
 
 
 def run(script: str, *arguments: str) -> str:
@@ -30,13 +32,23 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(found) for found in re.findall(pattern, text)]
 
 
+SCRIPTS = {
+    "bring_your_own_kernel.py": 120,
+    "capture.py": 120,
+    "countdown_grpo.py": 300,
+    "entropy_penalty.py": 120,
+    "live_generation.py": 120,
+}
+MODULES = {"countdown.py": 150}  # which scripts import
+
+
 def test_every_example_is_run_and_short():
-    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert scripts == {"bring_your_own_kernel.py", "capture.py", "entropy_penalty.py", "live_generation.py"}
-    for script in scripts:
+    most_lines = SCRIPTS | MODULES
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(most_lines)
+    for script, most in most_lines.items():
         text = (ROOT / "examples" / script).read_text()
-        assert f"python examples/{script}" in text
-        assert len(text.splitlines()) < 120
+        assert script in MODULES or f"python examples/{script}" in text
+        assert len(text.splitlines()) <= most
 
 
 def test_capture():
@@ -74,3 +86,54 @@ def test_bring_your_own_kernel(kernel):
     differences = numbers(r"(?m)^  \w+ +(\S+)$", text)
     assert len(differences) == 5
     assert max(differences) < 1e-4
+
+
+def test_countdown_trains_with_every_credit_that_is_not_there_yet_and_plots(tmp_path):
+    (tmp_path / "local-7.csv").write_text("step,held_out,reward\n0,0.25,\n2,,0.5\n2,0.75,\n")  # finished before
+    size = ["--steps", "2", "--every", "2", "--batch", "16", "--warm-up", "3", "--puzzles", "80", "--held-out", "8"]
+    text = run("countdown_grpo.py", *size, "--seeds", "7", "--out", str(tmp_path))
+    assert set(re.findall(r"^(\w+), seed 7: .*% -> .*%", text, re.MULTILINE)) == set(CREDITS) - {"local"}
+    assert re.search(r"^local +1 seeds: 75.0% +mean 75.0%$", text, re.MULTILINE)
+    for kind in set(CREDITS) - {"local"}:
+        with (tmp_path / f"{kind}-7.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows if row["held_out"]] == ["0", "2"]
+        trained = [row for row in rows if row["reward"]]
+        assert [row["step"] for row in trained] == ["2"]
+        assert (trained[0]["rhythm/gamma"] == "") == (kind == "grpo")
+    assert "</svg>" in (tmp_path / "countdown.svg").read_text()
+
+
+def test_countdown_measures_what_the_credit_costs(tmp_path):
+    size = ["--batch", "16", "--warm-up", "3", "--puzzles", "80", "--held-out", "8", "--cost", "2"]
+    text = run("countdown_grpo.py", *size, "--out", str(tmp_path))
+    found = re.findall(r"^(wall|CPU) time .*, 2 pairs: GRPO .* s, coupled .* s; paired median", text, re.MULTILINE)
+    assert found == ["wall", "CPU"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("2+5=7,7*9=63!(2+5)*9", True),
+        ("!9*(5+2)", True),
+        ("(2+5)*9", False),  # nothing after a mark
+        ("!7*9", False),  # not the three numbers
+        ("!(2+5)*9+0", False),
+        ("!2+5*9", False),
+        ("!(2+5)*9!", False),
+        ("!(2+5)*", False),
+        ("!((((((((((((2+5)))))))))))*9", False),
+        ("!2**5**9**9", False),
+        ("!__import__('os')", False),
+        ("!02+5", False),
+        ("!" + "-" * 23 + "1", False),
+        ("", False),
+    ],
+)
+def test_countdown_judges_what_follows_the_mark(answer, right):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import countdown
+    finally:
+        sys.path.pop(0)
+    assert countdown.solves(countdown.Puzzle((2, 5, 9), 63), answer) is right

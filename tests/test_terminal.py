@@ -23,7 +23,7 @@ def shown(call, *, is_terminal=False):
 
 
 def test_what_a_model_writes_is_neither_markup_nor_escapes(tmp_path):
-    text = shown(lambda terminal: terminal.show([synthetic_analysis(HOSTILE, question="[red]\x1b[2J?")], tmp_path))
+    text = shown(lambda terminal: terminal.show([synthetic_analysis(HOSTILE, question="[red]\x1b[2J?")], [tmp_path]))
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "\u202e" not in text
@@ -33,7 +33,7 @@ def test_what_a_model_writes_is_neither_markup_nor_escapes(tmp_path):
 
 def test_peaks_and_files_are_listed(tmp_path):
     analysis = synthetic_analysis(HOSTILE)
-    text = shown(lambda terminal: terminal.show([analysis], tmp_path))
+    text = shown(lambda terminal: terminal.show([analysis], [tmp_path / "report.html"]))
     for position in analysis.preplan(3):
         assert f"{analysis.waad[position]:.2f}" in text
     for position in analysis.anchors(3):
@@ -43,7 +43,7 @@ def test_peaks_and_files_are_listed(tmp_path):
 
 def test_a_token_that_only_begins_a_character_is_seen_among_the_peaks(tmp_path):
     analysis = synthetic_analysis(["how", " many", "", "", "漢", " "])
-    lines = shown(lambda terminal: terminal.show([analysis], tmp_path)).splitlines()
+    lines = shown(lambda terminal: terminal.show([analysis], [tmp_path / "report.html"])).splitlines()
     assert sum("·" in line.split() for line in lines) >= 2
     assert sum("space" in line.split() for line in lines) >= 1
 
@@ -86,11 +86,15 @@ def test_marks_are_lines_over_and_under():
 
 def test_an_unknown_column_names_those_there_are(tmp_path):
     with pytest.raises(InputError, match="colour: no such column; there are waad, fai, entropy, delta, gamma"):
-        shown(lambda terminal: terminal.show([synthetic_analysis(WORDS)], tmp_path, color_by="colour"))
+        shown(
+            lambda terminal: terminal.show([synthetic_analysis(WORDS)], [tmp_path / "report.html"], color_by="colour")
+        )
 
 
 def test_the_column_and_its_unit_are_named(tmp_path):
-    text = shown(lambda terminal: terminal.show([synthetic_analysis(WORDS)], tmp_path, color_by="Entropy"))
+    text = shown(
+        lambda terminal: terminal.show([synthetic_analysis(WORDS)], [tmp_path / "report.html"], color_by="Entropy")
+    )
     assert "Entropy 0 " in text
     assert " nats " in text
     column = find("waad")
@@ -115,7 +119,7 @@ def test_a_curve_has_a_gap_where_there_is_no_value():
 
 @pytest.mark.parametrize("tokens", [["a", "b", "c"], ["a", "b", "c", "d"]])
 def test_shortest_responses(tmp_path, tokens):
-    assert "c" in shown(lambda terminal: terminal.show([synthetic_analysis(tokens)], tmp_path))
+    assert "c" in shown(lambda terminal: terminal.show([synthetic_analysis(tokens)], [tmp_path / "report.html"]))
 
 
 def test_without_a_terminal_progress_is_lines_now_and_then(monkeypatch):

@@ -73,6 +73,8 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         head_waad=per_head[0],
         head_fai=per_head[1],
         head_mean_distance=per_head[2],
+        head_received=torch.rand(2, 3, length, generator=draw) / 10,
+        received_valid=torch.arange(length) < length - 4,
         distance=distance,
         classes=classes,
         waad=waad,

@@ -22,12 +22,12 @@ from attnstats.prompts import QUESTIONS, SYSTEM, read_prompts
 
 if TYPE_CHECKING:
     from attnstats.analyze import Analysis, Settings
+    from attnstats.heads import HeadProfile
     from attnstats.models import LoadedModel
     from attnstats.store import Store
     from attnstats.terminal import Terminal
 
 DIFFERENT = 1
-SHOWN = 5  # responses in the terminal; all are in the report
 
 
 def add_parser(commands: Any) -> None:
@@ -59,10 +59,15 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--horizon", nargs=2, metavar=("LO", "HI"), help="of FAI, in tokens; HI can be `open`")
     how.add_argument("--layers", help="middle-third, all, or a list such as 9,11,14-16")
     how.add_argument("--head-share", type=float, help="share of heads that are local, and that are global")
+    how.add_argument(
+        "--head-profile", type=Path, metavar="FILE",
+        help="heads.json of a corpus: its heads are local and global, not each response's own",
+    )  # fmt: skip
     given.add_machine(how)
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, default=Path("out/analysis"), help="folder; replaced when all is done")
     out.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    given.add_color(out)
     out.add_argument("--verify", action="store_true", help="recompute with eager attention and compare")
 
 
@@ -94,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     if options.verify and options.dtype not in ("auto", "float32"):
         raise InputError(f"--dtype {options.dtype}: --verify compares in float32; leave --dtype out")
+    given.check_color(options)
     shard = shards.from_environment()
     terminal = Terminal(quiet=not shard.is_first)
     terminal.say("Loading the model")
@@ -104,8 +110,9 @@ def run(options: argparse.Namespace) -> int:
     with stage(timings, "load"):
         loaded = given.load_model(options, "float32" if options.verify else options.dtype, shard, terminal.say)
     analyze.check(settings, loaded, questions)
-    with given.kept(options, identity(loaded, settings, questions), shard, len(questions)) as store:
-        analyze.fill(store, loaded, questions, settings, terminal, shard=shard, timings=timings)
+    profile = _profile(options, settings, loaded)
+    with given.kept(options, decides(loaded, settings, questions, profile), shard, len(questions)) as store:
+        analyze.fill(store, loaded, questions, settings, terminal, profile=profile, shard=shard, timings=timings)
         shard.wait()
         if not shard.is_first:
             return 0
@@ -113,13 +120,39 @@ def run(options: argparse.Namespace) -> int:
     return DIFFERENT if different else 0
 
 
-def identity(loaded: LoadedModel, settings: Settings, questions: Sequence[str]) -> dict[str, Any]:
+def _profile(options: argparse.Namespace, settings: Settings, loaded: LoadedModel) -> HeadProfile | None:
+    """The profile that was given, for the model and the layers that are captured. Raises InputError."""
+    if options.head_profile is None:
+        return None
+    from attnstats.heads import HeadProfile
+    from attnstats.selection import resolve_layers
+
+    profile = HeadProfile.load(options.head_profile, loaded.model)
+    layers = resolve_layers(settings.layers, tuple(range(profile.model.layers))) if profile.model else ()
+    try:
+        profile.classes(settings.head_share, layers)
+    except ValueError as error:
+        raise InputError(f"--head-profile {options.head_profile}: {error}; make one of these layers") from error
+    return profile
+
+
+def decides(
+    loaded: LoadedModel, settings: Settings, questions: Sequence[str], profile: HeadProfile | None
+) -> dict[str, Any]:
     """All that decides the numbers: what a run that is resumed must have in common with the one before."""
+    from attnstats.identity import identity
+
     return {
         "command": "analyze",
         "attnstats": attnstats.__version__,
-        "model": {"name": loaded.name, "dtype": loaded.dtype, "device": loaded.device.type},
+        "model": {
+            "name": loaded.name,
+            "dtype": loaded.dtype,
+            "device": loaded.device.type,
+            **dataclasses.asdict(identity(loaded.model)),
+        },
         "settings": dataclasses.asdict(settings),
+        "head_profile": None if profile is None else profile.distance.tolist(),
         "prompts": {"count": len(questions), "sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest()},
     }
 
@@ -133,20 +166,24 @@ def _conclude(
     terminal: Terminal,
 ) -> bool:
     """Tables, report and summary of a store that is full, shown and put in their place; whether --verify differs."""
-    from attnstats import outputs, report
+    from attnstats import findings, outputs, report
     from attnstats.analyze import Analyses
+    from attnstats.identity import identity
 
     analyses = Analyses(store)
     different = _verify(loaded, analyses, settings, timings, terminal) if options.verify else {}
     summary = _summary(options, settings, loaded, analyses, timings, different)
     outputs.write_tables(store.folder, analyses)
     outputs.write_summary(store.folder, summary)
-    (store.folder / outputs.REPORT).write_text(report.render(analyses, settings, summary), encoding="utf-8")
-    shown = analyses[:SHOWN]
+    profile = findings.profile(analyses, identity(loaded.model))
+    profile.save(store.folder / outputs.PROFILE)
+    page = report.render(analyses, settings, summary, findings.coupled(analyses, profile))
+    (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")
+    shown = analyses[: given.SHOWN]
     outputs.finish(store.folder, options.out)
-    terminal.show(shown, options.out)
-    if len(analyses) > SHOWN:
-        terminal.say(f"{len(analyses) - SHOWN} more prompts are in the report and in the tables")
+    terminal.show(shown, [options.out / name for name in outputs.FILES], color_by=options.color_by)
+    if len(analyses) > len(shown):
+        terminal.say(f"{len(analyses) - len(shown)} more prompts are in the report and in the tables")
     if not different:
         return False
     from attnstats.verify import TOLERANCE

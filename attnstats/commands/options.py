@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from attnstats.store import Store
 
 
+SHOWN = 5  # responses in the terminal; all are in the report
+
+
 def add_model(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--model", help="local folder or hub name (default: SmolLM2-135M-Instruct, from its wheel)")
 
@@ -26,6 +29,20 @@ def add_model(parser: argparse._ArgumentGroup) -> None:
 def add_machine(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def add_color(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--color-by", default="waad", metavar="COLUMN",
+        help="what colours the tokens in the terminal: waad, fai, entropy, delta or gamma",
+    )  # fmt: skip
+
+
+def check_color(options: argparse.Namespace) -> None:
+    """Raises InputError, before anything is computed, for a column that no token has."""
+    from attnstats.report.columns import find
+
+    find(options.color_by)
 
 
 def require(*packages: str) -> None:

@@ -1,0 +1,1 @@
+"""Token credit inside RL trainers: one module per framework, none of them imported by the rest of the package."""

@@ -1,0 +1,136 @@
+"""What a token credit is made of, of no framework: the settings, the curves it looks at, and gamma from both.
+
+credit.py has the formulas; `RhythmCredit` chooses among them. Which statistics of which heads and layers a trainer
+has to read is said here, how it reads them is its own module's matter. Used by trl.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats import FAI, WAAD, credit, presets
+from attnstats.selection import Layers
+from attnstats.statistics import Statistic
+
+Kind = Literal["coupled", "local", "global", "random", "entropy", "entropy-selection"]
+KINDS: tuple[Kind, ...] = ("coupled", "local", "global", "random", "entropy", "entropy-selection")
+WITH_WAAD, WITH_FAI = ("coupled", "local"), ("coupled", "global")
+WITH_ENTROPY = ("entropy", "entropy-selection")
+
+
+class Signals(NamedTuple):
+    """What a credit looks at, (B, T) over the completion's tokens each; None: not asked for.
+
+    `fai_valid` is bool: where FAI is more than a placeholder. Entropy is in nats, of the distribution, temperature
+    included, that the token was drawn from.
+    """
+
+    waad: Tensor | None = None
+    fai: Tensor | None = None
+    fai_valid: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RhythmCredit:
+    """Which tokens get more of the advantage, and where that is read (the defaults are the paper's, v2).
+
+    Attributes:
+        kind: "coupled", "local" and "global" are the paper's credits by attention (Eq. 15, 17, 19); "random",
+            "entropy" and "entropy-selection" are what it compares them with.
+        q: share of a response's tokens that is amplified; for "entropy-selection", that keeps its gradient: 0.2.
+        amp: weight of an amplified token, at least 1.
+        alpha: share of a dominated anchor's bonus that its intro token gets ("coupled").
+        k: how many tokens before an anchor are looked at ("coupled").
+        tau_waad, tau_delta: thresholds of "coupled"; None: each response's median.
+        sign: advantages of which sign are scaled, "both", "positive" or "negative".
+        keep_mean: divide each response's weights by their mean, so that the credit only moves weight between tokens.
+        window: W of WAAD. lo, hi: the horizon of FAI, in tokens; hi None: to the end of the response.
+        layers: which layers are read, as for `attnstats.capture`.
+        head_share: share of their heads called local, and of those called global; None: all heads are both (Table 14).
+        reprofile_every: optimizer steps after which the heads are classified anew.
+    """
+
+    kind: Kind = "coupled"
+    q: float | None = None
+    amp: float = 1.5
+    alpha: float = 0.5
+    k: int = 3
+    tau_waad: float | None = None
+    tau_delta: float | None = None
+    sign: credit.Sign = "both"
+    keep_mean: bool = False
+    window: int = 10
+    lo: int = 10
+    hi: int | None = 100
+    layers: Layers = "middle-third"
+    head_share: float | None = 0.30
+    reprofile_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {self.kind!r}")
+        if self.head_share is not None and not 0 < self.head_share <= 0.5:
+            raise ValueError(f"head_share must be in (0, 0.5], or None for all heads; got {self.head_share!r}")
+        every = self.reprofile_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"reprofile_every must be a number of optimizer steps, 1 or more; got {every!r}")
+        mask = torch.ones(1, 3, dtype=torch.bool)
+        zeros = torch.zeros(1, 3)
+        self.gamma(Signals(zeros, zeros, mask, zeros), mask)  # credit.py checks the other numbers
+        credit.shape_advantages(torch.ones(1), torch.ones(1, 3), sign=self.sign)
+        self.statistics  # noqa: B018
+
+    @classmethod
+    def from_preset(cls, preset: presets.Preset, **changes: Any) -> RhythmCredit:
+        """The settings of a version of the paper, changed where said.
+
+        Example:
+            >>> from attnstats import presets
+            >>> RhythmCredit.from_preset(presets.paper_v1, kind="global").hi
+            50
+        """
+        own = {field.name for field in fields(cls)}
+        of_preset = {field.name: getattr(preset, field.name) for field in fields(preset) if field.name in own}
+        return cls(**of_preset | {"lo": preset.fai_lo, "hi": preset.fai_hi} | changes)
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """What is read off the attention: "waad", "fai", both or nothing."""
+        found: dict[str, Statistic] = {}
+        if self.kind in WITH_WAAD:
+            found["waad"] = WAAD(self.window)
+        if self.kind in WITH_FAI:
+            found["fai"] = FAI(self.lo, self.hi)
+        return found
+
+    @property
+    def reads(self) -> bool:
+        """Whether the credit looks at anything of the policy."""
+        return bool(self.statistics) or self.kind in WITH_ENTROPY
+
+    def gamma(self, signals: Signals, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The weights (B, T) of the tokens of `mask`, (B, T) bool; 1 outside of it."""
+        waad, fai, valid, entropy = signals
+        q = (0.2 if self.kind == "entropy-selection" else 0.4) if self.q is None else self.q
+        shared: dict[str, Any] = {"q": q, "amp": self.amp, "keep_mean": self.keep_mean}
+        if self.kind == "random":
+            return credit.random_tokens(mask, generator=generator, **shared)
+        if self.kind in WITH_ENTROPY:
+            assert entropy is not None
+            if self.kind == "entropy":
+                return credit.high_entropy(entropy, mask, **shared)
+            return credit.high_entropy_selection(entropy, mask, q=q)
+        if self.kind == "local":
+            assert waad is not None
+            return credit.local_chunk(waad, mask, **shared)
+        assert fai is not None
+        if self.kind == "global":
+            return credit.global_anchor(fai, mask, valid=valid, **shared)
+        assert waad is not None
+        shared |= {"alpha": self.alpha, "k": self.k, "tau_waad": self.tau_waad, "tau_delta": self.tau_delta}
+        return credit.coupled_rhythm(waad, fai, mask, valid=valid, **shared)

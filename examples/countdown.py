@@ -1,0 +1,143 @@
+"""Countdown: reach a target with three numbers, each used once, and + - *. Puzzles, the verifier, a small model.
+
+A puzzle reads `2 5 9>63:`. An answer tries one way after another and then names the one that worked:
+`2*5=10,10+9=19;2+5=7,7*9=63!(2+5)*9`. Only what follows the `!` is judged, by a parser of its own: nothing is evaluated
+that is not a number, a bracket or one of the three signs. Used by countdown_grpo.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SIGNS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+NODES: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
+CHARACTERS = "0123456789+-*=,;!()> :"
+LARGEST = 99  # of targets and of every number on the way
+
+
+class Puzzle(NamedTuple):
+    """Three numbers and the target."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def prompt(self) -> str:
+        return f"{' '.join(map(str, self.numbers))}>{self.target}:"
+
+
+class Way(NamedTuple):
+    """A value, how it is reached step by step, and as one expression."""
+
+    value: int
+    steps: str
+    expression: str
+
+
+def ways(numbers: tuple[int, ...]) -> Iterator[Way]:
+    """Every way to join three numbers in two steps without leaving 0..LARGEST."""
+    for i, j in ((i, j) for i in range(3) for j in range(3) if i != j):
+        a, b, c = numbers[i], numbers[j], numbers[3 - i - j]
+        for sign in SIGNS:
+            first = SIGNS[sign](a, b)
+            if (sign != "-" and i > j) or not 0 <= first <= LARGEST:
+                continue
+            inner = f"{a}{sign}{b}" if sign == "*" else f"({a}{sign}{b})"
+            for other in SIGNS:
+                for left, right, text in ((first, c, f"{inner}{other}{c}"), (c, first, f"{c}{other}{inner}")):
+                    value = SIGNS[other](left, right)
+                    if (other == "-" or left == first) and 0 <= value <= LARGEST:
+                        yield Way(value, f"{a}{sign}{b}={first},{left}{other}{right}={value}", text)
+
+
+def puzzles(count: int, seed: int, largest_number: int = 9) -> list[Puzzle]:
+    """`count` different solvable puzzles."""
+    draw = random.Random(seed)
+    found: dict[tuple[tuple[int, ...], int], Puzzle] = {}
+    while len(found) < count:
+        numbers = tuple(draw.randint(1, largest_number) for _ in range(3))
+        target = draw.choice(list(ways(numbers))).value
+        found.setdefault((tuple(sorted(numbers)), target), Puzzle(numbers, target))
+    return list(found.values())
+
+
+def careless_answer(puzzle: Puzzle, draw: random.Random) -> str:
+    """The answer of somebody who knows how to write one, sees what works one time in three, and does not check.
+
+    It stops after a way with even odds, whether that reached the target or not: what is left to learn from rewards.
+    """
+    all_ways = list(ways(puzzle.numbers))
+    good = [way for way in all_ways if way.value == puzzle.target]
+    tried: list[Way] = []
+    while not tried or (draw.random() < 0.5 and len(tried) < 3):
+        tried.append(draw.choice(good if draw.random() < 1 / 3 else all_ways))
+    return ";".join(way.steps for way in tried) + f"!{tried[-1].expression}"
+
+
+def solves(puzzle: Puzzle, answer: str) -> bool:
+    """Whether what follows the first `!` uses the three numbers once each and gives the target."""
+    _, mark, expression = answer.partition("!")
+    if not mark or not expression or len(expression) > 24 or not set(expression) <= set("0123456789+-*()"):
+        return False
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        used: list[int] = []
+        return _value(tree, used) == puzzle.target and Counter(used) == Counter(puzzle.numbers)
+    except (SyntaxError, ValueError):
+        return False
+
+
+def _value(node: ast.expr, used: list[int]) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        used.append(node.value)
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in NODES:
+        return SIGNS[NODES[type(node.op)]](_value(node.left, used), _value(node.right, used))
+    raise ValueError(f"not a sum, difference or product of numbers: {ast.unparse(node)}")
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def warm_up(tokenizer: PreTrainedTokenizerFast, training: list[Puzzle], steps: int) -> LlamaForCausalLM:
+    """Supervised training on careless answers."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True, **sizes)
+    for name, value in special.items():
+        setattr(config, name, value)
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
+        chosen = draw.choices(training, k=64)
+        texts = [puzzle.prompt + careless_answer(puzzle, draw) + "<end>" for puzzle in chosen]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for row, puzzle in zip(labels, chosen, strict=True):
+            row[: len(puzzle.prompt)] = -100
+        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"warm-up {step + 1}/{steps}: loss {loss.item():.3f}", flush=True)
+    return model

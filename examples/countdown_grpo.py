@@ -1,0 +1,298 @@
+"""GRPO against five token credits on Countdown, with the same seeds: trains, records every run and plots them.
+
+A small Llama is made from scratch and shown how answers are written, right and wrong ones (once, then kept in
+`--out`). From there on it is trained by reinforcement alone, once per credit and seed. Every finished run leaves a CSV
+and is not run again, so that a killed comparison goes on where it was, and two processes can share one `--out`.
+
+    python examples/countdown_grpo.py --out out/countdown
+    python examples/countdown_grpo.py --credits grpo coupled --seeds 0 1 2 --steps 400 --out out/countdown
+    python examples/countdown_grpo.py --cost 40 --out out/countdown      # what the credit adds to a step
+    python examples/countdown_grpo.py --plot --out out/countdown         # of the runs that are there
+    python examples/countdown_grpo.py --model path/or/hub-name --steps 200 --out out/smollm2
+"""
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import TextIO
+
+import countdown
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from attnstats.integrations.trl import RhythmCredit, RhythmGRPOTrainer
+from attnstats.models import load
+
+CREDITS = ["grpo", "coupled", "local", "global", "random", "entropy"]
+HELD_OUT, GROUP = 512, 8
+ANSWER = 64  # tokens
+COLUMNS = ["step", "seconds", "held_out", "reward", "entropy", "completions/mean_length"]
+COLUMNS += ["rhythm/amplified", "rhythm/gamma", "rhythm/step_share"]
+
+
+def main() -> None:
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.plot:
+        pool = countdown.puzzles(options.puzzles, seed=0, largest_number=12)
+        held_out, training = pool[: options.held_out], pool[options.held_out :]
+        if options.cost:
+            measure_cost(options, training)
+            return
+        for seed in options.seeds:
+            for kind in options.credits:
+                run(options, kind, seed, training, held_out)
+    plot(options.out)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--credits", nargs="+", choices=CREDITS, default=CREDITS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
+    parser.add_argument("--every", type=int, default=20, help="steps between two looks at the held-out puzzles")
+    parser.add_argument("--out", type=Path, default=Path("out/countdown"))
+    parser.add_argument("--model", help="a folder or a hub name to train; default: a small Llama from scratch")
+    parser.add_argument("--warm-up", type=int, default=600, help="supervised steps of the model from scratch")
+    parser.add_argument("--batch", type=int, default=64, help="completions of an optimizer step")
+    parser.add_argument("--reuse", type=int, default=2, help="optimizer steps on each batch of completions")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
+    parser.add_argument("--puzzles", type=int, default=4096, help="those held out included")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS", help="measure what coupled credit costs")
+    parser.add_argument("--plot", action="store_true", help="plot what is there, train nothing")
+    options = parser.parse_args()
+    if not 0 < options.held_out < options.puzzles:
+        parser.error(f"--held-out must be between 0 and --puzzles, {options.puzzles}; got {options.held_out}")
+    return options
+
+
+# One run
+
+
+def start(options: argparse.Namespace, training: list[countdown.Puzzle]) -> tuple[object, object]:
+    """The model that every run begins with, and its tokenizer."""
+    if options.model:
+        loaded = load(options.model, dtype="float32")
+        return loaded.model, loaded.tokenizer
+    folder, tokenizer = options.out / f"start-{options.warm_up}", countdown.character_tokenizer()
+    if not (folder / "model.safetensors").is_file():
+        warmed = countdown.warm_up(tokenizer, training, options.warm_up)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        warmed.save_pretrained(partial)
+        if not folder.exists():
+            partial.rename(folder)
+    return LlamaForCausalLM.from_pretrained(folder), tokenizer
+
+
+def reward(completions: list[str], numbers: list[list[int]], target: list[int], **_: object) -> list[float]:
+    """1 for an answer that reaches the target, else 0."""
+    puzzles = (countdown.Puzzle(tuple(some), goal) for some, goal in zip(numbers, target, strict=True))
+    return [float(countdown.solves(puzzle, text)) for puzzle, text in zip(puzzles, completions, strict=True)]
+
+
+def trainer_for(
+    options: argparse.Namespace, kind: str, seed: int, training: list[countdown.Puzzle], **more: object
+) -> GRPOTrainer:
+    model, tokenizer = start(options, training)
+    rows = {"prompt": [puzzle.prompt for puzzle in training], "numbers": [list(puzzle.numbers) for puzzle in training]}
+    arguments = GRPOConfig(
+        str(options.out / "trainer"),
+        seed=seed,
+        max_steps=options.steps,
+        learning_rate=options.rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=10,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=1,
+        steps_per_generation=options.reuse,
+        num_generations=GROUP,
+        max_completion_length=ANSWER,
+        gradient_checkpointing=False,
+        logging_steps=options.reuse,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        bf16=False,
+    )
+    dataset = Dataset.from_dict({**rows, "target": [puzzle.target for puzzle in training]})
+    kind_of_trainer = more.pop("kind_of_trainer", GRPOTrainer if kind == "grpo" else RhythmGRPOTrainer)
+    if kind != "grpo":
+        more["credit"] = RhythmCredit(kind)
+    trainer = kind_of_trainer(model, reward, args=arguments, train_dataset=dataset, processing_class=tokenizer, **more)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class Recorder(TrainerCallback):
+    """Writes down the rewards of training, and the share of held-out puzzles solved."""
+
+    def __init__(self, file: TextIO, held_out: list[countdown.Puzzle], every: int):
+        self.file, self.held_out, self.every = file, held_out, every
+        self.writer = csv.DictWriter(file, COLUMNS)
+        self.writer.writeheader()
+        self.solved: list[float] = []
+        self.began = time.perf_counter()
+
+    def write(self, step: int, **values: float) -> None:
+        self.writer.writerow({"step": step, "seconds": f"{time.perf_counter() - self.began:.1f}", **values})
+        self.file.flush()
+
+    def look(self, step: int, model: object, tokenizer: object) -> None:
+        self.solved.append(share_solved(model, tokenizer, self.held_out))
+        self.write(step, held_out=self.solved[-1])
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
+        self.look(0, model, processing_class)
+
+    def on_step_end(self, args, state, control, model=None, processing_class=None, **_):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.look(state.global_step, model, processing_class)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and "reward" in logs:
+            self.write(state.global_step, **{name: f"{logs[name]:.4g}" for name in COLUMNS[3:] if name in logs})
+
+
+@torch.no_grad()
+def share_solved(model: object, tokenizer: object, puzzles: list[countdown.Puzzle]) -> float:
+    """Of the most likely answers."""
+    training = model.training
+    model.eval()
+    batch = tokenizer([puzzle.prompt for puzzle in puzzles], padding=True, padding_side="left", return_tensors="pt")
+    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    found = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    model.train(training)
+    return statistics.mean(countdown.solves(puzzle, text) for puzzle, text in zip(puzzles, texts, strict=True))
+
+
+def run(
+    options: argparse.Namespace,
+    kind: str,
+    seed: int,
+    training: list[countdown.Puzzle],
+    held_out: list[countdown.Puzzle],
+) -> None:
+    """Train once, unless that was done or another process is at it."""
+    path = options.out / f"{kind}-{seed}.csv"
+    claim = path.with_suffix(".running")
+    if path.is_file() or claim.is_file():
+        return
+    try:
+        with claim.open("x", newline="") as file:
+            recorder = Recorder(file, held_out, options.every)
+            trainer_for(options, kind, seed, training, callbacks=[recorder]).train()
+        claim.rename(path)
+    finally:
+        claim.unlink(missing_ok=True)
+    first, *_, last = recorder.solved
+    print(f"{kind}, seed {seed}: {first:.1%} -> {last:.1%} of the held-out puzzles solved", flush=True)
+
+
+# What the credit costs
+
+
+class Alternating(RhythmGRPOTrainer):
+    """Every second batch of completions without credit; times a batch with its optimizer steps."""
+
+    def _generate_and_score_completions(self, inputs):
+        self.marks = [*getattr(self, "marks", []), (time.perf_counter(), time.process_time())]
+        if len(self.marks) % 2:
+            return GRPOTrainer._generate_and_score_completions(self, inputs)
+        return super()._generate_and_score_completions(inputs)
+
+
+def measure_cost(options: argparse.Namespace, training: list[countdown.Puzzle]) -> None:
+    """GRPO and coupled credit in turn, in one process: seconds of a batch of completions and its steps."""
+    options.steps = options.reuse * (2 * options.cost + 3)
+    trainer = trainer_for(options, "coupled", 0, training, kind_of_trainer=Alternating)
+    trainer.train()
+    marks = trainer.marks[2:]  # the first pair warms up
+    for name, which in (("wall", 0), ("CPU", 1)):
+        spent = [after[which] - before[which] for before, after in itertools.pairwise(marks)]
+        plain, ours = spent[0::2], spent[1::2]
+        pairs = [b / a - 1 for a, b in zip(plain, ours, strict=False)]
+        middle, error = statistics.median(pairs), 1.25 * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        print(
+            f"{name} time of a batch and its {options.reuse} steps, {len(pairs)} pairs: "
+            f"GRPO {statistics.median(plain):.3f} s, coupled {statistics.median(ours):.3f} s; "
+            f"paired median {middle:+.1%} (standard error {error:.1%})"
+        )
+
+
+# The plot
+
+
+def plot(out: Path) -> None:
+    """Mean and range over the seeds: what is solved of the held-out puzzles, and the rewards of training."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for kind, color in zip(CREDITS, ("#555555", *plt.get_cmap("tab10").colors), strict=False):
+        runs = [read(path) for path in sorted(out.glob(f"{kind}-*.csv"))]
+        for axis, name in zip(axes, ("held_out", "reward"), strict=True):
+            steps, curves = together(runs, name)
+            if not curves:
+                continue
+            if name == "reward":
+                curves = [running_best(curve) for curve in curves]
+            middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axis.plot(steps, middle, color=color, label=f"{kind} ({len(curves)} seeds)")
+            axis.fill_between(
+                steps,
+                *(list(map(pick, zip(*curves, strict=True))) for pick in (min, max)),
+                color=color,
+                alpha=0.12,
+                linewidth=0,
+            )
+            if name == "held_out":
+                print(
+                    f"{kind:8} {len(curves)} seeds: "
+                    + "  ".join(f"{curve[-1]:.1%}" for curve in curves)
+                    + f"   mean {middle[-1]:.1%}"
+                )
+    axes[0].set(xlabel="optimizer step", ylabel="share of the held-out puzzles solved", title="Held out, greedy")
+    axes[1].set(xlabel="optimizer step", ylabel="reward", title="Training, exponential mean of the running best")
+    axes[0].legend(frameon=False)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / "countdown.svg")
+    print(f"plot: {out / 'countdown.svg'}")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def together(runs: list[list[dict[str, str]]], name: str) -> tuple[list[int], list[list[float]]]:
+    """The steps that all runs have, and each run's values there."""
+    curves = [{int(row["step"]): float(row[name]) for row in run if row.get(name)} for run in runs]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return steps, [[curve[step] for step in steps] for curve in curves] if steps else []
+
+
+def running_best(values: list[float], rate: float = 0.05) -> list[float]:
+    """`ema += rate * (max(x, ema) - ema)`, the curve of arXiv 2510.13554v2, App. A.2."""
+    ema, curve = values[0], []
+    for value in values:
+        ema += rate * (max(value, ema) - ema)
+        curve.append(ema)
+    return curve
+
+
+if __name__ == "__main__":
+    main()
