@@ -4,6 +4,7 @@ One Chromium for all tests, driven by Playwright; each test has a page of its ow
 error to its console, raised, or asked for anything but its own file.
 """
 
+import re
 import shutil
 import types
 
@@ -178,12 +179,12 @@ def test_a_place_on_the_curves_is_found_in_the_text(visit):
     page = visit("one")
     page.locator("#curves").scroll_into_view_if_needed()
     box = page.locator("#curves").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
-    (token,), value = cursor(page)
-    assert 30 <= int(token[1:]) <= 46
-    assert int(value) == int(token[1:]) + 1
-    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 60)
-    assert int(cursor(page)[1]) > int(value) + 10
+    step = (box["width"] - 46 - 12) / 78  # between the chart's edges
+    for index in (0, 30, 77):
+        page.mouse.move(box["x"] + 46 + (index + 0.3) * step, box["y"] + 60)
+        assert cursor(page) == at(index)
+    page.mouse.move(box["x"] + 20, box["y"] + 60)  # among the numbers of the axis there is no token
+    assert cursor(page) != at(77)
 
 
 def test_a_row_of_the_map_is_a_token(visit):
@@ -201,6 +202,19 @@ def test_a_row_of_the_map_is_a_token(visit):
     page.mouse.move(box["x"] + 40, box["y"] + 2 + box["height"] * 10 / 32)
     assert int(cursor(page)[1]) == first + 10
     assert "back" in page.inner_text(".global .reading-line")
+
+
+def test_the_lens_tells_the_attention_of_the_map(visit):
+    page = visit("one")
+    maps = synthetic_analysis(WORDS, prompt=12).maps
+    for index in (3, 50):
+        page.click(f"#t{index}")
+        for name in ("local", "global"):
+            said = page.inner_text(f".{name} .reading-line")
+            share = float(re.findall(r"([\d.]+) % on itself", said)[0])
+            assert share == pytest.approx(100 * float(getattr(maps, f"{name}_band")[index, 0]), rel=0.06)
+            share = float(re.findall(r"([\d.]+) % on “word\d+”, 2 back", said)[0])
+            assert share == pytest.approx(100 * float(getattr(maps, f"{name}_band")[index, 2]), rel=0.06)
 
 
 def test_the_lens_shows_another_place_when_the_cursor_moves(visit):

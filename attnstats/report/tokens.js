@@ -110,11 +110,12 @@ function drawReadout() {
     if (value !== null) cell.prepend(make("i", { class: `s${shade(value, state.prompt.domains[key])}` }));
     return [make("dt", { class: key === state.column ? "chosen" : "" }, title), cell];
   });
+  const ledInto = intro.flatMap((from, t) => (from === i ? [`“${tokenText(t).trim()}”`] : []));
   const roles = [
-    marked(preplan)[i] && `preplan: ${preplan[i] + 1}. highest WAAD`,
-    marked(anchor)[i] && `anchor: ${anchor[i] + 1}. highest FAI`,
+    marked(preplan)[i] && `preplan: no. ${preplan[i] + 1} by WAAD`,
+    marked(anchor)[i] && `anchor: no. ${anchor[i] + 1} by FAI`,
     intro[i] !== null && `led into by “${tokenText(intro[i]).trim()}”, ${i - intro[i]} back`,
-    intro.includes(i) && `leads into “${tokenText(intro.indexOf(i)).trim()}”`,
+    intro.includes(i) && `leads into ${ledInto.join(", ")}`,
   ].filter(Boolean);
   byId("readout").replaceChildren(
     make("p", { class: "context" }, make("span", {}, make("bdi", {}, around(i - 7, i) + (tokenText(i).startsWith(" ") ? "\u00a0" : ""))), make("mark", {}, tokenText(i).trim() || tokenText(i)),
