@@ -155,9 +155,11 @@ def test_dark_and_light_differ_and_a_change_is_followed(visit):
     pixel = "document.querySelector('#mapping canvas').toDataURL()"
     light = colours(page), page.evaluate(body), page.evaluate(pixel)
     page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {pixel} !== light", arg=light[2])
     dark = colours(page), page.evaluate(body), page.evaluate(pixel)
     assert all(one != other for one, other in zip(light, dark, strict=True))
     page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"light => {pixel} === light", arg=light[2])
     assert (colours(page), page.evaluate(body), page.evaluate(pixel)) == light
 
 
@@ -180,9 +182,9 @@ def test_a_place_on_the_curves_is_found_in_the_text(visit):
     page.locator("#curves").scroll_into_view_if_needed()
     box = page.locator("#curves").bounding_box()
     step = (box["width"] - 46 - 12) / 78  # between the chart's edges
-    for index in (0, 30, 77):
-        page.mouse.move(box["x"] + 46 + (index + 0.3) * step, box["y"] + 60)
-        assert cursor(page) == at(index)
+    for index in (0.1, 30.1, 30.9, 77.9):
+        page.mouse.move(box["x"] + 46 + index * step, box["y"] + 60)
+        assert cursor(page) == at(int(index))
     page.mouse.move(box["x"] + 20, box["y"] + 60)  # among the numbers of the axis there is no token
     assert cursor(page) != at(77)
 
@@ -364,13 +366,14 @@ def test_the_index_leads_to_every_prompt(visit):
     assert page.locator("#cards a").count() == 70
     assert page.locator("#cards svg").count() == 140
     assert page.inner_text("#number") == "Prompt 1 of 70"
+    question = sync_api.expect(page.locator("#question"))
     page.click("#cards a >> nth=33")
-    assert page.inner_text("#question") == "Question 33?"
+    question.to_have_text("Question 33?")
     assert page.get_attribute("#cards a >> nth=33", "aria-current") == "true"
     page.click("#next")
-    assert page.inner_text("#question") == "Question 34?"
+    question.to_have_text("Question 34?")
     page.go_back()
-    assert page.inner_text("#question") == "Question 33?"
+    question.to_have_text("Question 33?")
     assert page.is_visible("#mapping canvas.lens")
 
 
