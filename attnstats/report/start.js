@@ -65,9 +65,10 @@ drawIndex();
 open();
 addEventListener("hashchange", open);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => tell("paint"));
-let width = 0;
+let width = byId("view").clientWidth;
 new ResizeObserver(() => {
-  if (width === byId("view").clientWidth) return;
-  width = byId("view").clientWidth;
+  const now = byId("view").clientWidth;
+  if (now === width) return;
+  width = now;
   tell("fit");
 }).observe(byId("view"));
