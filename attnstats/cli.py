@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import attnstats
-from attnstats.commands import analyze, couplings, report
+from attnstats.commands import analyze, couplings, plot, report
 from attnstats.errors import InputError
 
 BAD_INPUT, INTERRUPTED = 2, 130
-COMMANDS = {"analyze": analyze, "couplings": couplings, "report": report}
+COMMANDS = {"analyze": analyze, "couplings": couplings, "plot": plot, "report": report}
 
 
 class Parser(argparse.ArgumentParser):
