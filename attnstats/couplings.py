@@ -56,15 +56,12 @@ def measure(loaded: LoadedModel, prompt: list[int], response: list[int], tempera
     """
     ids = torch.tensor([prompt + response], device=loaded.device)
     start = len(prompt)
-    counted = (torch.arange(ids.shape[1], device=loaded.device) >= start)[None]
     bounds = boundaries(pieces(loaded.tokenizer, prompt + response), start=start)
     pooled = PooledMap(bounds, bounds)
     statistics: list[WAAD | FAI | MeanDistance] = [*map(WAAD, WINDOWS), *HORIZONS, MeanDistance()]
     asked = [*statistics, pooled]
-    with (
-        torch.no_grad(),
-        capture(loaded.model, statistics=asked, layers="all", query_mask=counted, device="cpu") as run,
-    ):
+    # No query mask: what a response's token receives comes from the response.
+    with torch.no_grad(), capture(loaded.model, statistics=asked, layers="all", device="cpu") as run:
         hidden, last_logits = hidden_states(loaded, ids)
     tensors = {"layers": torch.tensor(run.layers)}
     with warnings.catch_warnings():
