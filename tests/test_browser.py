@@ -389,6 +389,22 @@ def test_a_prompt_is_parsed_when_it_is_opened(visit):
     assert page.locator("#tokens > span").count() == 398
 
 
+def test_what_is_left_out_is_not_drawn(visit, folder, monkeypatch):
+    one = synthetic_analysis(WORDS, prompt=12)
+    monkeypatch.setattr(data, "MAX_HEADS", 5)
+    monkeypatch.setattr(data, "MAX_BYTES", len(data.embedded(data.prompt(one))) + 9)
+    (folder / "less.html").write_text(report.render([one], Settings(), SUMMARY), encoding="utf-8")
+    page = visit("less")
+    assert "The maps of 1 of the prompts" in page.inner_text(".notice")
+    assert page.locator("canvas").count() == 0
+    assert page.is_hidden("#heads")
+    page.click("#t20")
+    assert cursor(page) == at(20)
+    monkeypatch.setattr(data, "MAX_BYTES", 9)
+    (folder / "nothing.html").write_text(report.render([one], Settings(), SUMMARY), encoding="utf-8")
+    assert "All from prompt 1 of 1 on." in visit("nothing").inner_text(".notice")
+
+
 def test_without_scripts_the_answer_is_there_by_waad(visit):
     page = visit("hostile", java_script_enabled=False)
     assert page.locator("main .plain").count() == 2

@@ -255,6 +255,11 @@ def test_what_is_left_out_is_said(monkeypatch, limits, notice, prompts, maps):
     assert len([name for name in page.data if re.fullmatch(r"maps-\d", name)]) == maps
 
 
+def test_no_analysis_is_an_error():
+    with pytest.raises(ValueError, match="analyses: there is none"):
+        report.render([], Settings(), SUMMARY)
+
+
 def test_nothing_left_out_is_not_mentioned(page):
     assert page.within("li") == ""
 

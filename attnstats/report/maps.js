@@ -42,8 +42,8 @@ const mapsView = {
   paint() {
     if (!figures.length) return;
     const { rows, columns } = state.maps;
-    const ramp = palette();
-    colours = Uint32Array.from({ length: 256 }, (_, code) => packed(ramp[Math.round(255 * share(attention(code), BAND))]));
+    const scale = palette();
+    colours = Uint32Array.from({ length: 256 }, (_, code) => packed(scale[Math.round(255 * share(attention(code), BAND))]));
     tones = { soft: css("--soft"), cursor: css("--cursor"), font: `12px ${css("--sans")}` };
     figures.forEach((figure) => {
       figure.picture = pixels(columns.length - 1, rows.length - 1, (row, c) => state.maps[figure.name].map[row * (columns.length - 1) + c]);
@@ -78,11 +78,8 @@ function mapsControls() {
     });
     return make("label", {}, input, `${count} tokens`);
   }));
-  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) =>
-    make("li", {}, `${place === 1 ? "≥ " : place === 0 ? "≤ " : ""}${brief(100 * valueAt(place, BAND))} %`));
   return make("div", { class: "controls" },
-    make("div", { class: "ramp", role: "img", "aria-label": "Scale of attention in percent" }, make("span", {}, ...bar), make("ol", {}, ...ticks)),
+    ramp(BAND, "Scale of attention in percent", (value) => `${brief(100 * value)} %`),
     choice,
     make("p", { class: "hint" }, size === 1
       ? "A cell is the share of a token's attention that falls on one token before it."

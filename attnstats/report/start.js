@@ -60,10 +60,12 @@ choice("shares", "share", [[page.share, `${page.share * 100} %`], [0.4, "40 %"],
   state.share = value;
 });
 
-byId("view").hidden = false;
-drawIndex();
-open();
-addEventListener("hashchange", open);
+byId("view").hidden = !count;
+if (count) {
+  drawIndex();
+  open();
+  addEventListener("hashchange", open);
+}
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => tell("paint"));
 let width = byId("view").clientWidth;
 new ResizeObserver(() => {

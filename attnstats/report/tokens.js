@@ -57,14 +57,8 @@ views.push({
 function drawScale() {
   const { title, unit, about } = column(state.column);
   const domain = state.prompt.domains[state.column];
-  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) => {
-    const text = brief(valueAt(place, domain));
-    return make("li", {}, place === 1 ? `≥ ${text}` : place === 0 && domain.log ? `≤ ${text}` : text);
-  });
   byId("scale").replaceChildren(
-    make("div", { class: "ramp", role: "img", "aria-label": `Scale of ${title}, ${unit}` },
-      make("span", {}, ...bar), make("ol", {}, ...ticks)),
+    ramp(domain, `Scale of ${title}, ${unit}`),
     make("p", {}, make("b", {}, title), ` in ${unit}. ${about}`),
   );
 }
