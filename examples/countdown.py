@@ -8,6 +8,7 @@ that is not a number, a bracket or one of the three signs. Used by countdown_grp
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 import random
 from collections import Counter
@@ -59,28 +60,30 @@ def ways(numbers: tuple[int, ...]) -> Iterator[Way]:
                         yield Way(value, f"{a}{sign}{b}={first},{left}{other}{right}={value}", text)
 
 
-def puzzles(count: int, seed: int, largest_number: int = 9) -> list[Puzzle]:
-    """`count` different solvable puzzles."""
+def puzzles(count: int, seed: int, largest: int = 6) -> list[Puzzle]:
+    """`count` different puzzles that have a solution, of numbers up to `largest`; ValueError where there are fewer."""
     draw = random.Random(seed)
-    found: dict[tuple[tuple[int, ...], int], Puzzle] = {}
-    while len(found) < count:
-        numbers = tuple(draw.randint(1, largest_number) for _ in range(3))
-        target = draw.choice(list(ways(numbers))).value
-        found.setdefault((tuple(sorted(numbers)), target), Puzzle(numbers, target))
-    return list(found.values())
+    found = []
+    for numbers in itertools.combinations_with_replacement(range(1, largest + 1), 3):
+        for target in sorted({way.value for way in ways(numbers)}):
+            found.append(Puzzle(tuple(draw.sample(numbers, 3)), target))
+    if count > len(found):
+        raise ValueError(f"count: there are {len(found)} puzzles of numbers up to {largest}, got {count}")
+    return draw.sample(found, count)
 
 
-def careless_answer(puzzle: Puzzle, draw: random.Random) -> str:
-    """The answer of somebody who knows how to write one, sees what works one time in three, and does not check.
+def worked_answer(puzzle: Puzzle, draw: random.Random, spoilt: float = 0.5) -> str:
+    """The answer of somebody who can do it and has a bad habit: a way that fails before or not, then one that doesn't.
 
-    It stops after a way with even odds, whether that reached the target or not: what is left to learn from rewards.
+    The habit, in a share `spoilt` of the answers, is to write the value behind the expression, which is no expression
+    any more and gets no reward: what is left to learn from rewards is to drop it, and to work with more care.
     """
     all_ways = list(ways(puzzle.numbers))
-    good = [way for way in all_ways if way.value == puzzle.target]
-    tried: list[Way] = []
-    while not tried or (draw.random() < 0.5 and len(tried) < 3):
-        tried.append(draw.choice(good if draw.random() < 1 / 3 else all_ways))
-    return ";".join(way.steps for way in tried) + f"!{tried[-1].expression}"
+    tried = [draw.choice([way for way in all_ways if way.value == puzzle.target])]
+    if draw.random() < 0.5:
+        tried.insert(0, draw.choice(all_ways))
+    habit = f"={tried[-1].value}" if draw.random() < spoilt else ""
+    return ";".join(way.steps for way in tried) + f"!{tried[-1].expression}{habit}"
 
 
 def solves(puzzle: Puzzle, answer: str) -> bool:
@@ -114,7 +117,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def warm_up(tokenizer: PreTrainedTokenizerFast, training: list[Puzzle], steps: int) -> LlamaForCausalLM:
-    """Supervised training on careless answers."""
+    """Supervised training on worked answers."""
     torch.manual_seed(0)
     draw = random.Random(0)
     sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -127,8 +130,8 @@ def warm_up(tokenizer: PreTrainedTokenizerFast, training: list[Puzzle], steps: i
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 50) * max(0.05, 1 - step / steps)
-        chosen = draw.choices(training, k=64)
-        texts = [puzzle.prompt + careless_answer(puzzle, draw) + "<end>" for puzzle in chosen]
+        chosen = draw.choices(training, k=32)
+        texts = [puzzle.prompt + worked_answer(puzzle, draw) + "<end>" for puzzle in chosen]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         for row, puzzle in zip(labels, chosen, strict=True):

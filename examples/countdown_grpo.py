@@ -31,8 +31,8 @@ from attnstats.integrations.trl import RhythmCredit, RhythmGRPOTrainer
 from attnstats.models import load
 
 CREDITS = ["grpo", "coupled", "local", "global", "random", "entropy"]
-HELD_OUT, GROUP = 512, 8
-ANSWER = 64  # tokens
+HELD_OUT, GROUP = 128, 8
+ANSWER = 44  # tokens
 COLUMNS = ["step", "seconds", "held_out", "reward", "entropy", "completions/mean_length"]
 COLUMNS += ["rhythm/amplified", "rhythm/gamma", "rhythm/step_share"]
 
@@ -41,7 +41,7 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.plot:
-        pool = countdown.puzzles(options.puzzles, seed=0, largest_number=12)
+        pool = countdown.puzzles(options.puzzles, seed=0)
         held_out, training = pool[: options.held_out], pool[options.held_out :]
         if options.cost:
             measure_cost(options, training)
@@ -60,11 +60,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=20, help="steps between two looks at the held-out puzzles")
     parser.add_argument("--out", type=Path, default=Path("out/countdown"))
     parser.add_argument("--model", help="a folder or a hub name to train; default: a small Llama from scratch")
-    parser.add_argument("--warm-up", type=int, default=600, help="supervised steps of the model from scratch")
+    parser.add_argument("--warm-up", type=int, default=1000, help="supervised steps of the model from scratch")
     parser.add_argument("--batch", type=int, default=64, help="completions of an optimizer step")
     parser.add_argument("--reuse", type=int, default=2, help="optimizer steps on each batch of completions")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--puzzles", type=int, default=4096, help="those held out included")
+    parser.add_argument("--puzzles", type=int, default=599, help="those held out included; 599 at most")
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS", help="measure what coupled credit costs")
     parser.add_argument("--plot", action="store_true", help="plot what is there, train nothing")
@@ -182,11 +182,12 @@ def run(
     training: list[countdown.Puzzle],
     held_out: list[countdown.Puzzle],
 ) -> None:
-    """Train once, unless that was done or another process is at it."""
+    """Train once, unless that was done or another process is at it: its file grows at least every ten minutes."""
     path = options.out / f"{kind}-{seed}.csv"
     claim = path.with_suffix(".running")
-    if path.is_file() or claim.is_file():
+    if path.is_file() or (claim.is_file() and time.time() - claim.stat().st_mtime < 600):
         return
+    claim.unlink(missing_ok=True)  # of a process that died
     try:
         with claim.open("x", newline="") as file:
             recorder = Recorder(file, held_out, options.every)

@@ -67,7 +67,7 @@ def some_reward(completions, numbers, target, **_):
 
 
 def puzzles(count: int = 24) -> Dataset:
-    found = sorted(countdown.puzzles(count, seed=0, largest_number=12), key=lambda p: len(p.prompt))
+    found = sorted(countdown.puzzles(count, seed=0, largest=12), key=lambda p: len(p.prompt))
     found[::2], found[1::2] = found[: count // 2], found[count // 2 :]  # neighbours of different lengths
     rows = {"prompt": [p.prompt for p in found], "numbers": [list(p.numbers) for p in found]}
     return Dataset.from_dict({**rows, "target": [p.target for p in found]})
