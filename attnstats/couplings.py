@@ -15,20 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.analyze import drawn_entropy, hidden_states
+from attnstats.analyze import drawn_entropy, hidden_states, pieces
 from attnstats.capture import capture
 from attnstats.corpus import Measured
 from attnstats.errors import InputError
-from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean
+from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean, segment_received
 from attnstats.identity import identity
 from attnstats.models import LoadedModel
 from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets, sets
+from attnstats.segments import boundaries
 from attnstats.selection import middle_third
-from attnstats.statistics import FAI, WAAD, MeanDistance
+from attnstats.statistics import FAI, WAAD, MeanDistance, PooledMap
 from attnstats.store import Store
 
 WINDOWS = (5, 10, 20)
 ANALYSIS = FAI(0, None)  # of the paper's analysis: to the end of the response, the token itself among its queries
+SENTENCES_IGNORED = 4  # the nearest, where sentences are what receives
 HORIZONS = (ANALYSIS, RECEIVED, FAI(10, None), FAI(0, 100), FAI(10, 100), FAI(10, 50))
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 MAXIMA = PeakRule()
@@ -43,28 +45,32 @@ RECEIVERS = (10, 20, 40)
 
 
 def measure(loaded: LoadedModel, prompt: list[int], response: list[int], temperature: float) -> Measured:
-    """What the tables need of a response, its R tokens alone: tensors by name.
+    """What the tables need of a response, its R tokens and S sentences alone: tensors by name.
 
-    `waad.<W>`, `fai.<lo>.<hi>` and `mean_distance` (layers, heads, R); `valid.<lo>.<hi>` (R,) bool; `entropy` (R,) in
-    nats, of the distribution that each token was drawn from; `layers`, their numbers.
+    `waad.<W>`, `fai.<lo>.<hi>` and `mean_distance` (layers, heads, R); `valid.<lo>.<hi>` (R,) bool; `sentences`
+    (layers, heads, S), what each receives per pair of tokens, NaN for the last; `entropy` (R,) in nats, of the
+    distribution that each token was drawn from; `layers`, their numbers.
 
     Raises:
         InputError: attention overflows in the model's dtype, or token entropies can't be computed.
     """
     ids = torch.tensor([prompt + response], device=loaded.device)
     start = len(prompt)
-    counted = (torch.arange(ids.shape[1], device=loaded.device) >= start)[None]
+    bounds = boundaries(pieces(loaded.tokenizer, prompt + response), start=start)
+    pooled = PooledMap(bounds, bounds)
     statistics: list[WAAD | FAI | MeanDistance] = [*map(WAAD, WINDOWS), *HORIZONS, MeanDistance()]
-    with (
-        torch.no_grad(),
-        capture(loaded.model, statistics=statistics, layers="all", query_mask=counted, device="cpu") as run,
-    ):
+    asked = [*statistics, pooled]
+    # No query mask: what a response's token receives comes from the response.
+    with torch.no_grad(), capture(loaded.model, statistics=asked, layers="all", device="cpu") as run:
         hidden, last_logits = hidden_states(loaded, ids)
     tensors = {"layers": torch.tensor(run.layers)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error of its own below
         for statistic in statistics:
             tensors[name_of(statistic)] = run[statistic][:, 0, :, start:].float()
+        sizes = torch.tensor(bounds).diff()
+        # The first segment is the prompt.
+        tensors["sentences"] = segment_received(run[pooled][:, 0, :, 1:, 1:], sizes[1:], SENTENCES_IGNORED)
     for horizon in HORIZONS:
         tensors[f"valid.{name_of(horizon)}"] = run.valid[horizon][0, start:].cpu()
     if not tensors[name_of(MeanDistance())].isfinite().all():
@@ -88,6 +94,13 @@ def name_of(statistic: WAAD | FAI | MeanDistance) -> str:
     return "mean_distance"
 
 
+class Profiles(NamedTuple):
+    """The heads of all layers over all responses, with the kurtosis of what tokens, and of what sentences receive."""
+
+    tokens: HeadProfile
+    sentences: HeadProfile
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to settle what the paper leaves open; the default is what the tables are of.
@@ -96,7 +109,7 @@ class Variant:
         layers: whose heads are classed; None: all.
         share: of the heads that are local, and that are global.
         window: W of WAAD. horizon: of FAI.
-        receivers: how many heads are receivers.
+        receivers: how many heads are receivers. sentences: their kurtosis is of sentences and not of tokens.
         distinct: receiver heads are left out of the global class, so that the two curves share no head.
         rule: which tokens are peaks. null: what chance is.
     """
@@ -106,13 +119,16 @@ class Variant:
     window: int = 10
     horizon: FAI = ANALYSIS
     receivers: int = 20
+    sentences: bool = False
     distinct: bool = False
     rule: PeakRule = MAXIMA
     null: Null = "shuffle"
 
-    def heads(self, profile: HeadProfile) -> tuple[HeadClasses, Tensor]:
+    def heads(self, profiles: Profiles) -> tuple[HeadClasses, Tensor]:
         """Local and global heads, and receivers: masks (layers, heads)."""
-        classes, receivers = profile.classes(self.share, self.layers), profile.receivers(self.receivers, self.layers)
+        classes = profiles.tokens.classes(self.share, self.layers)
+        of = profiles.sentences if self.sentences else profiles.tokens
+        receivers = of.receivers(self.receivers, self.layers)
         if self.distinct:
             classes = replace(classes, global_=classes.global_ & ~receivers)
         return classes, receivers
@@ -173,6 +189,7 @@ def settlements(layers: Sequence[int], heads: int) -> list[Labelled]:
         for count in RECEIVERS
         if count != base.receivers
     ]
+    found.append(Labelled("receiver heads", "of sentences", replace(base, sentences=True)))
     found.append(Labelled("receiver heads", "left out of the global ones", replace(base, distinct=True)))
     return found
 
@@ -191,7 +208,7 @@ class Findings:
     """The tables of a corpus.
 
     Attributes:
-        profile: of all heads over all responses.
+        profiles: of all heads over all responses.
         responses, tokens: how many there were.
         local, global_, receivers: numbers of heads; receivers_global: of receivers that are global heads.
         rows: the default first, then each variant (`settlements`).
@@ -199,7 +216,7 @@ class Findings:
         sets: of the default: which share of all tokens is preplan, anchor and both, and of the anchors is dominated.
     """
 
-    profile: HeadProfile
+    profiles: Profiles
     responses: int
     tokens: int
     local: int
@@ -211,25 +228,30 @@ class Findings:
     sets: dict[str, float] = field(default_factory=dict)
 
 
-def profile_of(store: Store, loaded: LoadedModel) -> HeadProfile:
-    """The heads of all layers over all responses of a store."""
+def profiles_of(store: Store, loaded: LoadedModel) -> Profiles:
+    """Head profiles over all responses of a store."""
     heads = int(loaded.model.config.get_text_config().num_attention_heads)
-    profile = None
+    model = identity(loaded.model)
+    found = None
     for tensors, _ in store:
-        if profile is None:
-            profile = HeadProfile.empty(tensors["layers"].tolist(), heads, identity(loaded.model))
-        received, valid = tensors[name_of(RECEIVED)], tensors[f"valid.{name_of(RECEIVED)}"]
-        profile = profile.add(tensors["mean_distance"], None, received, valid)
-    if profile is None:
+        if found is None:
+            empty = HeadProfile.empty(tensors["layers"].tolist(), heads, model)
+            found = Profiles(empty, empty)
+        received, sentences = tensors[name_of(RECEIVED)], tensors["sentences"]
+        found = Profiles(
+            found.tokens.add(tensors["mean_distance"], None, received, tensors[f"valid.{name_of(RECEIVED)}"]),
+            found.sentences.add(tensors["mean_distance"], None, sentences, sentences[0, 0].isfinite()),
+        )
+    if found is None:
         raise ValueError("store: holds no results")
-    return profile
+    return found
 
 
-def curves_of(store: Store, profile: HeadProfile, variants: Sequence[Variant]) -> dict[Variant, list[Curves]]:
+def curves_of(store: Store, profiles: Profiles, variants: Sequence[Variant]) -> dict[Variant, list[Curves]]:
     """The curves of all responses under each variant that has heads of every kind; each response is read once."""
     chosen = {}
     for variant in variants:
-        classes, receivers = variant.heads(profile)
+        classes, receivers = variant.heads(profiles)
         if all(mask.any() for mask in (classes.local, classes.global_, receivers)):
             chosen[variant] = classes, receivers
     found: dict[Variant, list[Curves]] = {variant: [] for variant in chosen}
@@ -241,18 +263,19 @@ def curves_of(store: Store, profile: HeadProfile, variants: Sequence[Variant]) -
 
 def examine(store: Store, loaded: LoadedModel, chance: Chance) -> Findings:
     """All tables of the responses in a store."""
-    profile = profile_of(store, loaded)
+    profiles = profiles_of(store, loaded)
+    profile = profiles.tokens
     labelled = settlements(profile.layers, profile.distance.shape[1])
-    curves = curves_of(store, profile, [label.variant for label in labelled])
+    curves = curves_of(store, profiles, [label.variant for label in labelled])
     base = labelled[0].variant
-    classes, receivers = base.heads(profile)
+    classes, receivers = base.heads(profiles)
     rows = []
     for setting, value, variant in labelled:
         of = curves.get(variant)
         found = None if of is None else couplings(of, variant.rule, replace(chance, null=variant.null))
         rows.append(Row(setting, value, found, {} if of is None else densities(of, variant.rule)))
     return Findings(
-        profile=profile,
+        profiles=profiles,
         responses=profile.sequences,
         tokens=profile.rows,
         local=int(classes.local.sum()),

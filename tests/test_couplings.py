@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from attnstats import couplings as module
 from attnstats import models
+from attnstats.analyze import pieces
 from attnstats.commands import couplings as command
 from attnstats.commands import tables
 from attnstats.couplings import (
@@ -27,12 +29,13 @@ from attnstats.couplings import (
     examine,
     measure,
     name_of,
-    profile_of,
+    profiles_of,
     settlements,
     thirds,
 )
 from attnstats.errors import InputError
 from attnstats.rhythm import Chance, couplings
+from attnstats.segments import boundaries
 from attnstats.statistics import FAI
 from attnstats.store import Store, begin
 from benchmarks import couplings_control
@@ -118,6 +121,13 @@ def test_what_is_measured_is_what_the_maps_say(tiny, response, temperature):
             assert tensors[f"valid.{name_of(horizon)}"][i] == bool(queries)
             expected = maps[..., list(queries), s].mean(-1) if queries else torch.zeros(6, 4, dtype=torch.float64)
             torch.testing.assert_close(tensors[name_of(horizon)][..., i].double(), expected, rtol=1e-4, atol=1e-6)
+    bounds = boundaries(pieces(tiny.tokenizer, prompt + response), start=start)
+    for j, (first, last) in enumerate(pairwise(bounds[1:])):
+        later = [maps[..., a:b, first:last].mean((-2, -1)) for a, b in pairwise(bounds[j + 5 :])]
+        if later:
+            torch.testing.assert_close(tensors["sentences"][..., j], torch.stack(later).mean(0), rtol=1e-3, atol=1e-6)
+        else:
+            assert tensors["sentences"][..., j].isnan().all()
     drawn = (logits[start - 1 : -1] / (temperature or 1.0)).log_softmax(-1)
     entropy = -(drawn.exp() * drawn).sum(-1)
     torch.testing.assert_close(tensors["entropy"].double(), entropy, rtol=1e-4, atol=1e-4)
@@ -158,22 +168,22 @@ def test_curves_are_means_over_heads_of_the_whole_corpus(store, tiny):
     items = [tensors for tensors, _ in store]
     assert len(items) == len(QUESTIONS)
     rows = torch.cat([item["mean_distance"] for item in items], -1).double()
-    profile = profile_of(store, tiny)
-    torch.testing.assert_close(profile.distance, rows.mean(-1))
+    profiles = profiles_of(store, tiny)
+    torch.testing.assert_close(profiles.tokens.distance, rows.mean(-1))
     local = rows.mean(-1).flatten().argsort()[:7]  # 30 % of 24 heads
     far = rows.mean(-1).flatten().argsort(descending=True)[:7]
-    curves = curves_of(store, profile, [Variant()])[Variant()]
+    curves = curves_of(store, profiles, [Variant()])[Variant()]
     for item, curve in zip(items, curves, strict=True):
         torch.testing.assert_close(curve.waad, item["waad.10"].flatten(0, 1)[local].mean(0))
         torch.testing.assert_close(curve.fai, item[name_of(ANALYSIS)].flatten(0, 1)[far].mean(0))
-        receivers = profile.kurtosis.flatten().argsort(descending=True)[:20]
+        receivers = profiles.tokens.kurtosis.flatten().argsort(descending=True)[:20]
         torch.testing.assert_close(curve.receiver_fai, item[name_of(ANALYSIS)].flatten(0, 1)[receivers].mean(0))
 
 
 def test_distinct_receivers_are_no_global_heads(store, tiny):
-    profile = profile_of(store, tiny)
-    classes, receivers = Variant(receivers=5, distinct=True).heads(profile)
-    overlapping, same = Variant(receivers=5).heads(profile)
+    profiles = profiles_of(store, tiny)
+    classes, receivers = Variant(receivers=5, distinct=True).heads(profiles)
+    overlapping, same = Variant(receivers=5).heads(profiles)
     assert torch.equal(receivers, same)
     assert not (classes.global_ & receivers).any()
     assert torch.equal(classes.global_, overlapping.global_ & ~receivers)
@@ -181,14 +191,14 @@ def test_distinct_receivers_are_no_global_heads(store, tiny):
 
 def test_findings_are_the_couplings_of_the_curves(store, tiny):
     found = examine(store, tiny, FAST)
-    profile = profile_of(store, tiny)
+    profiles = profiles_of(store, tiny)
     base = Variant()
-    assert found.rows[0].couplings == couplings(curves_of(store, profile, [base])[base], base.rule, FAST)
+    assert found.rows[0].couplings == couplings(curves_of(store, profiles, [base])[base], base.rule, FAST)
     assert found.responses == len(QUESTIONS)
     assert found.tokens == sum(tensors["entropy"].shape[0] for tensors, _ in store)
     narrow = next(row for row in found.rows if (row.setting, row.value) == ("W", "5"))
     variant = Variant(window=5)
-    assert narrow.couplings == couplings(curves_of(store, profile, [variant])[variant], base.rule, FAST)
+    assert narrow.couplings == couplings(curves_of(store, profiles, [variant])[variant], base.rule, FAST)
     assert len(found.offsets) == 36
 
 
@@ -344,7 +354,7 @@ def test_the_papers_template(folder, tmp_path):
 
 def test_an_empty_store_has_no_profile(tmp_path, tiny):
     with pytest.raises(ValueError, match="holds no results"):
-        profile_of(begin(tmp_path / "new", {}, resume=False), tiny)
+        profiles_of(begin(tmp_path / "new", {}, resume=False), tiny)
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path, monkeypatch):

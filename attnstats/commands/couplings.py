@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     names = {"the likeliest": True, "the likeliest but the one written": False}
     tested = {name: summarise(trials, chance, written) for name, written in names.items()} if options.perturb else {}
-    findings.profile.save(options.out / PROFILE)
+    findings.profiles.tokens.save(options.out / PROFILE)
     record = _record(options, job, findings, tested)
     (options.out / RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
     console = terminal.console if terminal.console.is_terminal else Console(width=WIDTH, highlight=False)
@@ -197,7 +197,7 @@ def _perturb(
 
     done = _store(options, job, PERTURBED, {**job.identity, "perturbation": asdict(settings)})
     variant = Variant()
-    curves = dict(zip(store.indices(), curves_of(store, findings.profile, [variant]).get(variant, []), strict=False))
+    curves = dict(zip(store.indices(), curves_of(store, findings.profiles, [variant]).get(variant, []), strict=False))
     choices = {index: choose(curve.fai, curve.valid("fai"), settings) for index, curve in curves.items()}
     ours = job.shard.of([(index, choice) for index, choice in choices.items() if choice is not None])
     job.terminal.start(f"Perturbing {len(ours)} responses", len(ours))

@@ -139,8 +139,8 @@ def as_json(findings: Findings, tested: dict[str, Table1]) -> dict[str, Any]:
         "responses": findings.responses,
         "response_tokens": findings.tokens,
         "heads": {
-            "layers": len(findings.profile.layers),
-            "per_layer": findings.profile.distance.shape[1],
+            "layers": len(findings.profiles.tokens.layers),
+            "per_layer": findings.profiles.tokens.distance.shape[1],
             "local": findings.local,
             "global": findings.global_,
             "receivers": findings.receivers,
