@@ -21,6 +21,11 @@ const cursor = () => state.hovered ?? state.selected;
 const column = (key) => page.columns.find((entry) => entry.key === key);
 const tokenText = (index) => state.prompt.tokens[state.prompt.start + index];
 
+// A token as a word of at most so many characters, and tokens in quotation marks, by their positions in prompt and answer.
+const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const word = (position, most) => short(state.prompt.tokens[position].trim() || "space", most);
+const quoted = (from, to = from + 1) => `“${short(state.prompt.tokens.slice(from, to).join("").trim() || "space", 40)}”`;
+
 function hover(index, source) {
   if (index === state.hovered) return;
   state.hovered = index;
