@@ -1,5 +1,5 @@
-// WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third. Where
-// an answer is too long for its tokens to be told apart, a second chart shows those near the cursor.
+// WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third.
+// Where an answer is too long for its tokens to be told apart, a second chart shows those near the cursor.
 
 const PANEL = 104;
 const GAP = 34;

@@ -22,7 +22,7 @@ views.push({
       make("b", {}, "L"),
       ` ${counted("l")} local heads, the nearest ${brief(100 * page.headShare)} % of ${total.length}, give WAAD. `,
       make("b", {}, "G"),
-      ` ${counted("g")} global heads, the farthest, give FAI. Rows are layers, columns heads; the shade is logarithmic.`,
+      ` ${counted("g")} global heads, the farthest, give FAI. Rows are layers, columns heads; shades are logarithmic.`,
     );
   },
 });

@@ -91,7 +91,7 @@ function mapsControls() {
 
 function makeFigure(name) {
   const whole = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of the whole answer` });
-  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: single tokens near the cursor`, class: "lens" });
+  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: tokens near the cursor`, class: "lens" });
   const reading = make("p", { class: "reading-line" });
   const title = make("figcaption", {}, make("b", {}, NAMES[name]), name === "local" ? " give WAAD" : " give FAI");
   const node = make("figure", { class: name }, title, whole, lens, reading);

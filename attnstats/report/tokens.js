@@ -131,13 +131,16 @@ function lookingBack(i) {
   return ["local", "global"].flatMap((name) => {
     const values = nearest(name, i);
     const most = Math.max(...values, 0.01);
-    const d = values.map((value, back) => `M${distances - back - 0.5} 30v${-((28 * value) / most).toFixed(2)}`).join("");
+    const bars = values.map((value, back) => `M${distances - back - 0.5} 30v${(-28 * value / most).toFixed(2)}`);
+    const box = { viewBox: `0 0 ${distances} 30`, preserveAspectRatio: "none", "aria-hidden": "true" };
     return [
-      make("p", { class: "axis" }, make("span", {}, `${name} heads look back`), make("span", {}, `most ${brief(most * 100)} %`)),
-      draw("svg", { class: `bars ${name}`, viewBox: `0 0 ${distances} 30`, preserveAspectRatio: "none", "aria-hidden": "true" }, draw("path", { d })),
+      ends(`${name} heads look back`, `most ${brief(most * 100)} %`),
+      draw("svg", { class: `bars ${name}`, ...box }, draw("path", { d: bars.join("") })),
     ];
-  }).concat(make("p", { class: "axis" }, make("span", {}, `${distances - 1} back`), make("span", {}, "itself")));
+  }).concat(ends(`${distances - 1} back`, "itself"));
 }
+
+const ends = (left, right) => make("p", { class: "axis" }, make("span", {}, left), make("span", {}, right));
 
 // A long answer scrolls in a box of its own, so that the curves stay in view.
 function intoView(span) {
