@@ -85,17 +85,15 @@ class Responses:
         return Responses(torch.where(mask, count - 1, mask.shape[1]).long(), count[:, -1:])
 
     def gather(self, values: Tensor) -> Tensor:
-        """[B, T + 1] the response's values in order, 0 after its end."""
-        gathered = values.new_zeros(len(values), values.shape[1] + 1).scatter_(1, self.slot, values)
-        gathered[:, -1] = 0
-        return gathered
+        """[B, T + 1] the response's values in order, 0 after its end, in the last slot any value from outside."""
+        return values.new_zeros(len(values), values.shape[1] + 1).scatter_(1, self.slot, values)
 
     def spread(self, gathered: Tensor) -> Tensor:
         """[B, T] the inverse of `gather`; outside the mask what stands in the last slot."""
         return gathered.gather(1, self.slot)
 
     def delta(self, curve: Tensor) -> Tensor:
-        """[B, T + 1] delta of a gathered curve."""
+        """[B, T + 1] delta of a gathered curve, 0 in the last slot."""
         steps = torch.arange(curve.shape[1], device=curve.device)
         return rhythm.delta(curve).masked_fill_(steps >= self.length - 1, 0)
 
