@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnstats.capture import capture
 from attnstats.heads import HeadClasses
-from attnstats.statistics import PooledMap, RowStatistic, Statistic
+from attnstats.statistics import PooledMap, RowStatistic
 
 CELLS = 256  # rows and columns of a pooled map at most
 BAND = 64  # distances of the exact band: 2 maps of 2,000 tokens are 1 MB
@@ -25,6 +25,8 @@ BAND = 64  # distances of the exact band: 2 maps of 2,000 tokens are 1 MB
 class AtDistance(RowStatistic):
     """The attention to the one key that is `distance` tokens back, `A[t, t - distance]`; 0 where there is none.
 
+    `of` tells apart what one pass records of two classes of heads.
+
     Example:
         >>> import torch
         >>> AtDistance(2).weight(torch.arange(4)).tolist()
@@ -32,6 +34,11 @@ class AtDistance(RowStatistic):
     """
 
     distance: int
+    of: str = ""
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        return (self.distance,)
 
     @property
     def band(self) -> tuple[int, int]:
@@ -39,6 +46,13 @@ class AtDistance(RowStatistic):
 
     def weight(self, distance: Tensor) -> Tensor:
         return distance == self.distance
+
+
+@dataclass(frozen=True)
+class MapOf(PooledMap):
+    """A PooledMap of the heads that `of` names."""
+
+    of: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +102,7 @@ def segments(start: int, length: int, cells: int = CELLS) -> tuple[tuple[int, ..
 def mean_maps(
     model: Any, ids: Tensor, response: Tensor, classes: HeadClasses, layers: tuple[int, ...], distances: int = BAND
 ) -> Maps:
-    """The maps of a sequence, by one forward pass for each class of heads that stops after the last layer.
+    """The maps of a sequence, by one forward pass that stops after the last layer.
 
     Args:
         model: a transformers model that `attnstats.capture` takes.
@@ -102,32 +116,29 @@ def mean_maps(
     """
     length, start = ids.shape[1], int(response.nonzero()[0])
     queries, keys = segments(start, length)
-    map_ = PooledMap(queries if start == 0 else (0, *queries), keys)
-    band = [AtDistance(distance) for distance in range(min(distances, length))]
-    found = []
-    for chosen in (classes.local, classes.global_):
-        statistics: list[Statistic] = [map_, *band]
-        with (
-            torch.no_grad(),
-            capture(
-                model,
-                statistics=statistics,
-                layers=layers,
-                heads=chosen,
-                reduce=("layers", "heads"),
-                stop_after_last_layer=True,
-                backend="tiled",  # it takes every statistic, on every device
-            ) as run,
-        ):
-            run.forward(input_ids=ids, use_cache=False)
-        sums = run[map_][0].float().cpu()[-(len(queries) - 1) :]
-        found += [sums, torch.stack([run[s][0].float().cpu()[start:] for s in band], dim=1)]
+    rows = queries if start == 0 else (0, *queries)
+    chosen = {"local": classes.local, "global": classes.global_}
+    pooled = {name: MapOf(rows, keys, name) for name in chosen}
+    bands = {name: [AtDistance(d, name) for d in range(min(distances, length))] for name in chosen}
+    with (
+        torch.no_grad(),
+        capture(
+            model,
+            statistics=[*pooled.values(), *bands["local"], *bands["global"]],
+            layers=layers,
+            heads={s: chosen[name] for name in chosen for s in (pooled[name], *bands[name])},
+            reduce=("layers", "heads"),
+            stop_after_last_layer=True,
+            backend="tiled",  # it takes every statistic, on every device
+        ) as run,
+    ):
+        run.forward(input_ids=ids, use_cache=False)
     sizes = torch.tensor(queries).diff()[:, None]
-    return Maps(
-        rows=torch.tensor(queries),
-        columns=torch.tensor(keys),
-        local_map=found[0] / sizes,
-        global_map=found[2] / sizes,
-        local_band=found[1],
-        global_band=found[3],
-    )
+
+    def of_class(name: str) -> tuple[Tensor, Tensor]:
+        sums = run[pooled[name]][0].float().cpu()[-len(sizes) :]
+        return sums / sizes, torch.stack([run[s][0].float().cpu()[start:] for s in bands[name]], dim=1)
+
+    local_map, local_band = of_class("local")
+    global_map, global_band = of_class("global")
+    return Maps(torch.tensor(queries), torch.tensor(keys), local_map, global_map, local_band, global_band)

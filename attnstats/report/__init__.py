@@ -119,7 +119,7 @@ def _coupling(coupling: Any) -> dict[str, str]:
         "random": number(coupling.random),
         "lift": percent(coupling.lift),
         "interval": f"{percent(coupling.low)} … {percent(coupling.high)}",
-        "p_value": number(coupling.p_value),
+        "p_value": "-" if coupling.p_value != coupling.p_value else f"{coupling.p_value:.2g}",
         "count": str(coupling.count),
     }
 

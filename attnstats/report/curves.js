@@ -1,5 +1,5 @@
-// WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third. Where
-// an answer is too long for its tokens to be told apart, a second chart shows those near the cursor.
+// WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third.
+// Where an answer is too long for its tokens to be told apart, a second chart shows those near the cursor.
 
 const PANEL = 104;
 const GAP = 34;
@@ -40,7 +40,8 @@ views.push(curvesView);
 function chartIn(node, name) {
   const chart = { node, first: 0, last: 0, panels: [] };
   const tokenAt = (event) => {
-    const index = chart.first + Math.floor((event.clientX - node.getBoundingClientRect().left - EDGE.left) / chart.step);
+    const x = event.clientX - node.getBoundingClientRect().left;
+    const index = chart.first + Math.floor((x - EDGE.left) / chart.step);
     return index >= chart.first && index < chart.last ? index : null;
   };
   node.addEventListener("pointermove", (event) => hover(tokenAt(event), name));
@@ -101,8 +102,9 @@ function drawAxis({ picture, first, last, width, bottom, x }) {
   const numbers = first ? [] : [1];
   for (let i = Math.ceil((first + 1) / tick) * tick; i <= last; i += tick) if (i > 1 || tick > 1) numbers.push(i);
   for (const number of numbers) {
-    const at = x(number - 1) > width - 20 ? { x: width - 2, "text-anchor": "end" } : { x: x(number - 1), "text-anchor": "middle" };
-    picture.append(draw("text", { ...at, y: bottom + 16 }, String(number)));
+    const isLast = x(number - 1) > width - 20;
+    const at = { x: isLast ? width - 2 : x(number - 1), y: bottom + 16, "text-anchor": isLast ? "end" : "middle" };
+    picture.append(draw("text", at, String(number)));
   }
   const middle = (EDGE.left + width - EDGE.right) / 2;
   picture.append(draw("text", { x: middle, y: bottom + 31, "text-anchor": "middle" }, "token of the answer"));
@@ -150,10 +152,9 @@ function drawMarks({ picture, first, last, width, step, x }, key, y, at, most) {
   }
   const placed = [[EDGE.left + 80, 160]]; // the panel's title
   for (const i of chosen.sort((a, b) => ranks[a] - ranks[b]).slice(0, LABELS)) {
-    const bare = tokenText(i).trim() || "space";
-    const word = /[\p{L}\p{N}]/u.test(bare) ? bare : `“${bare}”`;
+    const bare = word(state.prompt.start + i, 12);
     const beyond = values[i] > most;
-    const text = (word.length > 12 ? `${word.slice(0, 11)}…` : word) + (beyond ? ` ${brief(values[i])} ↑` : "");
+    const text = (/[\p{L}\p{N}]/u.test(bare) ? bare : `“${bare}”`) + (beyond ? ` ${brief(values[i])} ↑` : "");
     const wide = 6.6 * text.length + 12;
     const middle = Math.min(Math.max(x(i), EDGE.left + wide / 2), width - EDGE.right - wide / 2);
     const others = at(values[i]) < y + 14 ? placed : placed.slice(1);

@@ -13,14 +13,17 @@ views.push({
       ...heads.distance[0].map((_, i) => make("th", { scope: "col" }, String(i))));
     const rows = heads.layers.map((layer, row) => make("tr", {}, make("th", { scope: "row" }, String(layer)),
       ...heads.distance[row].map((distance, i) => headCell(heads, layer, row, i, distance, count))));
-    const table = make("table", { class: count > NUMBERED ? "heads small" : "heads" }, make("thead", {}, head), make("tbody", {}, ...rows));
-    byId("grid").replaceChildren(table);
+    const size = count > NUMBERED ? "heads small" : "heads";
+    byId("grid").replaceChildren(make("table", { class: size }, make("thead", {}, head), make("tbody", {}, ...rows)));
     byId("distances").replaceChildren(ramp(heads.domain, "Scale of mean attention distance, tokens"));
     const total = heads.classes.join("");
     const counted = (letter) => [...total].filter((c) => c === letter).length;
     byId("classes").replaceChildren(
-      make("b", {}, "L"), ` ${counted("l")} local heads, the nearest ${brief(100 * page.headShare)} % of ${total.length}, give WAAD. `,
-      make("b", {}, "G"), ` ${counted("g")} global heads, the farthest, give FAI. Rows are layers, columns heads; the shade is logarithmic.`);
+      make("b", {}, "L"),
+      ` ${counted("l")} local heads, the nearest ${brief(100 * page.headShare)} % of ${total.length}, give WAAD. `,
+      make("b", {}, "G"),
+      ` ${counted("g")} global heads, the farthest, give FAI. Rows are layers, columns heads; shades are logarithmic.`,
+    );
   },
 });
 
@@ -28,7 +31,8 @@ function headCell(heads, layer, row, i, distance, count) {
   const letter = heads.classes[row][i];
   const name = CLASS_NAMES[letter];
   const number = distance >= 10 ? distance.toFixed(0) : distance.toFixed(1);
-  const cell = make("td", { class: `s${shade(distance, heads.domain)} ${name}`, title: `layer ${layer}, head ${i}: ${number} tokens, ${name}` });
+  const title = `layer ${layer}, head ${i}: ${number} tokens, ${name}`;
+  const cell = make("td", { class: `s${shade(distance, heads.domain)} ${name}`, title });
   if (count <= NUMBERED) cell.append(number);
   if (letter !== "m") cell.append(make("abbr", { title: name }, letter.toUpperCase()));
   return cell;

@@ -41,13 +41,15 @@ const mapsView = {
   },
   paint() {
     if (!figures.length) return;
-    const { rows, columns } = state.maps;
     const scale = palette();
-    colours = Uint32Array.from({ length: 256 }, (_, code) => packed(scale[Math.round(255 * share(attention(code), BAND))]));
+    const colourOf = (code) => packed(scale[Math.round(255 * share(attention(code), BAND))]);
+    colours = Uint32Array.from({ length: 256 }, (_, code) => colourOf(code));
     tones = { soft: css("--soft"), cursor: css("--cursor"), font: `12px ${css("--sans")}` };
-    figures.forEach((figure) => {
-      figure.picture = pixels(columns.length - 1, rows.length - 1, (row, c) => state.maps[figure.name].map[row * (columns.length - 1) + c]);
-    });
+    const [height, width] = [state.maps.rows.length - 1, state.maps.columns.length - 1];
+    for (const figure of figures) {
+      const codes = state.maps[figure.name].map;
+      figure.picture = pixels(width, height, (row, c) => codes[row * width + c]);
+    }
     this.fit();
   },
   fit() {
@@ -89,18 +91,21 @@ function mapsControls() {
 
 function makeFigure(name) {
   const whole = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of the whole answer` });
-  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: map of single tokens near the cursor`, class: "lens" });
+  const lens = make("canvas", { role: "img", "aria-label": `${NAMES[name]}: tokens near the cursor`, class: "lens" });
   const reading = make("p", { class: "reading-line" });
-  const node = make("figure", { class: name }, make("figcaption", {}, make("b", {}, NAMES[name]), name === "local" ? " give WAAD" : " give FAI"), whole, lens, reading);
+  const title = make("figcaption", {}, make("b", {}, NAMES[name]), name === "local" ? " give WAAD" : " give FAI");
+  const node = make("figure", { class: name }, title, whole, lens, reading);
   const figure = { name, whole, lens, reading, node };
   whole.addEventListener("pointermove", (event) => pointAtWhole(figure, event));
   lens.addEventListener("pointermove", (event) => pointAtLens(figure, event));
   whole.addEventListener("click", () => state.hovered !== null && select(state.hovered, "whole"));
   lens.addEventListener("click", () => state.hovered !== null && select(state.hovered, "lens"));
-  for (const canvas of [whole, lens]) canvas.addEventListener("pointerleave", () => {
+  const leave = () => {
     spot = null;
     hover(null);
-  });
+  };
+  whole.addEventListener("pointerleave", leave);
+  lens.addEventListener("pointerleave", leave);
   return figure;
 }
 
@@ -169,13 +174,22 @@ function drawWhole(figure) {
   context.lineTo(x(at) + wide / 2, y(at) + wide / 2);
   context.lineTo(x(at) + wide / 2, HEAD + height);
   context.stroke();
-  const left = x(Math.max(0, start + lensFirst - lensRows));
-  context.strokeRect(left, y(start + lensFirst), x(start + lensFirst + lensRows - 1) + wide - left, lensRows * wide / (state.maps.rows[1] - state.maps.rows[0]));
+  const first = start + lensFirst;
+  const left = x(Math.max(0, first - lensRows));
+  const size = state.maps.rows[1] - state.maps.rows[0];
+  context.strokeRect(left, y(first), x(first + lensRows - 1) + wide - left, (lensRows * wide) / size);
 }
 
 // The code of a token's attention to the one so many back; 0 before the first and after itself.
-const exact = (name, index, back) =>
-  back >= 0 && back < state.maps.distances && back <= state.prompt.start + index ? state.maps[name].band[index * state.maps.distances + back] : 0;
+function exact(name, index, back) {
+  const { distances } = state.maps;
+  const isThere = back >= 0 && back < distances && back <= state.prompt.start + index;
+  return isThere ? state.maps[name].band[index * distances + back] : 0;
+}
+
+// A token's attention to itself, to the one before it, and so on.
+const nearest = (name, index) =>
+  Array.from({ length: state.maps.distances }, (_, back) => attention(exact(name, index, back)));
 
 function lensLayout(figure) {
   const named = figure.lens.clientWidth > 300 && lensRows <= 16;
@@ -188,13 +202,13 @@ function lensLayout(figure) {
 function drawLens(figure) {
   const { named, left, cell, rows, firstKey } = lensLayout(figure);
   const context = prepared(figure.lens, cell * rows);
-  const { start, tokens: texts } = state.prompt;
-  const picture = pixels(2 * lensRows, rows, (row, c) => exact(figure.name, lensFirst + row, start + lensFirst + row - firstKey - c));
+  const { start } = state.prompt;
+  const back = (row, c) => start + lensFirst + row - firstKey - c;
+  const picture = pixels(2 * lensRows, rows, (row, c) => exact(figure.name, lensFirst + row, back(row, c)));
   context.drawImage(picture, left, 0, 2 * lensRows * cell, rows * cell);
   written(context, `tokens ${lensFirst + 1} to ${lensFirst + rows}`, figure.lens.clientWidth - 4, 12, "right");
   for (let row = 0; named && row < rows; row++) {
-    const word = texts[start + lensFirst + row].trim() || "space";
-    written(context, word.length > 12 ? `${word.slice(0, 11)}…` : word, left - 6, (row + 0.5) * cell, "right");
+    written(context, word(start + lensFirst + row, 12), left - 6, (row + 0.5) * cell, "right");
   }
   const row = cursor() - lensFirst;
   context.strokeStyle = tones.cursor;
@@ -206,19 +220,20 @@ function drawLens(figure) {
 
 // Under each pair of maps: what is under the pointer, else the keys that the token at the cursor looks at most.
 function readingOf(figure) {
-  const texts = state.prompt.tokens;
-  const quoted = (position) => `“${texts[position].trim() || "space"}”`;
   const start = state.prompt.start;
   if (spot?.name === figure.name) {
     figure.reading.textContent = spot.text;
     return;
   }
   const i = cursor();
-  const near = Array.from({ length: state.maps.distances }, (_, back) => [attention(exact(figure.name, i, back)), back])
-    .filter(([value, back]) => value >= 0.001 && back <= start + i)
-    .sort((a, b) => b[0] - a[0]).slice(0, 3);
-  const list = near.map(([value, back]) => `${percent(value)} on ${back ? `${quoted(start + i - back)}, ${back} back` : "itself"}`);
-  figure.reading.textContent = `${quoted(start + i)}: ${list.join("; ") || `little on the last ${state.maps.distances} tokens`}`;
+  const most = nearest(figure.name, i)
+    .map((value, back) => [value, back])
+    .filter(([value]) => value >= 0.001)
+    .sort((a, b) => b[0] - a[0])
+    .slice(0, 3);
+  const where = (back) => (back ? `${quoted(start + i - back)}, ${back} back` : "itself");
+  const list = most.map(([value, back]) => `${percent(value)} on ${where(back)}`).join("; ");
+  figure.reading.textContent = `${quoted(start + i)}: ${list || `little on the last ${state.maps.distances} tokens`}`;
 }
 
 function pointAtWhole(figure, event) {
@@ -227,15 +242,13 @@ function pointAtWhole(figure, event) {
   const box = figure.whole.getBoundingClientRect();
   const r = Math.min(rows.length - 2, Math.max(0, Math.floor((event.clientY - box.top - HEAD) / wide)));
   const c = Math.min(columns.length - 2, Math.max(0, Math.floor((event.clientX - box.left) / wide)));
-  const texts = state.prompt.tokens;
-  const segment = (bounds, i) => {
-    const words = texts.slice(bounds[i], bounds[i + 1]).join("").trim() || "space";
-    return `“${words.length > 40 ? `${words.slice(0, 39)}…` : words}”`;
-  };
+  const segment = (bounds, i) => quoted(bounds[i], bounds[i + 1]);
   const index = Math.min(length() - 1, Math.floor((rows[r] + rows[r + 1] - 1) / 2) - state.prompt.start);
   const value = attention(state.maps[figure.name].map[r * (columns.length - 1) + c]);
   const later = columns[c] >= rows[r + 1];
-  spot = { name: figure.name, text: later ? `${segment(columns, c)} comes after ${segment(rows, r)}` : `${segment(rows, r)} → ${segment(columns, c)}: ${percent(value)} of its attention` };
+  const [query, key] = [segment(rows, r), segment(columns, c)];
+  const text = later ? `${key} comes after ${query}` : `${query} → ${key}: ${percent(value)} of its attention`;
+  spot = { name: figure.name, text };
   state.hovered = null;
   hover(index, "whole");
 }
@@ -246,11 +259,9 @@ function pointAtLens(figure, event) {
   const row = lensFirst + Math.min(rows - 1, Math.max(0, Math.floor((event.clientY - box.top) / cell)));
   const key = Math.max(firstKey, firstKey + Math.floor((event.clientX - box.left - left) / cell));
   const back = state.prompt.start + row - key;
-  const texts = state.prompt.tokens;
-  spot = back < 0 || key < 0 ? null : {
-    name: figure.name, row, key, lens: true,
-    text: `“${texts[state.prompt.start + row].trim()}” → “${texts[key].trim()}”, ${back} back: ${percent(attention(exact(figure.name, row, back)))} of its attention`,
-  };
+  const value = percent(attention(exact(figure.name, row, back)));
+  const text = () => `${quoted(state.prompt.start + row)} → ${quoted(key)}, ${back} back: ${value} of its attention`;
+  spot = back < 0 || key < 0 ? null : { name: figure.name, row, key, lens: true, text: text() };
   state.hovered = null;
   hover(row, "lens");
 }

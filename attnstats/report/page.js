@@ -12,7 +12,7 @@ const SVG = byId("mark").namespaceURI;
 // `selected` stays, `hovered` is where the pointer is: both count tokens of the response.
 const state = { number: 0, prompt: null, maps: null, column: "waad", share: page.share, selected: 0, hovered: null };
 
-// A view has some of: open() a prompt, paint() after a switch or a change of light, move() to a token, fit() a new width.
+// A view has some of: open() a prompt, paint() after a switch or a change of light, move() to a token, fit() a width.
 const views = [];
 const tell = (what, ...details) => views.forEach((view) => view[what]?.(...details));
 
@@ -20,6 +20,12 @@ const length = () => state.prompt.values.waad.length;
 const cursor = () => state.hovered ?? state.selected;
 const column = (key) => page.columns.find((entry) => entry.key === key);
 const tokenText = (index) => state.prompt.tokens[state.prompt.start + index];
+
+// A token as a word of at most so many characters, and tokens in quotation marks, by position in prompt and answer.
+const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const word = (position, most) => short(state.prompt.tokens[position].trim() || "space", most);
+const quoted = (from, to = from + 1) =>
+  `“${short(state.prompt.tokens.slice(from, to).join("").trim() || "space", 40)}”`;
 
 function hover(index, source) {
   if (index === state.hovered) return;
@@ -95,7 +101,8 @@ function ramp(domain, label, text = brief) {
     const sign = place === 1 ? "≥ " : place === 0 && domain.low > 0 ? "≤ " : "";
     return make("li", {}, sign + text(valueAt(place, domain)));
   });
-  return make("div", { class: "ramp", role: "img", "aria-label": label }, make("span", {}, ...bar), make("ol", {}, ...ticks));
+  const parts = [make("span", {}, ...bar), make("ol", {}, ...ticks)];
+  return make("div", { class: "ramp", role: "img", "aria-label": label }, ...parts);
 }
 
 // Steps of 1, 2 or 5 times a power of ten, at most `most` of them in `span`.

@@ -8,7 +8,7 @@ function open() {
   const number = asked >= 1 && asked <= count ? asked : 1;
   if (number === state.number) return;
   const isFirst = state.number === 0;
-  Object.assign(state, { number, prompt: data(`data-${number}`), maps: data(`maps-${number}`), selected: 0, hovered: null });
+  Object.assign(state, { number, prompt: data(`data-${number}`), maps: data(`maps-${number}`), hovered: null });
   state.selected = Math.max(0, state.prompt.anchor.indexOf(0));
   byId("number").textContent = count > 1 ? `Prompt ${number} of ${count}` : "Prompt";
   byId("question").textContent = state.prompt.question;
@@ -28,17 +28,24 @@ function open() {
 }
 
 function sparkline(points, name) {
-  const d = points.map((y, i) => (y === null ? "" : `${i && points[i - 1] !== null ? "L" : "M"}${(i * 160) / Math.max(1, points.length - 1)} ${(1 - y / 99) * 22 + 2}`)).join("");
-  return draw("svg", { viewBox: "0 0 160 26", preserveAspectRatio: "none", "aria-hidden": "true" }, draw("path", { class: `line ${name}`, d: d || "M0 0" }));
+  const step = 160 / Math.max(1, points.length - 1);
+  const d = points.flatMap((y, i) => {
+    if (y === null) return [];
+    return `${i && points[i - 1] !== null ? "L" : "M"}${(i * step).toFixed(1)} ${((1 - y / 99) * 22 + 2).toFixed(1)}`;
+  });
+  const line = draw("path", { class: `line ${name}`, d: d.join("") || "M0 0" });
+  return draw("svg", { viewBox: "0 0 160 26", preserveAspectRatio: "none", "aria-hidden": "true" }, line);
 }
 
 function drawIndex() {
   byId("index").hidden = count < 2;
   if (count < 2) return;
-  byId("cards").replaceChildren(...page.cards.map((card) => make("li", {}, make("a", { href: `#prompt-${card.number}` },
-    make("span", { class: "question" }, make("b", {}, `${card.number} `), card.question),
-    sparkline(card.waad, "waad"), sparkline(card.fai, "fai"),
-    make("span", { class: "length" }, `${card.length} tokens`)))));
+  byId("cards").replaceChildren(...page.cards.map((card) => {
+    const question = make("span", { class: "question" }, make("b", {}, `${card.number} `), card.question);
+    const curves = [sparkline(card.waad, "waad"), sparkline(card.fai, "fai")];
+    const length = make("span", { class: "length" }, `${card.length} tokens`);
+    return make("li", {}, make("a", { href: `#prompt-${card.number}` }, question, ...curves, length));
+  }));
 }
 
 function choice(id, name, options, chosen, act) {
@@ -56,7 +63,8 @@ function choice(id, name, options, chosen, act) {
 choice("columns", "column", page.columns.map(({ key, title }) => [key, title]), state.column, (key) => {
   state.column = key;
 });
-choice("shares", "share", [[page.share, `${page.share * 100} %`], [0.4, "40 %"], [0, "none"]], state.share, (value) => {
+const shares = [[page.share, `${page.share * 100} %`], [0.4, "40 %"], [0, "none"]];
+choice("shares", "share", shares, state.share, (value) => {
   state.share = value;
 });
 

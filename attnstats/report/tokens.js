@@ -104,15 +104,18 @@ function drawReadout() {
     if (value !== null) cell.prepend(make("i", { class: `s${shade(value, state.prompt.domains[key])}` }));
     return [make("dt", { class: key === state.column ? "chosen" : "" }, title), cell];
   });
-  const ledInto = intro.flatMap((from, t) => (from === i ? [`“${tokenText(t).trim()}”`] : []));
+  const ledInto = intro.flatMap((from, t) => (from === i ? [quoted(start + t)] : []));
   const roles = [
     marked(preplan)[i] && `preplan: no. ${preplan[i] + 1} by WAAD`,
     marked(anchor)[i] && `anchor: no. ${anchor[i] + 1} by FAI`,
-    intro[i] !== null && `led into by “${tokenText(intro[i]).trim()}”, ${i - intro[i]} back`,
+    intro[i] !== null && `led into by ${quoted(start + intro[i])}, ${i - intro[i]} back`,
     intro.includes(i) && `leads into ${ledInto.join(", ")}`,
   ].filter(Boolean);
+  const space = tokenText(i).startsWith(" ") ? "\u00a0" : "";
   byId("readout").replaceChildren(
-    make("p", { class: "context" }, make("span", {}, make("bdi", {}, around(i - 7, i) + (tokenText(i).startsWith(" ") ? "\u00a0" : ""))), make("mark", {}, tokenText(i).trim() || tokenText(i)),
+    make("p", { class: "context" },
+      make("span", {}, make("bdi", {}, around(i - 7, i) + space)),
+      make("mark", {}, tokenText(i).trim() || tokenText(i)),
       make("span", {}, around(i + 1, i + 7))),
     make("p", { class: "where" }, `token ${i + 1} of ${length()}, position ${start + i}`),
     make("dl", {}, ...rows),
@@ -126,15 +129,18 @@ function lookingBack(i) {
   if (!state.maps) return [];
   const { distances } = state.maps;
   return ["local", "global"].flatMap((name) => {
-    const values = Array.from({ length: distances }, (_, back) => attention(exact(name, i, back)));
+    const values = nearest(name, i);
     const most = Math.max(...values, 0.01);
-    const d = values.map((value, back) => `M${distances - back - 0.5} 30v${-((28 * value) / most).toFixed(2)}`).join("");
+    const bars = values.map((value, back) => `M${distances - back - 0.5} 30v${(-28 * value / most).toFixed(2)}`);
+    const box = { viewBox: `0 0 ${distances} 30`, preserveAspectRatio: "none", "aria-hidden": "true" };
     return [
-      make("p", { class: "axis" }, make("span", {}, `${name} heads look back`), make("span", {}, `most ${brief(most * 100)} %`)),
-      draw("svg", { class: `bars ${name}`, viewBox: `0 0 ${distances} 30`, preserveAspectRatio: "none", "aria-hidden": "true" }, draw("path", { d })),
+      ends(`${name} heads look back`, `most ${brief(most * 100)} %`),
+      draw("svg", { class: `bars ${name}`, ...box }, draw("path", { d: bars.join("") })),
     ];
-  }).concat(make("p", { class: "axis" }, make("span", {}, `${distances - 1} back`), make("span", {}, "itself")));
+  }).concat(ends(`${distances - 1} back`, "itself"));
 }
+
+const ends = (left, right) => make("p", { class: "axis" }, make("span", {}, left), make("span", {}, right));
 
 // A long answer scrolls in a box of its own, so that the curves stay in view.
 function intoView(span) {
