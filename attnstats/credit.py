@@ -10,6 +10,7 @@ Source: Li et al., arXiv 2510.13554v2. docs/credit.md has the formulas, and gold
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -154,10 +155,11 @@ def coupled_rhythm(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    sets = coupled_sets(waad, fai, mask, valid=valid, q=q, k=k, tau_waad=tau_waad, tau_delta=tau_delta)
-    anchor, dominated, intro = (chosen.to(working(waad.dtype)) for chosen in (sets.anchor, sets.dominated, sets.intro))
-    bonus = anchor - alpha * dominated + alpha * intro
-    return _finished(1 + _bonus(amp) * bonus, mask, waad.dtype, keep_mean)
+    responses, anchor, led = _coupled(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
+    dtype = working(waad.dtype)
+    anchor, dominated, intro = anchor.to(dtype), _any(led).to(dtype), _intro(led).to(dtype)
+    gamma = 1 + _bonus(amp) * (anchor - alpha * dominated + alpha * intro)
+    return _finished(responses.spread(gamma), mask, waad.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -310,30 +312,58 @@ def coupled_sets(
     Raises:
         TypeError, ValueError: as `local_chunk`.
     """
+    responses, anchor, led = _coupled(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
+    lead = torch.zeros_like(anchor, dtype=torch.int32)
+    for offset, anchors in enumerate(led, 1):
+        lead += offset * anchors
+    return CoupledSets(*map(responses.spread, (anchor, _any(led), _intro(led), lead)))
+
+
+def _coupled(
+    waad: Tensor,
+    fai: Tensor,
+    mask: Tensor,
+    valid: Tensor | None,
+    q: float,
+    k: int,
+    tau_waad: float | None,
+    tau_delta: float | None,
+) -> tuple[Responses, Tensor, list[Tensor]]:
+    """Anchors, and for each offset from 1 those whose intro token is so far before them; gathered, [B, T + 1] bool."""
     check_signal("waad", waad, mask)
     check_signal("fai", fai, mask, valid)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be an integer >= 1, got {k!r}")
-    anchor = top_of(fai, mask, q, valid, False)
     responses = Responses.of(mask)
+    anchor = responses.gather(top_of(fai, mask, q, valid, False))
     curve = responses.gather(waad)
     change = responses.delta(curve)
     low = curve <= (lower_median(curve, responses.length) if tau_waad is None else tau_waad)
     least = lower_median(change, responses.length - 1) if tau_delta is None else tau_delta
 
     reach = min(k, mask.shape[1])
-    before = torch.nn.functional.pad(change, (reach, 0), value=-torch.inf)
-    greatest, lead = before[:, reach - 1 : -1], torch.ones_like(change, dtype=torch.int32)
-    for offset in range(2, reach + 1):
-        farther = before[:, reach - offset : -offset]
-        lead = torch.where(farther > greatest, offset, lead)
-        greatest = torch.maximum(greatest, farther)
-    dominated = responses.gather(anchor) & low & (greatest >= least) & (greatest > -torch.inf)
-    intro = torch.zeros_like(dominated)
-    for offset in range(1, min(k, mask.shape[1] - 1) + 1):
-        intro[:, :-offset] |= dominated[:, offset:] & (lead[:, offset:] == offset)
-    lead = torch.where(dominated, lead, 0)
-    return CoupledSets(anchor, responses.spread(dominated), responses.spread(intro), responses.spread(lead))
+    padded = torch.nn.functional.pad(change, (reach, 0), value=-torch.inf)
+    before = [padded[:, reach - offset : -offset] for offset in range(1, reach + 1)]  # delta so far before each token
+    greatest = functools.reduce(torch.maximum, before)
+    undecided = anchor & low & (greatest >= least) & (greatest > -torch.inf)
+    led = []
+    for earlier in before:  # the nearest first
+        led.append(undecided & (earlier == greatest))
+        undecided = undecided & ~led[-1]
+    return responses, anchor, led
+
+
+def _any(led: list[Tensor]) -> Tensor:
+    """The dominated anchors."""
+    return functools.reduce(torch.logical_or, led)
+
+
+def _intro(led: list[Tensor]) -> Tensor:
+    """The intro tokens."""
+    intro = torch.zeros_like(led[0])
+    for offset, anchors in enumerate(led, 1):
+        intro[:, :-offset] |= anchors[:, offset:]
+    return intro
 
 
 def _amplified(chosen: Tensor, mask: Tensor, amp: float, dtype: torch.dtype, keep_mean: bool) -> Tensor:

@@ -69,38 +69,31 @@ def top_share(values: Tensor, mask: Tensor, q: float, valid: Tensor | None = Non
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Response tokens moved together to the left, and back.
+    """Response tokens moved together to the left, and back; behind them a last slot for all that is outside the mask.
 
     Attributes:
-        mask: [B, T] bool.
-        place: [B, T] int64, where in its response a token stands.
-        slot: [B, T] int64, the same, and T outside the mask.
-        length: [B, 1] int64.
+        slot: [B, T] int64, where in its response a token stands; T outside the mask.
+        length: [B, 1] int32.
     """
 
-    mask: Tensor
-    place: Tensor
     slot: Tensor
     length: Tensor
 
     @staticmethod
     def of(mask: Tensor) -> Responses:
         count = mask.cumsum(1, dtype=torch.int32)  # in int64 it takes ten times as long
-        place = (count - 1).clamp_(min=0).long()
-        return Responses(mask, place, torch.where(mask, place, mask.shape[1]), count[:, -1:].long())
+        return Responses(torch.where(mask, count - 1, mask.shape[1]).long(), count[:, -1:])
 
     def gather(self, values: Tensor) -> Tensor:
-        """[B, T] the response's values in order, 0 after its end."""
-        width = values.shape[1]
-        slots = values.new_zeros(len(values), width + 1)  # the last takes what is outside the mask
-        return slots.scatter_(1, self.slot, values)[:, :width]
+        """[B, T + 1] the response's values in order, 0 after its end, in the last slot any value from outside."""
+        return values.new_zeros(len(values), values.shape[1] + 1).scatter_(1, self.slot, values)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """[B, T] the inverse of `gather`, 0 outside the mask."""
-        return values.gather(1, self.place).masked_fill_(~self.mask, 0)
+    def spread(self, gathered: Tensor) -> Tensor:
+        """[B, T] the inverse of `gather`; outside the mask what stands in the last slot."""
+        return gathered.gather(1, self.slot)
 
     def delta(self, curve: Tensor) -> Tensor:
-        """[B, T] delta of a gathered curve."""
+        """[B, T + 1] delta of a gathered curve, 0 in the last slot."""
         steps = torch.arange(curve.shape[1], device=curve.device)
         return rhythm.delta(curve).masked_fill_(steps >= self.length - 1, 0)
 
@@ -119,14 +112,14 @@ def top_of(values: Tensor, mask: Tensor, q: float, valid: Tensor | None, bottom:
     if most == 0:
         return torch.zeros_like(mask)
     allowed = mask if valid is None else mask & valid
-    share = (mask.sum(1, keepdim=True).double() * q - SLACK).ceil().long()
-    count = torch.minimum(share, allowed.sum(1, keepdim=True))
+    count = (mask.sum(1, keepdim=True).double() * q - SLACK).ceil().int()
     values = values.to(working(values.dtype))
     values = -values if bottom else values
-    least = _largest(values, allowed, count, most)
+    least = _largest(values, allowed, count, most)  # -inf where fewer are allowed
     above = allowed & (values > least)
     equal = allowed & (values == least)
-    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
+    left = count - above.sum(1, keepdim=True, dtype=torch.int32)
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= left))
 
 
 def lower_median(gathered: Tensor, length: Tensor) -> Tensor:
@@ -142,7 +135,7 @@ def _largest(values: Tensor, among: Tensor, rank: Tensor, most: int) -> Tensor:
     infinity that it is `most` in each. There are enough of them when `most` is the rank in a row without others.
     """
     spare = (~among).cumsum(1, dtype=torch.int32)
-    padded = torch.where(among, values, torch.where(spare <= (most - rank).int(), torch.inf, -torch.inf))
+    padded = torch.where(among, values, torch.where(spare <= most - rank, torch.inf, -torch.inf))
     return padded.topk(most, 1, sorted=False).values.amin(1, keepdim=True)
 
 

@@ -1,7 +1,8 @@
 """What token credit costs: `python -m benchmarks.credit` prints milliseconds per call, of every credit and shape.
 
-Left-padded batches as long as a step's, against the 50 ms that 64 x 8192 may take on the CPU; on a GPU too where
-there is one. The least and the median of the calls, since what else runs on the machine only adds.
+Left-padded batches as long as a step's; 64 x 8192 may take 50 ms on the CPU. On a GPU too where there is one. Printed
+are the least and the median time of the calls, and the processor's time over all threads: other programs on the
+machine add to the former two.
 """
 
 from __future__ import annotations
@@ -38,18 +39,19 @@ def credits(rows: int, tokens: int, device: str, dtype: torch.dtype) -> dict[str
     }
 
 
-def milliseconds(call: Callable[[], Tensor], device: str, repeats: int) -> list[float]:
+def cell(call: Callable[[], Tensor], device: str, repeats: int) -> str:
+    """`least (median) / processor`, in milliseconds."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     call()
-    times = []
+    walls, processors = [], []
     for _ in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        wait()
+        wall, processor = time.perf_counter(), time.process_time()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-    return times
+        wait()
+        walls.append(1e3 * (time.perf_counter() - wall))
+        processors.append(1e3 * (time.process_time() - processor))
+    return f"{min(walls):.1f} ({statistics.median(walls):.1f}) / {statistics.median(processors):.1f}"
 
 
 def main() -> None:
@@ -60,14 +62,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    print(f"torch {torch.__version__}, {options.threads} CPU threads, {options.dtype}; ms, least (median)\n")
+    print(
+        f"torch {torch.__version__}, {options.threads} CPU threads, {options.dtype}; ms: least (median) / processor\n"
+    )
     for device in devices:
         names = list(credits(1, 2, device, torch.float32))
         table = []
         for rows, tokens in SHAPES:
             calls = credits(rows, tokens, device, getattr(torch, options.dtype))
-            times = [milliseconds(calls[name], device, options.repeats) for name in names]
-            table.append([f"{min(taken):.1f} ({statistics.median(taken):.1f})" for taken in times])
+            table.append([cell(calls[name], device, options.repeats) for name in names])
         print(f"| {device} | " + " | ".join(f"{rows} x {tokens}" for rows, tokens in SHAPES) + " |")
         print("|---" * (len(SHAPES) + 1) + "|")
         for name, *cells in zip(names, *table, strict=True):

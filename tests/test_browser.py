@@ -4,6 +4,7 @@ One Chromium for all tests, driven by Playwright; each test has a page of its ow
 error to its console, raised, or asked for anything but its own file.
 """
 
+import re
 import shutil
 import types
 
@@ -154,9 +155,11 @@ def test_dark_and_light_differ_and_a_change_is_followed(visit):
     pixel = "document.querySelector('#mapping canvas').toDataURL()"
     light = colours(page), page.evaluate(body), page.evaluate(pixel)
     page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {pixel} !== light", arg=light[2])
     dark = colours(page), page.evaluate(body), page.evaluate(pixel)
     assert all(one != other for one, other in zip(light, dark, strict=True))
     page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"light => {pixel} === light", arg=light[2])
     assert (colours(page), page.evaluate(body), page.evaluate(pixel)) == light
 
 
@@ -178,12 +181,12 @@ def test_a_place_on_the_curves_is_found_in_the_text(visit):
     page = visit("one")
     page.locator("#curves").scroll_into_view_if_needed()
     box = page.locator("#curves").bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
-    (token,), value = cursor(page)
-    assert 30 <= int(token[1:]) <= 46
-    assert int(value) == int(token[1:]) + 1
-    page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + 60)
-    assert int(cursor(page)[1]) > int(value) + 10
+    step = (box["width"] - 46 - 12) / 78  # between the chart's edges
+    for index in (0.1, 30.1, 30.9, 77.9):
+        page.mouse.move(box["x"] + 46 + index * step, box["y"] + 60)
+        assert cursor(page) == at(int(index))
+    page.mouse.move(box["x"] + 20, box["y"] + 60)  # among the numbers of the axis there is no token
+    assert cursor(page) != at(77)
 
 
 def test_a_row_of_the_map_is_a_token(visit):
@@ -201,6 +204,19 @@ def test_a_row_of_the_map_is_a_token(visit):
     page.mouse.move(box["x"] + 40, box["y"] + 2 + box["height"] * 10 / 32)
     assert int(cursor(page)[1]) == first + 10
     assert "back" in page.inner_text(".global .reading-line")
+
+
+def test_the_lens_tells_the_attention_of_the_map(visit):
+    page = visit("one")
+    maps = synthetic_analysis(WORDS, prompt=12).maps
+    for index in (3, 50):
+        page.click(f"#t{index}")
+        for name in ("local", "global"):
+            said = page.inner_text(f".{name} .reading-line")
+            share = float(re.findall(r"([\d.]+) % on itself", said)[0])
+            assert share == pytest.approx(100 * float(getattr(maps, f"{name}_band")[index, 0]), rel=0.06)
+            share = float(re.findall(r"([\d.]+) % on “word\d+”, 2 back", said)[0])
+            assert share == pytest.approx(100 * float(getattr(maps, f"{name}_band")[index, 2]), rel=0.06)
 
 
 def test_the_lens_shows_another_place_when_the_cursor_moves(visit):
@@ -350,13 +366,14 @@ def test_the_index_leads_to_every_prompt(visit):
     assert page.locator("#cards a").count() == 70
     assert page.locator("#cards svg").count() == 140
     assert page.inner_text("#number") == "Prompt 1 of 70"
+    question = sync_api.expect(page.locator("#question"))
     page.click("#cards a >> nth=33")
-    assert page.inner_text("#question") == "Question 33?"
+    question.to_have_text("Question 33?")
     assert page.get_attribute("#cards a >> nth=33", "aria-current") == "true"
     page.click("#next")
-    assert page.inner_text("#question") == "Question 34?"
+    question.to_have_text("Question 34?")
     page.go_back()
-    assert page.inner_text("#question") == "Question 33?"
+    question.to_have_text("Question 33?")
     assert page.is_visible("#mapping canvas.lens")
 
 
@@ -370,6 +387,22 @@ def test_a_prompt_is_parsed_when_it_is_opened(visit):
     page = visit("many")
     assert page.evaluate("document.querySelectorAll('*').length") < 3000
     assert page.locator("#tokens > span").count() == 398
+
+
+def test_what_is_left_out_is_not_drawn(visit, folder, monkeypatch):
+    one = synthetic_analysis(WORDS, prompt=12)
+    monkeypatch.setattr(data, "MAX_HEADS", 5)
+    monkeypatch.setattr(data, "MAX_BYTES", len(data.embedded(data.prompt(one))) + 9)
+    (folder / "less.html").write_text(report.render([one], Settings(), SUMMARY), encoding="utf-8")
+    page = visit("less")
+    assert "The maps of 1 of the prompts" in page.inner_text(".notice")
+    assert page.locator("canvas").count() == 0
+    assert page.is_hidden("#heads")
+    page.click("#t20")
+    assert cursor(page) == at(20)
+    monkeypatch.setattr(data, "MAX_BYTES", 9)
+    (folder / "nothing.html").write_text(report.render([one], Settings(), SUMMARY), encoding="utf-8")
+    assert "All from prompt 1 of 1 on." in visit("nothing").inner_text(".notice")
 
 
 def test_without_scripts_the_answer_is_there_by_waad(visit):

@@ -1,7 +1,7 @@
 """Token credit against its token-by-token definition, on 10,000 random cases, and the cases that have a name."""
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -339,6 +339,7 @@ def test_advantages_of_as_many_rows_as_tokens_are_of_rows():
 
 
 SIGNAL, MASK = torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
+WRONG: Any = 2.0
 
 
 @pytest.mark.parametrize(
@@ -357,10 +358,10 @@ SIGNAL, MASK = torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
         (lambda: credit.random_tokens(MASK, amp=float("inf")), ValueError, "amp must be at least 1 and finite"),
         (lambda: credit.coupled_rhythm(SIGNAL, SIGNAL, MASK, alpha=1.5), ValueError, r"alpha must be in \[0, 1\]"),
         (lambda: credit.coupled_rhythm(SIGNAL, SIGNAL, MASK, k=0), ValueError, "k must be an integer >= 1, got 0"),
-        (lambda: credit.coupled_rhythm(SIGNAL, SIGNAL, MASK, k=2.0), ValueError, "k must be an integer"),
+        (lambda: credit.coupled_rhythm(SIGNAL, SIGNAL, MASK, k=WRONG), ValueError, "k must be an integer"),
         (lambda: credit.shape_advantages(SIGNAL[0], SIGNAL), ValueError, r"advantages must be \(B,\)"),
         (lambda: credit.shape_advantages(SIGNAL[:1], SIGNAL), ValueError, r"advantages must be \(B,\)"),
-        (lambda: credit.shape_advantages(SIGNAL, SIGNAL, "pos"), ValueError, 'sign must be "both"'),
+        (lambda: credit.shape_advantages(SIGNAL, SIGNAL, WRONG), ValueError, 'sign must be "both"'),
     ],
 )
 def test_errors(call, error, message):

@@ -10,13 +10,15 @@ import html.parser
 import json
 import re
 import types
+from itertools import pairwise
 
 import pytest
 import torch
 
 from attnstats import report
 from attnstats.analyze import Settings
-from attnstats.report import data
+from attnstats.errors import InputError
+from attnstats.report import columns, data, scale
 from attnstats.report.columns import COLUMNS
 from tests.tiny import synthetic_analysis
 
@@ -253,6 +255,11 @@ def test_what_is_left_out_is_said(monkeypatch, limits, notice, prompts, maps):
     assert len([name for name in page.data if re.fullmatch(r"maps-\d", name)]) == maps
 
 
+def test_no_analysis_is_an_error():
+    with pytest.raises(ValueError, match="analyses: there is none"):
+        report.render([], Settings(), SUMMARY)
+
+
 def test_nothing_left_out_is_not_mentioned(page):
     assert page.within("li") == ""
 
@@ -277,3 +284,56 @@ def test_shortest_responses(tokens):
     assert page.open == []
     assert page.data["data-1"]["values"]["fai"] == [None] * (len(tokens) - 2)
     assert page.data["data-1"]["values"]["gamma"] == [1] * (len(tokens) - 2)
+
+
+@pytest.mark.parametrize("stops", [scale.LIGHT, scale.DARK], ids=["light", "dark"])
+def test_the_scale_keeps_its_order_in_grey_and_its_text_is_read(stops):
+    ramp = scale.ramp(stops)
+    grey = [scale.luminance(colour) for colour in ramp]
+    assert grey in (sorted(grey), sorted(grey, reverse=True))
+    assert min(abs(a - b) for a, b in pairwise(grey)) > 0.003
+    assert min(scale.contrast(scale.ink(colour), colour) for colour in ramp) >= 4.5
+    assert scale.contrast(ramp[0], ramp[-1]) > 11
+
+
+# Machado et al. 2009, the three colour blindnesses at full severity, on linear RGB.
+BLINDNESS = {
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritanopia": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+
+
+@pytest.mark.parametrize("stops", [scale.LIGHT, scale.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_the_scale_keeps_its_order_for_every_colour_blindness(stops, kind):
+    seen = []
+    for colour in scale.ramp(stops):
+        linear = torch.tensor([c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour])
+        seen.append(float(torch.tensor([0.2126, 0.7152, 0.0722]) @ (torch.tensor(BLINDNESS[kind]) @ linear)))
+    assert seen in (sorted(seen), sorted(seen, reverse=True))
+
+
+@pytest.mark.parametrize(("values", "options", "low", "high"), [
+    ([1.0, 2.0, 3.0, 4.0, 5.0], {}, 3.0, 5.0),  # half of the tokens stay pale
+    ([1.0, 2.0, 3.0], {"low": 0.0}, 0.0, 3.0),
+    ([2.0, 2.0], {}, 2.0, 3.0),
+    ([float("nan"), 4.0], {"low": 1.0}, 1.0, 4.0),
+    ([], {}, 0.0, 1.0),
+    ([1.0, 10.0, 100.0], {"is_log": True}, 10.0, 100.0),
+    ([1e-9, 1e-9, 1.0], {"is_log": True}, 0.01, 1.0),  # no more than two decades
+    ([0.0, 0.0], {"is_log": True}, 0.0, 1.0),
+])  # fmt: skip
+def test_domain(values, options, low, high):
+    domain = scale.Domain.of(torch.tensor(values), **options)
+    assert (domain.low, domain.high) == pytest.approx((low, high), rel=0.05)
+    assert domain.shade(domain.high) == scale.SHADES - 1
+    assert domain.shade(domain.low) == 0
+    assert domain.shade(-1e9) == 0
+    assert domain.shade(1e9) == scale.SHADES - 1
+
+
+def test_an_unknown_column_is_an_error_that_names_those_there_are():
+    assert columns.find("WAAD").key == "waad"
+    with pytest.raises(InputError, match=r"--color-by red: no such column; there are waad, fai, entropy, delta, gamma"):
+        columns.find("red")

@@ -31,8 +31,13 @@ def render(
     Args:
         analyses: one or more.
         summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them.
-        couplings: each with name, observed, random, lift, p_value, low, high, count (attnstats.rhythm).
+        couplings: each with name, observed, random, lift, p_value, low, high, count (attnstats.rhythm.Coupling).
+
+    Raises:
+        ValueError: there is no analysis.
     """
+    if not analyses:
+        raise ValueError("analyses: there is none to show; give one or more")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     here = Path(__file__).parent

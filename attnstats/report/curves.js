@@ -1,57 +1,115 @@
-// WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third.
+// WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third. Where
+// an answer is too long for its tokens to be told apart, a second chart shows those near the cursor.
 
-const curves = byId("curves");
 const PANEL = 104;
 const GAP = 34;
-const EDGE = { left: 46, right: 10, top: 24, bottom: 34 };
+const EDGE = { left: 46, right: 12, top: 24, bottom: 34 };
 const LABELS = 6;
-let plot = null; // { x: token -> pixel, index: pixel -> token, points: per panel, line, dots }
+const CLOSE = 3; // pixels of a token below which there is a second chart
+const WIDE = 9; // pixels of a token there
+
+const overview = chartIn(byId("curves"), "curves");
+const detail = chartIn(byId("detail"), "detail");
 
 const curvesView = {
   open() {
-    curves.setAttribute("aria-valuemax", length());
+    for (const { node } of [overview, detail]) node.setAttribute("aria-valuemax", length());
+    detail.first = 0;
   },
   paint: drawCurves,
   fit: drawCurves,
-  move() {
+  move(source) {
     const i = cursor();
-    curves.setAttribute("aria-valuenow", i + 1);
-    curves.setAttribute("aria-valuetext", `${tokenText(i).trim()}, WAAD ${shown("waad", i)}, FAI ${shown("fai", i)}`);
-    if (!plot) return;
-    const x = plot.x(i);
-    plot.line.setAttribute("d", `M${x} ${EDGE.top}V${plot.bottom}`);
-    plot.panels.forEach(({ at, key, dot }) => {
-      const value = state.prompt.values[key][i];
-      dot.setAttribute("r", value === null ? 0 : 4.5);
-      if (value !== null) dot.setAttribute("cx", x), dot.setAttribute("cy", at(value));
-    });
+    for (const { node } of [overview, detail]) {
+      node.setAttribute("aria-valuenow", i + 1);
+      node.setAttribute("aria-valuetext", `${tokenText(i).trim()}, WAAD ${shown("waad", i)}, FAI ${shown("fai", i)}`);
+    }
+    if (!detail.node.hidden && source !== "detail") {
+      const count = detail.last - detail.first;
+      const first = Math.max(0, Math.min(length() - count, i - Math.round(count / 2)));
+      if (first !== detail.first) drawChart(detail, first, first + count);
+      overview.frame.setAttribute("x", overview.x(first - 0.5));
+    }
+    pointCursor(overview, i);
+    pointCursor(detail, i);
   },
 };
 views.push(curvesView);
 
+// A chart's element with the pointer and the keys; what is drawn in it is kept beside it.
+function chartIn(node, name) {
+  const chart = { node, first: 0, last: 0, panels: [] };
+  const tokenAt = (event) => {
+    const index = chart.first + Math.floor((event.clientX - node.getBoundingClientRect().left - EDGE.left) / chart.step);
+    return index >= chart.first && index < chart.last ? index : null;
+  };
+  node.addEventListener("pointermove", (event) => hover(tokenAt(event), name));
+  node.addEventListener("pointerleave", () => hover(null, name));
+  node.addEventListener("click", (event) => tokenAt(event) !== null && select(tokenAt(event), name));
+  node.addEventListener("keydown", (event) => moveByKey(event, (index, step) => index - 5 * step));
+  return chart;
+}
+
 function drawCurves() {
-  if (!state.prompt) return;
-  const width = curves.clientWidth;
-  const keys = ["waad", "fai"];
-  if (!keys.includes(state.column)) keys.push(state.column);
-  const bottom = EDGE.top + keys.length * PANEL + (keys.length - 1) * GAP;
-  const step = (width - EDGE.left - EDGE.right) / length();
-  const x = (i) => EDGE.left + (i + 0.5) * step;
-  const picture = draw("svg", { width, height: bottom + EDGE.bottom, "aria-hidden": "true" });
-  const panels = keys.map((key, row) => drawPanel(picture, key, EDGE.top + row * (PANEL + GAP), x, width));
-  const tick = Math.max(1, tickStep(length(), Math.max(3, Math.floor(width / 90))));
-  for (let i = 1; i <= length(); i += i === 1 && tick > 1 ? tick - 1 : tick) {
-    picture.append(draw("text", { x: x(i - 1), y: bottom + 16, "text-anchor": "middle" }, String(i)));
+  if (!state.prompt || !overview.node.clientWidth) return; // a page that is being closed has no width
+  const room = overview.node.clientWidth - EDGE.left - EDGE.right;
+  const isLong = room / length() < CLOSE;
+  detail.node.hidden = !isLong;
+  drawChart(overview, 0, length());
+  if (isLong) {
+    const count = Math.min(length(), Math.floor(room / WIDE));
+    drawChart(detail, Math.min(detail.first, length() - count), Math.min(detail.first, length() - count) + count);
+    const wide = overview.x(count) - overview.x(0);
+    overview.frame = draw("rect", { class: "window", y: EDGE.top, width: wide, height: overview.bottom - EDGE.top });
+    overview.picture.prepend(overview.frame);
   }
-  picture.append(draw("text", { x: (EDGE.left + width - EDGE.right) / 2, y: bottom + 31, "text-anchor": "middle" }, "token of the answer"));
-  const line = draw("path", { class: "cursor" });
-  picture.append(line, ...panels.map(({ dot }) => dot));
-  plot = { x, bottom, panels, line, index: (pixel) => Math.floor((pixel - EDGE.left) / step) };
-  curves.replaceChildren(picture);
   curvesView.move();
 }
 
-function drawPanel(picture, key, y, x, width) {
+function pointCursor(chart, i) {
+  if (chart.node.hidden) return;
+  const x = chart.x(i);
+  chart.line.setAttribute("d", `M${x} ${EDGE.top}V${chart.bottom}`);
+  for (const { at, key, dot } of chart.panels) {
+    const value = state.prompt.values[key][i];
+    dot.setAttribute("r", value === null ? 0 : 4.5);
+    if (value === null) continue;
+    dot.setAttribute("cx", x);
+    dot.setAttribute("cy", at(value));
+  }
+}
+
+// The tokens first .. last - 1.
+function drawChart(chart, first, last) {
+  const width = chart.node.clientWidth;
+  const keys = ["waad", "fai"];
+  if (!keys.includes(state.column)) keys.push(state.column);
+  const bottom = EDGE.top + keys.length * PANEL + (keys.length - 1) * GAP;
+  const step = (width - EDGE.left - EDGE.right) / (last - first);
+  const x = (i) => EDGE.left + (i - first + 0.5) * step;
+  const picture = draw("svg", { width, height: bottom + EDGE.bottom, "aria-hidden": "true" });
+  Object.assign(chart, { first, last, width, bottom, step, x, picture });
+  chart.panels = keys.map((key, row) => drawPanel(chart, key, EDGE.top + row * (PANEL + GAP)));
+  drawAxis(chart);
+  chart.line = draw("path", { class: "cursor" });
+  picture.append(chart.line, ...chart.panels.map(({ dot }) => dot));
+  chart.node.replaceChildren(picture);
+}
+
+function drawAxis({ picture, first, last, width, bottom, x }) {
+  const tick = Math.max(1, tickStep(last - first, Math.max(3, Math.floor(width / 90))));
+  const numbers = first ? [] : [1];
+  for (let i = Math.ceil((first + 1) / tick) * tick; i <= last; i += tick) if (i > 1 || tick > 1) numbers.push(i);
+  for (const number of numbers) {
+    const at = x(number - 1) > width - 20 ? { x: width - 2, "text-anchor": "end" } : { x: x(number - 1), "text-anchor": "middle" };
+    picture.append(draw("text", { ...at, y: bottom + 16 }, String(number)));
+  }
+  const middle = (EDGE.left + width - EDGE.right) / 2;
+  picture.append(draw("text", { x: middle, y: bottom + 31, "text-anchor": "middle" }, "token of the answer"));
+}
+
+function drawPanel(chart, key, y) {
+  const { picture, width, first, last, x } = chart;
   const { title, unit } = column(key);
   const values = state.prompt.values[key];
   const { least, most, tick } = axis(values.filter((value) => value !== null));
@@ -63,41 +121,43 @@ function drawPanel(picture, key, y, x, width) {
   }
   picture.append(draw("text", { class: "title", x: EDGE.left, y: y - 10 }, title, draw("tspan", {}, `  ${unit}`)));
   let d = "";
-  values.forEach((value, i) => {
-    if (value !== null) d += `${d && values[i - 1] !== null ? "L" : "M"}${x(i).toFixed(1)} ${at(value).toFixed(1)}`;
-  });
+  for (let i = first; i < last; i++) {
+    if (values[i] === null) continue;
+    d += `${d && values[i - 1] !== null ? "L" : "M"}${x(i).toFixed(1)} ${at(values[i]).toFixed(1)}`;
+  }
   picture.append(draw("path", { class: `line ${key}`, d: d || "M0 0" }));
-  const none = values.length - 1 - values.findLastIndex((value) => value !== null);
-  if (none) {
-    const from = x(values.length - none - 0.5);
+  const known = Math.max(first, values.findLastIndex((value) => value !== null) + 1);
+  if (known < last) {
+    const from = x(known - 0.5);
     picture.append(draw("rect", { class: "none", x: from, y, width: width - EDGE.right - from, height: PANEL }));
   }
-  drawMarks(picture, key, values, at, x, most, width);
+  drawMarks(chart, key, y, at, most);
   return { key, at, dot: draw("circle", { class: `dot ${key}`, r: 0 }) };
 }
 
 // Preplan tokens are triangles, anchors are rings; the highest are named where there is room.
-function drawMarks(picture, key, values, at, x, most, width) {
+function drawMarks({ picture, first, last, width, step, x }, key, y, at, most) {
   const ranks = { waad: state.prompt.preplan, fai: state.prompt.anchor }[key];
   if (!ranks || !state.share) return;
-  const chosen = marked(ranks);
-  values.forEach((value, i) => {
-    if (!chosen[i]) return;
-    const [cx, cy] = [x(i), at(value)];
+  const values = state.prompt.values[key];
+  const chosen = marked(ranks).flatMap((is, i) => (is && i >= first && i < last ? [i] : []));
+  const size = step < CLOSE ? 0.7 : 1;
+  for (const i of chosen) {
+    const [cx, cy] = [x(i), at(values[i])];
     picture.append(key === "waad"
-      ? draw("path", { class: "peak waad", d: `M${cx - 4} ${cy - 6}H${cx + 4}L${cx} ${cy + 1}Z` })
-      : draw("circle", { class: "peak fai", cx, cy, r: 3.2 }));
-  });
-  const placed = [];
-  const highest = ranks.map((rank, i) => [rank, i]).filter(([rank]) => rank !== null && rank < LABELS).sort((a, b) => a[0] - b[0]);
-  for (const [, i] of highest) {
+      ? draw("path", { class: "peak waad", d: `M${cx - 4 * size} ${cy - 6 * size}h${8 * size}L${cx} ${cy + 1}Z` })
+      : draw("circle", { class: "peak fai", cx, cy, r: 3.2 * size }));
+  }
+  const placed = [[EDGE.left + 80, 160]]; // the panel's title
+  for (const i of chosen.sort((a, b) => ranks[a] - ranks[b]).slice(0, LABELS)) {
     const bare = tokenText(i).trim() || "space";
     const word = /[\p{L}\p{N}]/u.test(bare) ? bare : `“${bare}”`;
     const beyond = values[i] > most;
     const text = (word.length > 12 ? `${word.slice(0, 11)}…` : word) + (beyond ? ` ${brief(values[i])} ↑` : "");
     const wide = 6.6 * text.length + 12;
     const middle = Math.min(Math.max(x(i), EDGE.left + wide / 2), width - EDGE.right - wide / 2);
-    if (!chosen[i] || placed.some(([other, taken]) => Math.abs(middle - other) < (wide + taken) / 2)) continue;
+    const others = at(values[i]) < y + 14 ? placed : placed.slice(1);
+    if (others.some(([other, taken]) => Math.abs(middle - other) < (wide + taken) / 2)) continue;
     placed.push([middle, wide]);
     const label = beyond
       ? { x: Math.min(x(i), width - EDGE.right) - 9, y: at(values[i]) + 4, "text-anchor": "end" }
@@ -118,15 +178,3 @@ function axis(values) {
   const least = Math.floor(low / tick + 1e-6) * tick;
   return { least, most: Math.max(Math.ceil(high / tick - 1e-6) * tick, least + tick), tick };
 }
-
-const tokenAt = (event) => {
-  const index = plot.index(event.clientX - curves.getBoundingClientRect().left - curves.clientLeft);
-  return index >= 0 && index < length() ? index : null;
-};
-curves.addEventListener("pointermove", (event) => hover(tokenAt(event), "curves"));
-curves.addEventListener("pointerleave", () => hover(null, "curves"));
-curves.addEventListener("click", (event) => {
-  const index = tokenAt(event);
-  if (index !== null) select(index, "curves");
-});
-curves.addEventListener("keydown", (event) => moveByKey(event, (index, step) => index - 5 * step));

@@ -15,6 +15,7 @@ views.push({
       ...heads.distance[row].map((distance, i) => headCell(heads, layer, row, i, distance, count))));
     const table = make("table", { class: count > NUMBERED ? "heads small" : "heads" }, make("thead", {}, head), make("tbody", {}, ...rows));
     byId("grid").replaceChildren(table);
+    byId("distances").replaceChildren(ramp(heads.domain, "Scale of mean attention distance, tokens"));
     const total = heads.classes.join("");
     const counted = (letter) => [...total].filter((c) => c === letter).length;
     byId("classes").replaceChildren(

@@ -9,12 +9,16 @@ const HEAD = 17; // over the whole map, for the names of its parts
 let figures = []; // { name, whole, lens, reading }, both canvases with their pictures
 let lensRows = LENSES[0];
 let lensFirst = 0;
-let colours = null; // of each byte, [red, green, blue]
+let colours = null; // of each byte of attention, packed for an image
+let tones = {}; // of the style sheet
 let spot = null; // { name, row, key, text } under the pointer
 
 const attention = (code) => (code ? page.floor * 10 ** (-Math.log10(page.floor) * ((code - 1) / page.codes)) : 0);
 const percent = (value) => (value === 0 ? `< ${brief(page.floor * 100)} %` : `${brief(value * 100)} %`);
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+// As the four bytes of a pixel, the red one first in memory.
+const packed = (colour) => colour.reduceRight((all, part) => (all << 8) | Math.round(part), 255) >>> 0;
 
 const mapsView = {
   open() {
@@ -37,12 +41,12 @@ const mapsView = {
   },
   paint() {
     if (!figures.length) return;
-    const ramp = palette();
-    const paper = [...css("--card").matchAll(/[0-9a-f]{2}/g)].map((m) => parseInt(m[0], 16));
-    colours = Array.from({ length: 256 }, (_, code) =>
-      code && attention(code) >= BAND.low ? ramp[Math.round(255 * share(attention(code), BAND))] : paper);
+    const { rows, columns } = state.maps;
+    const scale = palette();
+    colours = Uint32Array.from({ length: 256 }, (_, code) => packed(scale[Math.round(255 * share(attention(code), BAND))]));
+    tones = { soft: css("--soft"), cursor: css("--cursor"), font: `12px ${css("--sans")}` };
     figures.forEach((figure) => {
-      figure.picture = pictureOf(figure.name);
+      figure.picture = pixels(columns.length - 1, rows.length - 1, (row, c) => state.maps[figure.name].map[row * (columns.length - 1) + c]);
     });
     this.fit();
   },
@@ -74,11 +78,8 @@ function mapsControls() {
     });
     return make("label", {}, input, `${count} tokens`);
   }));
-  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) =>
-    make("li", {}, `${place === 1 ? "≥ " : place === 0 ? "≤ " : ""}${brief(100 * valueAt(place, BAND))} %`));
   return make("div", { class: "controls" },
-    make("div", { class: "ramp", role: "img", "aria-label": "Scale of attention in percent" }, make("span", {}, ...bar), make("ol", {}, ...ticks)),
+    ramp(BAND, "Scale of attention in percent", (value) => `${brief(100 * value)} %`),
     choice,
     make("p", { class: "hint" }, size === 1
       ? "A cell is the share of a token's attention that falls on one token before it."
@@ -103,23 +104,22 @@ function makeFigure(name) {
   return figure;
 }
 
-// The pooled map as an image of a pixel per cell.
-function pictureOf(name) {
-  const { rows, columns } = state.maps;
-  const [height, width] = [rows.length - 1, columns.length - 1];
+// Attention as an image of a pixel per cell.
+function pixels(width, height, codeAt) {
   const canvas = make("canvas", { width, height });
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(width, height);
-  state.maps[name].map.forEach((code, i) => image.data.set([...colours[code], 255], 4 * i));
-  context.putImageData(image, 0, 0);
+  const image = new Uint32Array(width * height);
+  for (let row = 0; row < height; row++) {
+    for (let c = 0; c < width; c++) image[row * width + c] = colours[codeAt(row, c)];
+  }
+  canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(image.buffer), width, height), 0, 0);
   return canvas;
 }
 
 function written(context, text, x, y, align) {
-  context.font = `12px ${css("--sans")}`;
+  context.font = tones.font;
   context.textAlign = align;
   context.textBaseline = "middle";
-  context.fillStyle = css("--soft");
+  context.fillStyle = tones.soft;
   context.fillText(text, x, y);
 }
 
@@ -162,7 +162,7 @@ function drawWhole(figure) {
   if (width > 300) ["rows: tokens of the answer,", "columns: what they look at"].forEach((line, i) =>
     written(context, line, width - 4, HEAD + 12 + 16 * i, "right"));
   const at = start + cursor();
-  context.strokeStyle = css("--cursor");
+  context.strokeStyle = tones.cursor;
   context.lineWidth = 1.5;
   context.beginPath();
   context.moveTo(0, y(at) + wide / 2);
@@ -173,8 +173,9 @@ function drawWhole(figure) {
   context.strokeRect(left, y(start + lensFirst), x(start + lensFirst + lensRows - 1) + wide - left, lensRows * wide / (state.maps.rows[1] - state.maps.rows[0]));
 }
 
+// The code of a token's attention to the one so many back; 0 before the first and after itself.
 const exact = (name, index, back) =>
-  back >= 0 && back < state.maps.distances ? state.maps[name].band[index * state.maps.distances + back] : 0;
+  back >= 0 && back < state.maps.distances && back <= state.prompt.start + index ? state.maps[name].band[index * state.maps.distances + back] : 0;
 
 function lensLayout(figure) {
   const named = figure.lens.clientWidth > 300 && lensRows <= 16;
@@ -188,24 +189,15 @@ function drawLens(figure) {
   const { named, left, cell, rows, firstKey } = lensLayout(figure);
   const context = prepared(figure.lens, cell * rows);
   const { start, tokens: texts } = state.prompt;
+  const picture = pixels(2 * lensRows, rows, (row, c) => exact(figure.name, lensFirst + row, start + lensFirst + row - firstKey - c));
+  context.drawImage(picture, left, 0, 2 * lensRows * cell, rows * cell);
   written(context, `tokens ${lensFirst + 1} to ${lensFirst + rows}`, figure.lens.clientWidth - 4, 12, "right");
-  for (let row = 0; row < rows; row++) {
-    const index = lensFirst + row;
-    for (let c = 0; c < 2 * lensRows; c++) {
-      const key = firstKey + c;
-      const back = start + index - key;
-      if (back < 0 || key < 0) continue;
-      context.fillStyle = `rgb(${colours[exact(figure.name, index, back)].join(" ")})`;
-      context.fillRect(left + c * cell, row * cell, cell + 0.3, cell + 0.3);
-    }
-    if (named) {
-      context.fillStyle = css(index === cursor() ? "--ink" : "--soft");
-      const word = texts[start + index].trim() || "space";
-      context.fillText(word.length > 12 ? `${word.slice(0, 11)}…` : word, left - 6, (row + 0.5) * cell, left - 6);
-    }
+  for (let row = 0; named && row < rows; row++) {
+    const word = texts[start + lensFirst + row].trim() || "space";
+    written(context, word.length > 12 ? `${word.slice(0, 11)}…` : word, left - 6, (row + 0.5) * cell, "right");
   }
   const row = cursor() - lensFirst;
-  context.strokeStyle = css("--cursor");
+  context.strokeStyle = tones.cursor;
   context.lineWidth = 1.5;
   if (row >= 0 && row < rows) context.strokeRect(left + 0.75, row * cell, (lensRows + row + 1) * cell - 1, cell);
   if (spot?.lens) context.strokeRect(left + (spot.key - firstKey) * cell, (spot.row - lensFirst) * cell, cell, cell);

@@ -88,6 +88,16 @@ function palette() {
   });
 }
 
+// The shades of a scale with the values at its ends and quarters; `text` writes a value.
+function ramp(domain, label, text = brief) {
+  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
+  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) => {
+    const sign = place === 1 ? "≥ " : place === 0 && domain.low > 0 ? "≤ " : "";
+    return make("li", {}, sign + text(valueAt(place, domain)));
+  });
+  return make("div", { class: "ramp", role: "img", "aria-label": label }, make("span", {}, ...bar), make("ol", {}, ...ticks));
+}
+
 // Steps of 1, 2 or 5 times a power of ten, at most `most` of them in `span`.
 function tickStep(span, most) {
   const power = 10 ** Math.floor(Math.log10(span / most));

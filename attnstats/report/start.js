@@ -60,14 +60,17 @@ choice("shares", "share", [[page.share, `${page.share * 100} %`], [0.4, "40 %"],
   state.share = value;
 });
 
-byId("view").hidden = false;
-drawIndex();
-open();
-addEventListener("hashchange", open);
+byId("view").hidden = !count;
+if (count) {
+  drawIndex();
+  open();
+  addEventListener("hashchange", open);
+}
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => tell("paint"));
-let width = 0;
+let width = byId("view").clientWidth;
 new ResizeObserver(() => {
-  if (width === byId("view").clientWidth) return;
-  width = byId("view").clientWidth;
+  const now = byId("view").clientWidth;
+  if (now === width) return;
+  width = now;
   tell("fit");
 }).observe(byId("view"));

@@ -47,7 +47,7 @@ views.push({
     lit.classList.add("on");
     lit.setAttribute("aria-selected", "true");
     tokens.setAttribute("aria-activedescendant", lit.id);
-    if (source === "key") lit.scrollIntoView({ block: "nearest" });
+    if (source && source !== "tokens") intoView(lit);
     drawReadout();
   },
 
@@ -57,14 +57,8 @@ views.push({
 function drawScale() {
   const { title, unit, about } = column(state.column);
   const domain = state.prompt.domains[state.column];
-  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) => {
-    const text = brief(valueAt(place, domain));
-    return make("li", {}, place === 1 ? `≥ ${text}` : place === 0 && domain.log ? `≤ ${text}` : text);
-  });
   byId("scale").replaceChildren(
-    make("div", { class: "ramp", role: "img", "aria-label": `Scale of ${title}, ${unit}` },
-      make("span", {}, ...bar), make("ol", {}, ...ticks)),
+    ramp(domain, `Scale of ${title}, ${unit}`),
     make("p", {}, make("b", {}, title), ` in ${unit}. ${about}`),
   );
 }
@@ -73,13 +67,14 @@ function drawScale() {
 function drawArcs() {
   if (!state.prompt) return;
   arcs.replaceChildren();
+  arcs.setAttribute("height", 0);
   const frame = tokens.getBoundingClientRect();
-  arcs.setAttribute("width", frame.width);
+  arcs.setAttribute("width", tokens.clientWidth);
   arcs.setAttribute("height", tokens.scrollHeight);
   if (!state.share) return;
   const top = (i) => {
     const box = spans[i].getClientRects()[0];
-    return { x: box.left + box.width / 2 - frame.left - tokens.clientLeft, y: box.top - frame.top + 1 };
+    return { x: box.left + box.width / 2 - frame.left, y: box.top - frame.top + tokens.scrollTop + 1 };
   };
   const paths = [];
   state.prompt.intro.forEach((intro, i) => {
@@ -109,11 +104,12 @@ function drawReadout() {
     if (value !== null) cell.prepend(make("i", { class: `s${shade(value, state.prompt.domains[key])}` }));
     return [make("dt", { class: key === state.column ? "chosen" : "" }, title), cell];
   });
+  const ledInto = intro.flatMap((from, t) => (from === i ? [`“${tokenText(t).trim()}”`] : []));
   const roles = [
-    marked(preplan)[i] && `preplan: ${preplan[i] + 1}. highest WAAD`,
-    marked(anchor)[i] && `anchor: ${anchor[i] + 1}. highest FAI`,
+    marked(preplan)[i] && `preplan: no. ${preplan[i] + 1} by WAAD`,
+    marked(anchor)[i] && `anchor: no. ${anchor[i] + 1} by FAI`,
     intro[i] !== null && `led into by “${tokenText(intro[i]).trim()}”, ${i - intro[i]} back`,
-    intro.includes(i) && `leads into “${tokenText(intro.indexOf(i)).trim()}”`,
+    intro.includes(i) && `leads into ${ledInto.join(", ")}`,
   ].filter(Boolean);
   byId("readout").replaceChildren(
     make("p", { class: "context" }, make("span", {}, make("bdi", {}, around(i - 7, i) + (tokenText(i).startsWith(" ") ? "\u00a0" : ""))), make("mark", {}, tokenText(i).trim() || tokenText(i)),
@@ -130,7 +126,7 @@ function lookingBack(i) {
   if (!state.maps) return [];
   const { distances } = state.maps;
   return ["local", "global"].flatMap((name) => {
-    const values = Array.from({ length: distances }, (_, back) => (back <= state.prompt.start + i ? attention(exact(name, i, back)) : 0));
+    const values = Array.from({ length: distances }, (_, back) => attention(exact(name, i, back)));
     const most = Math.max(...values, 0.01);
     const d = values.map((value, back) => `M${distances - back - 0.5} 30v${-((28 * value) / most).toFixed(2)}`).join("");
     return [
@@ -138,6 +134,14 @@ function lookingBack(i) {
       draw("svg", { class: `bars ${name}`, viewBox: `0 0 ${distances} 30`, preserveAspectRatio: "none", "aria-hidden": "true" }, draw("path", { d })),
     ];
   }).concat(make("p", { class: "axis" }, make("span", {}, `${distances - 1} back`), make("span", {}, "itself")));
+}
+
+// A long answer scrolls in a box of its own, so that the curves stay in view.
+function intoView(span) {
+  const [box, frame] = [span.getBoundingClientRect(), tokens.getBoundingClientRect()];
+  const room = 24;
+  if (box.top < frame.top + room) tokens.scrollTop -= frame.top + room - box.top;
+  else if (box.bottom > frame.bottom - room) tokens.scrollTop += box.bottom - frame.bottom + room;
 }
 
 const noValue = (key) => (key === "fai" ? `no token is ${page.lo} further on` : "not known");
