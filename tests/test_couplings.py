@@ -15,8 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from attnstats import corpus, models
 from attnstats import couplings as module
-from attnstats import models
 from attnstats.analyze import pieces
 from attnstats.commands import couplings as command
 from attnstats.commands import tables
@@ -362,7 +362,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path, monkeypatch):
     original = module.measure
 
     def interrupted(*arguments):
-        if len(calls) == 3:
+        if len(calls) == 4:  # the first is of the model, before anything is generated
             raise KeyboardInterrupt
         calls.append(1)
         return original(*arguments)
@@ -405,3 +405,28 @@ def test_the_control_reads_the_same_text_with_other_weights(finished, folder, tm
     trained, untrained = (json.loads(f.read_text()) for f in (finished / command.RESULTS, couplings_control.RESULT))
     assert trained["response_tokens"] == untrained["response_tokens"]
     assert trained["couplings"] != untrained["couplings"]
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ({"kind": "Bloom"}, "--model model: "),
+    ({"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}, "one head is neither"),
+])  # fmt: skip
+def test_models_without_what_it_takes_say_so_before_generating(tmp_path, monkeypatch, model, message):
+    path = save_tiny_model(tmp_path / "model", **model)
+    monkeypatch.setattr(corpus, "run", None)
+    with pytest.raises(InputError, match=message):
+        command.run(options_of(*arguments_of(path, tmp_path / "out", data=data_file(tmp_path))))
+    assert not (tmp_path / "out").exists()
+
+
+def test_logits_that_are_not_the_output_embedding_are_refused(tiny, folder, tmp_path, monkeypatch):
+    original = type(tiny.model).forward
+
+    def scaled(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.logits = output.logits * 3 + 1
+        return output
+
+    monkeypatch.setattr(type(tiny.model), "forward", scaled)
+    with pytest.raises(InputError, match="its logits are not its output embedding"):
+        command.run(options_of(*arguments_of(folder, tmp_path / "out")))

@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
     terminal = Terminal(quiet=not shard.is_first)
     terminal.say("Loading the model")
     job = _job(options, questions, terminal, shard)
+    _check(options, job)
     store = _store(options, job, CORPUS, job.identity)
     try:
         _generate(options, job, store)
@@ -158,6 +159,23 @@ def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard
         "versions": versions(),
     }
     return Job(loaded, prompts, identity, terminal, shard, timings)
+
+
+def _check(options: argparse.Namespace, job: Job) -> None:
+    """Raises InputError for a model that can't be measured or has too few heads, before anything is generated."""
+    from attnstats.couplings import measure
+    from attnstats.generation import check_lengths
+
+    check_lengths(job.prompts, job.loaded, options.max_tokens)
+    try:
+        tensors, _ = measure(job.loaded, job.prompts[0], job.prompts[0][-1:], options.temperature)
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        raise InputError(
+            said if said.startswith("--") else f"--model {job.loaded.name}: {said.removeprefix('model: ')}"
+        ) from error
+    if tensors["mean_distance"].shape[:2].numel() < 2:
+        raise InputError(f"--model {job.loaded.name}: one head is neither local nor global; name a model of more heads")
 
 
 def _store(options: argparse.Namespace, job: Job, name: str, identity: dict[str, Any]) -> Store:
