@@ -22,7 +22,7 @@ from attnstats import corpus, heads, rhythm
 from attnstats.capture import capture
 from attnstats.corpus import Measured, Progress
 from attnstats.errors import InputError
-from attnstats.generation import check_sampling
+from attnstats.generation import check_lengths, check_sampling
 from attnstats.maps import Maps, mean_maps
 from attnstats.models import LoadedModel
 from attnstats.presets import paper_v2
@@ -110,6 +110,7 @@ class Analysis:
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], texts: dict[str, Any]) -> Analysis:
         """The analysis that `stored` gave these. Raises KeyError, TypeError, ValueError for anything else."""
+        _require_whole(tensors, texts)
         return cls(
             question=str(texts["question"]),
             tokens=list(map(str, texts["tokens"])),
@@ -137,6 +138,32 @@ class Analysis:
 
     def _top(self, values: Tensor, valid: Tensor | None, count: int) -> list[int]:
         return [self.response_start + i for i in rhythm.top(values[self.response], count, valid)]
+
+
+def _require_whole(tensors: dict[str, Tensor], texts: dict[str, Any]) -> None:
+    """Raises KeyError or ValueError for what no analysis holds: tables and pages are made of it without a look."""
+    length, (layers, count) = len(texts["tokens"]), tensors["distance"].shape
+    response = tensors["response"]
+    if response.dtype != torch.bool or response.shape != (length,) or not response.any():
+        raise ValueError(f"response must be ({length},) bool with a token in it")
+    per_head: tuple[int, ...] = (layers, count, length)
+    rows: tuple[int, ...] = (length,)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("head_waad", "head_fai", "head_mean_distance", "head_received"), per_head
+    )
+    shapes |= dict.fromkeys(("token_ids", "waad", "fai", "fai_valid", "received_valid", "entropy"), rows)
+    shapes |= {"distance": (layers, count), "layers": (layers,), "delta": (int(response.sum()),)}
+    shapes |= dict.fromkeys(("local", "global"), (layers, count))
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and name != "entropy" and not tensor.isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite entries")
+        if (tensor.dtype == torch.bool) != (name in ("fai_valid", "received_valid", "local", "global")):
+            raise ValueError(f"{name} has dtype {tensor.dtype}")
+    if not tensors["local"].any() or not tensors["global"].any():
+        raise ValueError("local and global must have a head each")
 
 
 # Fields of an Analysis that a store keeps under their own names.
@@ -176,29 +203,38 @@ def analyze(
     check(settings, loaded, questions)
     with tempfile.TemporaryDirectory() as folder:
         store = begin(Path(folder) / "run", {}, resume=False)
-        fill(store, loaded, questions, settings, progress, timings=timings)
-        return list(Analyses(store))
+        fill(store, loaded, questions, rendered(loaded, questions, settings), settings, progress, timings=timings)
+        store.close()
+        return list(Analyses(store, len(questions)))
+
+
+def rendered(loaded: LoadedModel, questions: Sequence[str], settings: Settings) -> list[list[int]]:
+    """The token ids that the model reads of each question. Raises InputError where a response doesn't fit behind."""
+    prompts = [render(loaded.tokenizer, question, settings.system) for question in questions]
+    check_lengths(prompts, loaded, settings.max_tokens)
+    return prompts
 
 
 def fill(
     store: Store,
     loaded: LoadedModel,
     questions: Sequence[str],
+    prompts: Sequence[list[int]],
     settings: Settings,
     progress: Progress,
-    *,
     profile: heads.HeadProfile | None = None,
+    *,
     shard: Shard = Shard(),  # noqa: B008 frozen
     timings: dict[str, float] | None = None,
 ) -> None:
-    """What `analyze` does, into a store and for this process's share; settings and questions went through `check`."""
+    """What `analyze` does, into a store and for this process's share; all went through `check` and `rendered`."""
 
     def measured(index: int, prompt: list[int], response: list[int]) -> Measured:
         return measure(loaded, questions[index], prompt, response, settings, profile).stored()
 
     corpus.run(
         loaded,
-        [render(loaded.tokenizer, question, settings.system) for question in questions],
+        prompts,
         measured,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -213,12 +249,12 @@ def fill(
 class Analyses(Sequence[Analysis]):
     """The analyses of a store, each read when it is asked for: a corpus need not fit into memory."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, count: int):
         self._store = store
-        self._indices = store.indices()
+        self._count = count
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return self._count
 
     @overload
     def __getitem__(self, place: int) -> Analysis: ...
@@ -229,12 +265,12 @@ class Analyses(Sequence[Analysis]):
     def __getitem__(self, place: int | slice) -> Analysis | list[Analysis]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        index = self._indices[place]
+        index = range(self._count)[place]
         tensors, texts = self._store.read(index)
         try:
             return Analysis.restored(tensors, texts)
         except (KeyError, TypeError, ValueError) as error:
-            raise corrupt(self._store.path(index), f"no {error}") from error
+            raise corrupt(self._store.path(index), f"not an analysis: {error}") from error
 
 
 def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> None:

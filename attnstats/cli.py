@@ -1,12 +1,14 @@
 """The command line: arguments in, an exit code out; the work is in commands/.
 
-Exit codes: 0, or 2 for bad input (one line on stderr, no traceback), 1 when --verify finds a difference, 130 on
-Ctrl-C. What a fault of ours raises keeps its traceback. Heavy imports wait until the arguments are known to be good.
+Exit codes: 0; 2 for bad input (one line on stderr, no traceback); 1 when --verify finds a difference; 130 on Ctrl-C;
+141 where nobody reads on. What a fault of ours raises keeps its traceback. Heavy imports wait until arguments are known
+to be good.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -14,8 +16,9 @@ from typing import NoReturn
 import attnstats
 from attnstats.commands import analyze, couplings, plot, report
 from attnstats.errors import InputError
+from attnstats.text import visible
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 COMMANDS = {"analyze": analyze, "couplings": couplings, "plot": plot, "report": report}
 
 
@@ -32,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         return COMMANDS[options.command].run(options)
     except InputError as error:
-        print(f"attnstats: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # What a file holds can end up in a message: nothing of it may move the cursor.
+        print(f"attnstats: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except KeyboardInterrupt as stop:
         print(f"attnstats: interrupted; {stop.args[0] if stop.args else 'nothing was written'}", file=sys.stderr)
         return INTERRUPTED

@@ -121,5 +121,6 @@ def _generate(
         advance=advance,
     )
     for index, response in zip(batch, responses, strict=True):
-        store.write_response(index, prompts[index], response)
+        if not store.has_response(index):  # what has been measured stays with what was measured
+            store.write_response(index, prompts[index], response)
     return steps

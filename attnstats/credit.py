@@ -334,9 +334,12 @@ def _coupled(
     check_signal("fai", fai, mask, valid)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be an integer >= 1, got {k!r}")
+    for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
+        if tau is not None and math.isnan(tau):
+            raise ValueError(f"{name} must be a number, or None for each response's median; got {tau}")
     responses = Responses.of(mask)
     anchor = responses.gather(top_of(fai, mask, q, valid, False))
-    curve = responses.gather(waad)
+    curve = responses.gather(waad.to(working(waad.dtype)))
     change = responses.delta(curve)
     low = curve <= (lower_median(curve, responses.length) if tau_waad is None else tau_waad)
     least = lower_median(change, responses.length - 1) if tau_delta is None else tau_delta

@@ -1,6 +1,6 @@
 """What analyses have in common: the profile of their heads and the couplings between their curves.
 
-Both go over analyses one at a time, so that a corpus need not fit into memory. Called by commands/analyze.py and
+Both read analyses one at a time and keep of each a few numbers or its mean curves. Called by commands/analyze.py and
 commands/report.py; commands/couplings.py is the paper's study of them, over all layers and settings.
 """
 

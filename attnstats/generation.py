@@ -5,7 +5,8 @@ Token ids in, token ids out, whichever cache and attention the model has. Called
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def generate(
     """The response to each prompt of one batch: token ids up to and including the end token.
 
     Args:
-        temperature: 0 is greedy; the seed matters above it.
+        temperature: 0 is greedy; the seed matters above it. The global generator is left as it was.
         advance: is called once per step of the batch.
     """
     from transformers import GenerationConfig, StoppingCriteria
@@ -66,16 +67,11 @@ def generate(
             advance()
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    torch.manual_seed(seed)
     own = loaded.model.generation_config
     ends = end_tokens(loaded)
     config = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=temperature > 0,
-        # The model's own generation settings would change the distribution whose entropy is reported.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
         bos_token_id=own.bos_token_id,
         eos_token_id=sorted(ends) or None,
@@ -88,7 +84,8 @@ def generate(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     device = loaded.device
-    with torch.no_grad():
+    with torch.no_grad(), _without_settings(loaded.model), torch.random.fork_rng(_gpus(device)):
+        torch.manual_seed(seed)
         sequences = loaded.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -96,6 +93,26 @@ def generate(
             stopping_criteria=[Advance()],
         )
     return [_until_end(row, ends) for row in sequences[:, longest:].tolist()]
+
+
+@contextmanager
+def _without_settings(model: Any) -> Iterator[None]:
+    """The model without generation settings of its own, which fill whatever a call leaves open.
+
+    Penalties, min_p, suppressed tokens: they would change the distribution whose entropy is reported.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _gpus(device: torch.device) -> list[int]:
+    return [] if device.type == "cpu" else [device.index or 0]
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:

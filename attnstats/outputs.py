@@ -15,7 +15,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ import torch
 import attnstats
 from attnstats.analyze import Analyses, Analysis, Settings
 from attnstats.errors import InputError
-from attnstats.store import ITEMS, RUN, Store, begin, corrupt, read_json, umask
+from attnstats.store import ITEMS, RUN, Store, begin, corrupt, read_json, require_same
 from attnstats.text import spreadsheet_cell
 
 TOKENS, HEADS, SUMMARY, PROFILE, REPORT = "tokens", "heads", "summary.json", "heads.json", "report.html"
 TABLES = tuple(f"{name}.{kind}" for name in (TOKENS, HEADS) for kind in ("csv", "parquet"))
+TEXTS = {"token", "class"}  # columns of text
+ROW_GROUP = 65_536  # rows of a Parquet file that are read together
 FILES = (REPORT, *TABLES, PROFILE, SUMMARY, RUN, ITEMS)
 
 
@@ -39,45 +42,73 @@ def workplace(out: Path) -> Path:
     Raises:
         InputError: `out` can't be written, or holds what isn't ours to replace.
     """
-    target = out.expanduser().resolve()
     try:
-        if target.is_dir():
-            others = sorted({entry.name for entry in target.iterdir()} - set(FILES))
-            if others:
-                raise InputError(f"--out {out}: holds {others[0]}, which is not ours to replace; name another folder")
-        elif target.exists():
-            raise InputError(f"--out {out}: is a file; name a folder")
+        target = out.expanduser().resolve()
+        for old in sorted(target.parent.glob(f".{target.name}.old-*")):  # a kill came while one made room for another
+            if target.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(target)
+        _require_ours(target, out)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(target.parent, os.W_OK):
             raise InputError(f"--out {out}: {os.strerror(errno.EACCES)}; name a folder that can be written")
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror or error}; name a folder that can be written") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--out {out}: {reason}; name a folder that can be written") from error
     return target.with_name(f"{target.name}.part")
 
 
-def open_store(work: Path, out: Path, identity: dict[str, Any], *, resume: bool) -> Store:
-    """A store in `work`, new or resumed; a finished run at `out` is opened again by moving there.
+def _require_ours(target: Path, out: Path) -> None:
+    """Raises InputError where there is something that a run of ours has not left."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"--out {out}: is a file; name a folder")
+    names = {entry.name for entry in target.iterdir()}
+    foreign = next(iter(sorted(names - set(FILES))), None) or Store(target).foreign()
+    if foreign is None and names and RUN not in names:
+        foreign = min(names)
+    if foreign is not None:
+        raise InputError(f"--out {out}: holds {foreign}, which is not ours to replace; name another folder")
+
+
+def open_store(out: Path, identity: dict[str, Any], *, resume: bool) -> Store:
+    """A store to work in beside `out`, new or resumed; a finished run that has lost items moves there again.
 
     Raises:
-        InputError: see store.begin.
+        InputError: see workplace and store.begin.
     """
-    finished = out.expanduser().resolve()
-    if resume and not work.exists() and (finished / RUN).is_file():
-        begin(finished, identity, resume=True)
-        finished.rename(work)
+    work, target = workplace(out), out.expanduser().resolve()
+    if resume and not work.exists() and (target / RUN).is_file():
+        require_same(target, identity)
+        target.rename(work)
     return begin(work, identity, resume=resume)
 
 
-def finish(work: Path, out: Path) -> None:
-    """Give the finished folder its name; what had it goes."""
+def is_finished(out: Path, identity: dict[str, Any], total: int) -> bool:
+    """Whether `out` has all results of such a run. Raises InputError where they are of another one."""
     target = out.expanduser().resolve()
+    if workplace(out).exists() or not (target / SUMMARY).is_file():
+        return False
+    require_same(target, identity)
+    return Store(target).indices() == list(range(total))
+
+
+def finish(store: Store, out: Path) -> None:
+    """Give the finished folder its name; what had it goes. Raises InputError where that isn't ours, and keeps both."""
+    target = out.expanduser().resolve()
+    _require_ours(target, out)
+    store.close()
     if not target.exists():
-        work.rename(target)
+        store.folder.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
     target.rename(old)  # an empty folder may be renamed over
     try:
-        work.rename(target)
+        store.folder.rename(target)
     except BaseException:
         old.rename(target)
         raise
@@ -98,13 +129,12 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
     try:
         settings = Settings(**{key: value for key, value in summary["settings"].items() if key != "preset"})
         count = len(summary["prompts"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise corrupt(folder / SUMMARY, f"no settings and prompts in it: {error}") from error
-    analyses = Analyses(Store(folder))
-    if len(analyses) != count:
-        raise InputError(f"{folder}: results of {len(analyses)} prompts where {SUMMARY} names {count}; "
-                         "run again with --resume")  # fmt: skip
-    return analyses, settings, summary
+        sections = [dict(summary[name]) for name in ("model", "versions", "timings_seconds", "peak_memory_bytes")]
+        if not all(isinstance(value, (int, float)) for section in sections[2:] for value in section.values()):
+            raise TypeError("seconds and bytes must be numbers")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise corrupt(folder / SUMMARY, f"no settings, prompts and timings in it: {error}") from error
+    return Analyses(Store(folder), count), settings, summary
 
 
 def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
@@ -117,25 +147,42 @@ def _write_table(
     folder: Path, name: str, analyses: Sequence[Analysis], rows: Callable[[int, Analysis], dict[str, Any]]
 ) -> None:
     import pandas
+
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        kept: list[Any] = []
+        with _parquet_file(folder / f"{name}.parquet") as write:
+            for prompt, analysis in enumerate(analyses):
+                table = pandas.DataFrame(rows(prompt, analysis))
+                kept.append(table.copy())
+                # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
+                for column in TEXTS & set(table.columns):
+                    table[column] = table[column].map(spreadsheet_cell)
+                table.to_csv(file, index=False, header=prompt == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+                if sum(map(len, kept)) >= ROW_GROUP or prompt == len(analyses) - 1:
+                    write(pandas.concat(kept))
+                    kept = []
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A function that adds a table as a group of rows."""
     import pyarrow
     import pyarrow.parquet
 
-    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = None
-        try:
-            for prompt, analysis in enumerate(analyses):
-                table = pandas.DataFrame(rows(prompt, analysis))
-                kept = pyarrow.Table.from_pandas(table, preserve_index=False)
-                if writer is None:
-                    writer = pyarrow.parquet.ParquetWriter(folder / f"{name}.parquet", kept.schema)
-                writer.write_table(kept)
-                # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
-                for column in table.select_dtypes(["object", "str"]):
-                    table[column] = table[column].map(spreadsheet_cell)
-                table.to_csv(file, index=False, header=prompt == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        finally:
-            if writer is not None:
-                writer.close()
+    writer = None
+
+    def write(frame: Any) -> None:
+        nonlocal writer
+        table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+        if writer is None:
+            writer = pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
@@ -173,9 +220,7 @@ def head_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """summary.json, readable by every JSON parser: no NaN, no lone surrogates."""
     text = json.dumps(summary, indent=2, ensure_ascii=True, allow_nan=False)
-    path = folder / SUMMARY
-    path.write_text(text + "\n", encoding="ascii")
-    path.chmod(0o666 & ~umask())
+    (folder / SUMMARY).write_text(text + "\n", encoding="ascii")
 
 
 def versions() -> dict[str, str]:

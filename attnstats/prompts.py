@@ -16,6 +16,7 @@ from typing import Any
 
 from attnstats.errors import InputError
 
+OTHER_TABLES = (".json", ".tsv", ".xls", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".pkl", ".pt", ".npy")
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 QUESTIONS = (
@@ -44,15 +45,18 @@ def read_prompts(file: Path, field: str | None = None, option: str = "--prompts"
     """
     where = f"{option} {file}"
     name = "question" if field is None else field
+    kind = file.suffix.lower()
     if file.is_dir():
         prompts = _column(_dataset(file, where), name, where)
-    elif file.suffix == ".parquet":
+    elif kind == ".parquet":
         prompts = _column(_parquet(file, where), name, where)
-    elif file.suffix == ".csv":
+    elif kind == ".csv":
         prompts = _csv(_text(file, where), name, where)
+    elif kind in OTHER_TABLES:
+        raise InputError(f"{where}: {kind} is not read; save it as .jsonl, .csv or .parquet, or as .txt, one per line")
     else:
         lines = [(n, line.strip()) for n, line in enumerate(_text(file, where).split("\n"), 1) if line.strip()]
-        if file.suffix == ".jsonl":
+        if kind == ".jsonl":
             prompts = [_record(line, name, f"{where}, line {number}") for number, line in lines]
         elif field is None:
             prompts = [line for _, line in lines]
@@ -75,7 +79,7 @@ def _text(file: Path, where: str) -> str:
 def _record(line: str, field: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f'{where}: needs an object with a text under "{field}"')
@@ -83,6 +87,7 @@ def _record(line: str, field: str, where: str) -> str:
 
 
 def _csv(text: str, field: str, where: str) -> list[str]:
+    csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         return [_prompt(row, field, f"{where}, line {rows.line_num}") for row in rows]
@@ -93,11 +98,19 @@ def _csv(text: str, field: str, where: str) -> list[str]:
 def _prompt(record: Mapping[str | None, Any], field: str, where: str) -> str:
     prompt = record.get(field)
     if isinstance(prompt, str) and prompt.strip():
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f'{where}: "{field}" has half of a character ({error.reason})') from error
         return prompt
     if field in record:
-        raise InputError(f'{where}: needs a text under "{field}", got {prompt!r}')
-    there = ", ".join(repr(key) for key in record if key is not None) or "nothing"
+        raise InputError(f'{where}: needs a text under "{field}", got {_cut(repr(prompt))}')
+    there = _cut(", ".join(repr(key) for key in record if key is not None)) or "nothing"
     raise InputError(f'{where}: needs an object with a text under "{field}"; it has {there} (choose with --field)')
+
+
+def _cut(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}\u2026"
 
 
 def _dataset(folder: Path, where: str) -> Any:
@@ -107,7 +120,7 @@ def _dataset(folder: Path, where: str) -> Any:
         raise InputError(f"{where}: to read a data set's folder, run: pip install datasets") from error
     try:
         found = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{where}: not a folder of Dataset.save_to_disk ({error})") from error
     if isinstance(found, datasets.DatasetDict):
         splits = ", ".join(str(folder / split) for split in found)
@@ -127,7 +140,8 @@ def _parquet(file: Path, where: str) -> Any:
 
 def _column(table: Any, field: str, where: str) -> list[str]:
     if field not in table.column_names:
-        raise InputError(f"{where}: has no column {field!r}, only {', '.join(table.column_names)}; choose with --field")
+        there = _cut(", ".join(map(repr, table.column_names)))
+        raise InputError(f"{where}: has no column {field!r}, only {there}; choose with --field")
     rows = enumerate(table.column(field).to_pylist(), 1)
     return [_prompt({field: value}, field, f"{where}, row {number}") for number, value in rows]
 
@@ -159,5 +173,10 @@ def render(tokenizer: Any, question: str, system: str) -> list[int]:
     except TemplateError:
         # Some templates refuse a system message; its text then opens the user's.
         merged = [{"role": "user", "content": f"{system}\n\n{question}"}]
-        ids = tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except TemplateError as error:
+            raise InputError(f"--model: its chat template cannot be used ({error})") from error
+    if not ids:
+        raise InputError("--model: its chat template makes nothing of a question; use a model with another one")
     return list(ids)

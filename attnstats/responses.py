@@ -38,7 +38,7 @@ def delta(waad: Tensor, mask: Tensor) -> Tensor:
         tensor([[0., 3., 0., 0.]])
     """
     check_signal("waad", waad, mask)
-    return delta_of(waad, mask)
+    return delta_of(waad, mask).to(waad.dtype)
 
 
 @torch.no_grad()
@@ -99,9 +99,9 @@ class Responses:
 
 
 def delta_of(waad: Tensor, mask: Tensor) -> Tensor:
-    """`delta` of arguments that were checked."""
+    """`delta` of arguments that were checked, sixteen-bit ones in float32."""
     responses = Responses.of(mask)
-    return responses.spread(responses.delta(responses.gather(waad)))
+    return responses.spread(responses.delta(responses.gather(waad.to(working(waad.dtype)))))
 
 
 def top_of(values: Tensor, mask: Tensor, q: float, valid: Tensor | None, bottom: bool) -> Tensor:

@@ -28,7 +28,8 @@ Splitter = Callable[[str], Sequence[str]]
 # end; and at a line break. Not after the number of a list item, an initial or one of these abbreviations.
 _CLOSING = "\"')\\]\u201d\u2019\u300d\uff09"
 _WIDE = "\u3002\uff01\uff1f"  # the full stop, exclamation and question mark of Chinese and Japanese
-_END = re.compile(rf"(?:[.!?\u2026]+[{_CLOSING}]*(?=\s|$)|[{_WIDE}]+[{_CLOSING}]*|\n)\s*")
+_END = re.compile(rf"(?:(?<![.!?\u2026])[.!?\u2026]+[{_CLOSING}]*(?=\s|$)|[{_WIDE}]+[{_CLOSING}]*|\n)\s*")
+LONGEST_ABBREVIATION = 12
 _NO_END = re.compile(
     r"^\s*\d+\.$|(?:^|[\s(])(?:[A-HJ-Z]|e\.g|i\.e|etc|vs|cf|approx|Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Eq|Sec)\.$"
 )
@@ -43,8 +44,13 @@ def sentences(text: str) -> list[str]:
     """
     found, start = [], 0
     for end in _END.finditer(text):
-        closed = text[start : end.end()].rstrip()
-        if closed and not ("\n" not in end.group() and _NO_END.search(closed)):
+        if "\n" not in end.group():
+            tail = text[max(start, end.start() - LONGEST_ABBREVIATION) : end.end()].rstrip()
+            # What was cut off before it must not look like the start of a line.
+            cut = "x" if end.start() - LONGEST_ABBREVIATION > start else ""
+            if _NO_END.search(cut + tail):
+                continue
+        if text[start : end.end()].strip():
             found.append(text[start : end.end()])
             start = end.end()
     if text[start:].strip() or not found:

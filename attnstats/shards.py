@@ -41,18 +41,25 @@ class Shard:
         """
         return list(batches[self.rank :: self.count])
 
-    def first(self, action: Callable[[], object]) -> None:
-        """Let the first process do something while the others wait. An InputError of it is one of all."""
-        failed: list[str | None] = [None]
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Let the first process do something while the others wait: its result there, None elsewhere.
+
+        What it raises reaches all: an InputError as it is, anything else as one that says what happened.
+        """
+        found, failed = None, None
         if self.is_first:
             try:
-                action()
-            except InputError as error:
-                failed = [str(error)]
+                found = action()
+            except BaseException as error:
+                failed = error
         if self.count > 1:
-            torch.distributed.broadcast_object_list(failed)
-        if failed[0] is not None:
-            raise InputError(failed[0])
+            said = [None if failed is None else str(failed) or type(failed).__name__]
+            torch.distributed.broadcast_object_list(said)
+            if failed is None and said[0] is not None:
+                raise InputError(said[0])
+        if failed is not None:
+            raise failed
+        return found
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -76,5 +83,8 @@ def from_environment() -> Shard:
     if not 0 <= rank < count:
         raise InputError(f"RANK {rank} is not below WORLD_SIZE {count}; start with torchrun or accelerate launch")
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+        try:
+            torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+        except ValueError as error:
+            raise InputError(f"WORLD_SIZE {count}: {error}; start with torchrun or accelerate launch") from error
     return Shard(rank, count, local)

@@ -18,6 +18,7 @@ from attnstats import cli
 from attnstats.commands import analyze
 from attnstats.commands.options import parse_layers
 from attnstats.outputs import FILES
+from attnstats.store import Store
 from tests.tiny import save_tiny_model
 
 
@@ -250,8 +251,8 @@ def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda out: (out / "summary.json").unlink(), "has no summary.json"),
     (lambda out: (out / "summary.json").write_text("{"), "summary.json: cannot be read"),
-    (lambda out: (out / "summary.json").write_text("{}"), "no settings and prompts in it"),
-    (lambda out: (out / "items" / "000001.safetensors").unlink(), "results of 2 prompts where summary.json names 3"),
+    (lambda out: (out / "summary.json").write_text("{}"), "no settings, prompts and timings in it"),
+    (lambda out: (out / "items" / "000001.safetensors").unlink(), "000001.safetensors: cannot be read"),
     (lambda out: (out / "items" / "000001.safetensors").write_bytes(b"\0" * 9), "000001.safetensors: cannot be read"),
     (shutil.rmtree, "no such folder"),
 ])  # fmt: skip
@@ -270,7 +271,7 @@ def finished(tiny, tmp_path_factory):
     return out
 
 
-def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, monkeypatch, capsys):
+def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finished, monkeypatch, capsys):
     out = tmp_path / "out"
     arguments = ["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]
     measure, calls = pipeline.measure, []
@@ -287,8 +288,50 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, monkey
     kept = f"1 of 3 prompts are done and kept in {out}.part; go on with --resume"
     assert capsys.readouterr().err == f"attnstats: interrupted; {kept}\n"
     assert cli.main(arguments) == 2
-    assert "holds an unfinished run with 1 prompts done; go on with it by --resume" in capsys.readouterr().err
+    assert "holds an unfinished run with 1 prompt done; go on with it by --resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume", "--seed", "1"]) == 2
     assert "was begun with seed 0, this run has 1" in capsys.readouterr().err
+    for others in (["--prompt", "so"], ["--head-profile", str(finished / "heads.json")]):
+        assert cli.main([*arguments, "--resume", *others]) == 2
+        assert "was begun with" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    before = (out / "summary.json").read_bytes()
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert f"{out} is finished" in capsys.readouterr().out.replace("\n", "")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_statistics_stay_with_their_tokens_when_a_response_is_lost(tmp_path, tiny, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "items" / "000001.json").unlink()
+    (out / "items" / "000001.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out), "--resume"]) == 0
+    after = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
+    assert after | before == after
+    assert after.keys() - before.keys() == {"000001.json", "000001.safetensors"}
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("waad", lambda t: t[:-1]), ("waad", lambda t: t * torch.nan), ("fai", lambda t: t / 0),
+    ("response", lambda t: t.long()), ("fai_valid", lambda t: t.float()), ("entropy", lambda t: t[1:]),
+    ("distance", lambda t: t[0]), ("layers", lambda t: t.repeat(2)), ("delta", lambda t: t[1:]),
+    ("response", lambda t: t & False), ("local", lambda t: t & False),
+])  # fmt: skip
+def test_an_item_that_is_no_analysis_is_named(tmp_path, finished, capsys, name, change):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    store = Store(out)
+    tensors, texts = store.read(1)
+    store.write(1, tensors | {name: change(tensors[name])}, texts)
+    assert cli.main(["report", str(out)]) == 2
+    assert "000001.safetensors: cannot be read (not an analysis: " in capsys.readouterr().err
+
+
+def test_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
+    pandas.DataFrame({"\x1b]0;x\x07\x1b[2Jq": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    assert cli.main(["analyze", "--prompts", str(tmp_path / "a.parquet")]) == 2
+    assert "\x1b" not in capsys.readouterr().err

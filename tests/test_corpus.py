@@ -37,6 +37,7 @@ def fill(loaded, store, measure, shard=Shard(), temperature=0.8):  # noqa: B008
     options = {"max_tokens": 6, "temperature": temperature, "seed": 3}
     corpus.run(loaded, prompts, measure, **options, store=store, progress=progress, shard=shard)
     assert progress.steps == progress.total
+    store.close()
     return {i: (*store.response(i), store.read(i)[0]["sum"].item()) for i in store.indices()}
 
 
@@ -57,6 +58,7 @@ def test_what_is_done_is_not_done_again(tmp_path, loaded, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         fill(loaded, store, cut)
+    store.close()
     assert store.indices() == list(range(11))
     measured, generated = [], []
     generate = corpus.generate

@@ -416,3 +416,18 @@ def test_one_graph_for_every_length():
         arguments = waad, fai, mask, torch.rand(3, length) < 0.8, torch.rand(3)
         torch.testing.assert_close(graph(*arguments), shaped(*arguments))
     assert compiled.frame_count <= 2
+
+
+def test_sixteen_bits_are_compared_in_float32():
+    waad = torch.tensor([[8.0, 0.30078125, 0.0]], dtype=torch.bfloat16)
+    fai, mask = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.bfloat16), torch.ones(1, 3, dtype=torch.bool)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        sets = credit.coupled_sets(waad.to(dtype), fai.to(dtype), mask, q=0.3, tau_waad=0.3, tau_delta=1.0)
+        assert not sets.dominated.any(), dtype  # in bfloat16 the threshold would be 0.30078125
+
+
+@pytest.mark.parametrize("name", ["tau_waad", "tau_delta"])
+def test_a_threshold_is_a_number(name):
+    curve, mask = torch.rand(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"{name} must be a number, or None"):
+        credit.coupled_rhythm(curve, curve, mask, **{name: float("nan")})

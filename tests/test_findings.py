@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from attnstats import findings
+from attnstats import findings, heads
 from attnstats.rhythm import Chance
 from tests.tiny import synthetic_analysis
 
@@ -55,3 +55,16 @@ def test_entropy_that_follows_waad_is_found(analyses):
 def test_without_a_receiver_there_is_no_coupling():
     short = [synthetic_analysis(["a", "b", "c"])]
     assert findings.coupled(short, findings.profile(short)) == ()
+
+
+def test_tokens_without_a_value_are_no_peaks_of_receivers(analyses):
+    profile = findings.profile(analyses)
+    for analysis in analyses:
+        curves = findings.curves(analysis, profile)
+        assert torch.equal(curves.valid("receiver_fai"), analysis.received_valid[analysis.response])
+        assert torch.equal(curves.valid("fai"), analysis.fai_valid[analysis.response])
+
+
+def test_what_a_head_receives_leaves_out_the_nearest_four():
+    """Bogdan et al.: distances 0 to 3 don't count."""
+    assert (heads.RECEIVED.lo, heads.RECEIVED.hi) == (4, None)

@@ -77,7 +77,7 @@ def test_an_analysis_comes_back_from_a_store_as_it_was(tmp_path, analyses):
     store = begin(tmp_path / "run", {}, resume=False)
     for index, analysis in enumerate(analyses):
         store.write(index, *analysis.stored())
-    kept = Analyses(store)
+    kept = Analyses(store, 2)
     assert len(kept) == len(kept[:]) == 2
     for before, after in zip(analyses, kept, strict=True):
         for field in dataclasses.fields(before):
@@ -109,6 +109,7 @@ def test_every_file_follows_the_umask(tmp_path, analyses):
         store = begin(tmp_path / "run", {}, resume=False)
         store.write_response(0, [1], [2])
         store.write(0, *analyses[0].stored())
+        store.close()
     finally:
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
@@ -128,10 +129,9 @@ def test_where_posix_is_absent_resident_memory_is_left_out(monkeypatch):
 
 
 def fill(out, text="new"):
-    work = outputs.workplace(out)
-    store = outputs.open_store(work, out, {"text": text}, resume=False)
+    store = outputs.open_store(out, {"text": text}, resume=False)
     (store.folder / "tokens.csv").write_text(text)
-    outputs.finish(work, out)
+    outputs.finish(store, out)
 
 
 def contents(folder):
@@ -164,25 +164,43 @@ def test_a_link_is_followed(tmp_path):
 def test_a_run_works_beside_the_old_output(tmp_path):
     out = tmp_path / "out"
     fill(out, "old")
-    work = outputs.workplace(out)
-    outputs.open_store(work, out, {"text": "new"}, resume=False)
+    outputs.open_store(out, {"text": "new"}, resume=False).close()
     assert contents(out) == "old"
     with pytest.raises(InputError, match=r"out.part: holds an unfinished run with 0 prompts done; go on .* --resume"):
         fill(out)
-    outputs.open_store(work, out, {"text": "new"}, resume=True)
+    outputs.open_store(out, {"text": "new"}, resume=True)
 
 
-def test_a_finished_run_is_opened_again(tmp_path):
+def test_a_finished_run_is_known_and_one_that_lost_items_goes_back_to_work(tmp_path, analyses):
+    out = tmp_path / "out"
+    store = outputs.open_store(out, {"text": "old"}, resume=False)
+    for index, analysis in enumerate(analyses):
+        store.write(index, *analysis.stored())
+    outputs.write_summary(store.folder, {})
+    outputs.finish(store, out)
+    assert outputs.is_finished(out, {"text": "old"}, 2)
+    assert not outputs.is_finished(out, {"text": "old"}, 3)
+    for call in (outputs.is_finished, lambda out, identity, _: outputs.open_store(out, identity, resume=True)):
+        with pytest.raises(InputError, match='begun with text "old", this run has "new"'):
+            call(out, {"text": "new"}, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    store.__class__(out).path(1).unlink()
+    assert not outputs.is_finished(out, {"text": "old"}, 2)
+    assert outputs.open_store(out, {"text": "old"}, resume=True).indices() == [0]
+    assert not out.exists()
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path):
     out = tmp_path / "out"
     fill(out, "old")
-    work = outputs.workplace(out)
-    with pytest.raises(InputError, match='begun with text "old", this run has "new"'):
-        outputs.open_store(work, out, {"text": "new"}, resume=True)
+    out.rename(tmp_path / ".out.old-1")
+    outputs.workplace(out)
     assert contents(out) == "old"
-    assert contents(outputs.open_store(work, out, {"text": "old"}, resume=True).folder) == "old"
-    assert not out.exists()
-    outputs.finish(work, out)
+    fill(tmp_path / "other", "older")
+    (tmp_path / "other").rename(tmp_path / ".out.old-2")
+    outputs.workplace(out)
     assert contents(out) == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, monkeypatch):
@@ -202,14 +220,33 @@ def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
 
 
-def test_what_is_not_ours_is_never_replaced(tmp_path):
+@pytest.mark.parametrize("name", ["notes.txt", "items/notes.txt", "items/1.json"])
+def test_what_is_not_ours_is_never_replaced(tmp_path, name):
     out = tmp_path / "out"
     fill(out, "old")
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"--out .*: holds notes.txt, which is not ours to replace"):
+    (out / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"--out .*: holds {name}, which is not ours to replace"):
         fill(out)
-    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / name).read_text() == "mine"
     assert (out / "tokens.csv").read_text() == "old"
+
+
+def test_names_like_ours_are_not_ours(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("mine")
+    with pytest.raises(InputError, match=r"--out .*: holds report.html, which is not ours to replace"):
+        fill(tmp_path / "out")
+
+
+def test_what_came_while_a_run_worked_stays(tmp_path):
+    out = tmp_path / "out"
+    fill(out, "old")
+    store = outputs.open_store(out, {"text": "new"}, resume=False)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt"):
+        outputs.finish(store, out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert store.folder.is_dir()
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/attnstats"])

@@ -46,7 +46,8 @@ def folder(tmp_path_factory, analysis):
     for index in range(2):
         store.write(index, *analysis.stored())
     settings = {"preset": "paper_v2", **dataclasses.asdict(Settings())}
-    outputs.write_summary(folder, {"settings": settings, "prompts": [{}, {}]})
+    sections: dict[str, dict[str, str]] = {"model": {}, "versions": {}, "timings_seconds": {}, "peak_memory_bytes": {}}
+    outputs.write_summary(folder, {"settings": settings, "prompts": [{}, {}], **sections})
     return folder
 
 

@@ -130,3 +130,9 @@ def test_bad_arguments(model, eager):
         segments.attention(model, ids.expand(2, -1), BOUNDARIES)
     with pytest.raises(ValueError, match="must end at the length 40, got 39"):
         segments.attention(model, ids, (0, 39))
+
+
+def test_long_runs_of_marks_take_no_time():
+    """Each would take minutes if the work grew with the square of the length."""
+    for text in ("." * 200_000 + "x", "e.g. " * 40_000, "1. " * 60_000, "a" * 200_000 + "."):
+        assert "".join(segments.sentences(text)) == text

@@ -91,10 +91,12 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
 
 def run(options: argparse.Namespace) -> int:
-    given.require("jinja2", "pandas", "pyarrow", "rich", "safetensors")
-    from attnstats import shards
+    given.require("jinja2", "pandas", "pyarrow", "rich", "safetensors", "scipy")
+    from attnstats import outputs, shards
     from attnstats.terminal import Terminal
 
+    if options.field is not None and options.prompts is None:
+        raise InputError(f"--field {options.field}: is for --prompts FILE; give that, or leave it out")
     questions = read_prompts(options.prompts, options.field) if options.prompts else options.prompt or list(QUESTIONS)
     settings = settings_from(options)
     if options.verify and options.dtype not in ("auto", "float32"):
@@ -102,6 +104,7 @@ def run(options: argparse.Namespace) -> int:
     given.check_color(options)
     shard = shards.from_environment()
     terminal = Terminal(quiet=not shard.is_first)
+    outputs.workplace(options.out)  # before anything takes time
     terminal.say("Loading the model")
     from attnstats import analyze
     from attnstats.corpus import stage
@@ -111,13 +114,24 @@ def run(options: argparse.Namespace) -> int:
         loaded = given.load_model(options, "float32" if options.verify else options.dtype, shard, terminal.say)
     analyze.check(settings, loaded, questions)
     profile = _profile(options, settings, loaded)
-    with given.kept(options, decides(loaded, settings, questions, profile), shard, len(questions)) as store:
-        analyze.fill(store, loaded, questions, settings, terminal, profile=profile, shard=shard, timings=timings)
+    prompts = analyze.rendered(loaded, questions, settings)
+    same = decides(loaded, settings, prompts, profile)
+    if options.resume and outputs.is_finished(options.out, same, len(prompts)):
+        terminal.say(f"{options.out} is finished; attnstats report {options.out} shows it and draws its page again")
+        return 0
+    with given.kept(options, same, shard, len(prompts)) as store:
+        analyze.fill(store, loaded, questions, prompts, settings, terminal, profile, shard=shard, timings=timings)
         shard.wait()
         if not shard.is_first:
             return 0
-        different = _conclude(options, settings, loaded, store, timings, terminal)
-    return DIFFERENT if different else 0
+        analyses, different = _conclude(options, settings, loaded, store, len(prompts), timings, terminal)
+    terminal.show(analyses, [options.out / name for name in outputs.FILES], color_by=options.color_by)
+    if not different:
+        return 0
+    from attnstats.verify import TOLERANCE
+
+    terminal.show_differences(different, TOLERANCE)
+    return DIFFERENT if max(different.values()) > TOLERANCE else 0
 
 
 def _profile(options: argparse.Namespace, settings: Settings, loaded: LoadedModel) -> HeadProfile | None:
@@ -137,7 +151,7 @@ def _profile(options: argparse.Namespace, settings: Settings, loaded: LoadedMode
 
 
 def decides(
-    loaded: LoadedModel, settings: Settings, questions: Sequence[str], profile: HeadProfile | None
+    loaded: LoadedModel, settings: Settings, prompts: list[list[int]], profile: HeadProfile | None
 ) -> dict[str, Any]:
     """All that decides the numbers: what a run that is resumed must have in common with the one before."""
     from attnstats.identity import identity
@@ -153,7 +167,7 @@ def decides(
         },
         "settings": dataclasses.asdict(settings),
         "head_profile": None if profile is None else profile.distance.tolist(),
-        "prompts": {"count": len(questions), "sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest()},
+        "prompts": {"count": len(prompts), "sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()},
     }
 
 
@@ -162,34 +176,32 @@ def _conclude(
     settings: Settings,
     loaded: LoadedModel,
     store: Store,
+    total: int,
     timings: dict[str, float],
     terminal: Terminal,
-) -> bool:
-    """Tables, report and summary of a store that is full, shown and put in their place; whether --verify differs."""
+) -> tuple[list[Analysis], dict[str, float]]:
+    """Tables, report and summary of a store that is full, in their place: the first analyses, and what differs."""
     from attnstats import findings, outputs, report
     from attnstats.analyze import Analyses
     from attnstats.identity import identity
 
-    analyses = Analyses(store)
+    analyses = Analyses(store, total)
     different = _verify(loaded, analyses, settings, timings, terminal) if options.verify else {}
     summary = _summary(options, settings, loaded, analyses, timings, different)
-    outputs.write_tables(store.folder, analyses)
-    outputs.write_summary(store.folder, summary)
     profile = findings.profile(analyses, identity(loaded.model))
-    profile.save(store.folder / outputs.PROFILE)
     page = report.render(analyses, settings, summary, findings.coupled(analyses, profile))
-    (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")
+    try:
+        outputs.write_tables(store.folder, analyses)
+        outputs.write_summary(store.folder, summary)
+        profile.save(store.folder / outputs.PROFILE)
+        (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"--out {options.out}: {error.strerror or error}; make room and go on with --resume"
+        ) from error
     shown = analyses[: given.SHOWN]
-    outputs.finish(store.folder, options.out)
-    terminal.show(shown, [options.out / name for name in outputs.FILES], color_by=options.color_by)
-    if len(analyses) > len(shown):
-        terminal.say(f"{len(analyses) - len(shown)} more prompts are in the report and in the tables")
-    if not different:
-        return False
-    from attnstats.verify import TOLERANCE
-
-    terminal.show_differences(different, TOLERANCE)
-    return max(different.values()) > TOLERANCE
+    outputs.finish(store, options.out)
+    return shown, different
 
 
 def _verify(

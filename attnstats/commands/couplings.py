@@ -183,8 +183,7 @@ def _store(options: argparse.Namespace, job: Job, name: str, identity: dict[str,
 
     folder = options.out / name
     resume = options.resume and (options.out / name).exists()
-    job.shard.first(lambda: begin(folder, identity, resume=resume))
-    return Store(folder)
+    return job.shard.first(lambda: begin(folder, identity, resume=resume)) or Store(folder)
 
 
 def _generate(options: argparse.Namespace, job: Job, store: Store) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attnstats.store import Store
 
 
+MOST_LAYERS = 10_000
 SHOWN = 5  # responses in the terminal; all are in the report
 
 
@@ -53,7 +54,7 @@ def require(*packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise InputError(f"{error.name} is not installed; run: pip install 'attnstats[cli]'") from error
+            raise InputError(f"{error.name or package} is not installed; run: pip install 'attnstats[cli]'") from error
 
 
 def load_model(options: argparse.Namespace, dtype: str, shard: Shard, notify: Any) -> LoadedModel:
@@ -79,15 +80,14 @@ def kept(options: argparse.Namespace, identity: dict[str, Any], shard: Shard, to
     """The store of a run with --out and --resume; what is in it stays when the run is cut short.
 
     Raises:
-        InputError: see outputs.workplace and outputs.open_store.
+        InputError: see outputs.open_store.
         KeyboardInterrupt: with what is done and how to go on.
     """
     from attnstats import outputs
     from attnstats.store import Store
 
-    work = outputs.workplace(options.out)
-    shard.first(lambda: outputs.open_store(work, options.out, identity, resume=options.resume))
-    store = Store(work)
+    begun = shard.first(lambda: outputs.open_store(options.out, identity, resume=options.resume))
+    store = Store(outputs.workplace(options.out)) if begun is None else begun
     try:
         yield store
     except BaseException as stop:
@@ -96,8 +96,10 @@ def kept(options: argparse.Namespace, identity: dict[str, Any], shard: Shard, to
         if not isinstance(stop, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt(
-            f"{len(store.indices())} of {total} prompts are done and kept in {options.out}.part; go on with --resume"
+            f"{len(store.indices())} of {total} prompts are done and kept in {store.folder}; go on with --resume"
         ) from stop
+    finally:
+        store.close()
 
 
 def parse_horizon(lo: str, hi: str) -> tuple[int, int | None]:
@@ -115,8 +117,11 @@ def parse_layers(text: str) -> Layers:
     layers: list[int] = []
     try:
         for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            layers += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError as error:
+            first, _, last = part.strip().partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if not 0 < len(span) <= MOST_LAYERS:
+                raise ValueError
+            layers += span
+    except (ValueError, OverflowError) as error:
         raise InputError(f"--layers {text}: needs middle-third, all, or a list such as 9,11,14-16") from error
     return tuple(layers)

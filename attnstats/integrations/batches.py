@@ -35,8 +35,9 @@ def signals_of(batch: Batch, settings: RhythmCredit) -> Signals:
         wanted.append("fai_valid")
     if settings.kind in WITH_ENTROPY:
         wanted.append("entropy")
-    missing = set(wanted) - set(batch.keys())
-    if missing:
+    if missing := {"advantages", "response_mask"} - set(batch.keys()):
+        raise ValueError(f"batch has no {', '.join(sorted(missing))}; call this after the advantages are computed")
+    if missing := set(wanted) - set(batch.keys()):
         raise ValueError(
             f"batch has no {', '.join(sorted(missing))}, which kind={settings.kind!r} looks at; "
             "the worker that computes old log-probabilities has to write it (docs/trainers.md)"

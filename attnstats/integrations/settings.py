@@ -96,6 +96,8 @@ class RhythmCredit:
         """
         own = {field.name for field in fields(cls)}
         of_preset = {field.name: getattr(preset, field.name) for field in fields(preset) if field.name in own}
+        if changes.get("kind") == "entropy-selection":
+            del of_preset["q"]  # that of Wang et al., not the paper's
         return cls(**of_preset | {"lo": preset.fai_lo, "hi": preset.fai_hi} | changes)
 
     @property

@@ -38,6 +38,11 @@ def response_part(curve: Tensor, response_mask: Tensor) -> Tensor:
     if curve.is_nested != response_mask.is_nested:
         raise ValueError("curve and response_mask must both be nested, or neither")
     if not curve.is_nested:
+        if curve.dim() != 2 or len(curve) != len(response_mask) or curve.shape[1] < response_mask.shape[1]:
+            raise ValueError(
+                f"curve must be (B, P + R) beside response_mask (B, R) {tuple(response_mask.shape)}, "
+                f"got {tuple(curve.shape)}"
+            )
         return curve[:, curve.shape[1] - response_mask.shape[1] :]
     rows = zip(curve.unbind(), response_mask.unbind(), strict=True)
     return torch.nested.as_nested_tensor([row[len(row) - len(mask) :] for row, mask in rows], layout=torch.jagged)
