@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import re
 import subprocess
@@ -130,10 +131,7 @@ def test_countdown_measures_what_the_credit_costs(tmp_path):
         ("", False),
     ],
 )
-def test_countdown_judges_what_follows_the_mark(answer, right):
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import countdown
-    finally:
-        sys.path.pop(0)
+def test_countdown_judges_what_follows_the_mark(answer, right, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    countdown = importlib.import_module("countdown")
     assert countdown.solves(countdown.Puzzle((2, 5, 9), 63), answer) is right

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 import re
 import socket
-import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch.multiprocessing.spawn import spawn
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 
 from attnstats import heads, presets
 from attnstats.integrations.settings import KINDS
@@ -24,16 +24,22 @@ from attnstats.integrations.trl import RhythmCredit, RhythmGRPOTrainer
 from attnstats.selection import middle_third
 from tests import plain_credit
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import countdown
+EXAMPLE = importlib.util.spec_from_file_location(
+    "countdown", Path(__file__).parent.parent / "examples" / "countdown.py"
+)
+assert EXAMPLE is not None
+assert EXAMPLE.loader is not None
+countdown: Any = importlib.util.module_from_spec(EXAMPLE)
+EXAMPLE.loader.exec_module(countdown)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 LAYERS, HEADS = 6, 4
-NEAR = {"window": 4, "lo": 2, "hi": 6}  # for completions of some twenty tokens
+NEAR: dict[str, Any] = {"window": 4, "lo": 2, "hi": 6}  # for completions of some twenty tokens
 # A pass of its own, or on top of TRL's for old log-probabilities.
-ALIGNED, MISALIGNED = {"gradient_accumulation_steps": 2}, {"steps_per_generation": 2}
+ALIGNED: dict[str, Any] = {"gradient_accumulation_steps": 2}
+MISALIGNED: dict[str, Any] = {"steps_per_generation": 2}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,12 @@ def start(tmp_path_factory) -> Path:
     """A random model that ends some of its answers early."""
     torch.manual_seed(0)
     tokenizer = countdown.character_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+    }
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=96,
@@ -73,14 +84,19 @@ def puzzles(count: int = 24) -> Dataset:
     return Dataset.from_dict({**rows, "target": [p.target for p in found]})
 
 
-def trainer(start: Path, credit: RhythmCredit | None = None, model: Any = None, **settings: Any) -> GRPOTrainer:
+def trainer(start: Path, credit: RhythmCredit | None = None, model: Any = None, **settings: Any) -> Any:
     """Of stock TRL without a credit."""
-    chosen = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 20, "max_steps": 2}
+    chosen: dict[str, Any] = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 20,
+        "max_steps": 2,
+    }
     chosen |= {"learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True}
     chosen |= {"disable_tqdm": True, "dataloader_pin_memory": False, "bf16": False, "gradient_accumulation_steps": 1}
     arguments = GRPOConfig(str(start / "out"), **chosen | settings)
     torch.manual_seed(0)
-    given = {
+    given: dict[str, Any] = {
         "model": transformers.AutoModelForCausalLM.from_pretrained(start) if model is None else model,
         "reward_funcs": some_reward,
         "args": arguments,
@@ -91,7 +107,7 @@ def trainer(start: Path, credit: RhythmCredit | None = None, model: Any = None, 
     return GRPOTrainer(**given) if credit is None else RhythmGRPOTrainer(**given, credit=credit)
 
 
-def scored(of: GRPOTrainer, rows: int = 8) -> tuple[dict[str, Any], torch.Tensor]:
+def scored(of: Any, rows: int = 8) -> tuple[dict[str, Any], torch.Tensor]:
     """What TRL's training loop gets for `rows` prompts' completions, and the advantages (B,) before any credit."""
     of.model.train()
     of._logs["advantages"] = deque()
@@ -131,7 +147,7 @@ class Maps:
         return ((self.maps * self.distance).sum(-1) * self.response[:, None]).sum((1, 3))
 
 
-def classes(distances: torch.Tensor) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def classes(distances: torch.Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The (layer, head) that look least and most far, 30 % each."""
     order = sorted(((i, j) for i in range(len(distances)) for j in range(HEADS)), key=lambda at: distances[at].item())
     count = max(1, int(0.3 * len(order)))
@@ -186,7 +202,7 @@ def expected_gamma(model: Any, out: dict[str, Any], credit: RhythmCredit, temper
 def test_the_loss_gets_advantages_times_gamma(start, kind, settings):
     credit = RhythmCredit(kind, **NEAR)
     of = trainer(start, credit, temperature=0.7, **settings)
-    out, advantages = scored(of)
+    out, advantages = scored(of, rows=16)
     assert ("old_per_token_logps" in out) == (settings is MISALIGNED)
     assert not out["prompt_mask"].all()  # padded on the left
     assert len(set(out["completion_mask"].sum(1).tolist())) > 2  # and on the right
