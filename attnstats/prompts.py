@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,8 +153,10 @@ def paper_prompt(question: str) -> str:
         Context: A tray holds 12 rolls.
         Question: How many do 4 trays hold?
     """
-    *context, last = re.split(r"(?<=[.!?])[\"')\]]*\s+(?=\S)", question.strip())
-    before = question.strip()[: -len(last)].strip() if context else ""
+    from attnstats.segments import sentences
+
+    *context, last = sentences(question.strip())
+    before = "".join(context).strip()
     return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
 
 
