@@ -14,8 +14,8 @@ from setuptools import Extension, setup
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(
-    packages=["attnstats", "attnstats.kernels", "attnstats.report"],
-    package_data={"attnstats": ["py.typed"], "attnstats.report": ["*.jinja", "*.css"]},
+    packages=["attnstats", "attnstats.commands", "attnstats.integrations", "attnstats.kernels", "attnstats.report"],
+    package_data={"attnstats": ["py.typed"], "attnstats.report": ["*.jinja", "*.css", "*.js"]},
     ext_modules=[
         Extension(
             "attnstats._native",

@@ -1,37 +1,40 @@
 """The main job: generate a response, read its statistics in one pass over prompt and response, find its rhythm.
 
-`analyze` takes a loaded model and prompts and returns one `Analysis` per prompt: plain data that outputs.py
-writes, report/ draws and verify.py checks. It prints nothing: who wants to show progress passes a `Progress`.
-Called by cli.py, and by anyone who wants the numbers in Python.
+`fill` puts one `Analysis` per prompt into a store, which report/ draws, outputs.py makes tables of and verify.py
+checks; `analyze` is the same in memory. Nothing is printed: who wants to show progress passes a `Progress`. Called by
+commands/, and by anyone who wants the numbers in Python.
 """
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from attnstats import heads, rhythm
+from attnstats import corpus, heads, rhythm
 from attnstats.capture import capture
+from attnstats.corpus import Measured, Progress
 from attnstats.errors import InputError
+from attnstats.generation import check_lengths, check_sampling
+from attnstats.maps import Maps, mean_maps
 from attnstats.models import LoadedModel
 from attnstats.presets import paper_v2
 from attnstats.prompts import SYSTEM, render
 from attnstats.selection import Layers
+from attnstats.shards import Shard
 from attnstats.statistics import FAI, WAAD, MeanDistance
+from attnstats.store import Store, begin, corrupt
 
-GENERATION_BATCH = 8
 ENTROPY_ROWS = 64  # 64 rows of a vocabulary of 150k in fp32 are 38 MB
-TEMPERATURES = 1e-6, 1e6  # beyond them logits / temperature over- or underflow in fp32
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
-SEEDS = -(2**63), 2**64 - 1  # what torch.manual_seed takes
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,13 @@ class Analysis:
         response: (T,) bool, the positions that were generated.
         layers: indices of the captured layers.
         head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
+        head_received: (L, H, T) per head, heads.RECEIVED: what makes receiver heads. received_valid: (T,) bool.
         distance: (L, H), mean attention distance of each head over the response.
         classes: which heads are local and which global.
         waad: (T,), mean over the local heads. fai: (T,), mean over the global heads, 0 where not fai_valid.
         delta: (response length,), change of WAAD to the next token.
         entropy: (T,) in nats, of the distribution each token was drawn from (drawn_entropy); NaN for the first.
+        maps: mean maps of the local and of the global heads, pooled and near the diagonal.
     """
 
     question: str
@@ -84,6 +89,8 @@ class Analysis:
     head_waad: Tensor
     head_fai: Tensor
     head_mean_distance: Tensor
+    head_received: Tensor
+    received_valid: Tensor
     distance: Tensor
     classes: heads.HeadClasses
     waad: Tensor
@@ -91,6 +98,27 @@ class Analysis:
     fai_valid: Tensor
     delta: Tensor
     entropy: Tensor
+    maps: Maps
+
+    def stored(self) -> Measured:
+        """As a store keeps it: tensors by name, and the texts."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors |= {"layers": torch.tensor(self.layers), "local": self.classes.local, "global": self.classes.global_}
+        tensors |= vars(self.maps)
+        return tensors, {"question": self.question, "tokens": self.tokens}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], texts: dict[str, Any]) -> Analysis:
+        """The analysis that `stored` gave these. Raises KeyError, TypeError, ValueError for anything else."""
+        _require_whole(tensors, texts)
+        return cls(
+            question=str(texts["question"]),
+            tokens=list(map(str, texts["tokens"])),
+            layers=tuple(tensors["layers"].tolist()),
+            classes=heads.HeadClasses(tensors["local"], tensors["global"]),
+            maps=Maps(**{field.name: tensors[field.name] for field in dataclasses.fields(Maps)}),
+            **{name: tensors[name] for name in _TENSORS},
+        )
 
     @property
     def response_start(self) -> int:
@@ -112,24 +140,48 @@ class Analysis:
         return [self.response_start + i for i in rhythm.top(values[self.response], count, valid)]
 
 
-class Progress(Protocol):
-    """Is told what goes on; `total` units of work for what can be long."""
+def _require_whole(tensors: dict[str, Tensor], texts: dict[str, Any]) -> None:
+    """Raises KeyError or ValueError for what no analysis holds: tables and pages are made of it without a look."""
+    length, (layers, count) = len(texts["tokens"]), tensors["distance"].shape
+    response = tensors["response"]
+    if response.dtype != torch.bool or response.shape != (length,) or not response.any():
+        raise ValueError(f"response must be ({length},) bool with a token in it")
+    per_head: tuple[int, ...] = (layers, count, length)
+    rows: tuple[int, ...] = (length,)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("head_waad", "head_fai", "head_mean_distance", "head_received"), per_head
+    )
+    shapes |= dict.fromkeys(("token_ids", "waad", "fai", "fai_valid", "received_valid", "entropy"), rows)
+    shapes |= {"distance": (layers, count), "layers": (layers,), "delta": (int(response.sum()),)}
+    shapes |= dict.fromkeys(("local", "global"), (layers, count))
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and name != "entropy" and not tensor.isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite entries")
+        if (tensor.dtype == torch.bool) != (name in ("fai_valid", "received_valid", "local", "global")):
+            raise ValueError(f"{name} has dtype {tensor.dtype}")
+    if not tensors["local"].any() or not tensors["global"].any():
+        raise ValueError("local and global must have a head each")
 
-    def start(self, what: str, total: int) -> None: ...
 
-    def advance(self) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-@contextmanager
-def stage(timings: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds that the block took to `timings[name]`."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - start, 3)
+# Fields of an Analysis that a store keeps under their own names.
+_TENSORS = (
+    "token_ids",
+    "response",
+    "head_waad",
+    "head_fai",
+    "head_mean_distance",
+    "head_received",
+    "received_valid",
+    "distance",
+    "waad",
+    "fai",
+    "fai_valid",
+    "delta",
+    "entropy",
+)
 
 
 def analyze(
@@ -148,20 +200,77 @@ def analyze(
     Raises:
         InputError: settings, a question or a model that cannot be used.
     """
-    timings = {} if timings is None else timings
     check(settings, loaded, questions)
+    with tempfile.TemporaryDirectory() as folder:
+        store = begin(Path(folder) / "run", {}, resume=False)
+        fill(store, loaded, questions, rendered(loaded, questions, settings), settings, progress, timings=timings)
+        store.close()
+        return list(Analyses(store, len(questions)))
+
+
+def rendered(loaded: LoadedModel, questions: Sequence[str], settings: Settings) -> list[list[int]]:
+    """The token ids that the model reads of each question. Raises InputError where a response doesn't fit behind."""
     prompts = [render(loaded.tokenizer, question, settings.system) for question in questions]
     check_lengths(prompts, loaded, settings.max_tokens)
-    with stage(timings, "generate"):
-        responses = generate(loaded, prompts, settings, progress)
-    analyses = []
-    with stage(timings, "statistics"):
-        progress.start("Computing statistics", len(prompts))
-        for question, prompt, response in zip(questions, prompts, responses, strict=True):
-            analyses.append(measure(loaded, question, prompt, response, settings))
-            progress.advance()
-        progress.finish()
-    return analyses
+    return prompts
+
+
+def fill(
+    store: Store,
+    loaded: LoadedModel,
+    questions: Sequence[str],
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    progress: Progress,
+    profile: heads.HeadProfile | None = None,
+    *,
+    shard: Shard = Shard(),  # noqa: B008 frozen
+    timings: dict[str, float] | None = None,
+) -> None:
+    """What `analyze` does, into a store and for this process's share; all went through `check` and `rendered`."""
+
+    def measured(index: int, prompt: list[int], response: list[int]) -> Measured:
+        return measure(loaded, questions[index], prompt, response, settings, profile).stored()
+
+    corpus.run(
+        loaded,
+        prompts,
+        measured,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        store=store,
+        progress=progress,
+        shard=shard,
+        timings=timings,
+    )
+
+
+class Analyses(Sequence[Analysis]):
+    """The analyses of a store, each read when it is asked for: a corpus need not fit into memory."""
+
+    def __init__(self, store: Store, count: int):
+        self._store = store
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> Analysis: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Analysis]: ...
+
+    def __getitem__(self, place: int | slice) -> Analysis | list[Analysis]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        index = range(self._count)[place]
+        tensors, texts = self._store.read(index)
+        try:
+            return Analysis.restored(tensors, texts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise corrupt(self._store.path(index), f"not an analysis: {error}") from error
 
 
 def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> None:
@@ -171,15 +280,7 @@ def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> 
     for number, question in enumerate(questions, 1):
         if not question.strip():
             raise InputError(f"--prompt: prompt {number} is empty; write a question")
-    if settings.max_tokens < 1:
-        raise InputError(f"--max-tokens must be >= 1, got {settings.max_tokens}")
-    coldest, hottest = TEMPERATURES
-    if settings.temperature != 0 and not coldest <= settings.temperature <= hottest:
-        raise InputError(
-            f"--temperature must be 0 (greedy) or from {coldest:g} to {hottest:g}, got {settings.temperature}"
-        )
-    if not SEEDS[0] <= settings.seed <= SEEDS[1]:
-        raise InputError(f"--seed must be a 64-bit integer, from -2**63 to 2**64 - 1, got {settings.seed}")
+    check_sampling(settings.max_tokens, settings.temperature, settings.seed)
     if not 0 < settings.head_share <= 0.5:
         raise InputError(f"--head-share must be in (0, 0.5], got {settings.head_share}")
     try:
@@ -199,106 +300,27 @@ def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> 
         raise InputError("--layers: one layer with one head has no local and global heads; capture more layers")
 
 
-def check_lengths(prompts: list[list[int]], loaded: LoadedModel, max_tokens: int) -> None:
-    """Raises InputError where a prompt and its response don't fit the positions that the model knows."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts))
-    if limit is not None and longest + max_tokens > limit:
-        raise InputError(
-            f"--max-tokens {max_tokens}: with a prompt of {longest} tokens that is more than the {limit} positions "
-            f"of {loaded.name}; at most {max(0, limit - longest)} fit, or shorten the prompt"
-        )
+def measure(
+    loaded: LoadedModel,
+    question: str,
+    prompt: list[int],
+    response: list[int],
+    settings: Settings,
+    profile: heads.HeadProfile | None = None,
+) -> Analysis:
+    """One forward pass over prompt + response, and what follows from it.
 
-
-def generate(loaded: LoadedModel, prompts: list[list[int]], settings: Settings, progress: Progress) -> list[list[int]]:
-    """The response to each prompt: token ids up to and including the end token, `max_tokens` at most."""
-    torch.manual_seed(settings.seed)
-    responses: list[list[int]] = []
-    batches = [prompts[i : i + GENERATION_BATCH] for i in range(0, len(prompts), GENERATION_BATCH)]
-    plural = "s" if len(prompts) > 1 else ""
-    progress.start(
-        f"Generating up to {settings.max_tokens} tokens for {len(prompts)} prompt{plural}",
-        len(batches) * settings.max_tokens,
-    )
-    for batch in batches:
-        responses += _generate_batch(loaded, batch, settings, progress)
-    progress.finish()
-    return responses
-
-
-def _generate_batch(
-    loaded: LoadedModel, prompts: list[list[int]], settings: Settings, progress: Progress
-) -> list[list[int]]:
-    from transformers import GenerationConfig, StoppingCriteria
-
-    class Advance(StoppingCriteria):
-        """Stops nothing: it is called once per token."""
-
-        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-            progress.advance()
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    own = loaded.model.generation_config
-    ends = end_tokens(loaded)
-    config = GenerationConfig(
-        max_new_tokens=settings.max_tokens,
-        do_sample=settings.temperature > 0,
-        # The model's own generation settings would change the distribution whose entropy is reported.
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        **({"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature > 0 else {}),
-        bos_token_id=own.bos_token_id,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=_pad_token(loaded),
-    )
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    device = loaded.device
-    with torch.no_grad():
-        sequences = loaded.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=config,
-            stopping_criteria=[Advance()],
-        )
-    return [_until_end(row, ends) for row in sequences[:, longest:].tolist()]
-
-
-def end_tokens(loaded: LoadedModel) -> set[int]:
-    """The tokens that end a response: those of the model's generation settings and of its tokenizer."""
-    own = loaded.model.generation_config.eos_token_id
-    ends = set(own) if isinstance(own, list) else {own}
-    return (ends | {loaded.tokenizer.eos_token_id}) - {None}
-
-
-def _pad_token(loaded: LoadedModel) -> int:
-    pad = loaded.tokenizer.pad_token_id
-    if pad is not None:
-        return int(pad)
-    return min(end_tokens(loaded), default=0)
-
-
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
-    for index, token in enumerate(ids):
-        if token in ends:
-            return ids[: index + 1]
-    return ids
-
-
-def measure(loaded: LoadedModel, question: str, prompt: list[int], response: list[int], settings: Settings) -> Analysis:
-    """One forward pass over prompt + response, and what follows from it."""
+    Args:
+        profile: whose local and global heads are taken; None: this response decides which they are.
+    """
+    statistics = list(dict.fromkeys([*settings.statistics, heads.RECEIVED]))
     ids = torch.tensor([prompt + response], device=loaded.device)
     in_response = torch.arange(ids.shape[1]) >= len(prompt)
     with (
         torch.no_grad(),
         capture(
             loaded.model,
-            statistics=settings.statistics,
+            statistics=statistics,
             layers=settings.layers,
             query_mask=in_response[None].to(loaded.device),
         ) as run,
@@ -306,11 +328,16 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         hidden, last_logits = hidden_states(loaded, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error of its own below
-        waad, fai, distance = (run[statistic][:, 0].float().cpu() for statistic in settings.statistics)
+        waad, fai, distance, received = (
+            run[statistic][:, 0].float().cpu() for statistic in (*settings.statistics, heads.RECEIVED)
+        )
     per_head = heads.head_distance(distance, in_response)
     if not per_head.isfinite().all():
         raise InputError(f"--dtype {loaded.dtype}: attention of {loaded.name} overflows in it; use --dtype float32")
-    classes = heads.classify(per_head, settings.head_share)
+    if profile is None:
+        classes = heads.classify(per_head, settings.head_share)
+    else:
+        classes = profile.classes(settings.head_share, run.layers).of([profile.layers.index(i) for i in run.layers])
     fai_valid = run.valid[settings.statistics[1]][0].cpu()
     mean_waad = heads.class_mean(waad, classes.local)
     return Analysis(
@@ -322,6 +349,8 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         head_waad=waad,
         head_fai=fai,
         head_mean_distance=distance,
+        head_received=received,
+        received_valid=run.valid[heads.RECEIVED][0].cpu(),
         distance=per_head,
         classes=classes,
         waad=mean_waad,
@@ -329,6 +358,7 @@ def measure(loaded: LoadedModel, question: str, prompt: list[int], response: lis
         fai_valid=fai_valid,
         delta=rhythm.delta(mean_waad[in_response]),
         entropy=drawn_entropy(loaded, hidden, last_logits, settings.temperature),
+        maps=mean_maps(loaded.model, ids, in_response, classes, run.layers),
     )
 
 

@@ -10,6 +10,7 @@ Source: Li et al., arXiv 2510.13554v2. docs/credit.md has the formulas, and gold
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnstats.responses import Responses, check_mask, check_signal, delta, lower_median, top_of, top_share, working
+from attnstats.responses import (
+    Responses,
+    check_mask,
+    check_signal,
+    delta,
+    delta_of,
+    lower_median,
+    top_of,
+    top_share,
+    working,
+)
+
+__all__ = [
+    "CoupledSets",
+    "Sign",
+    "coupled_rhythm",
+    "coupled_sets",
+    "delta",
+    "global_anchor",
+    "high_entropy",
+    "high_entropy_selection",
+    "local_chunk",
+    "random_tokens",
+    "shape_advantages",
+    "top_share",
+]
 
 Sign = Literal["both", "positive", "negative"]
 
@@ -48,7 +74,8 @@ def local_chunk(
         >>> local_chunk(waad, torch.ones(1, 5, dtype=torch.bool))
         tensor([[1.0000, 1.5000, 1.5000, 1.0000, 1.0000]])
     """
-    return _amplified(top_share(delta(waad, mask), mask, q, bottom=bottom), mask, amp, waad.dtype, keep_mean)
+    check_signal("waad", waad, mask)
+    return _amplified(top_of(delta_of(waad, mask), mask, q, None, bottom), mask, amp, waad.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -128,10 +155,11 @@ def coupled_rhythm(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    sets = coupled_sets(waad, fai, mask, valid=valid, q=q, k=k, tau_waad=tau_waad, tau_delta=tau_delta)
+    responses, anchor, led = _coupled(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
     dtype = working(waad.dtype)
-    bonus = (sets.anchor & ~sets.dominated).to(dtype) + (1 - alpha) * sets.dominated + alpha * sets.intro
-    return _finished(1 + _bonus(amp) * bonus, mask, waad.dtype, keep_mean)
+    anchor, dominated, intro = anchor.to(dtype), _any(led).to(dtype), _intro(led).to(dtype)
+    gamma = 1 + _bonus(amp) * (anchor - alpha * dominated + alpha * intro)
+    return _finished(responses.spread(gamma), mask, waad.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -249,13 +277,13 @@ class CoupledSets:
         anchor: bool, Tglob.
         dominated: bool, D: the anchors that are locally dominated.
         intro: bool, I(D).
-        intro_of: int64, for each dominated anchor the index of its intro token in T; -1 elsewhere.
+        lead: int32, how many response tokens before a dominated anchor its intro token stands; 0 elsewhere.
     """
 
     anchor: Tensor
     dominated: Tensor
     intro: Tensor
-    intro_of: Tensor
+    lead: Tensor
 
 
 @torch.no_grad()
@@ -284,31 +312,61 @@ def coupled_sets(
     Raises:
         TypeError, ValueError: as `local_chunk`.
     """
+    responses, anchor, led = _coupled(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
+    lead = torch.zeros_like(anchor, dtype=torch.int32)
+    for offset, anchors in enumerate(led, 1):
+        lead += offset * anchors
+    return CoupledSets(*map(responses.spread, (anchor, _any(led), _intro(led), lead)))
+
+
+def _coupled(
+    waad: Tensor,
+    fai: Tensor,
+    mask: Tensor,
+    valid: Tensor | None,
+    q: float,
+    k: int,
+    tau_waad: float | None,
+    tau_delta: float | None,
+) -> tuple[Responses, Tensor, list[Tensor]]:
+    """Anchors, and for each offset from 1 those whose intro token is so far before them; gathered, [B, T + 1] bool."""
     check_signal("waad", waad, mask)
     check_signal("fai", fai, mask, valid)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k must be an integer >= 1, got {k!r}")
-    anchor = top_of(fai, mask, q, valid, False)
+    for name, tau in (("tau_waad", tau_waad), ("tau_delta", tau_delta)):
+        if tau is not None and math.isnan(tau):
+            raise ValueError(f"{name} must be a number, or None for each response's median; got {tau}")
     responses = Responses.of(mask)
-    curve = responses.gather(waad)
+    anchor = responses.gather(top_of(fai, mask, q, valid, False))
+    curve = responses.gather(waad.to(working(waad.dtype)))
     change = responses.delta(curve)
     low = curve <= (lower_median(curve, responses.length) if tau_waad is None else tau_waad)
     least = lower_median(change, responses.length - 1) if tau_delta is None else tau_delta
 
-    greatest = torch.full_like(change, -torch.inf)  # of delta, over the k tokens before each
-    back = torch.zeros_like(responses.index)  # how far before it that one is
-    for offset in range(1, min(k, change.shape[1] - 1) + 1):
-        before = torch.nn.functional.pad(change[:, :-offset], (offset, 0), value=-torch.inf)
-        back = back.masked_fill(before > greatest, offset)
-        greatest = torch.maximum(greatest, before)
-    dominated = anchor & responses.spread(low & (greatest >= least) & (back > 0))
+    reach = min(k, mask.shape[1])
+    padded = torch.nn.functional.pad(change, (reach, 0), value=-torch.inf)
+    before = [padded[:, reach - offset : -offset] for offset in range(1, reach + 1)]  # delta so far before each token
+    greatest = functools.reduce(torch.maximum, before)
+    undecided = anchor & low & (greatest >= least) & (greatest > -torch.inf)
+    led = []
+    for earlier in before:  # the nearest first
+        led.append(undecided & (earlier == greatest))
+        undecided = undecided & ~led[-1]
+    return responses, anchor, led
 
-    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    intro_of = responses.spread(responses.gather(places).gather(1, (places - back).clamp(min=0)))
-    slots = torch.zeros(len(mask), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
-    # The last slot is for tokens that lead nowhere.
-    intro = slots.scatter(1, torch.where(dominated, intro_of, mask.shape[1]), True)[:, :-1]
-    return CoupledSets(anchor, dominated, intro, torch.where(dominated, intro_of, -1))
+
+def _any(led: list[Tensor]) -> Tensor:
+    """The dominated anchors."""
+    return functools.reduce(torch.logical_or, led)
+
+
+def _intro(led: list[Tensor]) -> Tensor:
+    """The intro tokens."""
+    intro = torch.zeros_like(led[0])
+    for offset, anchors in enumerate(led, 1):
+        intro[:, :-offset] |= anchors[:, offset:]
+    return intro
 
 
 def _amplified(chosen: Tensor, mask: Tensor, amp: float, dtype: torch.dtype, keep_mean: bool) -> Tensor:

@@ -1,17 +1,31 @@
-"""Local and global heads: the lowest and the highest share of heads by mean attention distance (Sec. 4.1).
+"""Which heads do what: local and global by mean attention distance, receivers by kurtosis (Sec. 4.1 and 4.2).
 
-Pure functions on tensors. Statistics are linear in A, so the mean of a statistic over a class of heads is the
-statistic of that class's mean map (Eq. 8); `class_mean` is that mean. Called by analyze.py, and by anyone with
-per-head statistics from `attnstats.capture`.
+Pure functions on tensors for one sequence, and `HeadProfile`, which adds them up over a corpus, is saved as JSON and
+knows which model it is of. Statistics are linear in A, so the mean of a statistic over a class of heads is the
+statistic of that class's mean map (Eq. 8); `class_mean` is that mean. Called by analyze.py and couplings.py, and by
+anyone with per-head statistics from `attnstats.capture`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnstats.errors import InputError
+from attnstats.identity import ModelIdentity, differences, identity
+from attnstats.statistics import FAI
+
+# What the kurtosis of receiver heads is of, per token: what a key receives from queries four or more further on.
+RECEIVED = FAI(4, None)
+FORMAT, VERSION = "attnstats head profile", 1
+MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +34,10 @@ class HeadClasses:
 
     local: Tensor
     global_: Tensor
+
+    def of(self, rows: Sequence[int]) -> HeadClasses:
+        """The classes of the layers at these indices of the tensors alone."""
+        return HeadClasses(self.local[list(rows)], self.global_[list(rows)])
 
     def name(self, layer: int, head: int) -> str:
         """ "local", "global" or "middle" for the head at these indices of the tensors."""
@@ -75,3 +93,266 @@ def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
 def class_mean(statistic: Tensor, chosen: Tensor) -> Tensor:
     """One mean over all chosen (layer, head): (layers, heads, T) and a bool (layers, heads) give (T,)."""
     return statistic[chosen].double().mean(0).to(statistic.dtype)
+
+
+def kurtosis(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Excess kurtosis along the last axis (Fisher's, biased: 0 for a normal distribution), over the valid entries.
+
+    Args:
+        values: (..., T), of any floating dtype; computed in float64.
+        valid: (T,) bool; None: all.
+
+    Returns:
+        (...) float64; NaN where fewer than two entries are valid or all are equal, as in `scipy.stats.kurtosis`.
+
+    Example:
+        >>> import torch
+        >>> kurtosis(torch.tensor([1.0, 1.0, 1.0, 1.0, 9.0])).item()
+        0.25
+    """
+    kept = (values if valid is None else values[..., valid]).double()
+    if kept.shape[-1] < 2:
+        return kept.new_full(kept.shape[:-1], torch.nan)
+    mean = kept.mean(-1, keepdim=True)
+    centred = kept - mean
+    variance = centred.square().mean(-1)
+    # Values that are equal but for rounding have no shape.
+    floor = (torch.finfo(torch.float64).eps * mean[..., 0]).square()
+    return torch.where(variance > floor, centred.pow(4).mean(-1) / variance.square() - 3, torch.nan)
+
+
+def segment_received(pooled: Tensor, sizes: Sequence[int] | Tensor, ignore: int = 4) -> Tensor:
+    """Attention that each segment receives per pair of tokens, from the segments at least `ignore` after it.
+
+    Segments are sentences, say: the score of sentence j is the mean over sentences `i >= j + ignore` of the mean of A
+    over all pairs of a token in i with a token in j (Bogdan et al., arXiv 2506.19143, receiver heads).
+
+    Args:
+        pooled: (..., S, S), sums of A over query segment i and key segment j: the statistic PooledMap with the same
+            boundaries for both.
+        sizes: S numbers of tokens, each at least 1.
+        ignore: how many of the nearest segments, itself among them, don't count; at least 1.
+
+    Returns:
+        (..., S) float64; NaN for the last `ignore` segments, which have no segment far enough behind them.
+
+    Example:
+        >>> import torch
+        >>> pooled = torch.tensor([[9.0, 0.0, 0.0], [4.0, 9.0, 0.0], [2.0, 6.0, 9.0]])
+        >>> segment_received(pooled, [2, 1, 1], ignore=1)
+        tensor([1.5000, 6.0000,    nan], dtype=torch.float64)
+    """
+    sizes = torch.as_tensor(sizes, device=pooled.device)
+    count = len(sizes)
+    if pooled.dim() < 2 or tuple(pooled.shape[-2:]) != (count, count):
+        raise ValueError(f"pooled must be (..., S, S) with S = {count}, the number of sizes; got {tuple(pooled.shape)}")
+    if bool((sizes < 1).any()):
+        raise ValueError(f"sizes must be at least 1, got {sizes.tolist()}")
+    if ignore < 1:
+        raise ValueError(f"ignore must be at least 1, got {ignore}; a segment's attention to itself is no pair's mean")
+    per_pair = pooled.double() / (sizes[:, None] * sizes)
+    later = torch.ones(count, count, dtype=torch.bool, device=pooled.device).tril(-ignore)
+    # 0 / 0 is the NaN of a segment without later ones.
+    return (per_pair * later).sum(-2) / later.sum(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """What heads do over many sequences, added up one by one: their mean distance, the kurtosis of what they receive.
+
+    Sums and counts in float64, so that profiles of parts of a corpus add up to that of the whole. Over response
+    positions only: `add` is told which rows count.
+
+    Attributes:
+        layers: numbers of the L layers, ascending.
+        distance_sum: (L, H), mean distances of all counted rows, summed.
+        rows: how many rows that were.
+        kurtosis_sum, kurtosis_count: (L, H), over the sequences in which a head's kurtosis is defined.
+        sequences: how many were added.
+        model: whose heads; None: not known, and then the profile can't be saved.
+
+    Example:
+        >>> import torch
+        >>> profile = HeadProfile.empty((0,), heads=4)
+        >>> rows = torch.tensor([[[5.0, 1.0, 3.0], [5.0, 8.0, 8.0], [5.0, 4.0, 6.0], [5.0, 20.0, 22.0]]])
+        >>> profile = profile.add(rows, torch.tensor([False, True, True]))
+        >>> profile.distance
+        tensor([[ 2.,  8.,  5., 21.]], dtype=torch.float64)
+        >>> profile.classes(share=0.25).name(0, 3)
+        'global'
+    """
+
+    layers: tuple[int, ...]
+    distance_sum: Tensor
+    rows: int
+    kurtosis_sum: Tensor
+    kurtosis_count: Tensor
+    sequences: int
+    model: ModelIdentity | None = None
+
+    @classmethod
+    def empty(cls, layers: Iterable[int], heads: int, model: ModelIdentity | None = None) -> HeadProfile:
+        """The profile of no sequence."""
+        layers = tuple(layers)
+        zeros = torch.zeros(len(layers), heads, dtype=torch.float64)
+        return cls(layers, zeros, 0, zeros, zeros.long(), 0, model)
+
+    def add(
+        self,
+        mean_distance: Tensor,
+        counted: Tensor | None = None,
+        received: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> HeadProfile:
+        """The profile with one more sequence.
+
+        Args:
+            mean_distance: (L, H, T), the statistic MeanDistance per row.
+            counted: (T,) bool, the rows that count (the response), at least one; None: all.
+            received: (L, H, K), what each key received from later queries: FAI(ignore, None) per token, or
+                `segment_received` per sentence. None: no kurtosis is taken of this sequence.
+            valid: (K,) bool, the keys that count: of the response, with a query far enough behind; None: all.
+        """
+        self._check(mean_distance, "mean_distance")
+        rows = mean_distance if counted is None else mean_distance[..., counted]
+        if rows.shape[-1] == 0:
+            raise ValueError("counted: no row counts, so that heads have no mean distance")
+        if not rows.isfinite().all():
+            raise ValueError("mean_distance has NaN or infinite entries; the model's attention overflowed")
+        shape = torch.full_like(self.kurtosis_sum, torch.nan)
+        if received is not None:
+            self._check(received, "received")
+            shape = kurtosis(received, valid).cpu()
+        return replace(
+            self,
+            distance_sum=self.distance_sum + rows.double().sum(-1).cpu(),
+            rows=self.rows + rows.shape[-1],
+            kurtosis_sum=self.kurtosis_sum + shape.nan_to_num(0.0),
+            kurtosis_count=self.kurtosis_count + shape.isfinite(),
+            sequences=self.sequences + 1,
+        )
+
+    def __add__(self, other: HeadProfile) -> HeadProfile:
+        """The profile of both corpora. Raises ValueError where they are not of the same heads."""
+        if self.layers != other.layers or self.distance_sum.shape != other.distance_sum.shape:
+            raise ValueError(f"profiles of other heads don't add up: layers {self.layers} and {other.layers}")
+        if self.model != other.model:
+            raise ValueError(f"profiles of different models don't add up: {self.model} and {other.model}")
+        return replace(
+            self,
+            distance_sum=self.distance_sum + other.distance_sum,
+            rows=self.rows + other.rows,
+            kurtosis_sum=self.kurtosis_sum + other.kurtosis_sum,
+            kurtosis_count=self.kurtosis_count + other.kurtosis_count,
+            sequences=self.sequences + other.sequences,
+        )
+
+    @property
+    def distance(self) -> Tensor:
+        """(L, H) float64, mean attention distance of each head in tokens over all counted rows (Eq. 7)."""
+        if not self.rows:
+            raise ValueError("the profile is empty: add a sequence first")
+        return self.distance_sum / self.rows
+
+    @property
+    def kurtosis(self) -> Tensor:
+        """(L, H) float64, the mean over sequences; NaN for a head that has none in any of them."""
+        return self.kurtosis_sum / self.kurtosis_count
+
+    def classes(self, share: float = 0.30, layers: Iterable[int] | None = None) -> HeadClasses:
+        """Local and global heads among those of some layers (None: all), as masks (L, H) over all of the profile's."""
+        chosen = self._rows(layers)
+        found = classify(self.distance[chosen], share)
+        none = torch.zeros_like(self.distance, dtype=torch.bool)
+        return HeadClasses(none.index_copy(0, chosen, found.local), none.index_copy(0, chosen, found.global_))
+
+    def receivers(self, count: int = 20, layers: Iterable[int] | None = None) -> Tensor:
+        """(L, H) bool: the `count` heads of most kurtosis among those of some layers, ties in (layer, head) order.
+
+        Fewer where fewer heads have a kurtosis.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        among = torch.full_like(self.distance_sum, -torch.inf)
+        chosen = self._rows(layers)
+        among[chosen] = self.kurtosis[chosen].nan_to_num(nan=-torch.inf)
+        flat = among.flatten()
+        best = flat.argsort(stable=True, descending=True)[:count]
+        return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, best, True).view_as(among) & among.isfinite()
+
+    def save(self, file: Path) -> None:
+        """Write it as JSON; `load` gives back the same numbers. Raises ValueError where the model is not known."""
+        if self.model is None:
+            raise ValueError("the profile names no model; make it with HeadProfile.empty(..., model=identity(model))")
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": asdict(self.model),
+            "layers": list(self.layers),
+            "sequences": self.sequences,
+            "rows": self.rows,
+            **{name: getattr(self, name).tolist() for name in MATRICES},
+        }
+        file.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="ascii")
+
+    @classmethod
+    def load(cls, file: Path, model: Any = None) -> HeadProfile:
+        """Read a saved profile.
+
+        Args:
+            model: the transformers model that it is meant for; None: whichever it was made of.
+
+        Raises:
+            InputError: no such file, not a profile, of another version, or of another model.
+        """
+        content = _read(file)
+        try:
+            profile = _parsed(content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file}: a head profile with a broken entry ({error}); make it anew") from error
+        if model is not None and (different := differences(profile.model, identity(model))):
+            raise InputError(f"{file}: the profile is of another model: {different}; make one of this model")
+        return profile
+
+    def _rows(self, layers: Iterable[int] | None) -> Tensor:
+        if layers is None:
+            return torch.arange(len(self.layers))
+        wanted = sorted(set(layers))
+        if missing := [layer for layer in wanted if layer not in self.layers]:
+            raise ValueError(f"layers: the profile has no layers {missing}, only {list(self.layers)}")
+        return torch.tensor([self.layers.index(layer) for layer in wanted], dtype=torch.long)
+
+    def _check(self, values: Tensor, name: str) -> None:
+        if values.dim() != 3 or values.shape[:2] != self.distance_sum.shape:
+            expected = tuple(self.distance_sum.shape)
+            raise ValueError(f"{name} must be (layers, heads, positions), {expected} first; got {tuple(values.shape)}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}; name a head profile") from error
+    except ValueError as error:
+        raise InputError(f"{file}: not JSON ({error}); name a head profile") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f'{file}: not a head profile ("format" is not "{FORMAT}")')
+    if content.get("version") != VERSION:
+        found = content.get("version")
+        raise InputError(f"{file}: a head profile of version {found}, and this program reads {VERSION}; make it anew")
+    return content
+
+
+def _parsed(content: dict[str, Any]) -> HeadProfile:
+    """Raises KeyError, TypeError or ValueError for what no profile holds."""
+    layers = tuple(int(layer) for layer in content["layers"])
+    model = ModelIdentity(**content["model"])
+    matrices = {name: torch.tensor(content[name], dtype=torch.float64) for name in MATRICES}
+    for name, matrix in matrices.items():
+        if matrix.shape != (len(layers), model.heads) or not matrix.isfinite().all():
+            raise ValueError(f"{name} must be {(len(layers), model.heads)} finite numbers")
+    matrices["kurtosis_count"] = matrices["kurtosis_count"].long()
+    rows, sequences = int(content["rows"]), int(content["sequences"])
+    if rows < 0 or sequences < 0:
+        raise ValueError("rows and sequences must not be negative")
+    return HeadProfile(layers=layers, rows=rows, sequences=sequences, model=model, **matrices)

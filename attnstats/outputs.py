@@ -1,20 +1,21 @@
-"""What `attnstats analyze` leaves behind: one folder that appears whole or not at all.
+"""What a run leaves behind: a folder that takes its place whole, and the tables that others read.
 
-`replacing` gives a folder to write into beside the one that was asked for, and puts it in its place at the
-end; an interrupted run leaves the old output as it was. All prompts share the tables (column `prompt`) and the
-tensor file (prefix of the name). The report is drawn by report/. Called by cli.py.
+A run works in `<out>.part`, which a killed run leaves to be resumed, and at the end becomes `<out>`: an interrupted run
+leaves older results as they were. Tables hold all prompts (column `prompt`), as CSV and as Parquet, and are written
+prompt by prompt. The report is drawn by report/. Called by commands/.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,125 +24,197 @@ from typing import Any
 import torch
 
 import attnstats
-from attnstats.analyze import Analysis
+from attnstats.analyze import Analyses, Analysis, Settings
 from attnstats.errors import InputError
+from attnstats.store import ITEMS, RUN, Store, begin, corrupt, read_json, require_same
 from attnstats.text import spreadsheet_cell
 
-TOKENS, HEADS, TENSORS, SUMMARY, REPORT = "tokens.csv", "heads.csv", "stats.safetensors", "summary.json", "report.html"
-FILES = (REPORT, TOKENS, HEADS, TENSORS, SUMMARY)
+TOKENS, HEADS, SUMMARY, PROFILE, REPORT = "tokens", "heads", "summary.json", "heads.json", "report.html"
+TABLES = tuple(f"{name}.{kind}" for name in (TOKENS, HEADS) for kind in ("csv", "parquet"))
+TEXTS = {"token", "class"}  # columns of text
+ROW_GROUP = 65_536  # rows of a Parquet file that are read together
+FILES = (REPORT, *TABLES, PROFILE, SUMMARY, RUN, ITEMS)
 
 
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into; when the block ends well it takes the place of `out`.
+def workplace(out: Path) -> Path:
+    """The folder that a run works in before it becomes `out`.
 
     Raises:
-        InputError: before the block, where `out` can't be written, or holds what isn't ours to replace.
+        InputError: `out` can't be written, or holds what isn't ours to replace.
     """
-    target = Path(out).expanduser().resolve()
     try:
-        if target.is_dir():
-            others = sorted({entry.name for entry in target.iterdir()} - set(FILES))
-            if others:
-                raise InputError(f"--out {out}: holds {others[0]}, which is not ours to replace; name another folder")
-        elif target.exists():
-            raise InputError(f"--out {out}: is a file; name a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror or error}; name a folder that can be written") from error
-    try:
-        yield beside
-        beside.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(old)  # an empty folder may be renamed over
-            try:
-                beside.rename(target)
-            except BaseException:
+        target = out.expanduser().resolve()
+        for old in sorted(target.parent.glob(f".{target.name}.old-*")):  # a kill came while one made room for another
+            if target.exists():
+                shutil.rmtree(old)
+            else:
                 old.rename(target)
-                raise
-            shutil.rmtree(old)
-        else:
-            beside.rename(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        _require_ours(target, out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise InputError(f"--out {out}: {os.strerror(errno.EACCES)}; name a folder that can be written")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--out {out}: {reason}; name a folder that can be written") from error
+    return target.with_name(f"{target.name}.part")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _require_ours(target: Path, out: Path) -> None:
+    """Raises InputError where there is something that a run of ours has not left."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"--out {out}: is a file; name a folder")
+    names = {entry.name for entry in target.iterdir()}
+    foreign = next(iter(sorted(names - set(FILES))), None) or Store(target).foreign()
+    if foreign is None and names and RUN not in names:
+        foreign = min(names)
+    if foreign is not None:
+        raise InputError(f"--out {out}: holds {foreign}, which is not ours to replace; name another folder")
+
+
+def open_store(out: Path, identity: dict[str, Any], *, resume: bool) -> Store:
+    """A store to work in beside `out`, new or resumed; a finished run that has lost items moves there again.
+
+    Raises:
+        InputError: see workplace and store.begin.
+    """
+    work, target = workplace(out), out.expanduser().resolve()
+    if resume and not work.exists() and (target / RUN).is_file():
+        require_same(target, identity)
+        target.rename(work)
+    return begin(work, identity, resume=resume)
+
+
+def is_finished(out: Path, identity: dict[str, Any], total: int) -> bool:
+    """Whether `out` has all results of such a run. Raises InputError where they are of another one."""
+    target = out.expanduser().resolve()
+    if workplace(out).exists() or not (target / SUMMARY).is_file():
+        return False
+    require_same(target, identity)
+    return Store(target).indices() == list(range(total))
+
+
+def finish(store: Store, out: Path) -> None:
+    """Give the finished folder its name; what had it goes. Raises InputError where that isn't ours, and keeps both."""
+    target = out.expanduser().resolve()
+    _require_ours(target, out)
+    store.close()
+    if not target.exists():
+        store.folder.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old)  # an empty folder may be renamed over
+    try:
+        store.folder.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
+    """The analyses, settings and summary of a finished run.
+
+    Raises:
+        InputError: no such folder, not one of `attnstats analyze`, or one that is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name one that `attnstats analyze --out` has written")
+    if not (folder / SUMMARY).is_file() or not (folder / RUN).is_file():
+        raise InputError(f"{folder}: has no {SUMMARY} and {RUN}; name a folder that `attnstats analyze` has finished")
+    summary = read_json(folder / SUMMARY)
+    try:
+        settings = Settings(**{key: value for key, value in summary["settings"].items() if key != "preset"})
+        count = len(summary["prompts"])
+        sections = [dict(summary[name]) for name in ("model", "versions", "timings_seconds", "peak_memory_bytes")]
+        if not all(isinstance(value, (int, float)) for section in sections[2:] for value in section.values()):
+            raise TypeError("seconds and bytes must be numbers")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise corrupt(folder / SUMMARY, f"no settings, prompts and timings in it: {error}") from error
+    return Analyses(Store(folder), count), settings, summary
 
 
 def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """tokens.csv and heads.csv, all prompts in each."""
+    """tokens and heads as .csv and .parquet, all prompts in each."""
+    _write_table(folder, TOKENS, analyses, token_rows)
+    _write_table(folder, HEADS, analyses, head_rows)
+
+
+def _write_table(
+    folder: Path, name: str, analyses: Sequence[Analysis], rows: Callable[[int, Analysis], dict[str, Any]]
+) -> None:
     import pandas
 
-    for name, table in ((TOKENS, token_rows), (HEADS, head_rows)):
-        frame = pandas.concat([pandas.DataFrame(table(i, a)) for i, a in enumerate(analyses)])
-        # Text is always quoted: a bare carriage return in a token would end the row.
-        frame.to_csv(
-            folder / name, index=False, encoding="utf-8", errors="backslashreplace", quoting=csv.QUOTE_NONNUMERIC
-        )
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        kept: list[Any] = []
+        with _parquet_file(folder / f"{name}.parquet") as write:
+            for prompt, analysis in enumerate(analyses):
+                table = pandas.DataFrame(rows(prompt, analysis))
+                kept.append(table.copy())
+                # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
+                for column in TEXTS & set(table.columns):
+                    table[column] = table[column].map(spreadsheet_cell)
+                table.to_csv(file, index=False, header=prompt == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+                if sum(map(len, kept)) >= ROW_GROUP or prompt == len(analyses) - 1:
+                    write(pandas.concat(kept))
+                    kept = []
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A function that adds a table as a group of rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    writer = None
+
+    def write(frame: Any) -> None:
+        nonlocal writer
+        table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+        if writer is None:
+            writer = pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
-    """The columns of tokens.csv. delta is that of the response; entropy is unknown for the first token."""
-    start = analysis.response_start
+    """The columns of tokens. delta is that of the response, NaN before it; entropy is unknown for the first token.
+
+    A lone surrogate, which UTF-8 has no bytes for, is written as its escape.
+    """
+    delta = torch.full_like(analysis.waad, torch.nan)
+    delta[analysis.response] = analysis.delta
     return {
         "prompt": prompt,
         "position": range(len(analysis.tokens)),
-        "token": [spreadsheet_cell(token) for token in analysis.tokens],
+        "token": [token.encode("utf-8", "backslashreplace").decode() for token in analysis.tokens],
         "is_response": analysis.response.numpy(),
         "waad": analysis.waad.numpy(),
         "fai": analysis.fai.numpy(),
         "fai_valid": analysis.fai_valid.numpy(),
-        "delta": [None] * start + analysis.delta.tolist(),
-        "entropy": [None, *analysis.entropy[1:].tolist()],
+        "delta": delta.numpy(),
+        "entropy": analysis.entropy.numpy(),
     }
 
 
-def head_rows(prompt: int, analysis: Analysis) -> list[dict[str, Any]]:
-    """The rows of heads.csv: mean distance in tokens over the response, and the class it leads to."""
-    return [
-        {
-            "prompt": prompt,
-            "layer": layer,
-            "head": head,
-            "mean_distance": analysis.distance[i, head].item(),
-            "class": analysis.classes.name(i, head),
-        }
-        for i, layer in enumerate(analysis.layers)
-        for head in range(analysis.distance.shape[1])
-    ]
-
-
-def write_tensors(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """stats.safetensors: `<prompt>.<name>`, per head (layers, heads, T) and as class means (T,)."""
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for number, analysis in enumerate(analyses):
-        fields = {
-            "token_ids": analysis.token_ids,
-            "response": analysis.response,
-            "layers": torch.tensor(analysis.layers),
-            "head_waad": analysis.head_waad,
-            "head_fai": analysis.head_fai,
-            "head_mean_distance": analysis.head_mean_distance,
-            "distance": analysis.distance,
-            "local": analysis.classes.local,
-            "global": analysis.classes.global_,
-            "waad": analysis.waad,
-            "fai": analysis.fai,
-            "fai_valid": analysis.fai_valid,
-            "delta": analysis.delta,
-            "entropy": analysis.entropy,
-        }
-        tensors.update({f"{number}.{name}": tensor.contiguous() for name, tensor in fields.items()})
-    save_file(tensors, str(folder / TENSORS))
-    (folder / TENSORS).chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+def head_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
+    """The columns of heads: mean distance in tokens over the response, and the class it leads to."""
+    layers, heads = analysis.distance.shape
+    return {
+        "prompt": prompt,
+        "layer": [layer for layer in analysis.layers for _ in range(heads)],
+        "head": list(range(heads)) * layers,
+        "mean_distance": analysis.distance.flatten().numpy(),
+        "class": [analysis.classes.name(i, head) for i in range(layers) for head in range(heads)],
+    }
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

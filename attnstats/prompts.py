@@ -1,17 +1,21 @@
 """What is asked of the model: prompts from the command line, a file or our own three, as the model's chat format.
 
-A prompt is a question; the paper's system text (App. A.1) goes before it. Called by cli.py (reading) and
+A prompt is a question; the paper's system text (App. A.1) goes before it. Called by commands/ (reading) and
 analyze.py (rendering).
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attnstats.errors import InputError
 
+OTHER_TABLES = (".json", ".tsv", ".xls", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".pkl", ".pt", ".npy")
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 QUESTIONS = (
@@ -24,39 +28,136 @@ QUESTIONS = (
 )
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a file: the `question` of each line of a .jsonl file, else each line of text.
+def read_prompts(file: Path, field: str | None = None, option: str = "--prompts") -> list[str]:
+    """The prompts of a file or of a data set's folder.
 
-    Lines end in LF, CRLF or CR. Other separators of Unicode are text: JSON allows them inside a string.
+    .jsonl, .csv, .parquet and a folder that `datasets.Dataset.save_to_disk` wrote have a prompt in a field of each
+    row; any other file has one in each line that isn't blank. Lines end in LF, CRLF or CR; other separators of Unicode
+    are text: JSON allows them inside a string.
+
+    Args:
+        field: where a row has the prompt, default "question".
 
     Raises:
-        InputError: no such file, not UTF-8, a line that isn't a JSON object with a question, nothing in it.
+        InputError: nothing there, not readable as what its name says, a row without a text in the field (its line or
+            row is named), no prompt in it.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompts {file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"--prompts {file}: {error.strerror or error}; name a .jsonl or text file") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if file.suffix == ".jsonl":
-        questions = [_question(file, number, line) for number, line in lines]
+    where = f"{option} {file}"
+    name = "question" if field is None else field
+    kind = file.suffix.lower()
+    if file.is_dir():
+        prompts = _column(_dataset(file, where), name, where)
+    elif kind == ".parquet":
+        prompts = _column(_parquet(file, where), name, where)
+    elif kind == ".csv":
+        prompts = _csv(_text(file, where), name, where)
+    elif kind in OTHER_TABLES:
+        raise InputError(f"{where}: {kind} is not read; save it as .jsonl, .csv or .parquet, or as .txt, one per line")
     else:
-        questions = [line for _, line in lines]
-    if not questions:
-        raise InputError(f"--prompts {file}: no prompt in it; write one per line")
-    return questions
+        lines = [(n, line.strip()) for n, line in enumerate(_text(file, where).split("\n"), 1) if line.strip()]
+        if kind == ".jsonl":
+            prompts = [_record(line, name, f"{where}, line {number}") for number, line in lines]
+        elif field is None:
+            prompts = [line for _, line in lines]
+        else:
+            raise InputError(f"{where}: a text file has no field {field!r}; give .jsonl, .csv or .parquet")
+    if not prompts:
+        raise InputError(f"{where}: no prompt in it; write one per line")
+    return prompts
 
 
-def _question(file: Path, number: int, line: str) -> str:
+def _text(file: Path, where: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror or error}; name a .jsonl, .csv, .parquet or text file") from error
+
+
+def _record(line: str, field: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"--prompts {file}, line {number}: not JSON ({error})") from error
-    question = record.get("question") if isinstance(record, dict) else None
-    if not isinstance(question, str) or not question.strip():
-        raise InputError(f'--prompts {file}, line {number}: needs an object with a text under "question"')
-    return question
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise InputError(f'{where}: needs an object with a text under "{field}"')
+    return _prompt(record, field, where)
+
+
+def _csv(text: str, field: str, where: str) -> list[str]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [_prompt(row, field, f"{where}, line {rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise InputError(f"{where}, line {rows.line_num + 1}: not CSV ({error})") from error
+
+
+def _prompt(record: Mapping[str | None, Any], field: str, where: str) -> str:
+    prompt = record.get(field)
+    if isinstance(prompt, str) and prompt.strip():
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f'{where}: "{field}" has half of a character ({error.reason})') from error
+        return prompt
+    if field in record:
+        raise InputError(f'{where}: needs a text under "{field}", got {_cut(repr(prompt))}')
+    there = _cut(", ".join(repr(key) for key in record if key is not None)) or "nothing"
+    raise InputError(f'{where}: needs an object with a text under "{field}"; it has {there} (choose with --field)')
+
+
+def _cut(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}\u2026"
+
+
+def _dataset(folder: Path, where: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{where}: to read a data set's folder, run: pip install datasets") from error
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{where}: not a folder of Dataset.save_to_disk ({error})") from error
+    if isinstance(found, datasets.DatasetDict):
+        splits = ", ".join(str(folder / split) for split in found)
+        raise InputError(f"{where}: has several splits; name one of {splits}")
+    return found.data.table
+
+
+def _parquet(file: Path, where: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{where}: not readable as Parquet ({' '.join(str(error).split())})") from error
+
+
+def _column(table: Any, field: str, where: str) -> list[str]:
+    if field not in table.column_names:
+        there = _cut(", ".join(map(repr, table.column_names)))
+        raise InputError(f"{where}: has no column {field!r}, only {there}; choose with --field")
+    rows = enumerate(table.column(field).to_pylist(), 1)
+    return [_prompt({field: value}, field, f"{where}, row {number}") for number, value in rows]
+
+
+def paper_prompt(question: str) -> str:
+    """The question as the paper puts it (App. A.1): its last sentence as `Question`, all before it as `Context`.
+
+    Example:
+        >>> print(paper_prompt("A tray holds 12 rolls. How many do 4 trays hold?"))
+        Context: A tray holds 12 rolls.
+        Question: How many do 4 trays hold?
+    """
+    from attnstats.segments import sentences
+
+    *context, last = sentences(question.strip())
+    before = "".join(context).strip()
+    return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
 
 
 def render(tokenizer: Any, question: str, system: str) -> list[int]:
@@ -73,5 +174,10 @@ def render(tokenizer: Any, question: str, system: str) -> list[int]:
     except TemplateError:
         # Some templates refuse a system message; its text then opens the user's.
         merged = [{"role": "user", "content": f"{system}\n\n{question}"}]
-        ids = tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except TemplateError as error:
+            raise InputError(f"--model: its chat template cannot be used ({error})") from error
+    if not ids:
+        raise InputError("--model: its chat template makes nothing of a question; use a model with another one")
     return list(ids)

@@ -38,8 +38,7 @@ def delta(waad: Tensor, mask: Tensor) -> Tensor:
         tensor([[0., 3., 0., 0.]])
     """
     check_signal("waad", waad, mask)
-    responses = Responses.of(mask)
-    return responses.spread(responses.delta(responses.gather(waad)))
+    return delta_of(waad, mask).to(waad.dtype)
 
 
 @torch.no_grad()
@@ -70,55 +69,57 @@ def top_share(values: Tensor, mask: Tensor, q: float, valid: Tensor | None = Non
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Response tokens moved together to the left, and back.
+    """Response tokens moved together to the left, and back; behind them a last slot for all that is outside the mask.
 
     Attributes:
-        mask: [B, T] bool.
-        index: [B, T] int64, where in its response a token stands; T outside the mask.
-        length: [B, 1] int64.
+        slot: [B, T] int64, where in its response a token stands; T outside the mask.
+        length: [B, 1] int32.
     """
 
-    mask: Tensor
-    index: Tensor
+    slot: Tensor
     length: Tensor
 
     @staticmethod
     def of(mask: Tensor) -> Responses:
-        count = mask.cumsum(1)
-        return Responses(mask, torch.where(mask, count - 1, mask.shape[1]), mask.sum(1, keepdim=True))
+        count = mask.cumsum(1, dtype=torch.int32)  # in int64 it takes ten times as long
+        return Responses(torch.where(mask, count - 1, mask.shape[1]).long(), count[:, -1:])
 
     def gather(self, values: Tensor) -> Tensor:
-        """[B, T] the response's values in order, 0 after its end."""
-        width = values.shape[1]
-        slots = values.new_zeros(len(values), width + 1)  # the last takes what is outside the mask
-        return slots.scatter(1, self.index, values)[:, :width]
+        """[B, T + 1] the response's values in order, 0 after its end, in the last slot any value from outside."""
+        return values.new_zeros(len(values), values.shape[1] + 1).scatter_(1, self.slot, values)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """[B, T] the inverse of `gather`, 0 outside the mask."""
-        return values.gather(1, self.index.clamp(max=values.shape[1] - 1)).masked_fill(~self.mask, 0)
+    def spread(self, gathered: Tensor) -> Tensor:
+        """[B, T] the inverse of `gather`; outside the mask what stands in the last slot."""
+        return gathered.gather(1, self.slot)
 
     def delta(self, curve: Tensor) -> Tensor:
-        """[B, T] delta of a gathered curve."""
+        """[B, T + 1] delta of a gathered curve, 0 in the last slot."""
         steps = torch.arange(curve.shape[1], device=curve.device)
-        return rhythm.delta(curve).masked_fill(steps >= self.length - 1, 0)
+        return rhythm.delta(curve).masked_fill_(steps >= self.length - 1, 0)
+
+
+def delta_of(waad: Tensor, mask: Tensor) -> Tensor:
+    """`delta` of arguments that were checked, sixteen-bit ones in float32."""
+    responses = Responses.of(mask)
+    return responses.spread(responses.delta(responses.gather(waad.to(working(waad.dtype)))))
 
 
 def top_of(values: Tensor, mask: Tensor, q: float, valid: Tensor | None, bottom: bool) -> Tensor:
     """`top_share` of arguments that were checked."""
     if not 0 <= q <= 1:
         raise ValueError(f"q must be a share in [0, 1], got {q}")
-    most = _ceiling(q * mask.shape[1])
+    most = math.ceil(q * mask.shape[1] - SLACK)
     if most == 0:
         return torch.zeros_like(mask)
     allowed = mask if valid is None else mask & valid
-    # 0.28 * 25 is 7.000000000000001, and 7 is meant.
-    share = (mask.sum(1, keepdim=True).double() * q - SLACK).ceil().long()
-    count = torch.minimum(share, allowed.sum(1, keepdim=True))
-    values = values.to(working(values.dtype)) * (-1 if bottom else 1)
-    least = _largest(values, allowed, count, most)
+    count = (mask.sum(1, keepdim=True).double() * q - SLACK).ceil().int()
+    values = values.to(working(values.dtype))
+    values = -values if bottom else values
+    least = _largest(values, allowed, count, most)  # -inf where fewer are allowed
     above = allowed & (values > least)
     equal = allowed & (values == least)
-    return above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
+    left = count - above.sum(1, keepdim=True, dtype=torch.int32)
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= left))
 
 
 def lower_median(gathered: Tensor, length: Tensor) -> Tensor:
@@ -133,13 +134,9 @@ def _largest(values: Tensor, among: Tensor, rank: Tensor, most: int) -> Tensor:
     Selection, which takes a fifth of sorting's time, wants one rank for all rows: so many of the others are set to
     infinity that it is `most` in each. There are enough of them when `most` is the rank in a row without others.
     """
-    others = ~among
-    padded = values.masked_fill(others, -torch.inf).masked_fill(others & (others.cumsum(1) <= most - rank), torch.inf)
+    spare = (~among).cumsum(1, dtype=torch.int32)
+    padded = torch.where(among, values, torch.where(spare <= most - rank, torch.inf, -torch.inf))
     return padded.topk(most, 1, sorted=False).values.amin(1, keepdim=True)
-
-
-def _ceiling(product: float) -> int:
-    return math.ceil(product - SLACK)
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
@@ -167,9 +164,10 @@ def check_signal(name: str, values: Tensor, mask: Tensor, valid: Tensor | None =
             raise ValueError(f"valid must have the shape of mask {tuple(mask.shape)}, got {tuple(valid.shape)}")
     if torch.compiler.is_compiling():  # a graph can't raise
         return
-    bad = ~values.isfinite() & (mask if valid is None else mask & valid)
-    if bad.any():  # the only wait for a GPU
-        row, token = bad.nonzero()[0].tolist()
+    counted = mask if valid is None else mask & valid
+    low, high = values.masked_fill(~counted, 0).aminmax() if len(values) else (values.new_zeros(()),) * 2
+    if not (low > -torch.inf) & (high < torch.inf):  # NaN is neither; the only wait for a GPU
+        row, token = (counted & ~values.isfinite()).nonzero()[0].tolist()
         raise ValueError(
             f"{name}: row {row} is {values[row, token].item()} at token {token}, which the mask counts; "
             "the model's attention overflowed, or the curve was not computed there"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnstats.analyze import Analysis, Progress, Settings
+from attnstats.analyze import Analysis, Settings
+from attnstats.corpus import Progress
+from attnstats.heads import RECEIVED
 from attnstats.models import LoadedModel
 
 TOLERANCE = 1e-4
@@ -66,6 +68,7 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
     if settings.fai_hi is not None:
         horizon &= ahead <= settings.fai_hi
     counts = horizon.sum(0)
+    far = (ahead >= RECEIVED.lo) & analysis.response[:, None]
     waad = (maps * ahead.clamp(max=settings.window)).sum(-1)
     fai = (maps * horizon).sum(-2) / counts.clamp(min=1)
     distance = (maps * ahead).sum(-1)
@@ -77,6 +80,7 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
         "waad per head": (analysis.head_waad, waad),
         "fai": (analysis.fai, fai[global_].mean(0)),
         "fai per head": (analysis.head_fai, fai),
+        "received per head": (analysis.head_received, (maps * far).sum(-2) / far.sum(0).clamp(min=1)),
         "fai_valid": (analysis.fai_valid, counts > 0),
         "delta": (analysis.delta, torch.cat([(response[1:] - response[:-1]).abs(), torch.zeros(1)])),
         "mean_distance": (analysis.distance, distance[..., analysis.response].mean(-1)),

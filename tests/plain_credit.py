@@ -13,6 +13,15 @@ from typing import Any, NamedTuple
 
 Number = Any  # float or Fraction
 
+# Which signals each credit takes, in their order.
+SIGNALS = {
+    "local_chunk": ("waad",),
+    "global_anchor": ("fai", "valid"),
+    "coupled_rhythm": ("waad", "fai", "valid"),
+    "high_entropy": ("entropy",),
+    "high_entropy_selection": ("entropy",),
+}
+
 
 def respond(mask: Sequence[bool], credit: Callable[..., list[Number]], *signals: Sequence[Number]) -> list[Number]:
     """The credit of one row: computed on its response tokens alone, 1 elsewhere."""
@@ -134,3 +143,9 @@ def coupled_rhythm(
 def mean_kept(gamma: Sequence[Number]) -> list[Number]:
     """One row's response tokens."""
     return [weight * len(gamma) / sum(gamma) for weight in gamma]
+
+
+def shaped(advantage: Number, gamma: Sequence[Number], sign: str = "both") -> list[Number]:
+    if (sign == "positive" and not advantage > 0) or (sign == "negative" and not advantage < 0):
+        return [advantage for _ in gamma]
+    return [advantage * weight for weight in gamma]

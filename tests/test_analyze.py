@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from attnstats import analyze as pipeline
-from attnstats import models
+from attnstats import corpus, models
 from attnstats.analyze import Settings, analyze
 from attnstats.errors import InputError
 from attnstats.statistics import FAI, WAAD, MeanDistance
@@ -114,7 +114,7 @@ def test_entropy_is_made_in_chunks(tiny, analyses, monkeypatch, rows):
     torch.testing.assert_close(again.entropy, first.entropy, equal_nan=True)
 
 
-def test_one_pass_over_prompt_and_response(tiny, analyses):
+def test_one_pass_for_the_statistics_and_one_for_the_maps(tiny, analyses):
     lengths: list[int] = []
     handle = tiny.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -124,7 +124,7 @@ def test_one_pass_over_prompt_and_response(tiny, analyses):
         pipeline.measure(tiny, "", first.token_ids[:4].tolist(), first.token_ids[4:].tolist(), SETTINGS)
     finally:
         handle.remove()
-    assert lengths == [len(first.tokens)]
+    assert lengths == [len(first.tokens)] * 2
 
 
 def test_greedy_responses_do_not_depend_on_the_batch(tiny, analyses):
@@ -135,7 +135,7 @@ def test_greedy_responses_do_not_depend_on_the_batch(tiny, analyses):
 
 
 def test_more_prompts_than_a_batch(tiny, analyses, monkeypatch):
-    monkeypatch.setattr(pipeline, "GENERATION_BATCH", 2)
+    monkeypatch.setattr(corpus, "BATCH", 2)
     progress = Silent()
     again = analyze(tiny, QUESTIONS, SETTINGS, progress)
     assert [a.token_ids.tolist() for a in again] == [a.token_ids.tolist() for a in analyses]

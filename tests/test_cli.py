@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from attnstats import analyze as pipeline
 from attnstats import cli
+from attnstats.commands import analyze
+from attnstats.commands.options import parse_layers
 from attnstats.outputs import FILES
+from attnstats.store import Store
 from tests.tiny import save_tiny_model
 
 
@@ -52,8 +57,8 @@ def test_main_job_on_the_real_model(tmp_path):
     assert (~tokens.fai_valid).sum() == 10 + (~tokens.is_response & ~tokens.fai_valid).sum()
     heads = pandas.read_csv(out / "heads.csv")
     assert heads["class"].value_counts().to_dict() == {"local": 13, "global": 13, "middle": 19}
-    with safe_open(out / "stats.safetensors", framework="pt") as file:
-        assert file.get_tensor("0.head_waad").shape == (5, 9, len(tokens))
+    with safe_open(out / "items" / "000000.safetensors", framework="pt") as file:
+        assert file.get_tensor("head_waad").shape == (5, 9, len(tokens))
     for shown in ("preplan", "anchor", "report.html", "agrees with eager attention"):
         assert shown in done.stdout
     assert question in (out / "report.html").read_text()
@@ -85,7 +90,7 @@ def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
 
 @pytest.mark.parametrize(("arguments", "hi"), [((), 100), (("--preset", "paper_v1"), 50)])
 def test_presets(arguments, hi):
-    settings = cli.settings_from(cli.parser().parse_args(["analyze", *arguments]))
+    settings = analyze.settings_from(cli.parser().parse_args(["analyze", *arguments]))
     assert (settings.window, settings.fai_lo, settings.fai_hi, settings.head_share) == (10, 10, hi, 0.3)
     assert settings.layers == "middle-third"
 
@@ -94,7 +99,7 @@ def test_presets(arguments, hi):
     ("all", "all"), ("middle-third", "middle-third"), ("3", (3,)), ("9, 11,14-16", (9, 11, 14, 15, 16)),
 ])  # fmt: skip
 def test_layers(text, layers):
-    assert cli.parse_layers(text) == layers
+    assert parse_layers(text) == layers
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
@@ -153,7 +158,7 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(report, "render", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["analyze", "--model", str(tiny), "--max-tokens", "4", "--out", str(tmp_path / "out")])
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]  # what took long to compute
 
 
 def test_a_difference_is_exit_code_1(tmp_path, tiny, monkeypatch, capsys):
@@ -187,7 +192,7 @@ def test_interrupt_is_exit_code_130_and_leaves_nothing(tmp_path, tiny):
     assert process.stderr
     process.stdin.write("how many rolls\n" * 5000)
     process.stdin.close()
-    while "Generating" not in process.stdout.readline():
+    while "prompts, up to" not in process.stdout.readline():
         assert process.poll() is None
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -214,3 +219,119 @@ def test_help_does_not_import_what_is_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == ""
     assert torch.__version__
+
+
+def test_heads_of_a_corpus_are_taken_for_another(tmp_path, tiny, capsys):
+    options = ["analyze", "--model", str(tiny), "--layers", "all", "--max-tokens", "12", "--prompt"]
+    assert cli.main([*options, "how many rolls", "--out", str(tmp_path / "a")]) == 0
+    profile = ["--head-profile", str(tmp_path / "a" / "heads.json")]
+    assert cli.main([*options, "so", "--out", str(tmp_path / "b"), *profile]) == 0
+    one, two = (pandas.read_csv(tmp_path / name / "heads.csv") for name in "ab")
+    assert one["class"].tolist() == two["class"].tolist()
+    assert one.mean_distance.tolist() != two.mean_distance.tolist()
+    other = save_tiny_model(tmp_path / "other", hidden_size=16)
+    code = cli.main(["analyze", "--model", str(other), "--max-tokens", "4", "--out", str(tmp_path / "c"), *profile])
+    assert code == 2
+    assert "heads.json: the profile is of another model: " in capsys.readouterr().err
+    assert cli.main([*options, "so", "--out", str(tmp_path / "c"), "--head-profile", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == before
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == before
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda out: (out / "summary.json").unlink(), "has no summary.json"),
+    (lambda out: (out / "summary.json").write_text("{"), "summary.json: cannot be read"),
+    (lambda out: (out / "summary.json").write_text("{}"), "no settings, prompts and timings in it"),
+    (lambda out: (out / "items" / "000001.safetensors").unlink(), "000001.safetensors: cannot be read"),
+    (lambda out: (out / "items" / "000001.safetensors").write_bytes(b"\0" * 9), "000001.safetensors: cannot be read"),
+    (shutil.rmtree, "no such folder"),
+])  # fmt: skip
+def test_a_damaged_folder_is_refused_with_a_remedy(tmp_path, finished, capsys, damage, message):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    damage(out)
+    assert cli.main(["report", str(out)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    return out
+
+
+def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finished, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]
+    measure, calls = pipeline.measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure", interrupted)
+        assert cli.main(arguments) == 130
+    kept = f"1 of 3 prompts are done and kept in {out}.part; go on with --resume"
+    assert capsys.readouterr().err == f"attnstats: interrupted; {kept}\n"
+    assert cli.main(arguments) == 2
+    assert "holds an unfinished run with 1 prompt done; go on with it by --resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--seed", "1"]) == 2
+    assert "was begun with seed 0, this run has 1" in capsys.readouterr().err
+    for others in (["--prompt", "so"], ["--head-profile", str(finished / "heads.json")]):
+        assert cli.main([*arguments, "--resume", *others]) == 2
+        assert "was begun with" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    before = (out / "summary.json").read_bytes()
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert f"{out} is finished" in capsys.readouterr().out.replace("\n", "")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_statistics_stay_with_their_tokens_when_a_response_is_lost(tmp_path, tiny, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "items" / "000001.json").unlink()
+    (out / "items" / "000001.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out), "--resume"]) == 0
+    after = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
+    assert after | before == after
+    assert after.keys() - before.keys() == {"000001.json", "000001.safetensors"}
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("waad", lambda t: t[:-1]), ("waad", lambda t: t * torch.nan), ("fai", lambda t: t / 0),
+    ("response", lambda t: t.long()), ("fai_valid", lambda t: t.float()), ("entropy", lambda t: t[1:]),
+    ("distance", lambda t: t[0]), ("layers", lambda t: t.repeat(2)), ("delta", lambda t: t[1:]),
+    ("response", lambda t: t & False), ("local", lambda t: t & False),
+])  # fmt: skip
+def test_an_item_that_is_no_analysis_is_named(tmp_path, finished, capsys, name, change):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    store = Store(out)
+    tensors, texts = store.read(1)
+    store.write(1, tensors | {name: change(tensors[name])}, texts)
+    assert cli.main(["report", str(out)]) == 2
+    assert "000001.safetensors: cannot be read (not an analysis: " in capsys.readouterr().err
+
+
+def test_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
+    pandas.DataFrame({"\x1b]0;x\x07\x1b[2Jq": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    assert cli.main(["analyze", "--prompts", str(tmp_path / "a.parquet")]) == 2
+    assert "\x1b" not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What is written: tables and tensors read back, and a folder that changes whole or not at all."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import os
@@ -9,10 +10,11 @@ import sys
 import pandas
 import pytest
 import torch
-from safetensors import safe_open
 
 from attnstats import outputs
+from attnstats.analyze import Analyses
 from attnstats.errors import InputError
+from attnstats.store import begin
 from tests.tiny import synthetic_analysis
 
 TOKENS = ["how", " many", " so", "\n\n", "=1+1", '"q", x', "\r", "\ud800", "\0", "漢字", " end"]
@@ -59,14 +61,36 @@ def test_heads_table(tmp_path, analyses):
     assert rows.loc[rows.mean_distance.idxmax(), "class"] == "global"
 
 
-def test_tensors(tmp_path, analyses):
-    outputs.write_tensors(tmp_path, analyses)
-    with safe_open(tmp_path / "stats.safetensors", framework="pt") as file:
-        assert {name.split(".")[0] for name in file.keys()} == {"0", "1"}  # noqa: SIM118 (not a dict)
-        assert torch.equal(file.get_tensor("0.head_waad"), analyses[0].head_waad)
-        assert torch.equal(file.get_tensor("0.local"), analyses[0].classes.local)
-        assert torch.equal(file.get_tensor("1.fai"), analyses[1].fai)
-        assert file.get_tensor("1.layers").tolist() == [3, 5]
+def test_parquet_holds_what_csv_holds_and_the_tokens_as_they_are(tmp_path, analyses):
+    outputs.write_tables(tmp_path, analyses)
+    for name in ("tokens", "heads"):
+        table = pandas.read_csv(tmp_path / f"{name}.csv", keep_default_na=False, na_values={"delta": "", "entropy": ""})
+        kept = pandas.read_parquet(tmp_path / f"{name}.parquet")
+        assert list(kept.columns) == list(table.columns)
+        numbers = kept.select_dtypes("number").columns
+        pandas.testing.assert_frame_equal(kept[numbers], table[numbers], check_dtype=False)
+    tokens = pandas.read_parquet(tmp_path / "tokens.parquet")
+    assert tokens[tokens.prompt == 0].token.tolist() == [*TOKENS[:7], "\\ud800", *TOKENS[8:]]
+
+
+def test_an_analysis_comes_back_from_a_store_as_it_was(tmp_path, analyses):
+    store = begin(tmp_path / "run", {}, resume=False)
+    for index, analysis in enumerate(analyses):
+        store.write(index, *analysis.stored())
+    kept = Analyses(store, 2)
+    assert len(kept) == len(kept[:]) == 2
+    for before, after in zip(analyses, kept, strict=True):
+        for field in dataclasses.fields(before):
+            one, two = getattr(before, field.name), getattr(after, field.name)
+            if field.name == "maps":
+                assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+            elif isinstance(one, torch.Tensor):
+                torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+            elif field.name == "classes":
+                assert torch.equal(one.local, two.local)
+                assert torch.equal(one.global_, two.global_)
+            else:
+                assert one == two, field.name
 
 
 def test_summary_is_plain_json(tmp_path):
@@ -81,12 +105,16 @@ def test_every_file_follows_the_umask(tmp_path, analyses):
     before = os.umask(0o027)
     try:
         outputs.write_tables(tmp_path, analyses)
-        outputs.write_tensors(tmp_path, analyses)
         outputs.write_summary(tmp_path, {})
+        store = begin(tmp_path / "run", {}, resume=False)
+        store.write_response(0, [1], [2])
+        store.write(0, *analyses[0].stored())
+        store.close()
     finally:
         os.umask(before)
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
-    assert modes == dict.fromkeys(set(outputs.FILES) - {outputs.REPORT}, "0o640")
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
+    items = {"run.json", "000000.json", "000000.safetensors"}
+    assert modes == dict.fromkeys({*outputs.TABLES, outputs.SUMMARY, *items}, "0o640")
 
 
 def test_versions_and_memory():
@@ -101,13 +129,13 @@ def test_where_posix_is_absent_resident_memory_is_left_out(monkeypatch):
 
 
 def fill(out, text="new"):
-    with outputs.replacing(out) as folder:
-        for name in outputs.FILES:
-            (folder / name).write_text(text)
+    store = outputs.open_store(out, {"text": text}, resume=False)
+    (store.folder / "tokens.csv").write_text(text)
+    outputs.finish(store, out)
 
 
 def contents(folder):
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    return (folder / "tokens.csv").read_text()
 
 
 @pytest.mark.parametrize("before", ["absent", "empty", "ours"])
@@ -118,7 +146,7 @@ def test_a_folder_takes_its_place(tmp_path, before):
     elif before == "ours":
         fill(out, "old")
     fill(out)
-    assert contents(out) == dict.fromkeys(outputs.FILES, "new")
+    assert contents(out) == "new"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     umask = os.umask(0)
     os.umask(umask)
@@ -130,22 +158,48 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to("real")
     fill(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert contents(tmp_path / "real") == dict.fromkeys(outputs.FILES, "new")
+    assert contents(tmp_path / "real") == "new"
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_the_old_output(tmp_path, failure):
+def test_a_run_works_beside_the_old_output(tmp_path):
     out = tmp_path / "out"
     fill(out, "old")
+    outputs.open_store(out, {"text": "new"}, resume=False).close()
+    assert contents(out) == "old"
+    with pytest.raises(InputError, match=r"out.part: holds an unfinished run with 0 prompts done; go on .* --resume"):
+        fill(out)
+    outputs.open_store(out, {"text": "new"}, resume=True)
 
-    def break_off():
-        with outputs.replacing(out) as folder:
-            (folder / "tokens.csv").write_text("half")
-            raise failure
 
-    with pytest.raises(failure):
-        break_off()
-    assert contents(out) == dict.fromkeys(outputs.FILES, "old")
+def test_a_finished_run_is_known_and_one_that_lost_items_goes_back_to_work(tmp_path, analyses):
+    out = tmp_path / "out"
+    store = outputs.open_store(out, {"text": "old"}, resume=False)
+    for index, analysis in enumerate(analyses):
+        store.write(index, *analysis.stored())
+    outputs.write_summary(store.folder, {})
+    outputs.finish(store, out)
+    assert outputs.is_finished(out, {"text": "old"}, 2)
+    assert not outputs.is_finished(out, {"text": "old"}, 3)
+    for call in (outputs.is_finished, lambda out, identity, _: outputs.open_store(out, identity, resume=True)):
+        with pytest.raises(InputError, match='begun with text "old", this run has "new"'):
+            call(out, {"text": "new"}, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    store.__class__(out).path(1).unlink()
+    assert not outputs.is_finished(out, {"text": "old"}, 2)
+    assert outputs.open_store(out, {"text": "old"}, resume=True).indices() == [0]
+    assert not out.exists()
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path):
+    out = tmp_path / "out"
+    fill(out, "old")
+    out.rename(tmp_path / ".out.old-1")
+    outputs.workplace(out)
+    assert contents(out) == "old"
+    fill(tmp_path / "other", "older")
+    (tmp_path / "other").rename(tmp_path / ".out.old-2")
+    outputs.workplace(out)
+    assert contents(out) == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -155,25 +209,44 @@ def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, monkeypatch):
     rename = type(out).rename
 
     def refuse_the_new_one(self, target):
-        if ".part-" in self.name:
+        if self.name.endswith(".part"):
             raise OSError("no")
         return rename(self, target)
 
     monkeypatch.setattr(type(out), "rename", refuse_the_new_one)
     with pytest.raises(OSError, match="no"):
         fill(out)
-    assert contents(out) == dict.fromkeys(outputs.FILES, "old")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(out) == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.part"]
 
 
-def test_what_is_not_ours_is_never_replaced(tmp_path):
+@pytest.mark.parametrize("name", ["notes.txt", "items/notes.txt", "items/1.json"])
+def test_what_is_not_ours_is_never_replaced(tmp_path, name):
     out = tmp_path / "out"
     fill(out, "old")
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"--out .*: holds notes.txt, which is not ours to replace"):
+    (out / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"--out .*: holds {name}, which is not ours to replace"):
         fill(out)
-    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / name).read_text() == "mine"
     assert (out / "tokens.csv").read_text() == "old"
+
+
+def test_names_like_ours_are_not_ours(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("mine")
+    with pytest.raises(InputError, match=r"--out .*: holds report.html, which is not ours to replace"):
+        fill(tmp_path / "out")
+
+
+def test_what_came_while_a_run_worked_stays(tmp_path):
+    out = tmp_path / "out"
+    fill(out, "old")
+    store = outputs.open_store(out, {"text": "new"}, resume=False)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds notes\.txt"):
+        outputs.finish(store, out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert store.folder.is_dir()
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/attnstats"])

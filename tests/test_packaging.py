@@ -120,7 +120,7 @@ def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_module_and_template(wheel: Path) -> None:
     in_tree = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.jinja", "*.css", "py.typed")
+        for pattern in ("*.py", "*.jinja", "*.css", "*.js", "py.typed")
         for folder in (ROOT / "attnstats", ROOT / "attnstats" / "kernels")
         for path in folder.rglob(pattern)
     }

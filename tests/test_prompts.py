@@ -3,6 +3,8 @@
 import json
 import re
 
+import datasets
+import pandas
 import pytest
 
 from attnstats.errors import InputError
@@ -38,7 +40,16 @@ def test_only_line_feeds_end_a_line(tmp_path):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", b'{"question": "x"}\n{"q": "y"}\n', 'line 2: needs an object with a text under "question"'),
     ("a.jsonl", b'["x"]\n', "line 1: needs an object"),
-    ("a.jsonl", b'{"question": " "}\n', "line 1: needs an object"),
+    ("a.jsonl", b'{"question": " "}\n', "line 1: needs a text under"),
+    ("a.jsonl", b'{"question": "x"}\n{"question": 7}\n', 'line 2: needs a text under "question", got 7'),
+    ("a.csv", b"question,answer\nx,1\n\"y\nz\",2\n,3\n", "line 5: needs a text under"),
+    ("a.csv", b"q,answer\nx,1\n", "line 2: needs an object with a text under"),
+    ("a.csv", b'question\nx\n"x" y\n', "line 3: not CSV"),
+    ("a.parquet", b"PAR1", "not readable as Parquet"),
+    ("a.jsonl", b'{"question": "\\ud800"}\n', 'line 1: "question" has half of a character'),
+    ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
+    ("a.JSONL", b"what?\n", "line 1: not JSON"),
+    ("a.json", b'[{"question": "x"}]', ".json is not read; save it as .jsonl"),
     ("a.jsonl", b"what?\n", "line 1: not JSON"),
     ("a.txt", b" \n\n", "no prompt in it"),
     ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
@@ -49,9 +60,9 @@ def test_bad_files(tmp_path, name, content, message):
         read_prompts(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "."])
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent"])
 def test_files_that_cannot_be_read(tmp_path, name):
-    with pytest.raises(InputError, match=r"--prompts .*; name a .jsonl or text file"):
+    with pytest.raises(InputError, match=r"--prompts .*; name a .jsonl, .csv, .parquet or text file"):
         read_prompts(tmp_path / name)
 
 
@@ -76,3 +87,35 @@ def test_render(tmp_path, template, system, expected):
 def test_our_questions_are_several_and_different():
     assert len(set(QUESTIONS)) == len(QUESTIONS) >= 3
     assert all(question.endswith("?") for question in QUESTIONS)
+
+
+ROWS = {"question": ["how many?", "two\nlines, \u2028 one"], "id": [1, 2], "other": ["a", "b"]}
+
+
+def test_tables(tmp_path):
+    pandas.DataFrame(ROWS).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame(ROWS).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict(ROWS).save_to_disk(tmp_path / "folder")
+    for name in ("a.csv", "a.parquet", "folder"):
+        assert read_prompts(tmp_path / name) == ROWS["question"]
+        assert read_prompts(tmp_path / name, "other") == ROWS["other"]
+        with pytest.raises(InputError, match=r"absent|--field"):
+            read_prompts(tmp_path / name, "absent")
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(InputError, match=r"not a folder of Dataset.save_to_disk"):
+        read_prompts(tmp_path)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(ROWS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(InputError, match=r"has several splits; name one of .*splits/train"):
+        read_prompts(tmp_path / "splits")
+    assert read_prompts(tmp_path / "splits" / "train") == ROWS["question"]
+    (tmp_path / "a.txt").write_text("how many?")
+    with pytest.raises(InputError, match="a text file has no field 'question'"):
+        read_prompts(tmp_path / "a.txt", "question")
+
+
+def test_rows_are_named_where_they_hold_no_prompt(tmp_path):
+    pandas.DataFrame({"question": ["x", None]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet, row 2: needs a text under \"question\", got None"):
+        read_prompts(tmp_path / "a.parquet")

@@ -9,6 +9,7 @@ import torch
 
 from attnstats import heads, rhythm
 from attnstats.analyze import Analysis
+from attnstats.maps import Maps, segments
 
 WORDS = [
     "<pad>",
@@ -72,6 +73,8 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         head_waad=per_head[0],
         head_fai=per_head[1],
         head_mean_distance=per_head[2],
+        head_received=torch.rand(2, 3, length, generator=draw) / 10,
+        received_valid=torch.arange(length) < length - 4,
         distance=distance,
         classes=classes,
         waad=waad,
@@ -79,7 +82,20 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         fai_valid=fai_valid,
         delta=rhythm.delta(waad[response]),
         entropy=torch.cat([torch.tensor([torch.nan]), torch.rand(length - 1, generator=draw)]),
+        maps=synthetic_maps(prompt, length),
     )
+
+
+def synthetic_maps(prompt: int, length: int) -> Maps:
+    """Maps that fall off with the distance: the local one steeply, with 0 where a query would see what comes later."""
+    rows, columns = map(torch.tensor, segments(prompt, length))
+    apart = (rows[:-1, None] - columns[None, :-1]).double()
+    maps = [torch.exp(-apart / scale).masked_fill(apart < 0, 0.0) for scale in (5, 50)]
+    near = torch.arange(min(64, length))
+    reach = torch.arange(prompt, length)[:, None] >= near
+    bands = [torch.exp(-near / scale) / scale * reach for scale in (5, 50)]
+    pooled = [(values / values.sum(1, keepdim=True)).float() for values in maps]
+    return Maps(rows, columns, *pooled, *bands)
 
 
 class Silent:
@@ -91,8 +107,8 @@ class Silent:
     def start(self, what: str, total: int) -> None:
         self.total = total
 
-    def advance(self) -> None:
-        self.steps += 1
+    def advance(self, amount: int = 1) -> None:
+        self.steps += amount
 
     def finish(self) -> None:
         pass

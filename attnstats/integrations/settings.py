@@ -1,7 +1,7 @@
 """What a token credit is made of, of no framework: the settings, the curves it looks at, and gamma from both.
 
 credit.py has the formulas; `RhythmCredit` chooses among them. Which statistics of which heads and layers a trainer
-has to read is said here, how it reads them is its own module's matter. Used by trl.py.
+has to read is said here, how it reads them is its own module's matter. Used by the modules beside it.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class RhythmCredit:
         """
         own = {field.name for field in fields(cls)}
         of_preset = {field.name: getattr(preset, field.name) for field in fields(preset) if field.name in own}
+        if changes.get("kind") == "entropy-selection":
+            del of_preset["q"]  # that of Wang et al., not the paper's
         return cls(**of_preset | {"lo": preset.fai_lo, "hi": preset.fai_hi} | changes)
 
     @property

@@ -1,8 +1,9 @@
 """report.html: one file that shows where a response looks far back (WAAD) and what it keeps looking at (FAI).
 
-Self-contained, without scripts, and under a content security policy that allows its one style sheet and nothing
-else: token text is untrusted. `render` turns analyses into the values that report.html.jinja lays out; charts.py
-draws the curves. Called by cli.py.
+Self-contained, under a content security policy that allows its one script, its one style sheet and nothing else:
+token text is untrusted. data.py says what the page knows, the scripts beside it (page.js first, start.js last, joined
+into one) draw it, columns.py and scale.py hold what the page shares with the terminal and the figures.
+Called by the command line.
 """
 
 from __future__ import annotations
@@ -13,27 +14,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from attnstats.analyze import Analysis, Settings
-from attnstats.report.charts import Curve, draw
-from attnstats.text import PART, visible
+from attnstats.report import data, scale
+from attnstats.report.columns import COLUMNS, horizon
+from attnstats.report.marks import SHARE
+from attnstats.text import visible
 
-# Upper ends of the shades, as shares of the response's tokens: half of them stay white, so that peaks stand out.
-SHADES = (0.50, 0.65, 0.78, 0.88, 0.95, 0.985)
-# What keeps the file below 20 MB: a token takes about 700 bytes, a head 120.
-MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 20_000, 20_000, 20_000
-LISTED = 6
-CONTEXT = 5
+SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js")
 
 
-def render(analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any]) -> str:
-    """The report as HTML. Parts that would make it too large are left out, and it says so."""
+def render(
+    analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any], couplings: Sequence[Any] = ()
+) -> str:
+    """The report as HTML. Parts that would make it too large are left out, and it says so.
+
+    Args:
+        analyses: one or more.
+        summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them.
+        couplings: each with name, observed, random, lift, p_value, low, high, count (attnstats.rhythm.Coupling).
+
+    Raises:
+        ValueError: there is no analysis.
+    """
+    if not analyses:
+        raise ValueError("analyses: there is none to show; give one or more")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    here = Path(__file__).parent
+    style = (here / "report.css").read_text(encoding="utf-8") + scale.style()
+    script = "\n".join((here / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = f'"use strict";\n{{\n{script}}}\n'
     environment = Environment(
         loader=PackageLoader("attnstats.report", "."),
         autoescape=True,
@@ -41,121 +51,77 @@ def render(analyses: Sequence[Analysis], settings: Settings, summary: dict[str, 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown, left_out = _within_limits(analyses)
+    shown = data.fit(analyses, len(analyses))
     return environment.get_template("report.html.jinja").render(
         style=style,
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
-        prompts=[_prompt(number, analysis, limit, settings) for number, (analysis, limit) in enumerate(shown, 1)],
-        left_out=left_out,
+        script=script,
+        policy=policy(script, style),
+        page=data.embedded(_page(settings, shown)),
+        prompts=shown.prompts,
+        maps=shown.maps,
+        plain=shown.plain,
+        left_out=shown.left_out,
+        couplings=[_coupling(coupling) for coupling in couplings],
         settings=settings,
-        horizon=_horizon(settings),
+        horizon=horizon(settings),
         facts=_facts(summary),
         model=visible(str(summary["model"]["name"])),
     )
 
 
-def _within_limits(analyses: Sequence[Analysis]) -> tuple[list[tuple[Analysis, int]], list[str]]:
-    """The analyses to show, each with the number of its response's tokens to show, and what that leaves out."""
-    shown: list[tuple[Analysis, int]] = []
-    tokens, cells = MAX_TOKENS, MAX_HEADS
-    for analysis in analyses:
-        if tokens <= 0 or cells < analysis.distance.numel():
-            break
-        limit = min(tokens, int(analysis.response.sum()))
-        shown.append((analysis, limit))
-        tokens -= limit
-        cells -= analysis.distance.numel()
-    left_out = [
-        f"The response to prompt {number} is shown up to its token {limit} of {int(analysis.response.sum())}."
-        for number, (analysis, limit) in enumerate(shown, 1)
-        if limit < int(analysis.response.sum())
-    ]
-    if len(shown) < len(analyses):
-        left_out.append(f"Prompts {len(shown) + 1} to {len(analyses)} are left out.")
-    return shown, left_out
+def policy(script: str, style: str) -> str:
+    """A content security policy for this script and this style: no network, no frames, no other code."""
+
+    def digest(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest(script)}'; style-src 'sha256-{digest(style)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+    )
 
 
-def _prompt(number: int, analysis: Analysis, limit: int, settings: Settings) -> dict[str, Any]:
-    start = analysis.response_start
-    shown = slice(start, start + limit)
-    texts = [visible(text, newline="↵", tab="⇥") or PART for text in analysis.tokens[shown]]
-    fai_valid = analysis.fai_valid[shown]
-    waad = Curve("waad", "WAAD", "tokens", analysis.waad[shown], torch.ones(limit, dtype=torch.bool))
-    fai = Curve("fai", "FAI", "% of attention", analysis.fai[shown] * 100, fai_valid)
-    entropy = [f"{value:.2f}" if value == value else "unknown" for value in analysis.entropy[shown].tolist()]
-    notes = [
-        f"token {i + 1}: {text}\nWAAD {w:.2f} tokens\nFAI {f'{f:.3f} %' if ok else 'undefined'}\nentropy {e} nats"
-        for i, (text, w, f, ok, e) in enumerate(
-            zip(texts, waad.values.tolist(), fai.values.tolist(), fai_valid.tolist(), entropy, strict=True)
-        )
-    ]
-    breaks = ["\n" * text.count("\n") for text in analysis.tokens[shown]]
-    question = analysis.question
-    cut = question[:MAX_CHARACTERS] + ("…" if len(question) > MAX_CHARACTERS else "")
+def _page(settings: Settings, shown: data.Shown) -> dict[str, Any]:
     return {
-        "number": number,
-        "question": visible(cut),
-        "length": int(analysis.response.sum()),
-        "blocks": [_block(curve, texts, breaks, notes) for curve in (waad, fai)],
-        "chart": draw((waad, fai), texts, notes, no_future=_no_future(settings)),
-        "lists": [_list(curve, texts) for curve in (waad, fai)],
-        "heads": _heads(analysis),
-        "local": int(analysis.classes.local.sum()),
-        "global": int(analysis.classes.global_.sum()),
-        "total": analysis.distance.numel(),
-    }
-
-
-def _block(curve: Curve, texts: list[str], breaks: list[str], notes: list[str]) -> dict[str, Any]:
-    """The response with one curve as the shade behind each token, and the legend of its shades."""
-    limits = shade_limits(curve.values[curve.valid])
-    shades = torch.bucketize(curve.values, torch.tensor(limits), right=False) * curve.valid
-    tokens = zip(texts, breaks, notes, shades.tolist(), curve.valid.tolist(), strict=True)
-    return {
-        "curve": curve,
-        "tokens": [
-            {"text": text, "breaks": line, "note": note, "shade": shade, "valid": ok}
-            for text, line, note, shade, ok in tokens
-        ],
-        "legend": [f"≤ {_short(limits[0])}", *(f"> {_short(limit)}" for limit in limits)],
-    }
-
-
-def shade_limits(values: Tensor) -> list[float]:
-    """The values at which a token's shade becomes one darker: quantiles of the response's valid values."""
-    if not len(values):
-        return [0.0] * len(SHADES)
-    return torch.quantile(values.double(), torch.tensor(SHADES, dtype=torch.float64)).tolist()
-
-
-def _list(curve: Curve, texts: list[str]) -> dict[str, Any]:
-    """The tokens where the curve is highest, each in its context."""
-    return {
-        "curve": curve,
-        "items": [
+        "columns": [
             {
-                "before": "".join(texts[max(0, i - CONTEXT) : i]),
-                "token": texts[i],
-                "after": "".join(texts[i + 1 : i + 1 + CONTEXT]),
-                "index": i + 1,
-                "value": _short(float(curve.values[i])),
+                "key": column.key,
+                "title": column.title,
+                "unit": column.unit,
+                "digits": column.digits,
+                "about": column.explained(settings),
             }
-            for i in curve.top(LISTED)
+            for column in COLUMNS
         ],
+        "shades": scale.SHADES,
+        "share": SHARE,
+        "floor": data.FLOOR,
+        "codes": data.CODES,
+        "window": settings.window,
+        "lo": settings.fai_lo,
+        "headShare": settings.head_share,
+        "cards": shown.cards,
     }
 
 
-def _heads(analysis: Analysis) -> list[dict[str, Any]]:
-    return [
-        {
-            "layer": layer,
-            "cells": [
-                {"distance": f"{value:.0f}", "name": analysis.classes.name(row, head)}
-                for head, value in enumerate(analysis.distance[row].tolist())
-            ],
-        }
-        for row, layer in enumerate(analysis.layers)
-    ]
+def _coupling(coupling: Any) -> dict[str, str]:
+    """A row of the couplings table as text."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None or value != value else f"{value:.4g}"
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None or value != value else f"{value:+.1%}".replace("%", " %")
+
+    return {
+        "name": visible(str(coupling.name)),
+        "observed": number(coupling.observed),
+        "random": number(coupling.random),
+        "lift": percent(coupling.lift),
+        "interval": f"{percent(coupling.low)} … {percent(coupling.high)}",
+        "p_value": "-" if coupling.p_value != coupling.p_value else f"{coupling.p_value:.2g}",
+        "count": str(coupling.count),
+    }
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -176,20 +142,6 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "open" if value is None else str(value)
-
-
-def _horizon(settings: Settings) -> str:
-    if settings.fai_hi is None:
-        return f"{settings.fai_lo} tokens or more"
-    return f"{settings.fai_lo} to {settings.fai_hi} tokens"
-
-
-def _no_future(settings: Settings) -> str:
-    return f"shaded: no token of the response is {settings.fai_lo} or more further on" if settings.fai_lo else ""
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"

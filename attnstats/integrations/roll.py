@@ -1,0 +1,48 @@
+"""Token credit on ROLL's batches, without ROLL: call `shape_advantages` after its `compute_advantage`.
+
+The layout is that of ROLL 0.3.0 (commit 8eb27cc, read, not run). Prompt and response stand in one row of S tokens,
+padded on the right, and `response_mask` (B, S) says which are the response's. What is computed from logits
+(log-probabilities, entropy, advantages) is (B, S - 1), entry j being of token j + 1, which row j predicts; ROLL cuts
+its mask to match: `response_mask[:, 1:]`. WAAD and FAI of a token are those of its own row, (B, S): they are cut here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnstats.integrations.batches import Batch, shape, signals_of
+from attnstats.integrations.settings import RhythmCredit
+
+
+def shape_advantages(
+    batch: Batch, settings: RhythmCredit | None = None, *, generator: torch.Generator | None = None
+) -> dict[str, float]:
+    """Scale a batch's advantages by the credit's weights, in place.
+
+    Args:
+        batch: `DataProto.batch`, or any mapping, with "advantages" (B, S - 1); "response_mask" (B, S), 0 and 1; and
+            what the credit looks at of "waad", "fai", "fai_valid" (B, S) and "entropy" (B, S - 1). The credit is that
+            of whole responses: samples that `final_response_mask` drops have advantages of 0 already.
+        settings: the credit; the paper's by default.
+        generator: for kind="random".
+
+    Returns:
+        Means over the response tokens, to log, as `attnstats.integrations.verl.shape_advantages`. "gamma" in the
+        batch is (B, S - 1).
+
+    Raises:
+        ValueError, TypeError: a field that is missing or of another shape; see credit.py.
+    """
+    settings = RhythmCredit() if settings is None else settings
+    signals, mask = signals_of(batch, settings), batch["response_mask"]
+    cut = {}
+    for name, curve in zip(signals._fields, signals, strict=True):
+        if curve is None:
+            continue
+        length = mask.shape[1] - (name == "entropy")
+        if curve.shape != (len(mask), length):
+            raise ValueError(
+                f"{name} must be (B, {length}) beside response_mask {tuple(mask.shape)}, got {tuple(curve.shape)}"
+            )
+        cut[name] = curve if name == "entropy" else curve[:, 1:]
+    return shape(batch, settings, signals._replace(**cut), mask[:, 1:].bool(), generator)

@@ -1,0 +1,206 @@
+"""What the page's script reads: analyses as plain values, quantised where a picture needs no more, within a budget.
+
+Attention is a byte, logarithmic from 1e-5 to 1 in steps of 4.6 %; other values have four digits. Token text is made
+visible here. `embedded` writes a value so that no parser of HTML can find an end or a start of markup in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnstats.analyze import Analysis
+from attnstats.report.columns import COLUMNS
+from attnstats.report.marks import marks
+from attnstats.report.scale import Domain
+from attnstats.text import PART, visible
+
+MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
+MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question
+WITHOUT_SCRIPT = 20_000  # tokens that the page also shows where scripts don't run
+SPARK_POINTS = 80
+FLOOR, CODES = 1e-5, 254  # the least attention that is told from none; steps from there to 1
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of each prompt, and what was left out.
+
+    Attributes:
+        prompts, maps: JSON; None where maps are left out.
+        cards: for the index. plain: the response for browsers that run no scripts, of the first prompts.
+        left_out: sentences.
+    """
+
+    prompts: list[str]
+    maps: list[str | None]
+    cards: list[dict[str, Any]]
+    plain: list[dict[str, Any]]
+    left_out: list[str]
+
+
+def fit(analyses: Iterable[Analysis], count: int) -> Shown:
+    """As many of `count` analyses as MAX_BYTES hold, in order; the maps of as many as fit beside them."""
+    shown = Shown([], [], [], [], [])
+    room, room_without_script = MAX_BYTES, WITHOUT_SCRIPT
+    for number, analysis in enumerate(analyses, 1):
+        data = prompt(analysis)
+        text = embedded(data)
+        if len(text) > room:
+            shown.left_out.append(f"All from prompt {number} of {count} on.")
+            break
+        room -= len(text)
+        shown.prompts.append(text)
+        shown.cards.append(card(number, data))
+        if room_without_script > 0:
+            shown.plain.append(plain(number, data))
+            room_without_script -= len(data["breaks"])
+        length, kept = int(analysis.response.sum()), len(data["breaks"])
+        if kept < length:
+            shown.left_out.append(f"Prompt {number}: its response from token {kept + 1} to {length}.")
+        if not data["heads"]:
+            shown.left_out.append(f"Prompt {number}: its {analysis.distance.numel()} heads.")
+        shown.maps.append(embedded(maps(analysis)))
+        _drop_maps(shown.maps, room)
+    without = [number for number, text in enumerate(shown.maps, 1) if text is None]
+    if without:
+        shown.left_out.append(f"The maps of {len(without)} of the prompts, the first of them prompt {without[0]}.")
+    return shown
+
+
+def _drop_maps(texts: list[str | None], room: int) -> None:
+    """Drop maps from the last on until they fit."""
+    taken = sum(len(text) for text in texts if text)
+    for i in reversed(range(len(texts))):
+        if taken <= room:
+            break
+        taken -= len(texts[i] or "")
+        texts[i] = None
+
+
+def plain(number: int, data: dict[str, Any]) -> dict[str, Any]:
+    """A response coloured by WAAD, for browsers that run no scripts."""
+    values, domain = data["values"]["waad"], data["domains"]["waad"]
+    scale = Domain(domain["low"], domain["high"], domain["log"])
+    tokens = zip(data["tokens"][data["start"] :], data["breaks"], values, strict=True)
+    return {
+        "number": number,
+        "question": data["question"],
+        "tokens": [(text, "\n" * breaks, scale.shade(value)) for text, breaks, value in tokens],
+    }
+
+
+def prompt(analysis: Analysis) -> dict[str, Any]:
+    """One prompt and its response, up to MAX_TOKENS tokens; values in the units of `columns`."""
+    start = analysis.response_start
+    stop = min(len(analysis.tokens), start + MAX_TOKENS)
+    kept = slice(0, stop - start)
+    values = {column.key: column.read(analysis) for column in COLUMNS}
+    domains = {column.key: column.domain(values[column.key]) for column in COLUMNS}
+    found = marks(analysis)
+    question = analysis.question[:MAX_CHARACTERS] + ("…" if len(analysis.question) > MAX_CHARACTERS else "")
+    return {
+        "question": visible(question),
+        "start": start,
+        "tokens": [visible(text, newline="↵", tab="⇥") or PART for text in analysis.tokens[:stop]],
+        "breaks": [text.count("\n") for text in analysis.tokens[start:stop]],
+        "values": {key: [_short(value) for value in tensor[kept].tolist()] for key, tensor in values.items()},
+        "domains": {key: _domain(domain) for key, domain in domains.items()},
+        "preplan": found.preplan[kept],
+        "anchor": found.anchor[kept],
+        "intro": found.intro[kept],
+        "heads": heads(analysis) if analysis.distance.numel() <= MAX_HEADS else None,
+    }
+
+
+def heads(analysis: Analysis) -> dict[str, Any]:
+    """The layer x head picture: mean distances in tokens, and classes by their first letter."""
+    distance = analysis.distance
+    rows = range(len(analysis.layers))
+    return {
+        "layers": list(analysis.layers),
+        "distance": [[_short(value) for value in row] for row in distance.tolist()],
+        "classes": ["".join(analysis.classes.name(row, head)[0] for head in range(distance.shape[1])) for row in rows],
+        "domain": _domain(Domain.of(distance.flatten(), is_log=True, pale=0.0)),
+    }
+
+
+def maps(analysis: Analysis) -> dict[str, Any]:
+    """Both mean maps: the segments' boundaries, and attention as bytes, row by row."""
+    found = analysis.maps
+    pooled = torch.cat([found.local_map.flatten(), found.global_map.flatten()])
+    return {
+        "rows": found.rows.tolist(),
+        "columns": found.columns.tolist(),
+        "distances": found.local_band.shape[1],
+        "local": {"map": coded(found.local_map), "band": coded(found.local_band)},
+        "global": {"map": coded(found.global_map), "band": coded(found.global_band)},
+        "most": _short(float(pooled.max())),
+    }
+
+
+def card(number: int, data: dict[str, Any]) -> dict[str, Any]:
+    """What the index shows of a prompt: its question, its length, and both curves in small."""
+    return {
+        "number": number,
+        "question": data["question"][:160],
+        "length": len(data["values"]["waad"]),
+        "waad": spark(data["values"]["waad"]),
+        "fai": spark(data["values"]["fai"]),
+    }
+
+
+def spark(values: Sequence[float | None]) -> list[int | None]:
+    """At most SPARK_POINTS points from 0 to 99 of a curve; the highest value of each stretch, so that peaks stay.
+
+    Example:
+        >>> spark([3.0, 1.0, 2.0, None])
+        [99, 0, 50, None]
+    """
+    all_known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    scale = Domain.of(all_known, pale=0.0)
+    count = min(SPARK_POINTS, len(values))
+    points: list[int | None] = []
+    for i in range(count):
+        stretch = values[i * len(values) // count : (i + 1) * len(values) // count]
+        known = [value for value in stretch if value is not None]
+        points.append(round(99 * scale.share(max(known))) if known else None)
+    return points
+
+
+def coded(attention: Tensor) -> str:
+    """Attention from 0 to 1 as base64 of a byte each: 0 below FLOOR, else 1 + its place among CODES steps.
+
+    Example:
+        >>> import torch
+        >>> list(base64.b64decode(coded(torch.tensor([0.0, 1e-5, 0.1, 1.0]))))
+        [0, 1, 204, 255]
+    """
+    place = (attention.double().clamp(FLOOR, 1.0) / FLOOR).log10() / -math.log10(FLOOR)
+    codes = (1 + (place * CODES).round()) * (attention >= FLOOR)
+    return base64.b64encode(codes.to(torch.uint8).contiguous().numpy().tobytes()).decode()
+
+
+def embedded(value: Any) -> str:
+    """JSON for a `<script type="application/json">`: ASCII, without `<`, `>` and `&`, which could end the element."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _short(value: float) -> float | None:
+    """Four digits, which is what is shown and a pixel on a curve; None where there is no value."""
+    if not math.isfinite(value):
+        return None
+    short = float(f"{value:.4g}")
+    return int(short) if short == int(short) else short
+
+
+def _domain(domain: Domain) -> dict[str, Any]:
+    return {"low": _short(domain.low), "high": _short(domain.high), "log": domain.is_log}

@@ -1,0 +1,223 @@
+"""Figures for papers, by matplotlib: the rhythm of a response, its mean maps, and its heads; one `Analysis` each.
+
+The page's columns, marks and scale on paper, at the width of a text block. Text of a model is drawn as it is made
+visible, never as mathematics. Called by commands/plot.py; matplotlib is imported when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from attnstats.analyze import Analysis
+from attnstats.report.columns import COLUMNS, Column
+from attnstats.report.marks import marks
+from attnstats.report.scale import LIGHT, Domain, as_hex, ramp
+from attnstats.text import PART, visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 6.75  # inches: the text block of most two-column papers
+WORDS = 90  # tokens up to which each is named under the axis
+LABELS = 5
+LONGEST = 14  # characters of a token's name
+COLOURS = {"waad": "#1f6fb2", "fai": "#b4560a"}
+ATTENTION = Domain(3e-4, 0.5, is_log=True)  # as in the page's maps
+STYLE: Any = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "pdf.fonttype": 42,  # text stays text
+    "svg.fonttype": "none",
+    "svg.hashsalt": "attnstats",  # the same figure is the same file
+    "text.parse_math": False,
+}
+
+
+def rhythm(analysis: Analysis, tokens: tuple[int, int] | None = None) -> Figure:
+    """WAAD and FAI along a response, with preplan tokens, anchors, and arcs from an anchor to what leads into it.
+
+    Args:
+        tokens: the first and the last token to show, counted from 1; None: all.
+    """
+    first, last = (0, int(analysis.response.sum())) if tokens is None else (tokens[0] - 1, tokens[1])
+    found = marks(analysis)
+    words = _words(analysis)
+    with _styled() as figure:
+        axes = figure.subplots(2, sharex=True)
+        ranks = {"waad": found.preplan, "fai": found.anchor}
+        for axis, column in zip(axes, COLUMNS[:2], strict=True):
+            chosen = [i for i in found.among(ranks[column.key]) if first <= i < last]
+            _curve(axis, column, analysis, (first, last), chosen, words)
+        for t, intro in enumerate(found.intro):
+            if intro is not None and first <= intro and t < last:
+                _arc(axes[1], t + 1, intro + 1)
+        if last - first <= WORDS:
+            axes[1].set_xticks(range(first + 1, last + 1), words[first:last], rotation=90, fontsize=6.5)
+        axes[1].set_xlabel("token of the response")
+        figure.set_size_inches(WIDTH, 3.1 + 0.5 * (last - first <= WORDS))
+    return figure
+
+
+def maps(analysis: Analysis) -> Figure:
+    """The mean map of the local and of the global heads side by side: rows are tokens of the response."""
+    found = analysis.maps
+    size = int(found.rows[1] - found.rows[0])
+    rows, columns = found.local_map.shape
+    with _styled() as figure:
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, name, values in zip(axes, ("Local", "Global"), (found.local_map, found.global_map), strict=True):
+            # Whole numbers of the axes are tokens of the response, counted from 1; the prompt is below that.
+            picture = axis.imshow(
+                values.clamp(min=ATTENTION.low).numpy(),
+                cmap=_colormap(),
+                norm=_norm(ATTENTION),
+                extent=(size * rows - size * columns + 0.5, size * rows + 0.5, size * rows + 0.5, 0.5),
+                interpolation="none",
+            )
+            axis.set_title(f"{name} heads", fontsize=8, loc="left", fontweight="bold")
+            axis.set_xlabel("token that is looked at")
+            if analysis.response_start:
+                axis.axvline(0.5, color="0.4", linewidth=0.6)
+        axes[0].set_ylabel("token of the response")
+        cell = "a token" if size == 1 else f"{size} tokens"
+        _bar(figure, picture, axes, f"% of attention on {cell}", 100)
+        figure.set_size_inches(WIDTH, 0.9 + 2.6 * rows / columns)
+    return figure
+
+
+def heads(analysis: Analysis) -> Figure:
+    """Mean attention distance of each head in tokens, with L and G on the local and the global ones."""
+    distance = analysis.distance
+    layers, count = distance.shape
+    domain = Domain.of(distance.flatten(), is_log=True, pale=0.0)
+    with _styled() as figure:
+        axis = figure.subplots()
+        picture = axis.imshow(distance.numpy(), cmap=_colormap(), norm=_norm(domain), aspect="auto")
+        for layer in range(layers):
+            for head in range(count):
+                letter = analysis.classes.name(layer, head)[0].upper()
+                dark = domain.share(float(distance[layer, head])) > 0.55
+                if letter != "M":
+                    axis.text(head, layer, letter, ha="center", va="center", color="w" if dark else "k", fontsize=7)
+        axis.set_xticks(range(0, count, max(1, count // 16)))
+        axis.set_yticks(range(layers), [str(layer) for layer in analysis.layers])
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        _bar(figure, picture, axis, "mean attention distance, tokens", 1)
+        figure.set_size_inches(WIDTH, 1.0 + 0.24 * layers)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Analysis], Figure]] = {"rhythm": rhythm, "maps": maps, "heads": heads}
+
+
+def save(figure: Figure, file: Any) -> None:
+    """Write a figure to a path that ends in .pdf, .png or .svg: the same bytes for the same figure."""
+    import matplotlib
+
+    dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, dpi=300, metadata=dates.get(file.suffix.lower()))
+
+
+@contextmanager
+def _styled() -> Iterator[Figure]:
+    """A figure to draw on, in our style and outside of pyplot, which would keep it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        yield Figure(layout="constrained")
+
+
+def _words(analysis: Analysis) -> list[str]:
+    texts = analysis.tokens[analysis.response_start :]
+    words = [visible(text, newline="↵", tab="⇥").strip() or ("space" if text else PART) for text in texts]
+    return [word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…" for word in words]
+
+
+def _curve(
+    axis: Axes, column: Column, analysis: Analysis, shown: tuple[int, int], chosen: list[int], words: list[str]
+) -> None:
+    first, last = shown
+    values = column.read(analysis)
+    colour = COLOURS[column.key]
+    axis.plot(range(first + 1, last + 1), values[first:last].numpy(), color=colour, linewidth=0.9)
+    marker = "v" if column.key == "waad" else "o"
+    face = colour if column.key == "waad" else "white"
+    least, most = _range(values[first:last])
+    points = [min(float(values[i]), most) for i in chosen]
+    axis.plot([i + 1 for i in chosen], points, marker, color=colour, markerfacecolor=face, markersize=3.5)
+    named: list[int] = []
+    for i in sorted(chosen, key=lambda i: -values[i])[:LABELS]:
+        if any(abs(i - other) < 0.07 * (last - first) for other in named):
+            continue  # their names would overlap
+        named.append(i)
+        value = float(values[i])
+        text = words[i] + (f" {value:.2g}↑" if value > most else "")
+        axis.annotate(text, (i + 1, min(value, most)), (0, 4), textcoords="offset points", ha="center", fontsize=6.5)
+    axis.set_ylabel(f"{column.title}\n({column.unit})")
+    axis.set_xlim(first + 1 - 0.02 * (last - first), last + 0.02 * (last - first))
+    axis.set_ylim(least - 0.08 * (most - least), most + 0.14 * (most - least))
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    """What the axis must show: all but a few values far above the rest, which stand at its top with their number."""
+    known = values[values.isfinite()]
+    if not len(known):
+        return 0.0, 1.0
+    low, usual = float(known.min()), float(known.quantile(0.98))
+    high = min(float(known.max()), usual + 0.75 * (usual - low))
+    return low, high if high > low else low + 1.0
+
+
+def _arc(axis: Axes, anchor: int, intro: int) -> None:
+    """From an anchor to the token that leads into it, along the lower edge."""
+    axis.annotate(
+        "",
+        (intro, 0.0),
+        (anchor, 0.0),
+        xycoords=("data", "axes fraction"),
+        arrowprops={
+            "arrowstyle": "-|>,head_width=0.12,head_length=0.2",
+            "connectionstyle": "arc3,rad=0.6",
+            "color": "#6b4ba1",
+            "linewidth": 0.6,
+            "shrinkA": 0,
+            "shrinkB": 0,
+        },
+    )
+
+
+def _bar(figure: Figure, picture: Any, axes: Any, label: str, factor: int) -> None:
+    """The scale with plain numbers, 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    bar = figure.colorbar(picture, ax=axes, pad=0.02)
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}"))
+    bar.set_label(label)
+
+
+def _colormap() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("attnstats", [as_hex(colour) for colour in ramp(LIGHT, 64)])
+
+
+def _norm(domain: Domain) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
+
+    kind = LogNorm if domain.is_log else Normalize
+    return kind(domain.low, domain.high, clip=True)

@@ -1,0 +1,66 @@
+"""Which tokens stand out, and which anchor was led in by which token: what the page marks and joins by arcs.
+
+Preplan tokens are those of highest WAAD, anchors those of highest FAI (Analysis.preplan, Analysis.anchors); an anchor
+that is locally dominated (Eq. 18) has an intro token up to three tokens before it. Used by the page, the terminal and
+the figures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnstats import credit, rhythm
+from attnstats.analyze import Analysis
+
+SHARE = 0.10  # of the response's tokens that are marked at first
+ANCHORS = 0.40  # the share that credit takes for anchors (Eq. 16)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Per token of the response, R of them.
+
+    Attributes:
+        preplan: rank by WAAD, 0 the highest.
+        anchor: rank by FAI, 0 the highest; None where FAI has no value.
+        intro: for an anchor of credit (the highest 40 % by FAI) that is locally dominated, the token that leads into
+            it; else None.
+    """
+
+    preplan: list[int | None]
+    anchor: list[int | None]
+    intro: list[int | None]
+
+    def among(self, ranks: list[int | None], share: float = SHARE) -> list[int]:
+        """The tokens among the `ceil(share * R)` highest."""
+        count = math.ceil(share * len(ranks))
+        return [i for i, rank in enumerate(ranks) if rank is not None and rank < count]
+
+
+def marks(analysis: Analysis) -> Marks:
+    """The marks of a response."""
+    waad, fai, valid = (x[analysis.response] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
+    everyone = torch.ones_like(valid)
+    sets = credit.coupled_sets(waad[None], fai[None], everyone[None], valid=valid[None], q=ANCHORS)
+    return Marks(
+        preplan=_ranks(waad, everyone),
+        anchor=_ranks(fai, valid),
+        intro=[t - lead if lead else None for t, lead in enumerate(sets.lead[0].tolist())],
+    )
+
+
+def _ranks(values: Tensor, valid: Tensor) -> list[int | None]:
+    ranks: list[int | None] = [None] * len(values)
+    for rank, i in enumerate(rhythm.top(values, len(values), valid)):
+        ranks[i] = rank
+    return ranks
+
+
+def coupled_gamma(analysis: Analysis) -> Tensor:
+    """(R,) float64, the token weights of the coupled rhythm (Eq. 19) with the paper's settings."""
+    waad, fai, valid = (x[analysis.response][None] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
+    return credit.coupled_rhythm(waad.double(), fai.double(), torch.ones_like(valid), valid=valid, q=ANCHORS)[0]

@@ -1,0 +1,137 @@
+// What all views share: the data, the state, elements, numbers, and who is told when something changes.
+// Text of a model only ever becomes a text node. Nothing here knows a view.
+
+const data = (id) => {
+  const element = document.getElementById(id);
+  return element && JSON.parse(element.textContent);
+};
+const page = data("data-page");
+const byId = (id) => document.getElementById(id);
+const SVG = byId("mark").namespaceURI;
+
+// `selected` stays, `hovered` is where the pointer is: both count tokens of the response.
+const state = { number: 0, prompt: null, maps: null, column: "waad", share: page.share, selected: 0, hovered: null };
+
+// A view has some of: open() a prompt, paint() after a switch or a change of light, move() to a token, fit() a width.
+const views = [];
+const tell = (what, ...details) => views.forEach((view) => view[what]?.(...details));
+
+const length = () => state.prompt.values.waad.length;
+const cursor = () => state.hovered ?? state.selected;
+const column = (key) => page.columns.find((entry) => entry.key === key);
+const tokenText = (index) => state.prompt.tokens[state.prompt.start + index];
+
+// A token as a word of at most so many characters, and tokens in quotation marks, by position in prompt and answer.
+const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const word = (position, most) => short(state.prompt.tokens[position].trim() || "space", most);
+const quoted = (from, to = from + 1) =>
+  `“${short(state.prompt.tokens.slice(from, to).join("").trim() || "space", 40)}”`;
+
+function hover(index, source) {
+  if (index === state.hovered) return;
+  state.hovered = index;
+  tell("move", source);
+}
+
+function select(index, source) {
+  state.selected = Math.min(Math.max(index, 0), length() - 1);
+  state.hovered = null;
+  tell("move", source);
+}
+
+function make(name, attributes = {}, ...children) {
+  return filled(document.createElement(name), attributes, children);
+}
+
+function draw(name, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, name), attributes, children);
+}
+
+function filled(element, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+const places = (value, digits) => (value === null ? "–" : value.toFixed(digits));
+const shown = (key, index) => {
+  const { digits, unit } = column(key);
+  const value = state.prompt.values[key][index];
+  return value === null ? "no value" : `${places(value, digits)} ${unit}`;
+};
+
+// Where a value is on its scale, 0 .. 1; the same as Domain.share in scale.py.
+function share(value, { low, high, log }) {
+  const place = log
+    ? Math.log(Math.max(value, 1e-300) / low) / Math.log(high / low)
+    : (value - low) / (high - low);
+  return Math.min(1, Math.max(0, place));
+}
+
+const shade = (value, domain) => Math.min(page.shades - 1, Math.floor(share(value, domain) * page.shades));
+const valueAt = (place, { low, high, log }) => (log ? low * (high / low) ** place : low + (high - low) * place);
+
+// Three digits or so, without a tail of zeros.
+const brief = (value) => (value === 0 ? "0" : String(Number(value.toPrecision(value >= 100 ? 3 : 2))));
+
+function marked(ranks) {
+  const count = Math.ceil(state.share * ranks.length);
+  return ranks.map((rank) => rank !== null && rank < count);
+}
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+// 256 colours between the shades of the style sheet, as [red, green, blue].
+function palette() {
+  const stops = Array.from({ length: page.shades }, (_, i) => {
+    const code = parseInt(css(`--s${i}`).slice(1), 16);
+    return [code >> 16, (code >> 8) & 255, code & 255];
+  });
+  return Array.from({ length: 256 }, (_, i) => {
+    const place = (i / 255) * (stops.length - 1);
+    const index = Math.min(Math.floor(place), stops.length - 2);
+    return stops[index].map((from, c) => from + (stops[index + 1][c] - from) * (place - index));
+  });
+}
+
+// The shades of a scale with the values at its ends and quarters; `text` writes a value.
+function ramp(domain, label, text = brief) {
+  const bar = Array.from({ length: page.shades }, (_, i) => make("i", { class: `s${i}` }));
+  const ticks = [0, 0.25, 0.5, 0.75, 1].map((place) => {
+    const sign = place === 1 ? "≥ " : place === 0 && domain.low > 0 ? "≤ " : "";
+    return make("li", {}, sign + text(valueAt(place, domain)));
+  });
+  const parts = [make("span", {}, ...bar), make("ol", {}, ...ticks)];
+  return make("div", { class: "ramp", role: "img", "aria-label": label }, ...parts);
+}
+
+// Steps of 1, 2 or 5 times a power of ten, at most `most` of them in `span`.
+function tickStep(span, most) {
+  const power = 10 ** Math.floor(Math.log10(span / most));
+  return [1, 2, 5, 10].map((unit) => unit * power).find((step) => span / step <= most) ?? 10 * power;
+}
+
+// Keys that move the cursor, the same in every view; `line` says where up and down lead.
+function moveByKey(event, line) {
+  const at = cursor();
+  const steps = {
+    ArrowLeft: () => at - 1,
+    ArrowRight: () => at + 1,
+    ArrowUp: () => line(at, -1),
+    ArrowDown: () => line(at, 1),
+    Home: () => 0,
+    End: () => length() - 1,
+    PageUp: () => nextMark(at, -1),
+    PageDown: () => nextMark(at, 1),
+  };
+  if (!(event.key in steps) || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  select(steps[event.key](), "key");
+}
+
+function nextMark(from, step) {
+  const preplan = marked(state.prompt.preplan);
+  const anchor = marked(state.prompt.anchor);
+  for (let i = from + step; i >= 0 && i < length(); i += step) if (preplan[i] || anchor[i]) return i;
+  return from;
+}
