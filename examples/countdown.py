@@ -26,14 +26,19 @@ LARGEST = 99  # of targets and of every number on the way
 
 
 class Puzzle(NamedTuple):
-    """Three numbers and the target."""
+    """Three numbers and the target; `before` is what is read before them."""
 
     numbers: tuple[int, ...]
     target: int
+    before: str = ""
 
     @property
     def prompt(self) -> str:
-        return f"{' '.join(map(str, self.numbers))}>{self.target}:"
+        return f"{self.before}{' '.join(map(str, self.numbers))}>{self.target}:"
+
+
+# What a language model that was not trained on this reads before a puzzle.
+EXAMPLES = "2 5 4>28:2*5=10,10+4=14;2+5=7,7*4=28!(2+5)*4\n6 1 3>9:6*1=6,6+3=9!6*1+3\n5 2 2>8:5*2=10,10-2=8!5*2-2\n"
 
 
 class Way(NamedTuple):
@@ -87,8 +92,8 @@ def worked_answer(puzzle: Puzzle, draw: random.Random, spoilt: float = 0.5) -> s
 
 
 def solves(puzzle: Puzzle, answer: str) -> bool:
-    """Whether what follows the first `!` uses the three numbers once each and gives the target."""
-    _, mark, expression = answer.partition("!")
+    """Whether what follows the first line's first `!` uses the three numbers once each and gives the target."""
+    _, mark, expression = answer.partition("\n")[0].partition("!")
     if not mark or not expression or len(expression) > 24 or not set(expression) <= set("0123456789+-*()"):
         return False
     try:

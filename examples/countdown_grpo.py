@@ -8,7 +8,7 @@ and is not run again, so that a killed comparison goes on where it was, and two 
     python examples/countdown_grpo.py --credits grpo coupled --seeds 0 1 2 --steps 400 --out out/countdown
     python examples/countdown_grpo.py --cost 40 --out out/countdown      # what the credit adds to a step
     python examples/countdown_grpo.py --plot --out out/countdown         # of the runs that are there
-    python examples/countdown_grpo.py --model path/or/hub-name --steps 200 --out out/smollm2
+    python examples/countdown_grpo.py --model SmolLM2-135M-Instruct --credits grpo coupled --seeds 0 --out out/smollm2
 """
 
 import argparse
@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from attnstats.integrations.trl import RhythmCredit, RhythmGRPOTrainer
-from attnstats.models import load
+from attnstats.models import DEFAULT_MODEL, load
 
 CREDITS = ["grpo", "coupled", "local", "global", "random", "entropy"]
 HELD_OUT, GROUP = 128, 8
@@ -42,6 +42,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.plot:
         pool = countdown.puzzles(options.puzzles, seed=0)
+        if options.model:
+            pool = [puzzle._replace(before=countdown.EXAMPLES) for puzzle in pool]
         held_out, training = pool[: options.held_out], pool[options.held_out :]
         if options.cost:
             measure_cost(options, training)
@@ -59,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--every", type=int, default=20, help="steps between two looks at the held-out puzzles")
     parser.add_argument("--out", type=Path, default=Path("out/countdown"))
-    parser.add_argument("--model", help="a folder or a hub name to train; default: a small Llama from scratch")
+    parser.add_argument("--model", help=f"a folder, a hub name or {DEFAULT_MODEL}; default: a small one from scratch")
     parser.add_argument("--warm-up", type=int, default=1000, help="supervised steps of the model from scratch")
     parser.add_argument("--batch", type=int, default=64, help="completions of an optimizer step")
     parser.add_argument("--reuse", type=int, default=2, help="optimizer steps on each batch of completions")
@@ -80,7 +82,7 @@ def parse() -> argparse.Namespace:
 def start(options: argparse.Namespace, training: list[countdown.Puzzle]) -> tuple[object, object]:
     """The model that every run begins with, and its tokenizer."""
     if options.model:
-        loaded = load(options.model, dtype="float32")
+        loaded = load(None if options.model == DEFAULT_MODEL else options.model, dtype="float32")
         return loaded.model, loaded.tokenizer
     folder, tokenizer = options.out / f"start-{options.warm_up}", countdown.character_tokenizer()
     if not (folder / "model.safetensors").is_file():
@@ -243,27 +245,15 @@ def plot(out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for kind, color in zip(CREDITS, ("#555555", *plt.get_cmap("tab10").colors), strict=False):
         runs = [read(path) for path in sorted(out.glob(f"{kind}-*.csv"))]
-        for axis, name in zip(axes, ("held_out", "reward"), strict=True):
-            steps, curves = together(runs, name)
-            if not curves:
-                continue
-            if name == "reward":
-                curves = [running_best(curve) for curve in curves]
-            middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            axis.plot(steps, middle, color=color, label=f"{kind} ({len(curves)} seeds)")
-            axis.fill_between(
-                steps,
-                *(list(map(pick, zip(*curves, strict=True))) for pick in (min, max)),
-                color=color,
-                alpha=0.12,
-                linewidth=0,
-            )
-            if name == "held_out":
-                print(
-                    f"{kind:8} {len(curves)} seeds: "
-                    + "  ".join(f"{curve[-1]:.1%}" for curve in curves)
-                    + f"   mean {middle[-1]:.1%}"
-                )
+        if not runs:
+            continue
+        steps, solved = together(runs, "held_out")
+        draw(axes[0], steps, solved, color, f"{kind} ({len(runs)} seeds)")
+        steps, rewards = together(runs, "reward")
+        draw(axes[1], steps, [running_best(curve) for curve in rewards], color, kind)
+        last = [statistics.mean(curve[-(len(curve) + 2) // 3 :]) for curve in rewards]
+        print(f"{kind:8} solved at the end: {spread([curve[-1] for curve in solved])}")
+        print(f"{kind:8} reward of the last third of training: {spread(last)}")
     axes[0].set(xlabel="optimizer step", ylabel="share of the held-out puzzles solved", title="Held out, greedy")
     axes[1].set(xlabel="optimizer step", ylabel="reward", title="Training, exponential mean of the running best")
     axes[0].legend(frameon=False)
@@ -274,6 +264,17 @@ def plot(out: Path) -> None:
     print(f"plot: {out / 'countdown.svg'}")
 
 
+def draw(axis, steps: list[int], curves: list[list[float]], color: str, label: str) -> None:
+    at_step = list(zip(*curves, strict=True))
+    axis.plot(steps, [statistics.mean(values) for values in at_step], color=color, label=label)
+    axis.fill_between(steps, list(map(min, at_step)), list(map(max, at_step)), color=color, alpha=0.12, linewidth=0)
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" +- {statistics.stdev(values):.1%} between seeds" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1%}{deviation}: " + " ".join(f"{value:.1%}" for value in values)
+
+
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -282,8 +283,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def together(runs: list[list[dict[str, str]]], name: str) -> tuple[list[int], list[list[float]]]:
     """The steps that all runs have, and each run's values there."""
     curves = [{int(row["step"]): float(row[name]) for row in run if row.get(name)} for run in runs]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    return steps, [[curve[step] for step in steps] for curve in curves] if steps else []
+    steps = sorted(set.intersection(*map(set, curves)))
+    return steps, [[curve[step] for step in steps] for curve in curves]
 
 
 def running_best(values: list[float], rate: float = 0.05) -> list[float]:

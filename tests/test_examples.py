@@ -40,7 +40,7 @@ SCRIPTS = {
     "entropy_penalty.py": 120,
     "live_generation.py": 120,
 }
-MODULES = {"countdown.py": 150}  # which scripts import
+MODULES = {"countdown.py": 200}  # which scripts import
 
 
 def test_every_example_is_run_and_short():
@@ -94,7 +94,8 @@ def test_countdown_trains_with_every_credit_that_is_not_there_yet_and_plots(tmp_
     size = ["--steps", "2", "--every", "2", "--batch", "16", "--warm-up", "3", "--puzzles", "80", "--held-out", "8"]
     text = run("countdown_grpo.py", *size, "--seeds", "7", "--out", str(tmp_path))
     assert set(re.findall(r"^(\w+), seed 7: .*% -> .*%", text, re.MULTILINE)) == set(CREDITS) - {"local"}
-    assert re.search(r"^local +1 seeds: 75.0% +mean 75.0%$", text, re.MULTILINE)
+    assert re.search(r"^local +solved at the end: 75.0%: 75.0%$", text, re.MULTILINE)
+    assert re.search(r"^local +reward of the last third of training: 50.0%: 50.0%$", text, re.MULTILINE)
     for kind in set(CREDITS) - {"local"}:
         with (tmp_path / f"{kind}-7.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -117,6 +118,8 @@ def test_countdown_measures_what_the_credit_costs(tmp_path):
     [
         ("2+5=7,7*9=63!(2+5)*9", True),
         ("!9*(5+2)", True),
+        ("!9*(5+2)\nmore", True),
+        ("more\n!9*(5+2)", False),
         ("(2+5)*9", False),  # nothing after a mark
         ("!7*9", False),  # not the three numbers
         ("!(2+5)*9+0", False),

@@ -441,12 +441,15 @@ def on_rank(rank: int, start: Path, port: int) -> None:
     os.environ |= {name: str(value) for name, value in where.items()} | {"ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     of = trainer(start, RhythmCredit("coupled", **NEAR), **MISALIGNED)
-    out, _ = scored(of, rows=8)
-    torch.save({"out": out, "classes": of.head_classes, "metrics": dict(of._metrics["train"])}, start / f"{rank}.pt")
+    out, _ = scored(of)
+    found = {"out": out, "classes": of.head_classes, "metrics": dict(of._metrics["train"])}
+    of.train()
+    weights = {name: weight.detach() for name, weight in of.model.named_parameters()}
+    torch.save(found | {"weights": weights}, start / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_agree_on_the_heads(start):
+def test_two_ranks_agree_on_the_heads_and_train(start):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -460,3 +463,7 @@ def test_two_ranks_agree_on_the_heads(start):
         assert sorted(far) == [tuple(at) for at in rank["classes"].global_.nonzero().tolist()]
         assert rank["out"]["advantages"].shape == rank["out"]["completion_ids"].shape
         assert rank["metrics"]["rhythm/gamma"] == ranks[0]["metrics"]["rhythm/gamma"]
+    before = dict(model.named_parameters())
+    for name, weight in ranks[0]["weights"].items():  # each rank's own batch, one update
+        assert torch.equal(weight, ranks[1]["weights"][name]), name
+    assert any(not torch.equal(weight, before[name]) for name, weight in ranks[0]["weights"].items())
