@@ -260,7 +260,7 @@ def plot(out: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / "countdown.svg")
+    figure.savefig(out / "countdown.svg", metadata={"Date": None})
     print(f"plot: {out / 'countdown.svg'}")
 
 
