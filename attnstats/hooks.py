@@ -484,9 +484,12 @@ def _configs(model: Any) -> list[Any]:
 
 
 def _cache(fields: Any) -> Any:
-    """The cache among a forward pass's arguments or in its output; transformers has renamed it."""
+    """The cache among a forward pass's arguments or in its output; transformers has renamed it.
+
+    An output warns whoever asks for the old name, so what it has is looked up as in any dict.
+    """
     for name in ("cache", "past_key_values"):
-        cache = fields.get(name) if isinstance(fields, dict) else getattr(fields, name, None)
+        cache = dict.get(fields, name) if isinstance(fields, dict) else getattr(fields, name, None)
         if cache is not None:
             return cache
     return None
