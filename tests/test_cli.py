@@ -187,6 +187,8 @@ def test_interrupt_is_exit_code_130_and_says_what_is_kept(tmp_path, tiny):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A background job of a script is born deaf to Ctrl-C, and so would be its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     assert process.stdin
     assert process.stdout
