@@ -1,6 +1,6 @@
 """Responses of a model to a batch of prompts, drawn from the model's own distribution and nothing else.
 
-Token ids in, token ids out, whichever cache and attention the model has. Called by corpus.py and analyze.py.
+Token ids in, token ids out, whichever cache and attention the model has. Called by corpus.py and perturb.py.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    **inputs: Any,
 ) -> list[list[int]]:
     """The response to each prompt of one batch: token ids up to and including the end token.
 
     Args:
         temperature: 0 is greedy; the seed matters above it. The global generator is left as it was.
         advance: is called once per step of the batch.
+        inputs: for `model.generate`: the cache of what the prompts begin with, padded on the left as they are.
     """
     from transformers import GenerationConfig, StoppingCriteria
 
@@ -91,6 +93,7 @@ def generate(
             attention_mask=mask.to(device),
             generation_config=config,
             stopping_criteria=[Advance()],
+            **inputs,
         )
     return [_until_end(row, ends) for row in sequences[:, longest:].tolist()]
 

@@ -152,8 +152,7 @@ def _read(loaded: LoadedModel, ids: list[int], positions: list[int]) -> tuple[tu
         output = loaded.model(
             input_ids=torch.tensor([ids[: max(positions)]], device=loaded.device), use_cache=True, logits_to_keep=rows
         )
-    names = [name for name in ("cache", "past_key_values") if getattr(output, name, None) is not None]
-    name = names[0] if names else ""
+    name = next((name for name in ("cache", "past_key_values") if getattr(output, name, None) is not None), "")
     return (name, getattr(output, name, None)), output.logits[0].float()
 
 
@@ -163,40 +162,16 @@ def _continuations(
     """The text that the model writes greedily after each forced token."""
     name, kept = cache
     layers = getattr(kept, "layers", None)
-    if layers is None or not all(type(layer).__name__ == "DynamicLayer" for layer in layers):
-        # A cache that can't be cut back to a position: every row is read anew.
-        prompts = [[*ids[:position], token] for position, token in forced]
-        return [_decode(loaded, row) for row in generate(loaded, prompts, max_tokens=tokens)]
-    from transformers import GenerationConfig
-
-    lengths = [position for position, _ in forced]
-    longest = max(lengths)
-    for layer in layers:
-        layer.keys, layer.values = (_rows(each, lengths) for each in (layer.keys, layer.values))
+    behind: dict[str, Any] = {}
+    # A cache that can't be cut back to a position is left: every row is then read anew.
+    if layers is not None and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
+        lengths = [position for position, _ in forced]
+        for layer in layers:
+            layer.keys, layer.values = (_rows(each, lengths) for each in (layer.keys, layer.values))
+        behind = {name: kept}
+    prompts = [[*ids[:position], token] for position, token in forced]
     ends = end_tokens(loaded)
-    pad = min(ends, default=0)
-    inputs = torch.full((len(forced), longest + 1), pad)
-    mask = torch.zeros_like(inputs)
-    for row, (position, token) in enumerate(forced):
-        inputs[row, longest - position :] = torch.tensor([*ids[:position], token])
-        mask[row, longest - position :] = 1
-    config = GenerationConfig(
-        max_new_tokens=tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-    )
-    with torch.no_grad():
-        sequences = loaded.model.generate(
-            input_ids=inputs.to(loaded.device),
-            attention_mask=mask.to(loaded.device),
-            generation_config=config,
-            **{name: kept},
-        )
-    return [_decode(loaded, _until(row, ends)) for row in sequences[:, longest + 1 :].tolist()]
+    return [_decode(loaded, _until(row, ends)) for row in generate(loaded, prompts, max_tokens=tokens, **behind)]
 
 
 def _rows(cached: Tensor, lengths: list[int]) -> Tensor:

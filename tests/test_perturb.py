@@ -134,9 +134,25 @@ def test_one_batch_behind_one_pass(tiny, monkeypatch):
 def test_caches_that_only_grow_are_read_once(tiny, monkeypatch):
     """A sliding cache has forgotten what a cut would need, and is not cut."""
     anew = []
-    monkeypatch.setattr(module, "generate", lambda *args, **kwargs: anew.append(1) or [[5]] * len(args[1]))
+
+    def read(loaded, prompts, *, max_tokens, **cache):
+        anew.extend([] if cache else [1])
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(module, "generate", read)
     perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
     assert bool(anew) == (tiny.model.config.model_type in ("mistral", "gemma2"))
+
+
+def test_settings_of_the_model_change_nothing(tiny, monkeypatch):
+    texts: list[str] = []
+    monkeypatch.setattr(module, "overlap", lambda text, original: texts.append(text) or 0.0)
+    perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
+    expected, texts[:] = texts[:], []
+    assert any(expected)
+    monkeypatch.setattr(tiny.model.generation_config, "suppress_tokens", list(range(2, 39)))
+    perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
+    assert texts == expected
 
 
 def overlaps(high, low, high_written=None, low_written=None):
