@@ -22,11 +22,11 @@ from attnstats import corpus, heads, rhythm
 from attnstats.capture import capture
 from attnstats.corpus import Measured, Progress
 from attnstats.errors import InputError
-from attnstats.generation import check_lengths, check_sampling
+from attnstats.generation import check_sampling
 from attnstats.maps import Maps, mean_maps
 from attnstats.models import LoadedModel
 from attnstats.presets import paper_v2
-from attnstats.prompts import SYSTEM, render
+from attnstats.prompts import SYSTEM
 from attnstats.selection import Layers
 from attnstats.shards import Shard
 from attnstats.statistics import FAI, WAAD, MeanDistance
@@ -140,48 +140,40 @@ class Analysis:
         return [self.response_start + i for i in rhythm.top(values[self.response], count, valid)]
 
 
+# The fields of an Analysis that a store keeps under their own names, and their axes: layers, heads, tokens, response.
+_TENSORS = {
+    "token_ids": "T",
+    "response": "T",
+    "head_waad": "LHT",
+    "head_fai": "LHT",
+    "head_mean_distance": "LHT",
+    "head_received": "LHT",
+    "received_valid": "T",
+    "distance": "LH",
+    "waad": "T",
+    "fai": "T",
+    "fai_valid": "T",
+    "delta": "R",
+    "entropy": "T",
+}
+_FLAGS = ("response", "fai_valid", "received_valid", "local", "global")
+
+
 def _require_whole(tensors: dict[str, Tensor], texts: dict[str, Any]) -> None:
     """Raises KeyError or ValueError for what no analysis holds: tables and pages are made of it without a look."""
-    length, (layers, count) = len(texts["tokens"]), tensors["distance"].shape
-    response = tensors["response"]
-    if response.dtype != torch.bool or response.shape != (length,) or not response.any():
-        raise ValueError(f"response must be ({length},) bool with a token in it")
-    per_head: tuple[int, ...] = (layers, count, length)
-    rows: tuple[int, ...] = (length,)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-        ("head_waad", "head_fai", "head_mean_distance", "head_received"), per_head
-    )
-    shapes |= dict.fromkeys(("token_ids", "waad", "fai", "fai_valid", "received_valid", "entropy"), rows)
-    shapes |= {"distance": (layers, count), "layers": (layers,), "delta": (int(response.sum()),)}
-    shapes |= dict.fromkeys(("local", "global"), (layers, count))
-    for name, shape in shapes.items():
-        tensor = tensors[name]
+    layers, heads_ = tensors["distance"].shape
+    sizes = {"L": layers, "H": heads_, "T": len(texts["tokens"]), "R": int(tensors["response"].count_nonzero())}
+    for name, axes in {**_TENSORS, "layers": "L", "local": "LH", "global": "LH"}.items():
+        tensor, shape = tensors[name], tuple(sizes[axis] for axis in axes)
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
         if tensor.is_floating_point() and name != "entropy" and not tensor.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite entries")
-        if (tensor.dtype == torch.bool) != (name in ("fai_valid", "received_valid", "local", "global")):
+        if (tensor.dtype == torch.bool) != (name in _FLAGS):
             raise ValueError(f"{name} has dtype {tensor.dtype}")
-    if not tensors["local"].any() or not tensors["global"].any():
-        raise ValueError("local and global must have a head each")
-
-
-# Fields of an Analysis that a store keeps under their own names.
-_TENSORS = (
-    "token_ids",
-    "response",
-    "head_waad",
-    "head_fai",
-    "head_mean_distance",
-    "head_received",
-    "received_valid",
-    "distance",
-    "waad",
-    "fai",
-    "fai_valid",
-    "delta",
-    "entropy",
-)
+    for name in ("response", "local", "global"):
+        if not tensors[name].any():
+            raise ValueError(f"{name} must be True somewhere")
 
 
 def analyze(
@@ -203,16 +195,10 @@ def analyze(
     check(settings, loaded, questions)
     with tempfile.TemporaryDirectory() as folder:
         store = begin(Path(folder) / "run", {}, resume=False)
-        fill(store, loaded, questions, rendered(loaded, questions, settings), settings, progress, timings=timings)
+        prompts = corpus.rendered(loaded, questions, settings.system, settings.max_tokens)
+        fill(store, loaded, questions, prompts, settings, progress, timings=timings)
         store.close()
         return list(Analyses(store, len(questions)))
-
-
-def rendered(loaded: LoadedModel, questions: Sequence[str], settings: Settings) -> list[list[int]]:
-    """The token ids that the model reads of each question. Raises InputError where a response doesn't fit behind."""
-    prompts = [render(loaded.tokenizer, question, settings.system) for question in questions]
-    check_lengths(prompts, loaded, settings.max_tokens)
-    return prompts
 
 
 def fill(
@@ -227,7 +213,7 @@ def fill(
     shard: Shard = Shard(),  # noqa: B008 frozen
     timings: dict[str, float] | None = None,
 ) -> None:
-    """What `analyze` does, into a store and for this process's share; all went through `check` and `rendered`."""
+    """What `analyze` does, into a store and for this process's share; all was checked: `check`, `corpus.rendered`."""
 
     def measured(index: int, prompt: list[int], response: list[int]) -> Measured:
         return measure(loaded, questions[index], prompt, response, settings, profile).stored()

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from attnstats.generation import check_lengths, check_sampling, generate
+from attnstats.generation import check_lengths, generate
 from attnstats.models import LoadedModel
+from attnstats.prompts import render
 from attnstats.shards import Shard
 from attnstats.store import Store
 
@@ -45,6 +46,13 @@ def stage(timings: dict[str, float], name: str) -> Iterator[None]:
         timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
+def rendered(loaded: LoadedModel, questions: Sequence[str], system: str, max_tokens: int) -> list[list[int]]:
+    """The token ids that the model reads of each question. Raises InputError where a response doesn't fit behind."""
+    prompts = [render(loaded.tokenizer, question, system) for question in questions]
+    check_lengths(prompts, loaded, max_tokens)
+    return prompts
+
+
 def run(
     loaded: LoadedModel,
     prompts: Sequence[list[int]],
@@ -61,16 +69,15 @@ def run(
     """Fill `store` with the results of this process's share of the prompts.
 
     Args:
-        prompts: token ids, as prompts.render gives them.
+        prompts: token ids, as `rendered` gives them.
+        max_tokens, temperature, seed: that generation.check_sampling has seen.
         measure: (index, prompt, response) to what is to be kept of it.
         timings: gets the seconds of "generate" and "statistics".
 
     Raises:
-        InputError: nothing can be generated with these numbers, a prompt is too long, the store cannot be read.
+        InputError: the store cannot be read or written.
     """
     timings = {} if timings is None else timings
-    check_sampling(max_tokens, temperature, seed)
-    check_lengths(prompts, loaded, max_tokens)
     batches = shard.of([range(start, min(start + BATCH, len(prompts))) for start in range(0, len(prompts), BATCH)])
     open_ = [batch for batch in batches if not all(map(store.has, batch))]
     count = sum(map(len, open_))

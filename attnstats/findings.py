@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+
 from attnstats.analyze import Analysis
 from attnstats.heads import HeadProfile, class_mean
 from attnstats.identity import ModelIdentity
@@ -33,10 +35,10 @@ def profile(analyses: Iterable[Analysis], model: ModelIdentity | None = None) ->
     return found
 
 
-def curves(analysis: Analysis, heads: HeadProfile) -> Curves:
-    """The curves of a response, with those of the corpus's receiver heads."""
+def curves(analysis: Analysis, receivers: Tensor) -> Curves:
+    """The curves of a response; of its heads those of `receivers`, (L, H) bool, are the corpus's receiver heads."""
     response = analysis.response
-    received = class_mean(analysis.head_received, heads.receivers(RECEIVERS))
+    received = class_mean(analysis.head_received, receivers)
     return Curves(
         waad=analysis.waad[response],
         fai=analysis.fai[response],
@@ -49,6 +51,7 @@ def curves(analysis: Analysis, heads: HeadProfile) -> Curves:
 
 def coupled(analyses: Sequence[Analysis], heads: HeadProfile, chance: Chance = Chance()) -> tuple[Coupling, ...]:  # noqa: B008
     """The paper's three couplings over the responses (Table 2); none where no head is a receiver."""
-    if not heads.receivers(RECEIVERS).any():
+    receivers = heads.receivers(RECEIVERS)
+    if not receivers.any():
         return ()
-    return couplings([curves(analysis, heads) for analysis in analyses], chance=chance)
+    return couplings([curves(analysis, receivers) for analysis in analyses], chance=chance)

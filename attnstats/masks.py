@@ -40,7 +40,7 @@ class MaskIsNoTensor(InputError, AttributeError):
 
 
 @dataclass(frozen=True, eq=False)
-class MaskDescription:
+class MaskDescription(tensor_masks.Sided):
     """Query t sees key s, both absolute positions, where `-right <= t - s <= left` and nothing below hides it.
 
     Attributes:
@@ -79,15 +79,6 @@ class MaskDescription:
         if self.right is None:
             return self.key_length
         return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
-
-    @property
-    def is_causal(self) -> bool:
-        return self.right == 0
-
-    @property
-    def window_size(self) -> tuple[int | None, int | None] | None:
-        """As `attnstats.attention` takes it."""
-        return None if self.left is None and not self.right else (self.left, self.right)
 
     @property
     def real_queries(self) -> Tensor | None:

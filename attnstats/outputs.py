@@ -138,51 +138,47 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
 
 
 def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """tokens and heads as .csv and .parquet, all prompts in each."""
-    _write_table(folder, TOKENS, analyses, token_rows)
-    _write_table(folder, HEADS, analyses, head_rows)
-
-
-def _write_table(
-    folder: Path, name: str, analyses: Sequence[Analysis], rows: Callable[[int, Analysis], dict[str, Any]]
-) -> None:
-    import pandas
-
-    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-        kept: list[Any] = []
-        with _parquet_file(folder / f"{name}.parquet") as write:
-            for prompt, analysis in enumerate(analyses):
-                table = pandas.DataFrame(rows(prompt, analysis))
-                kept.append(table.copy())
-                # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
-                for column in TEXTS & set(table.columns):
-                    table[column] = table[column].map(spreadsheet_cell)
-                table.to_csv(file, index=False, header=prompt == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-                if sum(map(len, kept)) >= ROW_GROUP or prompt == len(analyses) - 1:
-                    write(pandas.concat(kept))
-                    kept = []
+    """tokens and heads as .csv and .parquet, all prompts in each; each analysis is read once."""
+    with _table(folder / TOKENS) as add_tokens, _table(folder / HEADS) as add_heads:
+        for prompt, analysis in enumerate(analyses):
+            add_tokens(token_rows(prompt, analysis))
+            add_heads(head_rows(prompt, analysis))
 
 
 @contextmanager
-def _parquet_file(path: Path) -> Iterator[Callable[[Any], None]]:
-    """A function that adds a table as a group of rows."""
+def _table(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that adds columns to a table, which is written to path.csv and path.parquet."""
+    import pandas
     import pyarrow
     import pyarrow.parquet
 
-    writer = None
+    writer, waiting = None, []
 
-    def write(frame: Any) -> None:
+    def add(columns: dict[str, Any]) -> None:
+        table = pandas.DataFrame(columns)
+        waiting.append(table.copy())
+        # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
+        for column in TEXTS & set(table.columns):
+            table[column] = table[column].map(spreadsheet_cell)
+        table.to_csv(file, index=False, header=file.tell() == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            flush()
+
+    def flush() -> None:
         nonlocal writer
-        table = pyarrow.Table.from_pandas(frame, preserve_index=False)
-        if writer is None:
-            writer = pyarrow.parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
+        if waiting:
+            group = pyarrow.Table.from_pandas(pandas.concat(waiting), preserve_index=False)
+            writer = writer or pyarrow.parquet.ParquetWriter(path.with_suffix(".parquet"), group.schema)
+            writer.write_table(group)
+            waiting.clear()
 
-    try:
-        yield write
-    finally:
-        if writer is not None:
-            writer.close()
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        try:
+            yield add
+            flush()
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:

@@ -23,8 +23,24 @@ REMEMBERED = 16  # views of one mask
 _RECOGNISED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+class Sided:
+    """What is said of a mask by how far behind and ahead of itself a query sees; None: all the way."""
+
+    left: int | None
+    right: int | None
+
+    @property
+    def is_causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def window_size(self) -> tuple[int | None, int | None] | None:
+        """As `attnstats.attention` takes it."""
+        return None if self.left is None and not self.right else (self.left, self.right)
+
+
 @dataclass(frozen=True, eq=False)
-class Recognised:
+class Recognised(Sided):
     """Query i sees key j where `keep` is True and, with an offset, `-right <= i + offset - j <= left`.
 
     Attributes:
@@ -37,15 +53,6 @@ class Recognised:
     offset: int | None
     left: int | None = None
     right: int | None = None
-
-    @property
-    def is_causal(self) -> bool:
-        return self.right == 0
-
-    @property
-    def window_size(self) -> tuple[int | None, int | None] | None:
-        """As `attnstats.attention` takes it."""
-        return None if self.left is None and not self.right else (self.left, self.right)
 
 
 def recognise(

@@ -29,7 +29,7 @@ from attnstats.analyze import Analysis
 from attnstats.report.columns import Column, find
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
-from attnstats.text import PART, visible
+from attnstats.text import PART, token_name, visible
 
 PEAKS = 8
 SECONDS_BETWEEN_LINES = 5.0
@@ -194,5 +194,4 @@ def _brief(value: float) -> str:
 
 
 def _cells(analysis: Analysis, position: int, value: str) -> tuple[Text, Text, Text]:
-    token = visible(analysis.tokens[position], newline="↵", tab="⇥") or PART
-    return Text(token.strip() or "space"), Text(str(position)), Text(value)
+    return Text(token_name(analysis.tokens[position])), Text(str(position)), Text(value)

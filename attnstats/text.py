@@ -24,6 +24,21 @@ def visible(text: str, *, newline: str = "\n", tab: str = "\t") -> str:
     return "".join(newline if c == "\n" else tab if c == "\t" else _visible(c) for c in text)
 
 
+def token_text(token: str) -> str:
+    """What a token adds, on one line; PART where that is nothing.
+
+    Example:
+        >>> token_text("\\n"), token_text("")
+        ('↵', '·')
+    """
+    return visible(token, newline="↵", tab="⇥") or PART
+
+
+def token_name(token: str) -> str:
+    """A token as a table or an axis names it: without the blanks around it, and never nothing."""
+    return token_text(token).strip() or "space"
+
+
 def _visible(character: str) -> str:
     code = ord(character)
     if code < 0x20:

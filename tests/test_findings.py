@@ -58,9 +58,9 @@ def test_without_a_receiver_there_is_no_coupling():
 
 
 def test_tokens_without_a_value_are_no_peaks_of_receivers(analyses):
-    profile = findings.profile(analyses)
+    receivers = findings.profile(analyses).receivers(findings.RECEIVERS)
     for analysis in analyses:
-        curves = findings.curves(analysis, profile)
+        curves = findings.curves(analysis, receivers)
         assert torch.equal(curves.valid("receiver_fai"), analysis.received_valid[analysis.response])
         assert torch.equal(curves.valid("fai"), analysis.fai_valid[analysis.response])
 

@@ -18,7 +18,7 @@ import attnstats
 from attnstats.commands import options as given
 from attnstats.errors import InputError
 from attnstats.presets import PRESETS, paper_v2
-from attnstats.prompts import QUESTIONS, SYSTEM, read_prompts
+from attnstats.prompts import QUESTIONS, read_prompts
 
 if TYPE_CHECKING:
     from attnstats.analyze import Analysis, Settings
@@ -46,12 +46,7 @@ def add_parser(commands: Any) -> None:
     asked.add_argument(
         "--prompts", type=Path, metavar="FILE", help=".jsonl, .csv, .parquet, a data set's folder, or text, one a line"
     )
-    what.add_argument("--field", help="of a row of --prompts that is the prompt (default: question)")
-    what.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
-    what.add_argument("--max-tokens", type=int, default=256, help="length of a response at most")
-    what.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy; entropies are those at this temperature"
-    )
+    given.add_responses(what, rows="--prompts", max_tokens=256, temperature=0.0)
     what.add_argument("--seed", type=int, default=0, help="of the sampling, where the temperature is above 0")
     how = parser.add_argument_group("how; what is not given is the preset's")
     how.add_argument("--preset", choices=sorted(PRESETS, reverse=True), default=paper_v2.name, help="settings")
@@ -106,15 +101,14 @@ def run(options: argparse.Namespace) -> int:
     terminal = Terminal(quiet=not shard.is_first)
     outputs.workplace(options.out)  # before anything takes time
     terminal.say("Loading the model")
-    from attnstats import analyze
-    from attnstats.corpus import stage
+    from attnstats import analyze, corpus
 
     timings: dict[str, float] = {}
-    with stage(timings, "load"):
+    with corpus.stage(timings, "load"):
         loaded = given.load_model(options, "float32" if options.verify else options.dtype, shard, terminal.say)
     analyze.check(settings, loaded, questions)
     profile = _profile(options, settings, loaded)
-    prompts = analyze.rendered(loaded, questions, settings)
+    prompts = corpus.rendered(loaded, questions, settings.system, settings.max_tokens)
     same = decides(loaded, settings, prompts, profile)
     if options.resume and outputs.is_finished(options.out, same, len(prompts)):
         terminal.say(f"{options.out} is finished; attnstats report {options.out} shows it and draws its page again")

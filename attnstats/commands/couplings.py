@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnstats.commands import options as given
 from attnstats.errors import InputError
-from attnstats.prompts import SYSTEM, paper_prompt, read_prompts, render
+from attnstats.prompts import paper_prompt, read_prompts
 
 if TYPE_CHECKING:
     from attnstats.couplings import Findings
@@ -46,12 +46,9 @@ def add_parser(commands: Any) -> None:
         "--data", type=Path, required=True, metavar="FILE",
         help=".jsonl, .csv, .parquet, a data set's folder, or text, one prompt a line",
     )  # fmt: skip
-    what.add_argument("--field", help="of a row of --data that is the prompt (default: question)")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     what.add_argument("--template", choices=("paper", "plain"), default="paper", help="Context/Question, or as it is")
-    what.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
-    what.add_argument("--max-tokens", type=int, default=400, help="length of a response at most")
-    what.add_argument("--temperature", type=float, default=0.7, help="the paper's; 0 is greedy")
+    given.add_responses(what, rows="--data", max_tokens=400, temperature=0.7)
     what.add_argument("--seed", type=int, default=0, help="of the sampling, the permutations and the bootstrap")
     how = command.add_argument_group("how")
     how.add_argument("--permutations", type=int, default=2000, help="of each test, and resamples of each interval")
@@ -143,14 +140,14 @@ def _settings(options: argparse.Namespace) -> tuple[Chance, Perturbation]:
 
 
 def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard: Shard) -> Job:
-    from attnstats.corpus import stage
+    from attnstats.corpus import rendered, stage
     from attnstats.identity import identity as identity_of
     from attnstats.outputs import versions
 
     timings: dict[str, float] = {}
     with stage(timings, "load"):
         loaded = given.load_model(options, options.dtype, shard, terminal.say)
-    prompts = [render(loaded.tokenizer, question, options.system) for question in questions]
+    prompts = rendered(loaded, questions, options.system, options.max_tokens)
     identity = {
         "command": "couplings",
         "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(identity_of(loaded.model))},
@@ -164,9 +161,7 @@ def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard
 def _check(options: argparse.Namespace, job: Job) -> None:
     """Raises InputError for a model that can't be measured or has too few heads, before anything is generated."""
     from attnstats.couplings import measure
-    from attnstats.generation import check_lengths
 
-    check_lengths(job.prompts, job.loaded, options.max_tokens)
     try:
         tensors, _ = measure(job.loaded, job.prompts[0], job.prompts[0][-1:], options.temperature)
     except (TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from attnstats.errors import InputError
+from attnstats.prompts import SYSTEM
 from attnstats.shards import Shard
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ SHOWN = 5  # responses in the terminal; all are in the report
 
 def add_model(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--model", help="local folder or hub name (default: SmolLM2-135M-Instruct, from its wheel)")
+
+
+def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int, temperature: float) -> None:
+    parser.add_argument("--field", help=f"of a row of {rows} that is the prompt (default: question)")
+    parser.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="length of a response at most")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0 is greedy; entropies are those at this temperature"
+    )
 
 
 def add_machine(parser: argparse._ArgumentGroup) -> None:

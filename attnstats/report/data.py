@@ -20,7 +20,7 @@ from attnstats.analyze import Analysis
 from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
-from attnstats.text import PART, visible
+from attnstats.text import token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
 MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question
@@ -109,7 +109,7 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
     return {
         "question": visible(question),
         "start": start,
-        "tokens": [visible(text, newline="↵", tab="⇥") or PART for text in analysis.tokens[:stop]],
+        "tokens": list(map(token_text, analysis.tokens[:stop])),
         "breaks": [text.count("\n") for text in analysis.tokens[start:stop]],
         "values": {key: [_short(value) for value in tensor[kept].tolist()] for key, tensor in values.items()},
         "domains": {key: _domain(domain) for key, domain in domains.items()},

@@ -16,7 +16,7 @@ from attnstats.analyze import Analysis
 from attnstats.report.columns import COLUMNS, Column
 from attnstats.report.marks import marks
 from attnstats.report.scale import LIGHT, Domain, as_hex, ramp
-from attnstats.text import PART, visible
+from attnstats.text import token_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,8 +141,7 @@ def _styled() -> Iterator[Figure]:
 
 
 def _words(analysis: Analysis) -> list[str]:
-    texts = analysis.tokens[analysis.response_start :]
-    words = [visible(text, newline="↵", tab="⇥").strip() or ("space" if text else PART) for text in texts]
+    words = map(token_name, analysis.tokens[analysis.response_start :])
     return [word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…" for word in words]
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from attnstats import credit, rhythm
 from attnstats.analyze import Analysis
+from attnstats.presets import paper_v2
 
 SHARE = 0.10  # of the response's tokens that are marked at first
-ANCHORS = 0.40  # the share that credit takes for anchors (Eq. 16)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def marks(analysis: Analysis) -> Marks:
     """The marks of a response."""
     waad, fai, valid = (x[analysis.response] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
     everyone = torch.ones_like(valid)
-    sets = credit.coupled_sets(waad[None], fai[None], everyone[None], valid=valid[None], q=ANCHORS)
+    sets = credit.coupled_sets(waad[None], fai[None], everyone[None], valid=valid[None], q=paper_v2.q)
     return Marks(
         preplan=_ranks(waad, everyone),
         anchor=_ranks(fai, valid),
@@ -63,4 +63,5 @@ def _ranks(values: Tensor, valid: Tensor) -> list[int | None]:
 def coupled_gamma(analysis: Analysis) -> Tensor:
     """(R,) float64, the token weights of the coupled rhythm (Eq. 19) with the paper's settings."""
     waad, fai, valid = (x[analysis.response][None] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
-    return credit.coupled_rhythm(waad.double(), fai.double(), torch.ones_like(valid), valid=valid, q=ANCHORS)[0]
+    mask = torch.ones_like(valid)
+    return credit.coupled_rhythm(waad.double(), fai.double(), mask, valid=valid, **paper_v2.coupled)[0]
