@@ -3,10 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from attnstats import distributed, presets, reference
-from attnstats.attention import attention, explain, statistics_from_lse, varlen_attention
-from attnstats.capture import capture
-from attnstats.geometry import AttentionResult
-from attnstats.hooks import attach, detach
+from attnstats.core.geometry import AttentionResult
+from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.statistics import (
     FAI,
     LSE,
@@ -23,10 +21,12 @@ from attnstats.statistics import (
     Statistic,
     Statistics,
 )
+from attnstats.transformers.capture import capture
+from attnstats.transformers.hooks import attach, detach
 
 if TYPE_CHECKING:
     from attnstats import nn
-    from attnstats.patch import patch_sdpa
+    from attnstats.sdpa import patch_sdpa
 
 __version__ = "0.1.0"
 
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
 
         return attnstats.nn
     if name == "patch_sdpa":
-        from attnstats.patch import patch_sdpa
+        from attnstats.sdpa import patch_sdpa
 
         return patch_sdpa
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnstats.responses import (
+from attnstats.curves import (
     Responses,
     check_mask,
     check_signal,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attnstats.merging import as_mean, as_sum, merge_columns
+from attnstats.core.merging import as_mean, as_sum, merge_columns
 from attnstats.statistics import ColumnStatistic, PooledMap, Statistic, Statistics
 
 Layout = Literal["contiguous", "zigzag"]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats import tensor_masks
-from attnstats.arguments import Heads
-from attnstats.attention import Backend, attention
+from attnstats.core import patterns as tensor_masks
+from attnstats.core.arguments import Heads
+from attnstats.core.patterns import Recognised
+from attnstats.functional import Backend, attention
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,
@@ -29,7 +30,6 @@ from attnstats.statistics import (
     needing_distances,
     resolve,
 )
-from attnstats.tensor_masks import Recognised
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.arguments import batch_of_one, check_differentiable, resolve, resolve_packed, with_dropout
-from attnstats.geometry import AttentionResult, Evaluation, Geometry, Step
+from attnstats.core.arguments import batch_of_one, check_differentiable, resolve, resolve_packed, with_dropout
+from attnstats.core.geometry import AttentionResult, Evaluation, Geometry, Step
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,

@@ -183,7 +183,7 @@ def sets(curves: Curves, q: float = 0.4, k: int = 3) -> Sets:
         [1, 2, 1]
     """
     from attnstats.credit import coupled_sets  # which takes delta from here
-    from attnstats.responses import top_share
+    from attnstats.curves import top_share
 
     waad, fai, valid = curves.waad[None], curves.fai[None], curves.valid("fai")[None]
     everywhere = torch.ones_like(valid)

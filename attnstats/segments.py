@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnstats.capture import capture
 from attnstats.heads import HeadProfile, segment_received
-from attnstats.selection import Layers
 from attnstats.statistics import MeanDistance, PooledMap
+from attnstats.transformers.capture import capture
+from attnstats.transformers.selection import Layers
 
 Splitter = Callable[[str], Sequence[str]]
 

@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnstats import launch
-from attnstats.configs import Config, targeting
+from attnstats.triton import launch
+from attnstats.triton.configs import Config, targeting
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -101,10 +101,10 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     import torch
 
     import attnstats
-    from attnstats import ops
-    from attnstats.arguments import resolve, with_dropout
-    from attnstats.configs import candidates, configured, targeting
+    from attnstats.core.arguments import resolve, with_dropout
     from attnstats.kernels.tiles import FIELDS
+    from attnstats.triton import backend as ops
+    from attnstats.triton.configs import candidates, configured, targeting
     from benchmarks.aot import compiled, recorded, resources
 
     text, attends = ASKED.get(case.asked) or (BACKWARD[case.asked], False)

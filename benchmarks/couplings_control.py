@@ -18,13 +18,13 @@ import torch
 import transformers
 from rich.console import Console
 
-from attnstats import models
-from attnstats.commands import tables
-from attnstats.commands.couplings import CORPUS
-from attnstats.couplings import examine, measure
-from attnstats.outputs import versions
+from attnstats.cli import tables
+from attnstats.cli.couplings import CORPUS
 from attnstats.rhythm import Chance
-from attnstats.store import Store, begin
+from attnstats.study import models
+from attnstats.study.couplings import examine, measure
+from attnstats.study.outputs import versions
+from attnstats.study.store import Store, begin
 
 RESULT = Path(__file__).parent / "results" / "couplings" / "untrained.json"
 

@@ -16,7 +16,9 @@ from unittest import mock
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, launch, ops
+from attnstats import FAI, WAAD
+from attnstats.triton import backend as ops
+from attnstats.triton import launch
 
 ROUNDS, CALLS = 15, 200
 ASKED: dict[str, list[Any]] = {

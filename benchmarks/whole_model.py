@@ -24,8 +24,8 @@ from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 import attnstats
-from attnstats import models
-from attnstats.selection import middle_third
+from attnstats.study import models
+from attnstats.transformers.selection import middle_third
 from benchmarks import memory
 from benchmarks.conftest import pytest_benchmark_update_machine_info
 from benchmarks.contenders import STATISTICS, read_off

@@ -12,7 +12,8 @@ import argparse
 import torch
 
 import attnstats
-from attnstats import heads, models, rhythm
+from attnstats import heads, rhythm
+from attnstats.study import models
 
 TEXT = (
     "The keeper of the lighthouse had three rules. First, the lamp is lit before sunset, whatever the weather. Second, "

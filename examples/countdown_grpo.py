@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from attnstats.integrations.trl import RhythmCredit, RhythmGRPOTrainer
-from attnstats.models import DEFAULT_MODEL, load
+from attnstats.study.models import DEFAULT_MODEL, load
 
 CREDITS = ["grpo", "coupled", "local", "global", "random", "entropy"]
 HELD_OUT, GROUP = 128, 8

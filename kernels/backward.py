@@ -20,7 +20,7 @@ columns take a pass over their keys before dQ's. Where no statistic has a gradie
 import triton
 import triton.language as tl
 
-from attnstats.kernels.tiles import (
+from .tiles import (
     FIELDS,
     LN2,
     LOG2_ZERO,

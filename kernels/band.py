@@ -14,7 +14,7 @@ K 1 + (BEHIND + AHEAD) / BM times, from L2 but for the first.
 import triton
 import triton.language as tl
 
-from attnstats.kernels.tiles import FIELDS, band_sweep, extent, head_pointer, load_packed, packed_rows, row_mass, wide
+from .tiles import FIELDS, band_sweep, extent, head_pointer, load_packed, packed_rows, row_mass, wide
 
 
 @triton.jit

@@ -20,7 +20,7 @@ block b holds the keys p_pieces[p_block[b] + i] .. of the next one, and [pieces,
 import triton
 import triton.language as tl
 
-from attnstats.kernels.tiles import (
+from .tiles import (
     FIELDS,
     extent,
     head_pointer,

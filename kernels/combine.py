@@ -9,7 +9,7 @@ entropy is sum_i w_i (H_i - ln w_i), the maximum is the largest. A sink is one m
 import triton
 import triton.language as tl
 
-from attnstats.kernels.tiles import wide
+from .tiles import wide
 
 LN2 = tl.constexpr(0.6931471805599453)
 

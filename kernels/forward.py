@@ -25,7 +25,7 @@ Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; s
 import triton
 import triton.language as tl
 
-from attnstats.kernels.tiles import (
+from .tiles import (
     FIELDS,
     LN2,
     LOG2_ZERO,

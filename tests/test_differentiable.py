@@ -20,9 +20,9 @@ from attnstats import (
     Received,
     SinkMass,
     reference,
-    sweep,
 )
 from attnstats.statistics import ColumnStatistic, RowStatistic
+from attnstats.tiled import sweep
 from tests.cases import Case
 from tests.guards import Guarded
 

@@ -10,7 +10,7 @@ from torch.multiprocessing.spawn import spawn
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, PooledMap, Received, distributed, reference
-from attnstats.merging import merge_columns
+from attnstats.core.merging import merge_columns
 from tests.cases import Case, allowed
 
 ASKED = (FAI(3, 20), FAI(0, None), Received(), WAAD(10), Entropy())

@@ -5,7 +5,7 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, Received, reference
-from attnstats.configs import Config, configured
+from attnstats.triton.configs import Config, configured
 from tests.cases import Case
 
 BACKENDS = ["reference", "tiled", "triton"]

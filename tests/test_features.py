@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MeanDistance, PooledMap, Received, launch, reference
-from attnstats.arguments import resolve
+from attnstats import FAI, WAAD, Entropy, MeanDistance, PooledMap, Received, reference
+from attnstats.core.arguments import resolve
+from attnstats.triton import launch
 from tests.cases import Case, check
 
 BACKENDS = ["tiled", "triton"]

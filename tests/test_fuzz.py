@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
-from attnstats import native
+from attnstats.tiled import native
 from tests.cases import Case, check, one_line
 
 SHARDS = 10  # so that parallel workers share the work

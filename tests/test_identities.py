@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, PooledMap, Received, SinkMass, native
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, PooledMap, Received, SinkMass
+from attnstats.tiled import native
 from tests.cases import Case
 
 BACKENDS = ("tiled", "plain", "triton")

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "out")
-COMPILED = "attnstats/_native.abi3.so"
+COMPILED = "attnstats/tiled/_native.abi3.so"
 
 FIND = """
 import importlib.util, json, site, sys
@@ -128,7 +128,7 @@ def test_wheel_holds_every_module_and_template(wheel: Path) -> None:
         in_wheel = {name for name in archive.namelist() if ".dist-info/" not in name} - {COMPILED}
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert b"attnstats = attnstats.cli:main" in archive.read(entry_points)
+        assert b"attnstats = attnstats.cli.main:main" in archive.read(entry_points)
         assert b"License-Expression: Apache-2.0" in archive.read(metadata)
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     assert {"attnstats/__init__.py", "attnstats/kernels/weights.py", "attnstats/report/report.html.jinja"} <= in_wheel
@@ -136,12 +136,12 @@ def test_wheel_holds_every_module_and_template(wheel: Path) -> None:
 
 
 LOAD = """
-import pathlib, torch, attnstats.native
-library = attnstats.native._library()
+import pathlib, torch, attnstats.tiled.native
+library = attnstats.tiled.native._library()
 if library is not None and pathlib.Path(torch.__file__).with_name("lib").joinpath("libgomp.so.1").exists():
     maps = open("/proc/self/maps").read()
     assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1, "threads are torch's own"
-print(attnstats.native.__file__, library is not None)
+print(attnstats.tiled.native.__file__, library is not None)
 """
 
 

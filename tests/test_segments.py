@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnstats import models, segments
+from attnstats import segments
 from attnstats.heads import HeadProfile
+from attnstats.study import models
 from tests.tiny import save_tiny_model
 
 

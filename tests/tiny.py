@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from attnstats import heads, rhythm
-from attnstats.analyze import Analysis
-from attnstats.maps import Maps, segments
+from attnstats.study.analysis import Analysis
+from attnstats.study.maps import Maps, segments
 
 WORDS = [
     "<pad>",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic
-from attnstats.hooks import Kind
+from attnstats.transformers.hooks import Kind
 from tests import families
 
 WORKS, UNPADDED = "works", "works without padding"

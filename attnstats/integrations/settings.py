@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnstats import FAI, WAAD, credit, presets
-from attnstats.selection import Layers
 from attnstats.statistics import Statistic
+from attnstats.transformers.selection import Layers
 
 Kind = Literal["coupled", "local", "global", "random", "entropy", "entropy-selection"]
 KINDS: tuple[Kind, ...] = ("coupled", "local", "global", "random", "entropy", "entropy-selection")

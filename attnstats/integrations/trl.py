@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from attnstats import MeanDistance, capture, credit, heads
-from attnstats.calls import Call
-from attnstats.capture import Capture
 from attnstats.integrations.settings import RhythmCredit, Signals
 from attnstats.statistics import Statistic
+from attnstats.transformers.calls import Call
+from attnstats.transformers.capture import Capture
 
 try:
     from accelerate.utils import is_peft_model

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnstats.analyze import Analysis, Settings
 from attnstats.report import data, scale
 from attnstats.report.columns import COLUMNS, horizon
 from attnstats.report.marks import SHARE
-from attnstats.text import visible
+from attnstats.study.analysis import Analysis, Settings
+from attnstats.study.text import visible
 
 SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js")
 

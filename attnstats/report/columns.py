@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnstats.analyze import Analysis, Settings
 from attnstats.errors import InputError
 from attnstats.report.marks import coupled_gamma
 from attnstats.report.scale import Domain
+from attnstats.study.analysis import Analysis, Settings
 
 
 @dataclass(frozen=True)

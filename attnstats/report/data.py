@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnstats.analyze import Analysis
 from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
-from attnstats.text import token_text, visible
+from attnstats.study.analysis import Analysis
+from attnstats.study.text import token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
 MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from attnstats.analyze import Analysis
 from attnstats.report.columns import COLUMNS, Column
 from attnstats.report.marks import marks
 from attnstats.report.scale import LIGHT, Domain, as_hex, ramp
-from attnstats.text import token_name
+from attnstats.study.analysis import Analysis
+from attnstats.study.text import token_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from attnstats import credit, rhythm
-from attnstats.analyze import Analysis
 from attnstats.presets import paper_v2
+from attnstats.study.analysis import Analysis
 
 SHARE = 0.10  # of the response's tokens that are marked at first
 

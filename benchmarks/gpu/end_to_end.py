@@ -20,7 +20,7 @@ from torch import Tensor
 import attnstats
 from attnstats import FAI, WAAD
 from attnstats.presets import paper_v2
-from attnstats.selection import middle_third
+from attnstats.transformers.selection import middle_third
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import Part, release_memory
 

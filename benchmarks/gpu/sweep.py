@@ -19,7 +19,7 @@ from torch import Tensor
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
-from attnstats.configs import Config, Kernel, configured
+from attnstats.triton.configs import Config, Kernel, configured
 from benchmarks.gpu import workers
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import Part

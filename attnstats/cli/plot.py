@@ -1,0 +1,61 @@
+"""`attnstats plot`: a figure for a paper out of a finished run, with nothing computed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from attnstats.cli import options as given
+from attnstats.errors import InputError
+
+FIGURES = ("rhythm", "maps", "heads")
+KINDS = (".pdf", ".png", ".svg")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="a figure of a finished run, for a paper",
+        description="Read a folder that `attnstats analyze` has written and draw one prompt of it: WAAD and FAI along "
+        "the response (rhythm), the mean maps of its local and global heads (maps), or the heads' distances (heads).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what --out of analyze was")
+    parser.add_argument("--figure", choices=FIGURES, default=FIGURES[0], help="what is drawn")
+    parser.add_argument("--prompt", type=int, default=1, metavar="N", help="which prompt, counted from 1")
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, metavar=("FIRST", "LAST"), help="of the response, counted from 1; rhythm alone"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pdf, .png or .svg")
+
+
+def run(options: argparse.Namespace) -> int:
+    given.require("matplotlib", "rich", "safetensors")
+    if options.out.suffix.lower() not in KINDS:
+        raise InputError(f"--out {options.out}: needs a name that ends in {', '.join(KINDS)}")
+    if options.tokens and options.figure != "rhythm":
+        raise InputError(f"--tokens: is for --figure rhythm, not for {options.figure}; leave it out")
+    from attnstats.report import figures
+    from attnstats.report.terminal import Terminal
+    from attnstats.study import outputs
+
+    analyses, _, _ = outputs.load(options.folder)
+    if not 1 <= options.prompt <= len(analyses):
+        raise InputError(f"--prompt {options.prompt}: {options.folder} has prompts 1 to {len(analyses)}")
+    analysis = analyses[options.prompt - 1]
+    if options.tokens:
+        first, last = options.tokens
+        length = int(analysis.response.sum())
+        if not 1 <= first < last <= length:
+            raise InputError(f"--tokens {first} {last}: the response has tokens 1 to {length}; give first and last")
+        figure = figures.rhythm(analysis, (first, last))
+    else:
+        figure = figures.FIGURES[options.figure](analysis)
+    try:
+        figures.save(figure, options.out)
+    except OSError as error:
+        raise InputError(f"--out {options.out}: {error.strerror or error}; name a file that can be written") from error
+    Terminal().say(str(options.out))
+    return 0

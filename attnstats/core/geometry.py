@@ -1,0 +1,336 @@
+"""Who sees whom: lengths, positions, windows, padding, packed sequences and counted queries of one attention call.
+
+A `Geometry` is made by `arguments.resolve`, which validates; everything behind it trusts a Geometry, and what it
+derives costs O(T). Used by every backend; `reference` only takes the plain facts and derives the rest from dense
+masks itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.core.packing import Line, Packing
+from attnstats.statistics import (
+    LSE,
+    ColumnStatistic,
+    PooledMap,
+    Statistic,
+    Statistics,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """One attention call without its numbers.
+
+    Query t may see key s where `-right <= t - s <= left`, in absolute positions, unless a mask hides it.
+
+    Attributes:
+        query_offset: position of the first query; the keys stand at 0 .. key_length - 1. None where queries and
+            keys share no positions (cross-attention), so that no distance is defined. Negative only for a packed
+            sequence with more queries than keys, whose first queries see nothing.
+        left, right: how far behind and ahead of itself a query sees; None: all the way. Causal is right = 0.
+        softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+        sinks: (Hq,) float, one more logit per head in every row's softmax that belongs to no key; None: none.
+        key_mask: (B, Tk) bool, True where a key may be seen; None: all.
+        query_real: (B, Tq) bool, True where a query isn't padding; None: all.
+        query_mask: (B, Tq) bool, True where a query counts (the paper's response R); None: all.
+        dense_mask: the caller's attn_mask where it depends on the query, (B|1, Hq|1, Tq|1, Tk), bool (True: may
+            be seen) or additive. Only `reference` takes it.
+        packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
+            every batch row is one sequence.
+        heads: the query heads of statistics that were not asked of all heads.
+        dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
+        dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
+        memo: what a backend derived from this geometry and needs again with the next call like it.
+    """
+
+    batch: int
+    query_heads: int
+    key_heads: int
+    query_length: int
+    key_length: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    scale: float
+    query_offset: int | None
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    key_mask: Tensor | None = None
+    query_real: Tensor | None = None
+    query_mask: Tensor | None = None
+    dense_mask: Tensor | None = None
+    packing: Packing | None = None
+    heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.query_heads // self.key_heads
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """The dtype of lse and of the statistics."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def offset(self) -> int:
+        """`query_offset`, and 0 where positions have no meaning and only have to be consistent."""
+        return self.query_offset or 0
+
+    @property
+    def is_causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def all_live(self) -> bool:
+        """Whether it is certain, without a look at a mask, that every query sees a key."""
+        return self.key_mask is None and self.packing is None and self.left is None and self.offset >= 0
+
+    def live(self) -> Tensor:
+        """(B, Tq) bool: the query sees at least one key. From the masks, never from an lse."""
+        if self.all_live:
+            return torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
+        first, end = self._seen()
+        if self.key_mask is None:
+            return (end > first).expand(self.batch, -1)
+        before = _before(self.key_mask)
+        return before[:, end] > before[:, first]
+
+    def counted(self, last: int | None = None) -> Tensor | None:
+        """(B, Tq) bool: the query counts in column statistics, only the `last` of each sequence if given; None: all."""
+        counted = self.query_real if self.query_mask is None else self.query_mask
+        if counted is not None and self.query_mask is not None and self.query_real is not None:
+            counted = self.query_mask & self.query_real
+        if last is None:
+            return counted
+        if counted is None:
+            counted = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
+        before = _before(counted)
+        own_end = self._along_queries().own_end.expand(self.query_length)
+        return counted & (before[:, own_end] - before[:, :-1] <= last)
+
+    def queries_at_distance(self, lo: int, hi: int | None) -> Tensor:
+        """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10)."""
+        position, _, begin, length = self._along_keys()
+        first = torch.minimum((position + lo).clamp(min=0), length)
+        end = length
+        if hi is not None:
+            hi = min(hi, abs(self.offset) + self.query_length + self.key_length)  # int64 holds position + hi
+            end = torch.minimum((position + hi + 1).clamp(min=0), length)
+        end = torch.maximum(first, end)
+        counted = self.counted()
+        if counted is None:
+            return (end - first).expand(self.batch, -1)
+        before = _before(counted)
+        return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
+
+    def validity(self, statistic: Statistic) -> Tensor:
+        """Where a value is more than a placeholder: (B, Tq) for rows, (B, Tk) for columns, (B, I, J) for a map."""
+        key_real = self._key_real()
+        if isinstance(statistic, ColumnStatistic):
+            return key_real if statistic.horizon is None else self.counts(statistic) > 0
+        counted = self.counted()
+        rows = self.live() if counted is None else self.live() & counted
+        if not isinstance(statistic, PooledMap):
+            return rows
+        query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
+        return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(key_real, key_bounds)[:, None, :]
+
+    def counts(self, statistic: ColumnStatistic) -> Tensor:
+        """(B, Tk) int64: the counted queries behind each mean of a statistic with a horizon, 0 for padding."""
+        assert statistic.horizon is not None
+        return self.queries_at_distance(*statistic.horizon) * self._key_real()
+
+    def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
+        """The shape of a statistic's tensor."""
+        heads = len(self.heads.get(statistic, range(self.query_heads)))
+        if isinstance(statistic, ColumnStatistic):
+            return self.batch, heads, self.key_length
+        if isinstance(statistic, PooledMap):
+            query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
+            return self.batch, heads, len(query_bounds) - 1, len(key_bounds) - 1
+        return self.batch, heads, self.query_length
+
+    def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
+        """From sums to what is returned: means over counted queries, zeros where there is nothing but padding."""
+        if isinstance(statistic, (LSE, PooledMap)):
+            return tensor
+        if isinstance(statistic, ColumnStatistic):
+            if self.key_mask is not None:
+                tensor = tensor.masked_fill(~self.key_mask[:, None], 0.0)
+            if statistic.horizon is None:
+                return tensor
+            counts = self.memo.get(statistic.horizon)
+            if counts is None:
+                counts = self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+                # A tensor made while a CUDA graph is captured is only there when the graph runs.
+                if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                    self.memo[statistic.horizon] = counts
+            return tensor / counts
+        if self.all_live and self.query_real is None:
+            return tensor
+        rows = self.live() if self.query_real is None else self.live() & self.query_real
+        return tensor.masked_fill(~rows[:, None], 0.0)
+
+    def gradient_of_sums(self, statistic: Statistic, grad: Tensor) -> Tensor:
+        """From the gradient for what `finish` returned that for the sums, in all heads; 0 for placeholders."""
+        grad = grad.to(self.accumulator)
+        if isinstance(statistic, ColumnStatistic):
+            if self.key_mask is not None:
+                grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
+            if statistic.horizon is not None:
+                grad = grad / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+        elif not self.all_live or self.query_real is not None:
+            rows = self.live()
+            if self.query_real is not None and not isinstance(statistic, LSE):  # padding has an lse
+                rows = rows & self.query_real
+            grad = grad.masked_fill(~rows[:, None], 0.0)
+        return self.in_all_heads(statistic, grad)
+
+    def in_all_heads(self, statistic: Statistic, x: Tensor) -> Tensor:
+        """(B, Hq, T): x, which has the statistic's heads alone, and 0 in the others."""
+        if statistic not in self.heads:
+            return x
+        every = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
+        for i, head in enumerate(self.heads[statistic]):  # not every[:, heads], which copies a list to the device
+            every[:, head] = x[:, i]
+        return every
+
+    def row_mass(self, lse: Tensor) -> Tensor:
+        """(B, 1 | Hq, Tq): the sum of a row of A: 1, less the sink's share, and 0 where nothing is seen."""
+        live = self.live()[:, None].to(lse.dtype)
+        return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
+
+    def visible_pairs(self) -> int:
+        """Pairs (t, s) inside the causal mask, windows and sequences, of a head of a batch row, padding included."""
+        first, end = self._seen()
+        return int((end - first).expand(self.query_length).sum())
+
+    def subset(self, heads: tuple[int, ...]) -> Geometry:
+        """The same call for some of its query heads, each with a key head of its own."""
+        sinks = None if self.sinks is None else self.sinks[list(heads)]
+        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={})
+
+    def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
+        """Each packed sequence that has queries and keys: where they lie, and the call that it is on its own."""
+        assert self.packing is not None
+        for queries, keys in self.packing.slices():
+            if queries.start < queries.stop and keys.start < keys.stop:
+                length, key_length = queries.stop - queries.start, keys.stop - keys.start
+                yield (
+                    queries,
+                    keys,
+                    dataclasses.replace(
+                        self,
+                        query_length=length,
+                        key_length=key_length,
+                        query_offset=key_length - length,
+                        query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                        dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
+                        packing=None,
+                        memo={},
+                    ),
+                )
+
+    def _key_real(self) -> Tensor:
+        """(B, Tk) bool: not padding, and of a sequence."""
+        real = self.key_mask
+        if real is None:
+            real = torch.ones(self.batch, self.key_length, dtype=torch.bool, device=self.device)
+        if self.packing is None:
+            return real
+        return real & (torch.arange(self.key_length, device=self.device) < self.packing.keys[-1])
+
+    def _along_queries(self) -> Line:
+        if self.packing is not None:
+            return self.packing.along_queries(self.query_length)
+        position = torch.arange(self.query_length, device=self.device) + self.offset
+        return Line(position, *(position.new_full((), n) for n in (self.query_length, 0, self.key_length)))
+
+    def _along_keys(self) -> Line:
+        """Positions are counted from the first query of the sequence, so that query i stands at i."""
+        if self.packing is not None:
+            return self.packing.along_keys(self.key_length)
+        position = torch.arange(self.key_length, device=self.device) - self.offset
+        return Line(position, *(position.new_full((), n) for n in (self.key_length, 0, self.query_length)))
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """[Tq] int64 twice: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
+        position, _, begin, length = self._along_queries()
+        first, end = torch.zeros_like(position), length
+        if self.left is not None:
+            first = torch.minimum((position - self.left).clamp(min=0), length)
+        if self.right is not None:
+            end = torch.minimum((position + self.right + 1).clamp(min=0), length)
+        return begin + first, begin + torch.maximum(first, end)
+
+
+class Evaluation(NamedTuple):
+    """What a backend returns: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic."""
+
+    output: Tensor
+    lse: Tensor
+    tensors: dict[Statistic, Tensor]
+
+
+class Step(NamedTuple):
+    """One pass of a plan, for `attnstats.explain`: what runs, what it computes, and what it costs over all heads."""
+
+    runs: str
+    computes: str
+    flops: int
+    scratch_bytes: int
+
+
+class AttentionResult(NamedTuple):
+    """What `attnstats.attention` returns; unpacks as `output, statistics`."""
+
+    output: Tensor
+    statistics: Statistics
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off: it would round the scores of float32 inputs to half precision, away from their lse."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Query, key, value and an additive mask as SDPA takes them: under autocast in its dtype."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    kept = (torch.float64, torch.bool)
+    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)
+
+
+def divisor_of(lse: Tensor) -> Tensor:
+    """The lse with +inf for rows that see nothing, so that exp(score - lse) is exactly 0 there, not NaN."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def _before(flags: Tensor) -> Tensor:
+    """(B, T) bool to (B, T + 1): how many are set among the first i."""
+    return torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
+
+
+def _any_per_segment(flags: Tensor, bounds: tuple[int, ...]) -> Tensor:
+    """(B, T) bool to (B, n): any flag set in [bounds[i], bounds[i + 1])."""
+    return _before(flags)[:, list(bounds)].diff(dim=-1) > 0

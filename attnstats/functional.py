@@ -1,0 +1,309 @@
+"""The public functions: attention that returns its statistics, and statistics beside any attention kernel.
+
+Arguments are validated by `arguments.resolve`; the work is done by a backend (backends.py). A call that is traced,
+by torch.compile or torch.export, becomes an operator of library.py, which does the same when the graph runs.
+Nothing here touches numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from attnstats import _dispatch as backends
+from attnstats import _operators as library
+from attnstats import reference
+from attnstats.core import arguments
+from attnstats.core.arguments import Heads, Window
+from attnstats.core.geometry import AttentionResult, Geometry
+from attnstats.statistics import Statistic, Statistics, resolve
+from attnstats.tiled import backend as tiled
+
+Backend = Literal["auto", "reference", "tiled", "triton"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    statistics: Iterable[Statistic | str] = (),
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    window_size: Window | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    query_offset: int | None = None,
+    heads: Heads | None = None,
+    differentiable: bool = False,
+    backend: Backend = "auto",
+) -> AttentionResult:
+    """Scaled dot product attention and statistics of its map, in O(T) memory.
+
+    The output is that of `torch.nn.functional.scaled_dot_product_attention`, and so are its gradients; the
+    statistics carry none unless asked to. Causal masks are aligned to the end: with Tq=2, Tk=5 the queries see
+
+        1 1 1 1 0
+        1 1 1 1 1
+
+    Args:
+        query: (B, Hq, Tq, D), float16, bfloat16, float32 or float64, strides as they come.
+        key: (B, Hkv, Tk, D); Hq must be a multiple of Hkv.
+        value: (B, Hkv, Tk, Dv).
+        statistics: instances of the catalogue (`WAAD(10)`, `FAI(10, 100)`, ...), or names for the defaults.
+        attn_mask: bool, True where a key may be seen, broadcastable to (B, 1, 1, Tk). Masks that depend on the
+            query would cost O(Tq * Tk): only `backend="reference"` takes them, also additive ones.
+        dropout_p: the share of the map, in [0, 1), that is dropped before it meets the values, the rest being scaled
+            by 1 / (1 - dropout_p). Statistics and lse are those of the map before. Like SDPA it drops whenever it
+            is not 0: pass 0 in evaluation. `torch.manual_seed` governs it; backends draw different masks.
+        is_causal: query t sees keys s <= t.
+        scale: multiplies the scores; default 1 / sqrt(D).
+        enable_gqa: allow fewer key than query heads; heads are never repeated in memory.
+        softcap: scores become `softcap * tanh(score / softcap)`; default: they stay.
+        window_size: (left, right), query t sees keys `t - left .. t + right`; None or -1 for no limit. A sliding
+            window of w tokens, the query's own included, is (w - 1, 0).
+        sinks: (Hq,) float, a logit per head that takes part in the softmax and belongs to no key. The lse counts it;
+            statistics are of the mass on keys, which then is less than 1.
+        query_mask: (B, Tq) bool, which queries count in column statistics (the response, say); default all.
+        key_padding_mask: (B, Tk) bool, True for real tokens. In self-attention (is_causal, or Tq = Tk) padding
+            positions are no queries either: their statistics are 0 and they don't count.
+        query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
+        heads: the query heads whose statistics are wanted, `[0, 5]`, or such lists by statistic or name,
+            `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
+        differentiable: whether statistics carry gradients into query, key and sinks, for a loss on the map's shape:
+            all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
+            pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
+        backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
+            else tiled).
+
+    Returns:
+        `output` (B, Hq, Tq, Dv), 0 for rows that see no key, and `statistics`: rows (B, Hq, Tq), columns
+        (B, Hq, Tk), maps (B, Hq, I, J) by statistic or name, with `.lse` (B, Hq, Tq) in natural log and `.valid`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would work.
+
+    Example:
+        >>> import torch, attnstats
+        >>> query, key, value = torch.zeros(3, 1, 2, 4, 16)
+        >>> output, stats = attnstats.attention(query, key, value, statistics=[attnstats.WAAD(2)])
+        >>> stats["waad"][0, 0]  # uniform attention to all that came before
+        tensor([0.0000, 0.5000, 1.0000, 1.2500])
+
+    Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
+    """
+    given: dict[str, Any] = {
+        "attn_mask": attn_mask,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "softcap": softcap,
+        "window_size": window_size,
+        "sinks": sinks,
+        "query_mask": query_mask,
+        "key_padding_mask": key_padding_mask,
+        "query_offset": query_offset,
+        "heads": heads,
+    }
+    if library.tracing(query):
+        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
+        return library.attention(query, key, value, statistics, given)
+    (output, lse, tensors), geometry = backends.attend(
+        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
+    )
+    return AttentionResult(output, _dense(tensors, lse, geometry))
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    statistics: Iterable[Statistic | str] = (),
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    window_size: Window | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    heads: Heads | None = None,
+    differentiable: bool = False,
+    backend: Backend = "auto",
+) -> AttentionResult:
+    """`attention` for sequences of different lengths, packed end to end without padding.
+
+    Sequence i has the queries `cu_seqlens_q[i] : cu_seqlens_q[i + 1]` and the keys likewise; its queries are its last
+    positions, and nothing is seen or counted across sequences. Statistics are those of each sequence on its own.
+
+    Args:
+        query: (total_q, Hq, D), float16, bfloat16, float32 or float64, strides as they come.
+        key: (total_k, Hkv, D).
+        value: (total_k, Hkv, Dv).
+        cu_seqlens_q: (n + 1,) int32, boundaries of n sequences from 0 on; equal ones make an empty sequence. Tokens
+            after the last boundary belong to no sequence: their output is 0.
+        cu_seqlens_k: the same for key and value; default cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. Without them, a CUDA tensor of boundaries is read when it
+            is first seen, which waits for the device; with them it is trusted.
+        query_mask: (total_q,) bool, which queries count in column statistics; default all.
+
+    The other arguments are those of `attention`.
+
+    Returns:
+        `output` (total_q, Hq, Dv) and `statistics`: rows and `.lse` (Hq, total_q), columns (Hq, total_k).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would work. PooledMap is refused.
+
+    Example:
+        >>> import torch, attnstats
+        >>> query, key, value = torch.zeros(3, 5, 1, 16)
+        >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+        >>> asked = [attnstats.MeanDistance()]
+        >>> _, stats = attnstats.varlen_attention(query, key, value, cu_seqlens_q=cu_seqlens, statistics=asked)
+        >>> stats["mean_distance"]
+        tensor([[0.0000, 0.5000, 0.0000, 0.5000, 1.0000]])
+
+    Source: as `attention`.
+    """
+    given: dict[str, Any] = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+        "softcap": softcap,
+        "window_size": window_size,
+        "sinks": sinks,
+        "query_mask": query_mask,
+        "heads": heads,
+    }
+    if library.tracing(query):
+        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
+        return library.attention(query, key, value, statistics, given)
+    (output, lse, tensors), geometry = backends.attend(
+        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
+    )
+    return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
+
+
+def statistics_from_lse(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    statistics: Iterable[Statistic | str],
+    lse_base: Literal["e", "2"] = "e",
+    lse_layout: Literal["HT", "TH"] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    backend: Backend = "auto",
+    **others: Any,
+) -> Statistics:
+    """Statistics beside an attention kernel of your own, from the log-sum-exp it returned.
+
+    All but MaxLogit, which isn't a function of the lse. Masks, scale, softcap and sinks must be those the kernel used:
+    with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that
+    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight ends in 0 are of
+    what is there.
+
+    Args:
+        query, key: as `attention` takes them, or with cu_seqlens_q as `varlen_attention` does.
+        lse: (B, Hq, Tq), packed (Hq, total_q) or (total_q, Hq), a last dimension of 1 is dropped; float32 or float64:
+            the log of the row sums of exp(score). What stands in rows that see no key is ignored (kernels disagree:
+            -inf, +inf and 0 all occur).
+        lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
+        lse_layout: of a packed lse, "HT" for (Hq, total_q) or "TH"; needed only where both are the same number.
+        cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.
+        others: the other keyword arguments of `attention`, or of `varlen_attention`.
+
+    The returned value and the source are those of `attention` and `varlen_attention`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would work.
+    """
+    given = _given("statistics_from_lse", cu_seqlens_q, others)
+    if library.tracing(query):
+        options = {"lse_base": lse_base, "lse_layout": lse_layout, "backend": backend}
+        return library.statistics_from_lse(query, key, lse, statistics, options | given)
+    wanted = resolve(statistics)
+    lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, given, backend)
+    packed = cu_seqlens_q is not None
+    return _packed(tensors, lse, geometry) if packed else _dense(tensors, lse, geometry)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    *,
+    statistics: Iterable[Statistic | str] = (),
+    cu_seqlens_q: Tensor | None = None,
+    dropout_p: float = 0.0,
+    differentiable: bool = False,
+    backend: Backend = "auto",
+    **others: Any,
+) -> None:
+    """Print what `attention` would run on these tensors, or with `value=None` what `statistics_from_lse` would.
+
+    Every pass with its tiles, what it computes, its floating-point operations and its scratch memory, over all
+    heads. Takes the other arguments of `attention`, with cu_seqlens_q of `varlen_attention`, and raises their errors.
+
+    Example:
+        >>> import torch, attnstats
+        >>> query = torch.zeros(1, 8, 1024, 64)
+        >>> attnstats.explain(query, query, query, statistics=["waad"], backend="tiled")
+        backend: tiled
+          torch's flash attention for CPU
+            output, lse: 1.07 GFLOP, 0.0 MB of scratch
+          band, ...
+            waad: 0.08 GFLOP, ... MB of scratch
+    """
+    wanted = resolve(statistics)
+    if value is None:
+        wanted = arguments.from_lse(wanted)
+    arguments.check_differentiable(wanted, differentiable)
+    given = _given("explain", cu_seqlens_q, others)
+    query, key, value, geometry = backends.geometry_of(query, key, value, wanted, given)
+    geometry = arguments.with_dropout(geometry, dropout_p, seeded=False)
+    module = backends.choose(backend, geometry)
+    lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
+    for step in module.plan(geometry, wanted, value is not None):
+        lines += [
+            f"  {step.runs}",
+            f"    {step.computes}: {step.flops / 1e9:.2f} GFLOP, {step.scratch_bytes / 1e6:.1f} MB of scratch",
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _given(caller: str, cu_seqlens_q: Tensor | None, others: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a dense or, with cu_seqlens_q, of a packed call."""
+    takes = library.DENSE if cu_seqlens_q is None else library.PACKED
+    if unknown := [name for name in others if name not in takes]:
+        like = "attention" if cu_seqlens_q is None else "varlen_attention"
+        raise TypeError(f"{caller}: unknown argument {unknown[0]!r}; it takes those of attnstats.{like}")
+    return others if cu_seqlens_q is None else {"cu_seqlens_q": cu_seqlens_q, **others}
+
+
+def _dense(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
+    return Statistics(tensors, geometry.validity, geometry.counts, lse)
+
+
+def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
+    """Results of a batch of one without their batch dimension."""
+    alone = {s: x[0] for s, x in tensors.items()}
+    return Statistics(alone, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0])

@@ -1,0 +1,197 @@
+"""What `attnstats analyze` shows in the terminal: progress, the responses in colour with their curves, and the files.
+
+The same in short as the report, with its scale, columns and marks. Model output is untrusted: it only gets here as
+`visible` text, and never as markup. Called by commands/.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+from rich.color import Color
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from attnstats.report.columns import Column, find
+from attnstats.report.marks import marks
+from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
+from attnstats.study.analysis import Analysis
+from attnstats.study.text import PART, token_name, visible
+
+PEAKS = 8
+SECONDS_BETWEEN_LINES = 5.0
+SCALE = ramp(DARK)
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class Terminal:
+    """Progress as a bar where there is a terminal, as a line now and then where output goes to a file."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(highlight=False, quiet=quiet)
+        self._bar: Progress | None = None
+        self._total, self._done, self._began, self._said = 0, 0, 0.0, 0.0
+
+    def say(self, line: str) -> None:
+        self.console.print(Text(visible(line)), style="dim", soft_wrap=True)
+
+    def start(self, what: str, total: int) -> None:
+        self._total, self._done = total, 0
+        self._began = self._said = time.monotonic()
+        if not self.console.is_terminal:
+            self.say(what)
+            return
+        self._bar = Progress(
+            TextColumn("[dim]{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._bar.add_task(what, total=total)
+        self._bar.start()
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
+        if self._bar:
+            self._bar.advance(self._bar.task_ids[0], amount)
+        elif time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self.say(f"  {self._done / max(1, self._total):.0%}, {self._left()} left")
+
+    def _left(self) -> str:
+        passed = time.monotonic() - self._began
+        seconds = round(passed * (self._total - self._done) / max(1, self._done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def finish(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def show(self, analyses: Sequence[Analysis], files: Sequence[Path], *, color_by: str = "waad") -> None:
+        """The responses, coloured by a column of report/columns.py, and where the files are.
+
+        Raises:
+            InputError: no column has that name.
+        """
+        column = find(color_by)
+        for number, analysis in enumerate(analyses, 1):
+            self.console.print()
+            self.console.rule(Text(f"Prompt {number} of {len(analyses)}"), style="dim", align="left")
+            self.console.print(Text(visible(analysis.question)), style="bold")
+            self.console.print()
+            self.console.print(response(analysis, column))
+            self.console.print()
+            self.console.print(legend(column, column.domain(column.read(analysis))))
+            for key in ("waad", "fai"):
+                self.console.print(curve(analysis, find(key), self.console.width), no_wrap=True)
+            self.console.print()
+            self.console.print(peaks(analysis))
+        self.console.print()
+        for file in files:
+            self.console.print(Text(str(file)), soft_wrap=True)
+
+    def show_differences(self, largest: dict[str, float], tolerance: float) -> None:
+        table = Table("statistic", "largest |difference| from eager attention", box=None, pad_edge=False)
+        for name, value in largest.items():
+            table.add_row(name, Text(f"{value:.2e}", style="" if value <= tolerance else "bold red"))
+        self.console.print()
+        self.console.print(table)
+        worst = max(largest.values())
+        verdict = "agrees with" if worst <= tolerance else "DIFFERS from"
+        self.console.print(f"{verdict} eager attention: {worst:.2e}, the limit is {tolerance:.0e}")
+
+
+def response(analysis: Analysis, column: Column) -> Text:
+    """The response: a shade for the column's value, a line over preplan tokens and one under anchors.
+
+    Half of the tokens have the least shade, which is none: the terminal's own background stays.
+    """
+    values = column.read(analysis)
+    domain = column.domain(values)
+    found = marks(analysis)
+    preplan, anchors = set(found.among(found.preplan)), set(found.among(found.anchor))
+    text = Text()
+    for i, value in enumerate(values.tolist()):
+        token = visible(analysis.tokens[analysis.response_start + i])
+        style = shade_style(domain.shade(value)) if value == value else Style(dim=True)
+        if i in preplan or i in anchors:
+            style += Style(overline=i in preplan or None, underline=i in anchors or None, bold=True)
+            # What is marked has to be seen.
+            token = token.replace("\n", "↵\n", 1) if "\n" in token else token or PART
+        text.append(token, style=style)
+    return text
+
+
+def shade_style(shade: int) -> Style:
+    """The colours of a shade; none for the least."""
+    if shade == 0:
+        return Style()
+    background = SCALE[shade]
+    return Style(color=Color.from_rgb(*ink(background)), bgcolor=Color.from_rgb(*background))
+
+
+def legend(column: Column, domain: Domain) -> Text:
+    """The scale with its ends in the column's unit, and what the lines mean."""
+    text = Text(f"{column.title} {_brief(domain.low)} ")
+    for shade in range(SHADES):
+        text.append(" ", shade_style(shade))
+    text.append(f" {_brief(domain.high)} {column.unit}   ")
+    text.append("over", Style(overline=True, bold=True))
+    text.append(" preplan: highest WAAD   ")
+    text.append("under", Style(underline=True, bold=True))
+    return text.append(" anchor: highest FAI")
+
+
+def curve(analysis: Analysis, column: Column, width: int) -> Text:
+    """The column along the response in one line: blocks as high as the highest value of their tokens.
+
+    A space where there is no value.
+    """
+    name = f"{column.title:5}"
+    read = column.read(analysis)
+    domain, values = Domain.of(read, pale=0.0), read.tolist()
+    room = max(1, min(len(values), width - len(name) - 1))
+    stretches = [values[start:stop] for start, stop in pairwise(i * len(values) // room for i in range(room + 1))]
+    highest = [max((value for value in stretch if value == value), default=None) for stretch in stretches]
+    line = "".join(" " if value is None else BLOCKS[round(7 * domain.share(value))] for value in highest)
+    return Text.assemble((name, "dim"), line)
+
+
+def peaks(analysis: Analysis) -> Table:
+    """The highest tokens of both curves side by side, with position and value."""
+    table = Table(
+        "preplan", "position", "WAAD", "anchor", "position", "FAI, %", box=None, pad_edge=False, padding=(0, 3, 0, 0)
+    )
+    for index in (1, 2, 4, 5):
+        table.columns[index].justify = "right"
+    left = [_cells(analysis, i, f"{analysis.waad[i]:.2f}") for i in analysis.preplan(PEAKS)]
+    right = [_cells(analysis, i, f"{100 * analysis.fai[i]:.3f}") for i in analysis.anchors(PEAKS)]
+    for cells in zip_longest(left, right, fillvalue=(Text(), Text(), Text())):
+        table.add_row(*cells[0], *cells[1])
+    return table
+
+
+def _brief(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _cells(analysis: Analysis, position: int, value: str) -> tuple[Text, Text, Text]:
+    return Text(token_name(analysis.tokens[position])), Text(str(position)), Text(value)

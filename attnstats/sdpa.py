@@ -1,0 +1,345 @@
+"""Recording statistics of whatever calls `torch.nn.functional.scaled_dot_product_attention`.
+
+For models outside transformers: `patch_sdpa` puts `attnstats.attention` in that function's place for the duration
+of a `with`. Which call belongs to which layer is for the caller to know. For transformers models there is `capture`.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attnstats.core import patterns as tensor_masks
+from attnstats.core.arguments import Heads
+from attnstats.core.geometry import as_autocast
+from attnstats.core.patterns import Recognised
+from attnstats.functional import Backend, attention
+from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
+
+Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
+
+_ACTIVE = threading.Lock()  # the function is one for the whole process
+
+
+@dataclass
+class Run(Sequence[Statistics]):
+    """The recorded calls in the order in which they were made; `patch_sdpa` makes it.
+
+    Attributes:
+        indices: of each recorded call, its number among all calls, from 0.
+        calls: how many calls there were, recorded or not.
+    """
+
+    statistics: tuple[Statistic, ...]
+    indices: list[int] = field(default_factory=list)
+    calls: int = 0
+    _recorded: list[Statistics] = field(default_factory=list, repr=False)
+
+    @overload
+    def __getitem__(self, index: int) -> Statistics: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Statistics]: ...
+    def __getitem__(self, index: int | slice) -> Statistics | list[Statistics]:
+        if isinstance(index, int) and not -len(self) <= index < len(self):
+            raise IndexError(
+                f"{index}: {len(self)} of {self.calls} calls of scaled_dot_product_attention were recorded"
+            )
+        return self._recorded[index]
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def clear(self) -> None:
+        """Forget what was recorded and count calls from 0, for the next forward pass."""
+        self.indices.clear()
+        self._recorded.clear()
+        self.calls = 0
+
+
+@contextmanager
+def patch_sdpa(
+    *,
+    statistics: Iterable[Statistic | str],
+    calls: Calls | None = None,
+    heads: Heads | None = None,
+    reduce: Literal["heads"] | None = None,
+    device: torch.device | str | None = None,
+    backend: Backend = "auto",
+    allow_dense: bool = False,
+) -> Iterator[Run]:
+    """Record statistics of every call of `torch.nn.functional.scaled_dot_product_attention` inside the `with`.
+
+    Outputs and gradients are SDPA's: its alignment of causal masks (query i sees keys j <= i), masks, scale, dropout,
+    grouped heads, autocast and any number of batch dimensions. Statistics have the call's own leading dimensions:
+    rows (..., H, Tq), columns (..., H, Tk). Queries and keys share positions where the call is causal or Tq = Tk; then
+    keys that a mask hides from every query are padding, and no queries either. Calls in a backward pass (gradient
+    checkpointing) are not recorded again; that `backward` belongs inside the `with`.
+
+    What goes another way isn't recorded, and if nothing was, leaving the `with` warns: eager attention,
+    nn.MultiheadAttention with need_weights=True, compiled graphs, modules that did
+    `from torch.nn.functional import scaled_dot_product_attention` before. The fast path of nn.TransformerEncoder is off
+    meanwhile. The patch holds for the whole process: calls of other threads are recorded too, a second patch is
+    an error.
+
+    Args:
+        statistics: as for `attnstats.attention`.
+        calls: which calls to record, by number from 0, or as a function of (query, key), such as
+            `lambda query, key: query.shape[-2] == key.shape[-2]`; the others go to torch as they are. Default: all.
+        heads: as for `attnstats.attention`, the same in every call.
+        reduce: "heads" keeps the mean over the heads, of the lse too, instead of each head's.
+        device: keep results there, such as "cpu"; default: where they were computed.
+        backend: as for `attnstats.attention`.
+        allow_dense: let masks that are neither causal nor over keys through `backend="reference"`, in O(Tq * Tk)
+            memory and with a warning; without it they are an error.
+
+    Yields:
+        A sequence of `Statistics`, one for each recorded call: `run[3]["waad"]`, `len(run)`, `run.clear()`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would work; from a call for what shows only
+            there. RuntimeError: a patch is active already.
+
+    Example:
+        >>> import torch, attnstats
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+        >>> with attnstats.patch_sdpa(statistics=["entropy"]) as run:
+        ...     output = torch.nn.TransformerEncoder(layer, 2)(torch.randn(1, 12, 32))
+        >>> len(run), run[1]["entropy"].shape
+        (2, torch.Size([1, 4, 12]))
+    """
+    wanted = resolve(statistics)
+    if not wanted:
+        raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
+    if reduce not in (None, "heads"):
+        raise ValueError(f"reduce must be 'heads' or None, got {reduce!r}")
+    chosen = _chosen(calls)
+    original = functional.scaled_dot_product_attention
+    run = Run(wanted)
+    called = False
+
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """As torch has it, and recorded by `attnstats.patch_sdpa`."""
+        nonlocal called
+        called = True
+        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: checkpointing repeats the forward
+        index = None if again else run.calls
+        run.calls += not again
+        if not chosen(index, query, key):
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        output, found = _attend(
+            query,
+            key,
+            value,
+            attn_mask,
+            is_causal,
+            enable_gqa,
+            allow_dense,
+            original,
+            statistics=() if again else wanted,
+            dropout_p=dropout_p,
+            scale=scale,
+            heads=None if again else heads,
+            backend=backend,
+        )
+        if index is not None:
+            run.indices.append(index)
+            run._recorded.append(_kept(found, reduce is not None, device))
+        return output
+
+    if not _ACTIVE.acquire(blocking=False):
+        raise RuntimeError("patch_sdpa: a patch is active already, in this thread or another; there can be only one")
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        functional.scaled_dot_product_attention = scaled_dot_product_attention
+        torch.backends.mha.set_fastpath_enabled(False)  # it computes attention without a call of SDPA
+        yield run
+    finally:
+        functional.scaled_dot_product_attention = original
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        _ACTIVE.release()
+    if not called:
+        warnings.warn(
+            "patch_sdpa: nothing called torch.nn.functional.scaled_dot_product_attention inside the `with`; the model "
+            "attends in another way, was compiled, or imported the function by name before",
+            stacklevel=3,
+        )
+
+
+def _chosen(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bool]:
+    """Whether to record, by the number of a call, or None for the repetition of one."""
+    if calls is None:
+        return lambda index, query, key: True
+    if callable(calls):
+        return lambda index, query, key: bool(calls(query, key))
+    given: Any = calls
+    listed = None if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if listed is None or not all(hasattr(i, "__index__") and not isinstance(i, bool) and i >= 0 for i in listed):
+        raise TypeError(f"calls must be None, numbers from 0 or a function of (query, key), got {calls!r}")
+    indices = set(map(operator.index, listed))
+
+    def listed_here(index: int | None, query: Tensor, key: Tensor) -> bool:
+        if index is None:
+            raise RuntimeError(
+                "calls: a backward pass repeats calls (gradient checkpointing), and their numbers are not known then; "
+                "pass a function of (query, key), or None"
+            )
+        return index in indices
+
+    return listed_here
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    allow_dense: bool,
+    original: Callable[..., Tensor],
+    **others: Any,
+) -> tuple[Tensor, Statistics]:
+    """SDPA's arguments as those of `attnstats.attention`, and its result in SDPA's shapes."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(f"{name} is a nested tensor; pad it, or use attnstats.varlen_attention")
+        if x.dim() < 2:
+            raise ValueError(f"{name} must have the dimensions (..., heads, length, head_dim), got {tuple(x.shape)}")
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+    query_length, key_length = query.shape[-2], key.shape[-2]
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        output = original(
+            query,
+            key,
+            value,
+            attn_mask,
+            others["dropout_p"],
+            is_causal,
+            scale=others["scale"],
+            enable_gqa=enable_gqa,
+        )
+        return output, _nothing(others["statistics"], output, key_length)
+    flat, batch = _flatten(query, key, value, enable_gqa)
+
+    known = Recognised(None, 0, None, 0) if is_causal else Recognised(None, None)
+    dense = None
+    if attn_mask is not None:
+        known, dense = _read_mask(attn_mask, query, key_length, known, batch, allow_dense)
+    if known.offset is None and query_length != key_length:
+        _refuse_distances(others["statistics"], query_length, key_length)
+    output, found = attention(
+        *flat,
+        **(others if dense is None else others | {"backend": "reference"}),
+        attn_mask=dense,
+        key_padding_mask=known.keep,
+        is_causal=known.is_causal,
+        window_size=known.window_size,
+        query_offset=known.offset,
+        enable_gqa=enable_gqa,
+    )
+
+    # SDPA's leading dimensions, and none for heads where the call had none.
+    lead = batch if query.dim() > 2 else ()
+    drop_heads = query.dim() == 2
+    found = found.changed(
+        lambda s, x: x[0, 0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
+        lambda s, x: x[0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
+    )
+    return output.reshape(*lead, *(output.shape[2:] if drop_heads else output.shape[1:])), found
+
+
+def _flatten(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
+    """As (B, H, T, D), without copies where strides allow it, and the batch dimensions that became B."""
+    tensors = [x[None] if x.dim() == 2 else x for x in (query, key, value)]
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
+    heads = [x.shape[-3] for x in tensors]
+    if not enable_gqa:  # a single head goes with any number, as batch dimensions do
+        heads = [max(heads) if count == 1 else count for count in heads]
+    tensors = [x.expand(*batch, h, *x.shape[-2:]) for x, h in zip(tensors, heads, strict=True)]
+    return tuple(x.reshape(-1, *x.shape[-3:]) for x in tensors), tuple(batch)  # type: ignore[return-value]
+
+
+def _read_mask(
+    mask: Tensor, query: Tensor, key_length: int, asked: Recognised, batch: tuple[int, ...], allow_dense: bool
+) -> tuple[Recognised, Tensor | None]:
+    """Who sees whom by an SDPA mask, keys (B, Tk); and the mask (B, H | 1, Tq, Tk) where it says more than that."""
+    if mask.dim() < 2:
+        raise ValueError(f"attn_mask must broadcast to (..., heads, Tq, Tk), got {tuple(mask.shape)}")
+    while mask.dim() < len(batch) + 3:
+        mask = mask[None]
+    shape = (*batch, query.shape[-3] if query.dim() > 2 else 1, query.shape[-2], key_length)
+    if mask.dim() > len(shape) or any(a not in (1, b) for a, b in zip(mask.shape, shape, strict=True)):
+        raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
+    mask = mask.expand(*mask.shape[:-1], key_length)
+    known = tensor_masks.recognise(mask, query.shape[-2])
+    if known is not None and asked.offset is not None and known.offset in (None, asked.offset):
+        known = replace(known, offset=asked.offset, right=asked.right)  # is_causal as well
+    elif asked.offset is not None:
+        known = None
+    if known is not None:
+        keep = None if known.keep is None else known.keep.expand(*batch, key_length).reshape(-1, key_length)
+        return replace(known, keep=keep), None
+    if not allow_dense:
+        raise ValueError(tensor_masks.refusal("attn_mask", mask))
+    warnings.warn(f"attn_mask of shape {tuple(mask.shape)}: attention on the whole map, O(Tq * Tk)", stacklevel=4)
+    mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    return asked, mask if mask.dtype == torch.bool else mask.to(query.dtype)
+
+
+def _refuse_distances(statistics: tuple[Statistic, ...], query_length: int, key_length: int) -> None:
+    for statistic in needing_distances(statistics):
+        raise ValueError(
+            f"statistics: {statistic} needs distances, and in this call Tq={query_length}, Tk={key_length} without "
+            "a causal mask, as in cross-attention, share no positions; leave such calls out with "
+            "calls=lambda query, key: query.shape[-2] == key.shape[-2]"
+        )
+
+
+def _nothing(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -> Statistics:
+    """Of a call without queries, keys or rows of any kind."""
+    lead, query_length = output.shape[:-2], output.shape[-2]
+    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+
+    def zeros(statistic: Statistic, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        lengths: tuple[int, ...] = (key_length if isinstance(statistic, ColumnStatistic) else query_length,)
+        if isinstance(statistic, PooledMap):
+            lengths = tuple(len(bounds) - 1 for bounds in statistic.boundaries(query_length, key_length))
+        return torch.zeros(*lead, *lengths, dtype=dtype, device=output.device)
+
+    lse = zeros(LSE(), lead, wide) - torch.inf
+    return Statistics(
+        {s: lse if isinstance(s, LSE) else zeros(s, lead, wide) for s in statistics},
+        lambda s: zeros(s, lead[:-1], torch.bool),
+        lambda s: zeros(s, lead[:-1], torch.int64),
+        lse,
+    )
+
+
+def _kept(found: Statistics, reduced: bool, device: torch.device | str | None) -> Statistics:
+    def value(statistic: Statistic, x: Tensor) -> Tensor:
+        heads = -3 if isinstance(statistic, PooledMap) else -2
+        return (x.mean(heads) if reduced and x.dim() >= -heads else x).to(device)
+
+    return found.changed(value, lambda s, x: x.to(device)) if reduced or device is not None else found

@@ -1,0 +1,57 @@
+"""What analyses have in common: the profile of their heads and the couplings between their curves.
+
+Both read analyses one at a time and keep of each a few numbers or its mean curves. Called by commands/analyze.py and
+commands/report.py; commands/couplings.py is the paper's study of them, over all layers and settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from attnstats.heads import HeadProfile, class_mean
+from attnstats.identity import ModelIdentity
+from attnstats.rhythm import Chance, Coupling, Curves, couplings
+from attnstats.study.analysis import Analysis
+
+RECEIVERS = 20
+
+
+def profile(analyses: Iterable[Analysis], model: ModelIdentity | None = None) -> HeadProfile:
+    """The heads of the captured layers over all responses.
+
+    Raises:
+        ValueError: there is no analysis.
+    """
+    found: HeadProfile | None = None
+    for analysis in analyses:
+        if found is None:
+            found = HeadProfile.empty(analysis.layers, analysis.distance.shape[1], model)
+        counted = analysis.response & analysis.received_valid
+        found = found.add(analysis.head_mean_distance, analysis.response, analysis.head_received, counted)
+    if found is None:
+        raise ValueError("analyses is empty: a profile is of one response or more")
+    return found
+
+
+def curves(analysis: Analysis, receivers: Tensor) -> Curves:
+    """The curves of a response; of its heads those of `receivers`, (L, H) bool, are the corpus's receiver heads."""
+    response = analysis.response
+    received = class_mean(analysis.head_received, receivers)
+    return Curves(
+        waad=analysis.waad[response],
+        fai=analysis.fai[response],
+        receiver_fai=received[response],
+        entropy=analysis.entropy[response],
+        fai_valid=analysis.fai_valid[response],
+        receiver_valid=analysis.received_valid[response],
+    )
+
+
+def coupled(analyses: Sequence[Analysis], heads: HeadProfile, chance: Chance = Chance()) -> tuple[Coupling, ...]:  # noqa: B008
+    """The paper's three couplings over the responses (Table 2); none where no head is a receiver."""
+    receivers = heads.receivers(RECEIVERS)
+    if not receivers.any():
+        return ()
+    return couplings([curves(analysis, receivers) for analysis in analyses], chance=chance)

@@ -1,0 +1,1 @@
+"""The backend "tiled": plain PyTorch in O(T) memory, and the compiled CPU sums."""

@@ -1,0 +1,221 @@
+"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them: what `tiled` tries first.
+
+The library is optional. It has a plain C interface, so one build serves every Python and torch; it shares torch's
+threads, because it asks for libgomp by the name under which torch has loaded its own (a torch that calls it otherwise
+gets a second pool beside it). `enabled = False`, or ATTNSTATS_NATIVE=0 in the environment, leaves all to plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.core.geometry import Geometry, Step
+from attnstats.statistics import ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, Statistic
+from attnstats.tiled import band as diagonal
+
+VERSION = 1  # of the interface; a library that says another is not used
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)
+UNBOUNDED = 2**40  # a distance beyond all others
+
+enabled = os.environ.get("ATTNSTATS_NATIVE", "1") != "0"
+lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: what the machine has
+
+
+class _Tensor(Structure):
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64))
+
+    @staticmethod
+    def of(x: Tensor) -> _Tensor:
+        return _Tensor(x.data_ptr(), *x.stride()[:3])
+
+
+class _Statistic(Structure):
+    _fields_ = (
+        ("kind", c_int64),
+        ("result", c_void_p),
+        ("weights", c_void_p),
+        ("farthest", c_int64),
+        ("distances", c_int64),
+        ("counted", c_void_p),
+    )
+
+
+class _Call(Structure):
+    _fields_ = (
+        ("query", _Tensor),
+        ("key", _Tensor),
+        ("lse", _Tensor),
+        ("type", c_int64),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("group", c_int64),
+        ("rows", c_int64),
+        ("keys", c_int64),
+        ("dim", c_int64),
+        ("offset", c_int64),
+        ("left", c_int64),
+        ("right", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("key_mask", c_void_p),
+        ("count", c_int64),
+        ("statistics", POINTER(_Statistic)),
+        ("threads", c_int64),
+        ("lanes", c_int64),
+    )
+
+
+def takes(geometry: Geometry, statistic: Statistic) -> bool:
+    """Whether the library is there and can compute this one."""
+    return (
+        enabled
+        and geometry.device.type == "cpu"
+        and geometry.dtype in TYPES
+        and isinstance(statistic, (DistanceWeighted, Entropy, MaxLogit))
+        and _library() is not None
+    )
+
+
+def evaluate(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> dict[Statistic, Tensor]:
+    """Statistics that it takes, as sums (`Geometry.finish` divides), all from the same scores."""
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
+    weights = {s: _weights(s, geometry) for s in statistics}
+    counted = {s: _counted(s, geometry) for s in statistics}
+    key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
+    call = _call(geometry, weights)
+    call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
+    call.key_mask = _pointer(key_mask)
+    for s, asked in zip(statistics, call.statistics, strict=False):  # a C pointer has no length
+        asked.result, asked.counted = tensors[s].data_ptr(), _pointer(counted[s])
+    library = _library()
+    assert library is not None
+    if library.attnstats_evaluate(ctypes.byref(call)):
+        raise MemoryError("attnstats: no memory for the statistics' working space")
+    mass = geometry.row_mass(lse) if any(_tail(s) for s in statistics) else None
+    return {s: x if mass is None or not _tail(s) else x.add_(mass, alpha=_tail(s)) for s, x in tensors.items()}
+
+
+def plan(geometry: Geometry, statistics: tuple[Statistic, ...]) -> Step:
+    """What `evaluate` does."""
+    weights = {s: _weights(s, geometry) for s in statistics}
+    library = _library()
+    assert library is not None
+    scratch = library.attnstats_scratch_bytes(ctypes.byref(_call(geometry, weights)))
+    banded = tuple(s for s in statistics if isinstance(s, DistanceWeighted) and diagonal.is_narrow(s))
+    if len(banded) == len(statistics):
+        return diagonal.plan(geometry, banded)._replace(runs="band, compiled", scratch_bytes=scratch)
+    flops = 2 * geometry.visible_pairs() * geometry.query_heads * geometry.head_dim
+    return Step("sweep, compiled", ", ".join(s.name for s in statistics), flops, scratch)
+
+
+class _Weights(NamedTuple):
+    """What a statistic weights A with, from the farthest distance down, less its tail; None: 1 everywhere."""
+
+    farthest: int
+    weights: Tensor | None
+
+
+def _call(geometry: Geometry, weights: dict[Statistic, _Weights]) -> _Call:
+    """The call without its tensors."""
+    asked = (_Statistic * len(weights))()
+    for statistic, (s, (farthest, by_distance)) in zip(asked, weights.items(), strict=True):
+        statistic.kind, statistic.farthest = _kind(s), farthest
+        if by_distance is not None:
+            statistic.weights, statistic.distances = by_distance.data_ptr(), len(by_distance)
+    left, right = _window(geometry)
+    return _Call(
+        type=TYPES[geometry.dtype],
+        batch=geometry.batch,
+        heads=geometry.query_heads,
+        group=geometry.group,
+        rows=geometry.query_length,
+        keys=geometry.key_length,
+        dim=geometry.head_dim,
+        offset=geometry.offset,
+        left=left,
+        right=right,
+        scale=geometry.scale,
+        softcap=geometry.softcap or 0.0,
+        count=len(asked),
+        statistics=asked,
+        threads=torch.get_num_threads(),
+        lanes=lanes,
+    )
+
+
+def _window(geometry: Geometry) -> tuple[int, int]:
+    """How far behind and ahead of itself a query sees."""
+    left, right = (UNBOUNDED if reach is None else min(reach, UNBOUNDED) for reach in (geometry.left, geometry.right))
+    return left, right
+
+
+def _kind(statistic: Statistic) -> int:
+    if isinstance(statistic, DistanceWeighted):
+        return COLUMN_SUM if isinstance(statistic, ColumnStatistic) else ROW_SUM
+    return ENTROPY if isinstance(statistic, Entropy) else MAX_LOGIT
+
+
+def _tail(statistic: Statistic) -> float:
+    """What is summed as a share of the row's mass, so that the band suffices; 0 where that would cost digits."""
+    return statistic.tail if isinstance(statistic, DistanceWeighted) and diagonal.is_narrow(statistic) else 0.0
+
+
+def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
+    if not isinstance(statistic, DistanceWeighted) or not statistic.uses_distance:
+        return _Weights(0, None)
+    left, right = _window(geometry)
+    farthest = min(geometry.offset + geometry.query_length - 1, left)
+    nearest = max(geometry.offset - geometry.key_length + 1, -right)
+    tail = _tail(statistic)
+    if statistic.band is not None and statistic.tail == tail:
+        nearest, farthest = max(nearest, statistic.band[0]), min(farthest, statistic.band[1])
+    if nearest > farthest:  # no key is that near
+        return _Weights(0, torch.zeros(1))
+    weights = statistic.weight(torch.arange(farthest, nearest - 1, -1)).to(torch.float32)
+    return _Weights(farthest, (weights - tail if tail else weights).contiguous())
+
+
+def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
+    if not isinstance(statistic, ColumnStatistic):
+        return None
+    counted = geometry.counted(statistic.last_queries)
+    return None if counted is None else counted.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _path() -> Path | None:
+    """Beside this file, and nowhere else: another installation's library isn't this one's."""
+    beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in beside if path.exists()), None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """None where setup.py found no compiler, or what it built does not load or fit here."""
+    path = _path()
+    if path is None:
+        return None
+    try:
+        library = ctypes.CDLL(str(path))
+        library.attnstats_version.restype = c_int64
+        for function in (library.attnstats_evaluate, library.attnstats_scratch_bytes):
+            function.restype, function.argtypes = c_int64, (POINTER(_Call),)
+    except (OSError, AttributeError):
+        return None
+    return library if library.attnstats_version() == VERSION else None

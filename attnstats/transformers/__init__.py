@@ -1,0 +1,1 @@
+"""Statistics of transformers models: capture, attach, masks, caches, selection, recording."""

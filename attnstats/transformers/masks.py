@@ -1,0 +1,364 @@
+"""Who sees whom in a transformers model, as a small description instead of a (B, 1, Tq, Tk) tensor.
+
+`describe_mask` is the mask function that hooks.py registers with transformers. It takes apart the function of indices
+that transformers composes (causal, sliding window, chunks, packed rows, padding), and checks what it understood against
+that function on a sample of rows. A mask that somebody made as a tensor is read by tensor_masks.py. What they do not
+understand is named in the description and raises where attention is computed, never before: a model may not use it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from attnstats.core import patterns as tensor_masks
+from attnstats.errors import InputError
+
+MaskFunction = Callable[..., Any]
+
+PROBED_ROWS = 8
+COMPUTED_WITH = (
+    "attnstats: the model computes with its attention mask instead of only handing it to its attention function, so "
+    "its attention cannot be replaced; its eager attention is the way to its maps"
+)
+
+
+class Chunks(NamedTuple):
+    """Attention within chunks of `size` tokens, counted from each batch row's first real token (Llama 4)."""
+
+    size: int
+    first: Tensor  # (B,)
+
+
+class MaskIsNoTensor(InputError, AttributeError):
+    """A model computes with its mask. As an AttributeError it lets `hasattr` answer False."""
+
+
+@dataclass(frozen=True, eq=False)
+class MaskDescription(tensor_masks.Sided):
+    """Query t sees key s, both absolute positions, where `-right <= t - s <= left` and nothing below hides it.
+
+    Attributes:
+        query_offset, key_offset: positions of the first query and of the first key.
+        query_length, key_length: what the model announced, to be compared with what arrives.
+        left, right: how far behind and ahead of itself a query sees; None: all the way.
+        padding: (B, key_length) bool, True for real tokens; None: all are.
+        segments: (B, T) integers, the packed sequence that each token belongs to, queries and keys being the same
+            tokens; None: a row is one sequence.
+        chunks: attention stays within chunks; None: it does not.
+        unknown: names of the parts that are not understood; () if the description is the whole truth.
+        dense: makes the mask itself, (B, 1, Tq, Tk) bool, for who allows that.
+        memo: what was derived from it and is needed again by the next layer.
+    """
+
+    # `generate` makes the masks of static caches in advance, calls `.contiguous()` on them, and the model then tells
+    # a finished mask from a (B, T) one by its rank.
+    ndim: ClassVar[int] = 4
+
+    query_offset: int
+    key_offset: int
+    query_length: int
+    key_length: int
+    left: int | None = None
+    right: int | None = None
+    padding: Tensor | None = None
+    segments: Tensor | None = None
+    chunks: Chunks | None = None
+    unknown: tuple[str, ...] = ()
+    dense: Callable[[], Tensor] | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def seen(self) -> int:
+        """Keys from here on lie behind the last query's horizon: the unused slots of a static cache."""
+        if self.right is None:
+            return self.key_length
+        return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
+
+    @property
+    def real_queries(self) -> Tensor | None:
+        """(B, Tq) bool, False where a query is padding; None: none is. For attention of a sequence to itself."""
+        start = self.query_offset - self.key_offset
+        return None if self.padding is None else self.padding[:, start : start + self.query_length]
+
+    def contiguous(self) -> MaskDescription:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> MaskDescription:
+        return self
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """(B, len(rows), key_length) bool: what the queries of these indices see."""
+        query = (rows + self.query_offset)[:, None]
+        key = torch.arange(self.key_length, device=rows.device) + self.key_offset
+        distance = query - key
+        visible = torch.ones_like(distance, dtype=torch.bool)[None]
+        if self.left is not None:
+            visible = visible & (distance <= self.left)
+        if self.right is not None:
+            visible = visible & (distance >= -self.right)
+        if self.padding is not None:
+            visible = visible & self.padding[:, None]
+        if self.segments is not None:
+            visible = visible & (self.segments[:, rows, None] == self.segments[:, None])
+        if self.chunks is not None:
+            first = self.chunks.first[:, None, None]
+            visible = visible & ((query - first) // self.chunks.size == (key - first) // self.chunks.size)
+        return visible
+
+    def __getitem__(self, index: Any) -> MaskDescription:
+        """The mask of the last queries, `mask[:, :, start:, :]`; a model may attend with these alone."""
+        everything = slice(None)
+        if isinstance(index, tuple) and len(index) == 4 and all(index[i] == everything for i in (0, 1, 3)):
+            rows = range(self.query_length)[index[2]] if isinstance(index[2], slice) else range(0)
+            if len(rows) == self.query_length:
+                return self
+            if rows and rows.step == 1 and self.segments is None and rows.stop == self.query_length:
+                dense, start = self.dense, rows.start
+                return replace(
+                    self,
+                    query_offset=self.query_offset + start,
+                    query_length=len(rows),
+                    dense=None if dense is None else lambda: dense()[:, :, start:],
+                    memo={},
+                )
+        return self._computed_with()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """A function of torch got the mask."""
+        if getattr(function, "__name__", "") == "scaled_dot_product_attention":
+            raise InputError(
+                "attnstats: torch's scaled_dot_product_attention got the mask of an attached model that is attached no "
+                "more; with gradient checkpointing call backward inside the `with`, or before detaching"
+            )
+        raise MaskIsNoTensor(COMPUTED_WITH)
+
+    def _computed_with(self, *_: Any, **__: Any) -> NoReturn:
+        raise MaskIsNoTensor(COMPUTED_WITH)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"MaskDescription has no attribute {name!r}")
+        self._computed_with()
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __and__ = __or__ = __invert__ = __sub__ = _computed_with
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _computed_with
+    __hash__ = object.__hash__
+
+
+def describe_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | MaskDescription | None = None,
+    device: Any = "cpu",
+    **others: Any,
+) -> MaskDescription:
+    """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
+    from transformers.masking_utils import causal_mask_function
+
+    if isinstance(attention_mask, MaskDescription):
+        return attention_mask
+    function = causal_mask_function if mask_function is None else mask_function
+    query_offset, key_offset = (x if isinstance(x, int) else int(x) for x in (q_offset, kv_offset))
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, key_offset : key_offset + kv_length].bool()
+        if padding.shape[1] < kv_length:
+            padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
+
+    def dense() -> Tensor:
+        rows, keys = torch.arange(q_length, device=device), torch.arange(kv_length, device=device)
+        visible = _evaluate(function, batch_size, rows + query_offset, keys + key_offset, device)
+        return (visible if padding is None else visible & padding[:, None])[:, None]
+
+    compiling = torch.compiler.is_compiling()
+    pattern = _announced(others) if compiling else _pattern(function)
+    description = MaskDescription(
+        query_offset, key_offset, q_length, kv_length, padding=padding, dense=dense, **pattern
+    )
+    if compiling:
+        _check_in_graph(description, function, batch_size, device)
+        return description
+    if not description.unknown:
+        _check(description, function, batch_size, device)
+    return _simplified(description)
+
+
+def unannounced(query_length: int, key_length: int, causal: bool, across: bool) -> MaskDescription:
+    """What no mask means: SDPA's convention is causal, aligned top left, except for a single query."""
+    if causal and query_length > 1 and not across:
+        return MaskDescription(0, 0, query_length, key_length, right=0)
+    return MaskDescription(max(0, key_length - query_length), 0, query_length, key_length)
+
+
+def recognise(
+    mask: Tensor, query_length: int, key_length: int, announced: str, causal: bool = False
+) -> MaskDescription:
+    """The description of a mask that somebody made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive.
+
+    Where attention is causal, a single query stands at the last key that it sees.
+    """
+    last = max(0, key_length - query_length)
+    description = MaskDescription(
+        last, 0, query_length, key_length, unknown=(announced,), dense=lambda: mask[..., :key_length]
+    )
+    found = None
+    if mask.dim() == 4 and mask.shape[-2] in (1, query_length) and mask.shape[-1] >= key_length:
+        hidden = 0.0 if mask.dtype == torch.bool else min(-1e4, torch.finfo(mask.dtype).min / 2)
+        found = tensor_masks.recognise(mask[..., :key_length], query_length, hidden=hidden)
+    if found is None:
+        return description
+    if query_length == 1 and causal and found.keep is not None and bool(found.keep.any()):
+        last = int(found.keep.any(0).nonzero()[-1])
+        return replace(description, unknown=(), query_offset=last, right=0, padding=found.keep)
+    return replace(
+        description,
+        unknown=(),
+        query_offset=last if found.offset is None else found.offset,
+        left=found.left,
+        right=found.right,
+        padding=found.keep,
+    )
+
+
+def _simplified(description: MaskDescription) -> MaskDescription:
+    """Without padding, packed rows and chunks that hide nothing, and without bounds beyond every key."""
+    changes: dict[str, Any] = {}
+    padding, segments, chunks = description.padding, description.segments, description.chunks
+    if padding is not None and bool(padding[:, : description.seen].all()):
+        changes["padding"] = None
+    if segments is not None and bool((segments == segments[:, :1]).all()):
+        changes["segments"] = None
+    last = description.query_offset + description.query_length - 1
+    if chunks is not None and last - int(chunks.first.min()) < chunks.size:
+        changes["chunks"] = None
+    if description.left is not None and last - description.key_offset <= description.left:
+        changes["left"] = None
+    return replace(description, **changes) if changes else description
+
+
+# A graph can take no function apart: what it was announced as is checked where the graph runs.
+
+
+def _announced(settings: dict[str, Any]) -> dict[str, Any]:
+    """left and right by what transformers tells a mask function beside its pattern."""
+    size, config = settings.get("local_size"), settings.get("config")
+    full = "allow_is_bidirectional_skip" in settings
+    if size is None or getattr(config, "attention_chunk_size", None) == size:  # a first chunk hides nothing
+        return {} if full else {"right": 0}
+    return {"left": size, "right": size} if full else {"left": size - 1, "right": 0}
+
+
+def _check_in_graph(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
+    # The last row among them: packed rows, full chunks and the like hide most from it.
+    last = description.query_length - 1
+    rows = torch.arange(4, device=device) * last // 3
+    keys = torch.arange(description.key_length, device=device) + description.key_offset
+    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
+    understood = replace(description, padding=None).visible(rows)
+    torch._assert_async(
+        (understood == expected).all(),
+        "attnstats: in a compiled model only causal, full and sliding-window attention with padding can be described; "
+        "packed position_ids, chunks that are full and masks of the model's own can not: do not compile it",
+    )
+
+
+# Taking mask functions apart
+
+
+def _pattern(function: MaskFunction) -> dict[str, Any]:
+    """left, right, padding, segments, chunks of a composed mask function, and the names of unknown parts."""
+    # By name: the functions are closures, made anew in every forward pass.
+    name = getattr(function, "__qualname__", repr(function)).removesuffix(".<locals>.inner_mask")
+    code = getattr(function, "__code__", None)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    held = dict(zip(code.co_freevars, cells, strict=True)) if code is not None else {}
+    if name == "causal_mask_function":
+        return {"right": 0}
+    if name == "bidirectional_mask_function":
+        return {}
+    if name == "sliding_window_overlay":
+        return {"left": held["sliding_window"] - 1}
+    if name == "sliding_window_bidirectional_overlay":
+        return {"left": held["sliding_window"], "right": held["sliding_window"]}
+    if name == "chunked_overlay":
+        return {"chunks": Chunks(held["chunk_size"], held["left_padding"])}
+    if name == "packed_sequence_mask_function":
+        return {"segments": held["packed_sequence_mask"]}
+    if name == "remap_positions_for_packed_sequence":  # within a sequence positions differ as indices do
+        return _pattern(held["mask_function"])
+    if name.startswith("and_masks.<locals>"):
+        return functools.reduce(_both, (_pattern(part) for part in held["mask_functions"]))
+    if name.startswith("or_masks.<locals>"):
+        parts = [part for part in held["mask_functions"] if not _is_empty_overlay(part)]
+        if len(parts) == 1:
+            return _pattern(parts[0])
+    return {"unknown": tuple(_names(function))}
+
+
+def _is_empty_overlay(function: MaskFunction) -> bool:
+    """Whether it is blocks that see each other, of which this input has none."""
+    if not getattr(function, "__qualname__", "").startswith("blockwise_overlay"):
+        return False
+    held: Any = function
+    return bool((held.__closure__[0].cell_contents < 0).all())
+
+
+def _both(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    merged = a | b
+    for side in ("left", "right"):
+        if side in a and side in b:
+            merged[side] = min(a[side], b[side])
+    if any(part in a and part in b for part in ("segments", "chunks")):
+        merged["unknown"] = ("two kinds of blocks",)
+    if "unknown" in a and "unknown" in b:
+        merged["unknown"] = a["unknown"] + b["unknown"]
+    return merged
+
+
+def _names(function: MaskFunction) -> list[str]:
+    """The names of the functions that a composed mask is made of."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [part for cell in cells for part in (cell if isinstance(cell, tuple) else (cell,)) if callable(part)]
+    if not parts:
+        return [getattr(function, "__qualname__", repr(function)).removesuffix(".<locals>.inner_mask")]
+    return [name for part in parts for name in _names(part)]
+
+
+def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor, device: Any) -> Tensor:
+    """(B, len(queries), len(keys)) bool, the mask function at these positions."""
+    rows = torch.arange(batch, device=device)[:, None, None]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    visible = function(rows, head, queries[None, :, None], keys[None, None, :])
+    return visible.expand(batch, len(queries), len(keys)).bool()
+
+
+_CHECKED: set[tuple[Any, ...]] = set()
+
+
+def _check(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
+    """Compare with the mask function itself on a few rows; steps of decoding only the first time."""
+    known = (tuple(_names(function)), description.left, description.right, description.chunks and description.chunks[0])
+    if description.query_length == 1 and known in _CHECKED:
+        return
+    rows = torch.linspace(0, description.query_length - 1, PROBED_ROWS, dtype=torch.float64).round().long()
+    rows = rows.unique().to(device)
+    keys = torch.arange(description.key_length, device=device) + description.key_offset
+    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
+    understood = replace(description, padding=None).visible(rows)
+    if not torch.equal(understood.expand_as(expected), expected):
+        raise RuntimeError(
+            f"attnstats misread the attention mask {' with '.join(_names(function))} of this version of transformers; "
+            "please report it, and use the model's eager attention meanwhile"
+        )
+    _CHECKED.add(known)

@@ -1,0 +1,1 @@
+"""The backend "triton": plan, buffers and launches of our kernels, and the table of their tiles."""

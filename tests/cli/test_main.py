@@ -1,0 +1,344 @@
+"""The command line: the main job end to end on the real model, exit codes, and one line for every bad input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas
+import pytest
+import torch
+from safetensors import safe_open
+
+from attnstats.cli import analyze
+from attnstats.cli import main as cli
+from attnstats.cli.options import parse_layers
+from attnstats.study import analysis as pipeline
+from attnstats.study.outputs import FILES
+from attnstats.study.store import Store
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "attnstats.cli", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_main_job_on_the_real_model(tmp_path):
+    """Default model and preset in a subprocess, verified against eager attention."""
+    out = tmp_path / "out"
+    question = "Ann has 3 boxes with 4 pens each. How many pens does she have?"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = ("--prompt", question, "--max-tokens", 40, "--out", out, "--verify", "--device", "cpu")
+    done = subprocess.run(
+        command("analyze", *arguments), capture_output=True, text=True, timeout=500, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == set(FILES)
+    summary = json.loads((out / "summary.json").read_text())
+    assert max(summary["largest_difference_from_eager"].values()) <= 1e-4
+    assert summary["settings"] | {"window": 10, "fai_lo": 10, "fai_hi": 100, "head_share": 0.3} == summary["settings"]
+    assert {"load", "generate", "statistics", "verify"} == set(summary["timings_seconds"])
+    (prompt,) = summary["prompts"]
+    assert prompt["layers"] == [10, 12, 15, 18, 20]
+    tokens = pandas.read_csv(out / "tokens.csv")
+    response = tokens[tokens.is_response]
+    assert len(response) == prompt["response_tokens"] <= 40
+    assert "pens" in prompt["response"]
+    assert response.waad.between(0, 10).all()
+    assert (~tokens.fai_valid).sum() == 10 + (~tokens.is_response & ~tokens.fai_valid).sum()
+    heads = pandas.read_csv(out / "heads.csv")
+    assert heads["class"].value_counts().to_dict() == {"local": 13, "global": 13, "middle": 19}
+    with safe_open(out / "items" / "000000.safetensors", framework="pt") as file:
+        assert file.get_tensor("head_waad").shape == (5, 9, len(tokens))
+    for shown in ("preplan", "anchor", "report.html", "agrees with eager attention"):
+        assert shown in done.stdout
+    assert question in (out / "report.html").read_text()
+
+
+def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"question": "how many"}\n{"question": "are left"}\n')
+    options = f"--model {tiny} --prompts {tmp_path}/prompts.jsonl --preset paper_v1 --window 3 --horizon 2 open"
+    options += (
+        f" --layers 0,3-5 --head-share 0.25 --max-tokens 20 --device cpu --dtype bfloat16 --seed 5 --out {tmp_path}/out"
+    )
+    code = cli.main(["analyze", *options.split(), "--temperature", "0.9", "--system", ""])
+    assert code == 0, capsys.readouterr().err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["model"] == {"name": tiny.name, "dtype": "bfloat16", "device": "cpu"}
+    expected = {
+        "preset": "paper_v1",
+        "window": 3,
+        "fai_lo": 2,
+        "fai_hi": None,
+        "layers": [0, 3, 4, 5],
+        "head_share": 0.25,
+    }
+    expected |= {"max_tokens": 20, "temperature": 0.9, "seed": 5, "system": ""}
+    assert summary["settings"] == expected
+    assert [prompt["question"] for prompt in summary["prompts"]] == ["how many", "are left"]
+    assert [prompt["layers"] for prompt in summary["prompts"]] == [[0, 3, 4, 5]] * 2
+
+
+@pytest.mark.parametrize(("arguments", "hi"), [((), 100), (("--preset", "paper_v1"), 50)])
+def test_presets(arguments, hi):
+    settings = analyze.settings_from(cli.parser().parse_args(["analyze", *arguments]))
+    assert (settings.window, settings.fai_lo, settings.fai_hi, settings.head_share) == (10, 10, hi, 0.3)
+    assert settings.layers == "middle-third"
+
+
+@pytest.mark.parametrize(("text", "layers"), [
+    ("all", "all"), ("middle-third", "middle-third"), ("3", (3,)), ("9, 11,14-16", (9, 11, 14, 15, 16)),
+])  # fmt: skip
+def test_layers(text, layers):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    ([], "COMMAND"),
+    (["analyse"], "analyse"),
+    (["analyze", "--prompt"], "--prompt"),
+    (["analyze", "--no-such"], "--no-such"),
+    (["analyze", "--window", "ten"], "--window"),
+    (["analyze", "--window", "0"], "--window"),
+    (["analyze", "--horizon", "10"], "--horizon"),
+    (["analyze", "--horizon", "10", "x"], "--horizon"),
+    (["analyze", "--horizon", "9", "3"], "--horizon"),
+    (["analyze", "--layers", "x"], "--layers"),
+    (["analyze", "--layers", "99"], "--layers"),
+    (["analyze", "--head-share", "0.9"], "--head-share"),
+    (["analyze", "--dtype", "int4"], "--dtype"),
+    (["analyze", "--verify", "--dtype", "bfloat16"], "--dtype"),
+    (["analyze", "--device", "abacus"], "--device"),
+    (["analyze", "--device", "meta"], "--device"),
+    (["analyze", "--window", "4294967296"], "--window"),
+    (["analyze", "--temperature", "nan"], "--temperature"),
+    (["analyze", "--temperature", "inf"], "--temperature"),
+    (["analyze", "--seed", "99999999999999999999"], "--seed"),
+    (["analyze", "--max-tokens", "0"], "--max-tokens"),
+    (["analyze", "--preset", "v3"], "--preset"),
+    (["analyze", "--prompt", ""], "--prompt"),
+    (["analyze", "--prompts", "absent.jsonl"], "--prompts"),
+    (["analyze", "--prompt", "x", "--prompts", "y.txt"], "--prompts"),
+    (["analyze", "--model", "./absent"], "--model"),
+    (["analyze", "--out", "{file}"], "--out"),
+    (["analyze", "--out", "{file}/below"], "--out"),
+    (["analyze", "--out", "{foreign}"], "--out"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny, capsys, arguments, named):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+    places = {"file": tmp_path / "file", "foreign": tmp_path / "foreign"}
+    arguments = [argument.format(**places) for argument in arguments]
+    if arguments[:1] == ["analyze"]:
+        arguments += [] if "--model" in arguments else ["--model", str(tiny)]
+        arguments += [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("attnstats: error: ")
+    assert named in captured.err
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "foreign"}
+    assert (tmp_path / "foreign" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, tiny, monkeypatch):
+    from attnstats import report
+
+    monkeypatch.setattr(report, "render", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["analyze", "--model", str(tiny), "--max-tokens", "4", "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]  # what took long to compute
+
+
+def test_a_difference_is_exit_code_1(tmp_path, tiny, monkeypatch, capsys):
+    from attnstats import heads
+
+    mean = heads.class_mean
+    monkeypatch.setattr(heads, "class_mean", lambda *arguments: mean(*arguments) + 0.01)
+    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "8", "--out", str(tmp_path / "out"), "--verify"]
+    assert cli.main(arguments) == 1
+    assert "DIFFERS from eager attention" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert cli.main(["analyze"]) == 2
+    assert "jinja2 is not installed; run: pip install 'attnstats[cli]'" in capsys.readouterr().err
+
+
+def test_interrupt_is_exit_code_130_and_says_what_is_kept(tmp_path, tiny):
+    """A real SIGINT while responses are generated: within the first batch nothing is kept, and nothing left."""
+    process = subprocess.Popen(
+        command("analyze", "--model", tiny, "--prompts", "/dev/stdin", "--max-tokens", 200, "--out", tmp_path / "out"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A background job of a script is born deaf to Ctrl-C, and so would be its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    process.stdin.write("how many rolls\n" * 5000)
+    process.stdin.close()
+    while "prompts, up to" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    said = process.stderr.read()
+    process.stdout.close()
+    process.stderr.close()
+    if (tmp_path / "out.part").exists():
+        assert re.fullmatch(r"attnstats: interrupted; \d+ of 5000 prompts are done and kept in .*; go on .*\n", said)
+    else:
+        assert said == "attnstats: interrupted; nothing was written\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--version"], ["--help"], ["analyze", "--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "attnstats 0.1.0" in shown
+    assert "--verify" in shown
+
+
+def test_help_does_not_import_what_is_heavy():
+    heavy = "{'transformers', 'pandas', 'rich'}"
+    code = f"import sys; from attnstats.cli import parser; parser(); print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == ""
+    assert torch.__version__
+
+
+def test_heads_of_a_corpus_are_taken_for_another(tmp_path, tiny, capsys):
+    options = ["analyze", "--model", str(tiny), "--layers", "all", "--max-tokens", "12", "--prompt"]
+    assert cli.main([*options, "how many rolls", "--out", str(tmp_path / "a")]) == 0
+    profile = ["--head-profile", str(tmp_path / "a" / "heads.json")]
+    assert cli.main([*options, "so", "--out", str(tmp_path / "b"), *profile]) == 0
+    one, two = (pandas.read_csv(tmp_path / name / "heads.csv") for name in "ab")
+    assert one["class"].tolist() == two["class"].tolist()
+    assert one.mean_distance.tolist() != two.mean_distance.tolist()
+    other = save_tiny_model(tmp_path / "other", hidden_size=16)
+    code = cli.main(["analyze", "--model", str(other), "--max-tokens", "4", "--out", str(tmp_path / "c"), *profile])
+    assert code == 2
+    assert "heads.json: the profile is of another model: " in capsys.readouterr().err
+    assert cli.main([*options, "so", "--out", str(tmp_path / "c"), "--head-profile", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == before
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == before
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda out: (out / "summary.json").unlink(), "has no summary.json"),
+    (lambda out: (out / "summary.json").write_text("{"), "summary.json: cannot be read"),
+    (lambda out: (out / "summary.json").write_text("{}"), "no settings, prompts and timings in it"),
+    (lambda out: (out / "items" / "000001.safetensors").unlink(), "000001.safetensors: cannot be read"),
+    (lambda out: (out / "items" / "000001.safetensors").write_bytes(b"\0" * 9), "000001.safetensors: cannot be read"),
+    (shutil.rmtree, "no such folder"),
+])  # fmt: skip
+def test_a_damaged_folder_is_refused_with_a_remedy(tmp_path, finished, capsys, damage, message):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    damage(out)
+    assert cli.main(["report", str(out)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    return out
+
+
+def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finished, monkeypatch, capsys):
+    out = tmp_path / "out"
+    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]
+    measure, calls = pipeline.measure, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure", interrupted)
+        assert cli.main(arguments) == 130
+    kept = f"1 of 3 prompts are done and kept in {out}.part; go on with --resume"
+    assert capsys.readouterr().err == f"attnstats: interrupted; {kept}\n"
+    assert cli.main(arguments) == 2
+    assert "holds an unfinished run with 1 prompt done; go on with it by --resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume", "--seed", "1"]) == 2
+    assert "was begun with seed 0, this run has 1" in capsys.readouterr().err
+    for others in (["--prompt", "so"], ["--head-profile", str(finished / "heads.json")]):
+        assert cli.main([*arguments, "--resume", *others]) == 2
+        assert "was begun with" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    before = (out / "summary.json").read_bytes()
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert f"{out} is finished" in capsys.readouterr().out.replace("\n", "")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_statistics_stay_with_their_tokens_when_a_response_is_lost(tmp_path, tiny, finished):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "items" / "000001.json").unlink()
+    (out / "items" / "000001.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
+    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out), "--resume"]) == 0
+    after = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
+    assert after | before == after
+    assert after.keys() - before.keys() == {"000001.json", "000001.safetensors"}
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("waad", lambda t: t[:-1]), ("waad", lambda t: t * torch.nan), ("fai", lambda t: t / 0),
+    ("response", lambda t: t.long()), ("fai_valid", lambda t: t.float()), ("entropy", lambda t: t[1:]),
+    ("distance", lambda t: t[0]), ("layers", lambda t: t.repeat(2)), ("delta", lambda t: t[1:]),
+    ("response", lambda t: t & False), ("local", lambda t: t & False),
+])  # fmt: skip
+def test_an_item_that_is_no_analysis_is_named(tmp_path, finished, capsys, name, change):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    store = Store(out)
+    tensors, texts = store.read(1)
+    store.write(1, tensors | {name: change(tensors[name])}, texts)
+    assert cli.main(["report", str(out)]) == 2
+    assert "000001.safetensors: cannot be read (not an analysis: " in capsys.readouterr().err
+
+
+def test_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
+    pandas.DataFrame({"\x1b]0;x\x07\x1b[2Jq": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    assert cli.main(["analyze", "--prompts", str(tmp_path / "a.parquet")]) == 2
+    assert "\x1b" not in capsys.readouterr().err

@@ -1,0 +1,428 @@
+"""The report in a real browser: it runs without an error or a request, and its switches, links and keys work.
+
+One Chromium for all tests, driven by Playwright; each test has a page of its own, and fails when that page wrote an
+error to its console, raised, or asked for anything but its own file.
+"""
+
+import re
+import shutil
+import types
+
+import pytest
+
+from attnstats import report
+from attnstats.report import data, scale
+from attnstats.study.analysis import Settings
+from tests.report.test_report import HOSTILE, SUMMARY
+from tests.tiny import synthetic_analysis
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium isn't installed")
+
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run",
+]  # fmt: skip
+WORDS = [f" word{i}" if i % 9 else ".\n" for i in range(90)]
+COLUMNS = ["waad", "fai", "entropy", "delta", "gamma"]
+COUPLING = types.SimpleNamespace(
+    name="entropy at WAAD peaks, a name as long as it takes to wrap on a phone", observed=0.3608, random=0.2386,
+    lift=0.5122, p_value=0.001, low=0.41, high=0.62, count=812,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """one.html: a prompt of plain words; hostile.html; many.html: 70 prompts."""
+    folder = tmp_path_factory.mktemp("report")
+    hostile = synthetic_analysis(HOSTILE, question="<script>throw 1</script>")
+    one = synthetic_analysis(WORDS, prompt=12, question="How many words?")
+    pages = {
+        "one": report.render([one], Settings(), SUMMARY, [COUPLING]),
+        "hostile": report.render([hostile] * 2, Settings(), SUMMARY),
+        "many": report.render(
+            [synthetic_analysis([f" w{i}" for i in range(400)], question=f"Question {i}?") for i in range(70)],
+            Settings(), SUMMARY,
+        ),
+    }  # fmt: skip
+    for name, text in pages.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def visit(browser, folder):
+    """visit(name, ...) opens a page; afterwards nothing may have gone wrong in any."""
+    contexts, wrong = [], []
+
+    def visit(name, *, width=1200, dark=False, anchor="", **options):
+        scheme = "dark" if dark else "light"
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
+        contexts.append(context)
+        page = context.new_page()
+        address = (folder / f"{name}.html").as_uri()
+        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: wrong.append(request.url) if request.url.split("#")[0] != address else None)
+        page.goto(address + anchor)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def colours(page):
+    return page.eval_on_selector_all("#tokens > span", "all => all.map(s => getComputedStyle(s).backgroundColor)")
+
+
+def cursor(page):
+    """The tokens that are lit, and where the curves' slider stands."""
+    lit = page.eval_on_selector_all("#tokens > .on", "all => all.map(s => s.id)")
+    return lit, page.get_attribute("#curves", "aria-valuenow")
+
+
+def at(index):
+    return [f"t{index}"], str(index + 1)
+
+
+def test_the_answer_is_there_token_by_token(visit):
+    page = visit("one")
+    shown = page.eval_on_selector_all("#tokens > span", "all => all.map(s => s.textContent)")
+    assert [text.strip() for text in shown] == [token.strip().replace(".", ".↵") for token in WORDS[12:]]
+    assert page.inner_text("#question") == "How many words?"
+    assert "word" in page.inner_text("#tokens")
+    assert page.inner_text("#tokens").count("\n") >= 8
+    assert page.is_hidden("#index")
+    assert "+51.2 %" in page.inner_text("#couplings")
+
+
+def test_the_switch_changes_colours_legend_and_curves(visit):
+    page = visit("one", reduced_motion="reduce")
+    seen = {}
+    for column in COLUMNS:
+        page.check(f"#columns [value={column}]", force=True)
+        seen[column] = tuple(colours(page))
+        legend = page.inner_text("#scale")
+        assert legend.count("\n") >= 5  # ticks and a sentence
+        assert next(c.unit for c in report.COLUMNS if c.key == column) in legend
+        titles = page.eval_on_selector_all("#curves .title", "all => all.map(t => t.firstChild.textContent)")
+        assert len(titles) == (2 if column in ("waad", "fai") else 3)
+    assert len(set(seen.values())) == len(COLUMNS)
+    for column in COLUMNS[:4]:
+        assert len(set(seen[column])) >= 4
+
+
+def test_the_shade_of_a_token_is_that_of_its_value(visit):
+    page = visit("one", reduced_motion="reduce")
+    found = data.prompt(synthetic_analysis(WORDS, prompt=12))
+    domain = found["domains"]["waad"]
+    ramp = scale.ramp(scale.LIGHT)
+    expected = [
+        "rgb({}, {}, {})".format(*ramp[scale.Domain(domain["low"], domain["high"], domain["log"]).shade(value)])
+        for value in found["values"]["waad"]
+    ]
+    assert colours(page) == expected
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_on_every_shade_can_be_read(visit, dark):
+    page = visit("one", dark=dark, reduced_motion="reduce")
+    page.check("#columns [value=fai]", force=True)
+    pairs = page.eval_on_selector_all(
+        "#tokens > span:not(.none)",
+        "all => all.map(s => [getComputedStyle(s).backgroundColor, getComputedStyle(s).color])",
+    )
+    for pair in pairs:
+        background, ink = (tuple(int(part) for part in colour[4:-1].split(",")) for colour in pair)
+        assert scale.contrast(background, ink) >= 4.5
+
+
+def test_dark_and_light_differ_and_a_change_is_followed(visit):
+    page = visit("one", reduced_motion="reduce")
+    body = "getComputedStyle(document.body).backgroundColor"
+    pixel = "document.querySelector('#mapping canvas').toDataURL()"
+    light = colours(page), page.evaluate(body), page.evaluate(pixel)
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"light => {pixel} !== light", arg=light[2])
+    dark = colours(page), page.evaluate(body), page.evaluate(pixel)
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    page.emulate_media(color_scheme="light")
+    page.wait_for_function(f"light => {pixel} === light", arg=light[2])
+    assert (colours(page), page.evaluate(body), page.evaluate(pixel)) == light
+
+
+def test_a_token_under_the_pointer_is_found_on_the_curves(visit):
+    page = visit("one")
+    page.hover("#t30")
+    assert cursor(page) == at(30)
+    assert "word42" in page.inner_text("#readout mark")
+    line = page.get_attribute("#curves .cursor", "d")
+    page.hover("#t31")
+    assert cursor(page) == at(31)
+    assert page.get_attribute("#curves .cursor", "d") != line
+    assert page.locator("#curves .dot[r='4.5']").count() == 2
+    page.mouse.move(5, 5)
+    assert cursor(page) != at(31)
+
+
+def test_a_place_on_the_curves_is_found_in_the_text(visit):
+    page = visit("one")
+    page.locator("#curves").scroll_into_view_if_needed()
+    box = page.locator("#curves").bounding_box()
+    step = (box["width"] - 46 - 12) / 78  # between the chart's edges
+    for index in (0.1, 30.1, 30.9, 77.9):
+        page.mouse.move(box["x"] + 46 + index * step, box["y"] + 60)
+        assert cursor(page) == at(int(index))
+    page.mouse.move(box["x"] + 20, box["y"] + 60)  # among the numbers of the axis there is no token
+    assert cursor(page) != at(77)
+
+
+def test_a_row_of_the_map_is_a_token(visit):
+    page = visit("one")
+    whole = page.locator("#mapping canvas").first
+    whole.scroll_into_view_if_needed()
+    box = whole.bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + box["height"] - 2)
+    assert cursor(page) == at(77)
+    assert "of its attention" in page.inner_text(".local .reading-line")
+    lens = page.locator("#mapping canvas.lens").last
+    box = lens.bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 2)
+    first = int(cursor(page)[1])
+    page.mouse.move(box["x"] + 40, box["y"] + 2 + box["height"] * 10 / 32)
+    assert int(cursor(page)[1]) == first + 10
+    assert "back" in page.inner_text(".global .reading-line")
+
+
+def test_the_lens_tells_the_attention_of_the_map(visit):
+    page = visit("one")
+    maps = synthetic_analysis(WORDS, prompt=12).maps
+    for index in (3, 50):
+        page.click(f"#t{index}")
+        for name in ("local", "global"):
+            said = page.inner_text(f".{name} .reading-line")
+            share = float(re.findall(r"([\d.]+) % on itself", said)[0])
+            assert share == pytest.approx(100 * float(getattr(maps, f"{name}_band")[index, 0]), rel=0.06)
+            share = float(re.findall(r"([\d.]+) % on “word\d+”, 2 back", said)[0])
+            assert share == pytest.approx(100 * float(getattr(maps, f"{name}_band")[index, 2]), rel=0.06)
+
+
+def test_the_lens_shows_another_place_when_the_cursor_moves(visit):
+    page = visit("one")
+    picture = "document.querySelector('#mapping canvas.lens').toDataURL()"
+    page.click("#t5")
+    before = page.evaluate(picture)
+    page.click("#t70")
+    assert page.evaluate(picture) != before
+    height = "document.querySelector('#mapping canvas.lens').clientHeight"
+    page.check("#mapping [value='16']", force=True)
+    assert page.evaluate(picture) != before
+    assert page.evaluate(height) > 0
+
+
+@pytest.mark.parametrize("place", ["#tokens", "#curves"])
+def test_keys_move_the_cursor(visit, place):
+    page = visit("one")
+    page.focus(place)
+    keys = ("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 77), ("ArrowRight", 77)
+    for key, index in keys:
+        page.keyboard.press(key)
+        assert cursor(page) == at(index), key
+    page.keyboard.press("Home")
+    page.keyboard.press("PageDown")
+    marked = page.eval_on_selector_all("#tokens > .preplan, #tokens > .anchor", "all => all.map(s => s.id)")
+    assert cursor(page)[0][0] == next(token for token in marked if token != "t0")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    assert page.get_attribute("#tokens", "aria-activedescendant") == cursor(page)[0][0]
+    assert "word" in page.get_attribute("#curves", "aria-valuetext")
+
+
+def test_up_and_down_lead_to_the_next_line(visit):
+    page = visit("one")
+    page.click("#t4")
+    page.focus("#tokens")
+    top = "document.querySelector('#tokens .on').getBoundingClientRect().top"
+    before = page.evaluate(top)
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(top) > before
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate(top) == before
+
+
+def test_everything_is_reached_by_tab(visit):
+    page = visit("one")
+    reached = []
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.name"))
+    assert reached == ["column", "share", "tokens", "curves", "lens", "grid"]
+    page.focus("#columns input:checked")
+    page.keyboard.press("ArrowRight")
+    assert page.eval_on_selector("#columns [value=fai]", "e => e.checked")
+
+
+def test_marks_are_more_or_fewer_or_none_and_not_by_colour_alone(visit):
+    page = visit("one")
+    counts = {}
+    for share, name in ((0.1, "0.1"), (0.4, "0.4"), (0, "0")):
+        page.check(f"#shares [value='{name}']", force=True)
+        counts[share] = page.locator("#tokens > .anchor").count()
+    assert counts == {0.1: 8, 0.4: 32, 0: 0}
+    page.check("#shares [value='0.1']", force=True)
+    shadow = page.eval_on_selector("#tokens > .preplan", "e => getComputedStyle(e).boxShadow")
+    assert shadow != "none"
+    assert "preplan" in page.inner_text("#key")
+
+
+def test_arcs_join_anchors_with_the_tokens_that_lead_into_them(visit):
+    page = visit("one", width=1600)
+    intro = data.prompt(synthetic_analysis(WORDS, prompt=12))["intro"]
+    path = page.get_attribute(".arcs .arc", "d")
+    joined = sum(i is not None for i in intro)
+    assert joined > 0
+    assert path.count("L") == 2 * joined  # a tip for each
+    page.check("#shares [value='0']", force=True)
+    assert page.locator(".arcs .arc").count() == 0
+
+
+def test_hostile_text_stays_text(visit):
+    page = visit("hostile")
+    shown = page.eval_on_selector_all("#tokens > span", "all => all.map(s => s.textContent)")
+    for token in (
+        "<script>alert(1)</script>",
+        '"><img onerror=alert(1) src=x>',
+        "⟨U+202E⟩gnp",
+        "⟨U+D800⟩",
+        "</script>",
+    ):
+        assert token in shown
+    assert page.inner_text("#question") == "<script>throw 1</script>"
+    assert page.locator("img").count() == 0
+    assert page.evaluate("document.scripts.length") == 6  # the page's data, two prompts with maps, and the script
+    page.focus("#tokens")
+    page.keyboard.press("Home")
+    for token in shown:
+        assert token.strip() in page.inner_text("#readout mark")
+        page.keyboard.press("ArrowRight")
+    assert page.locator("img").count() == 0
+
+
+def test_the_policy_stops_what_it_forbids(browser, folder):
+    """What would be an injection is blocked: an inline handler, an inline script, a style, an image from elsewhere."""
+    page = browser.new_page()
+    blocked = []
+    page.on("console", lambda message: blocked.append(message.text))
+    page.goto((folder / "one.html").as_uri())
+    page.evaluate("""() => {
+        const script = document.createElement("script");
+        try { script.textContent = "window.ran = true"; } catch (error) { window.refused = true; }
+        document.body.append(script);
+        const image = document.createElement("img");
+        image.setAttribute("src", "https://example.invalid/x.png");
+        document.body.append(image);
+        try { document.body.innerHTML += "<b onclick='1'>x</b>"; } catch (error) { window.typed = true; }
+    }""")
+    page.wait_for_function("window.typed === true")
+    assert page.evaluate("window.ran") is None
+    assert any("Content Security Policy" in text for text in blocked)
+    assert any("img-src" in text for text in blocked)
+    page.close()
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_narrow_screens_need_no_scrolling_sideways(visit, width):
+    page = visit("one", width=width, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.tap("#t20")
+    assert cursor(page) == at(20)
+    for column in COLUMNS:
+        page.check(f"#columns [value={column}]", force=True)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_drawings_follow_the_width(visit):
+    page = visit("one", width=1200)
+    wide = page.evaluate("document.querySelector('#curves svg').clientWidth")
+    page.set_viewport_size({"width": 700, "height": 900})
+    page.wait_for_function(f"document.querySelector('#curves svg').clientWidth < {wide - 300}")
+    assert page.evaluate("document.documentElement.scrollWidth") == 700
+
+
+def test_the_index_leads_to_every_prompt(visit):
+    page = visit("many")
+    assert page.locator("#cards a").count() == 70
+    assert page.locator("#cards svg").count() == 140
+    assert page.inner_text("#number") == "Prompt 1 of 70"
+    question = sync_api.expect(page.locator("#question"))
+    page.click("#cards a >> nth=33")
+    question.to_have_text("Question 33?")
+    assert page.get_attribute("#cards a >> nth=33", "aria-current") == "true"
+    page.click("#next")
+    question.to_have_text("Question 34?")
+    page.go_back()
+    question.to_have_text("Question 33?")
+    assert page.is_visible("#mapping canvas.lens")
+
+
+def test_a_prompt_is_opened_by_its_address(visit):
+    assert visit("many", anchor="#prompt-70").inner_text("#question") == "Question 69?"
+    assert visit("many", anchor="#prompt-71").inner_text("#question") == "Question 0?"
+
+
+def test_a_prompt_is_parsed_when_it_is_opened(visit):
+    """70 prompts of 400 tokens are 8 MB: only the one that is looked at is in the document as elements."""
+    page = visit("many")
+    assert page.evaluate("document.querySelectorAll('*').length") < 3000
+    assert page.locator("#tokens > span").count() == 398
+
+
+def test_what_is_left_out_is_not_drawn(visit, folder, monkeypatch):
+    one = synthetic_analysis(WORDS, prompt=12)
+    monkeypatch.setattr(data, "MAX_HEADS", 5)
+    monkeypatch.setattr(data, "MAX_BYTES", len(data.embedded(data.prompt(one))) + 9)
+    (folder / "less.html").write_text(report.render([one], Settings(), SUMMARY), encoding="utf-8")
+    page = visit("less")
+    assert "The maps of 1 of the prompts" in page.inner_text(".notice")
+    assert page.locator("canvas").count() == 0
+    assert page.is_hidden("#heads")
+    page.click("#t20")
+    assert cursor(page) == at(20)
+    monkeypatch.setattr(data, "MAX_BYTES", 9)
+    (folder / "nothing.html").write_text(report.render([one], Settings(), SUMMARY), encoding="utf-8")
+    assert "All from prompt 1 of 1 on." in visit("nothing").inner_text(".notice")
+
+
+def test_without_scripts_the_answer_is_there_by_waad(visit):
+    page = visit("hostile", java_script_enabled=False)
+    assert page.locator("main .plain").count() == 2
+    shown = page.inner_text("main .plain >> nth=0")
+    assert "<script>alert(1)</script>" in shown
+    backgrounds = {
+        span.evaluate("e => getComputedStyle(e).backgroundColor") for span in page.locator(".plain span").all()[:17]
+    }
+    assert len(backgrounds) > 3
+
+
+def test_what_has_no_value_is_said(visit, folder):
+    short = synthetic_analysis(["how", " many", " so", " on"])
+    (folder / "short.html").write_text(report.render([short], Settings(), SUMMARY), encoding="utf-8")
+    page = visit("short")
+    page.check("#columns [value=fai]", force=True)
+    assert "no token is 10 further on" in page.inner_text("#readout")
+    assert page.locator("#tokens > .none").count() == 2
+    page.focus("#tokens")
+    page.keyboard.press("ArrowRight")
+    assert cursor(page) == at(1)

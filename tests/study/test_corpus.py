@@ -1,0 +1,167 @@
+"""Many prompts on a tiny model: killed, resumed and shared between processes, the results are those of one run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pandas
+import psutil
+import pytest
+import torch
+
+from attnstats.cli import main as cli
+from attnstats.errors import InputError
+from attnstats.study import corpus, models
+from attnstats.study.shards import Shard, from_environment
+from attnstats.study.store import begin
+from tests.tiny import WORDS, Silent, save_tiny_model
+
+COUNT = 19  # two batches and a part of a third
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return models.load(str(tiny), dtype="float32", device="cpu")
+
+
+def fill(loaded, store, measure, shard=Shard(), temperature=0.8):  # noqa: B008
+    prompts = [[5 + i % 7] * (1 + i % 4) for i in range(COUNT)]
+    progress = Silent()
+    options = {"max_tokens": 6, "temperature": temperature, "seed": 3}
+    corpus.run(loaded, prompts, measure, **options, store=store, progress=progress, shard=shard)
+    assert progress.steps == progress.total
+    store.close()
+    return {i: (*store.response(i), store.read(i)[0]["sum"].item()) for i in store.indices()}
+
+
+def total(index, prompt, response):
+    return {"sum": torch.tensor(sum(prompt) + 1000 * sum(response))}, {}
+
+
+def test_what_is_done_is_not_done_again(tmp_path, loaded, monkeypatch):
+    whole = fill(loaded, begin(tmp_path / "whole", {}, resume=False), total)
+    assert sorted(whole) == list(range(COUNT))
+    assert len({tuple(response) for _, response, _ in whole.values()}) > COUNT / 2, "sampled, each on its own"
+    store = begin(tmp_path / "cut", {}, resume=False)
+
+    def cut(index, prompt, response):
+        if index == 11:
+            raise KeyboardInterrupt
+        return total(index, prompt, response)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(loaded, store, cut)
+    store.close()
+    assert store.indices() == list(range(11))
+    measured, generated = [], []
+    generate = corpus.generate
+    monkeypatch.setattr(corpus, "generate", lambda *a, **k: generated.append(k["seed"]) or generate(*a, **k))
+
+    def count(index, prompt, response):
+        measured.append(index)
+        return total(index, prompt, response)
+
+    assert fill(loaded, begin(tmp_path / "cut", {}, resume=True), count) == whole
+    assert measured == list(range(11, COUNT))
+    assert generated == [3 + 16], "the second batch had its responses"
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_shards_give_what_one_process_gives(tmp_path, loaded, count):
+    whole = fill(loaded, begin(tmp_path / "whole", {}, resume=False), total)
+    store = begin(tmp_path / "shared", {}, resume=False)
+    for rank in range(count):
+        found = fill(loaded, store, total, Shard(rank, count))
+    assert found == whole
+
+
+@pytest.mark.parametrize(("environment", "message"), [
+    ({"WORLD_SIZE": "two"}, "invalid literal"),
+    ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+])  # fmt: skip
+def test_a_launcher_that_contradicts_itself(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        from_environment()
+
+
+def write_prompts(folder):
+    lines = [json.dumps({"question": " ".join(WORDS[5 + (i + j) % 5] for j in range(i % 3 + 1))}) for i in range(COUNT)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return folder / "prompts.jsonl"
+
+
+def arguments(tiny, prompts, out):
+    options = f"--model {tiny} --prompts {prompts} --max-tokens 24 --layers all --temperature 0.9 --device cpu"
+    return ["analyze", *options.split(), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """(prompts, out) of one process that went through, with one thread like those it is compared with."""
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = write_prompts(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert cli.main(arguments(tiny, prompts, folder / "out")) == 0
+    yield prompts, folder / "out"
+    torch.set_num_threads(threads)
+
+
+def launch(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, env=environment)
+
+
+def assert_same_data(one, two):
+    for table in ("tokens", "heads"):
+        first, second = (pandas.read_parquet(out / f"{table}.parquet") for out in (one, two))
+        assert first.prompt.nunique() == COUNT
+        pandas.testing.assert_frame_equal(first, second, check_exact=True)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_writes_the_data_set_of_one_process(tmp_path, tiny, whole):
+    prompts, out = whole
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # --multi_gpu is how it starts several processes of torch, with or without a GPU; --cpu would start one.
+    how = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
+    command = ["accelerate.commands.launch", *how.split(), f"--main_process_port={port}", "-m", "attnstats.cli"]
+    assert launch(*command, *arguments(tiny, prompts, tmp_path / "two")).wait(200) == 0
+    assert_same_data(out, tmp_path / "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_loses_only_what_it_was_computing(tmp_path, tiny, whole):
+    """SIGKILL of one of two ranks, then one process goes on: what was there is untouched, the results are the same."""
+    prompts, out = whole
+    run = arguments(tiny, prompts, tmp_path / "cut")
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attnstats.cli"]
+    process = launch(*command, *run)
+    items = tmp_path / "cut.part" / "items"
+    while len(list(items.glob("*.safetensors"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    psutil.Process(process.pid).children()[1].kill()
+    assert process.wait(100) != 0
+    before = {path.name: path.stat().st_mtime_ns for path in items.glob("0*.*")}
+    assert 3 <= sum(name.endswith(".safetensors") for name in before) < COUNT
+    assert not (tmp_path / "cut").exists()
+    assert cli.main(run) == 2, "without --resume it says what is there"
+    assert cli.main([*run, "--resume"]) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "items").glob("0*.*")}
+    assert len(after) == 2 * COUNT
+    assert after | before == after
+    assert_same_data(out, tmp_path / "cut")

@@ -1,0 +1,74 @@
+"""The plain PyTorch path: memory, and the ways it splits the work."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnstats
+from attnstats import FAI, WAAD, reference
+from attnstats.tiled import band as diagonal
+from attnstats.tiled import native, sweep
+from tests.cases import Case, check
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def sums(request, monkeypatch):
+    """The compiled sums where they were built, and without them."""
+    monkeypatch.setattr(native, "enabled", request.param == "compiled")
+
+
+# 1 GiB is one T x T map of float32 at T = 16384, 256 MiB one of bool.
+MEMORY = """
+import resource, sys, torch, attnstats
+from attnstats import *
+torch.set_num_threads(2)
+length = 16384
+query, key, value = (torch.randn(1, 1, length, 64, requires_grad=True) for _ in range(3))
+asked = [WAAD(), LocalMass(), MeanDistance(), Entropy(), MaxLogit(), SinkMass(), FAI(), FAI(0, None), Received(),
+         Received(64), PooledMap(64, 64)]
+attnstats.attention(*(x[:, :, :256] for x in (query, key, value)), statistics=asked)[0].sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+output, stats = attnstats.attention(query, key, value, statistics=asked, CHANGED)
+if BACKWARD: output.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["is_causal=True", "is_causal=False", "query_offset=1"])
+def test_no_map_at_16384(changed):
+    script = MEMORY.replace("CHANGED", changed).replace("BACKWARD", str(changed == "query_offset=1"))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 192, f"{run.stdout} MiB"
+
+
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize(
+    "case", [Case(), Case(is_causal=False), Case(query_length=9, key_length=37, padding="left")], ids=str
+)
+def test_small_blocks(case, monkeypatch):
+    """Blocks of few rows, so that short sequences span many."""
+    monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(diagonal, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(diagonal, "BAND_ROWS", 4)
+    check(case, "tiled")
+    check(case, "tiled", from_lse=True)
+
+
+@pytest.mark.usefixtures("sums")
+def test_a_wide_band_is_swept():
+    asked = [WAAD(2000), FAI(0, 1500), FAI(3, 20)]
+    query, key, value = Case(batch=1, key_heads=1, group=1).tensors()
+    found = attnstats.attention(query, key, value, statistics=asked, backend="tiled").statistics
+    expected = reference.attention(query, key, value, statistics=asked).statistics
+    for s in asked:
+        torch.testing.assert_close(found[s], expected[s], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("sums")
+def test_without_torchs_private_kernel(monkeypatch):
+    monkeypatch.setattr("attnstats.tiled.backend._flash_takes", lambda geometry: False)
+    for case in (Case(), Case(is_causal=False, padding="left"), Case(dtype="bfloat16", padding="all")):
+        check(case, "tiled")

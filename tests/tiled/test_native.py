@@ -1,0 +1,217 @@
+"""The compiled sums: every instruction set against the reference, the same bits from any threads, no need of them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats.tiled import native
+from tests.cases import Case, check
+
+compiled = pytest.mark.skipif(native._library() is None, reason="attnstats.tiled._native was not built")
+ASKED = (WAAD(10), FAI(10, 100), FAI(5, None), Received(), Received(40), MeanDistance(), Entropy(), MaxLogit())
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(dtype="bfloat16", padding="left", layout="bthd"),
+        Case(dtype="float16", padding="holes", layout="guarded"),
+        Case(is_causal=False, counted="some", padding="right"),
+        Case(is_causal=False, query_length=5, key_length=300),
+        Case(query_length=1, key_length=131, group=3),
+        Case(query_length=3, key_length=290, head_dim=33, value_dim=33, dtype="bfloat16", padding="holes"),
+        Case(query_length=7, key_length=29, query_offset=11),
+        Case(query_length=19, key_length=23, query_offset=300, counted="some"),
+        Case(batch=1, query_length=300, key_length=300, head_dim=80, value_dim=80, counted="some"),
+        Case(batch=1, query_length=29, key_length=29, head_dim=1, value_dim=1),
+        Case(padding="all", counted="none"),
+        Case(spread=40.0),
+        Case(window_size=(5, 2), is_causal=False, sinks=True),
+        Case(window_size=(3, 0), softcap=2.0, padding="left"),
+        Case(softcap=0.5, dtype="bfloat16", heads="split"),
+        Case(packed=((9, 9), (0, 4), (21, 7), (3, 30)), sinks=True, counted="some"),
+        Case(packed=((9, 9), (31, 31)), is_causal=False, group=3, heads="some"),
+    ],
+    ids=str,
+)
+def test_instruction_sets(case, lanes, monkeypatch):
+    """A machine without vectors this wide runs the widest that it has."""
+    monkeypatch.setattr(native, "lanes", lanes)
+    check(case, "tiled")
+    check(case, "tiled", from_lse=True)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "changed", [{}, {"is_causal": False, "counted": "some"}, {"window_size": (300, 0), "softcap": 3.0}], ids=str
+)
+def test_many_chunks_and_blocks(changed):
+    asked = (1, 3, 4, 9, 11, 12)
+    check(Case(1, 1, 2, query_length=1300, key_length=1300, asked=asked, **changed), "tiled")
+
+
+@compiled
+def test_bands_of_any_reach():
+    asked = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
+    case = Case(batch=1, key_heads=1, query_length=601, key_length=601)
+    query, key, value = case.tensors()
+    wide = [x.double() for x in (query, key, value)]
+    for is_causal in (True, False):
+        _, truth = reference.attention(*wide, statistics=asked, is_causal=is_causal, enable_gqa=True)
+        _, found = attnstats.attention(query, key, value, statistics=asked, is_causal=is_causal, enable_gqa=True)
+        for s in asked:
+            bound = s.window if isinstance(s, WAAD) else 1
+            torch.testing.assert_close(found[s].double(), truth[s], rtol=0, atol=8e-6 * bound)
+
+
+MEMORY = """
+import resource, torch, attnstats
+query = torch.randn(1, 1, 65536, 64)
+lse = torch.full((1, 1, 65536), 11.0)
+asked = [attnstats.WAAD(), attnstats.FAI(), attnstats.Received(), attnstats.MeanDistance()]
+small = [x[:, :, :600].contiguous() for x in (query, query, lse)]
+attnstats.statistics_from_lse(*small, statistics=asked)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+attnstats.statistics_from_lse(query, query, lse, statistics=asked)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@compiled
+@pytest.mark.slow
+def test_memory_is_linear():
+    """One T x T map of float32 would be 16 GiB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 48, f"{run.stdout} MiB"
+
+
+@compiled
+def test_it_is_what_runs(monkeypatch):
+    query, key, value = Case().tensors()
+    calls = []
+    monkeypatch.setattr(native, "evaluate", lambda *a, real=native.evaluate: calls.append(a[-1]) or real(*a))
+    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
+    assert calls == [ASKED]
+    attnstats.attention(*(x.double() for x in (query, key, value)), statistics=ASKED, enable_gqa=True)
+    monkeypatch.setattr(native, "enabled", False)
+    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
+    assert calls == [ASKED]
+
+
+@compiled
+def test_the_same_bits_from_any_number_of_threads(threads):
+    query, key, _ = Case(batch=1, key_heads=3, group=1, query_length=1300, key_length=1300).tensors()
+    lse = attnstats.attention(query, key, key, is_causal=True).statistics.lse
+    runs = []
+    for count in (1, 2, 3, 2, 1):
+        threads(count)
+        runs.append(attnstats.statistics_from_lse(query, key, lse, statistics=ASKED[:-1]))
+    alone = attnstats.statistics_from_lse(query[:, 1:2], key[:, 1:2], lse[:, 1:2], statistics=ASKED[:-1])
+    for s in ASKED[:-1]:
+        assert all(torch.equal(run[s], runs[0][s]) for run in runs), s
+        assert torch.equal(alone[s][:, 0], runs[0][s][:, 1]), s
+
+
+def _of_one_key(scores, statistic, **arguments):
+    """The statistic of rows that see one key with these scores and an lse of 0, in double."""
+    query, key = scores.view(1, 1, -1, 1), torch.ones(1, 1, 1, 1)
+    arguments |= {"is_causal": False, "scale": 1.0, "query_offset": 0, "statistics": [statistic]}
+    if isinstance(statistic, MaxLogit):
+        return attnstats.attention(query, key, key, **arguments).statistics[statistic].view(-1).double()
+    return (
+        attnstats.statistics_from_lse(query, key, torch.zeros(1, 1, len(scores)), **arguments)[statistic]
+        .view(-1)
+        .double()
+    )
+
+
+def _ulps(found, truth):
+    return float(((found - truth).abs() / 2.0 ** (truth.abs().log2().floor() - 23)).max())
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_exponential(lanes, monkeypatch):
+    monkeypatch.setattr(native, "lanes", lanes)
+    mass = LocalMass(10**6)
+    scores = torch.cat([torch.linspace(-87.3, 88.3, 200_001), torch.linspace(-1e-3, 1e-3, 10_001)])
+    assert _ulps(_of_one_key(scores, mass), scores.double().exp()) <= 2
+    extremes = torch.tensor([-torch.inf, -1e30, -1e5, -100.0, 0.0, 100.0, 1e30, torch.inf, torch.nan])
+    found = _of_one_key(extremes, mass)
+    assert found[:8].tolist() == [0, 0, 0, 0, 1, torch.inf, torch.inf, torch.inf]
+    assert found[8].isnan()
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_hyperbolic_tangent(lanes, monkeypatch):
+    monkeypatch.setattr(native, "lanes", lanes)
+    scores = torch.cat([torch.linspace(-12, 12, 200_000), torch.logspace(-30, 0, 10_000), torch.tensor([-1e30, 1e30])])
+    assert _ulps(_of_one_key(scores, MaxLogit(), softcap=1.0), scores.double().tanh()) <= 4
+    extremes = torch.tensor([-torch.inf, 0.0, torch.inf])
+    assert _of_one_key(extremes, MaxLogit(), softcap=1.0).tolist() == [-1, 0, 1]
+
+
+@compiled
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_nan_and_inf_stay_in_their_rows_and_heads(lanes, monkeypatch):
+    monkeypatch.setattr(native, "lanes", lanes)
+    case = Case(batch=1, key_heads=2, group=1, query_length=150, key_length=150)
+    query, key, value = case.tensors()
+    asked = [WAAD(10), LocalMass(3), FAI(2, 5), Entropy(), MaxLogit(), Received()]
+    clean = attnstats.attention(query, key, value, statistics=asked).statistics
+    for poison in (torch.nan, torch.inf):
+        bad = query.clone()
+        bad[0, 0, 40, 3] = poison
+        found = attnstats.attention(bad, key, value, statistics=asked).statistics
+        for s in asked:
+            touched = torch.zeros_like(clean[s], dtype=torch.bool)
+            if isinstance(s, FAI):
+                touched[0, 0, 35:39] = True
+            elif isinstance(s, Received):
+                touched[0, 0, :41] = True
+            else:
+                touched[0, 0, 40] = True
+            assert torch.equal(found[s][~touched], clean[s][~touched]), s
+            if poison != poison:
+                assert found[s][touched].isnan().all(), s
+
+
+@pytest.mark.parametrize("break_it", ["off", "missing", "another version", "not a library"])
+def test_without_the_library(break_it, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)  # uncached
+    if break_it == "off":
+        monkeypatch.setattr(native, "enabled", False)
+    elif break_it == "another version":
+        monkeypatch.setattr(native, "VERSION", -1)
+    else:
+        (tmp_path / "_native.so").write_text("nothing")
+        monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so" if break_it == "not a library" else None)
+    monkeypatch.setattr(native, "evaluate", None)  # a call would fail
+    check(Case(), "tiled")
+
+
+@compiled
+def test_a_compiled_caller_gets_the_same():
+    query, key, value = Case(group=1).tensors()
+
+    def waad(query, key, value):
+        return attnstats.attention(query, key, value, statistics=[WAAD(10), FAI(3, 20)]).statistics["waad"] + 1
+
+    with torch.no_grad():
+        found = torch.compile(waad, backend="eager")(query, key, value)
+        torch.testing.assert_close(found, waad(query, key, value), rtol=0, atol=2e-5)

@@ -1,0 +1,380 @@
+"""Statistics kept up to date while a model generates, against one teacher-forced pass over the same tokens: caches,
+chunks, beams, sampling, assisted decoding; stopping; what a step looks at."""
+
+import copy
+import gc
+import io
+import types
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass
+from attnstats.tiled import backend as tiled
+from attnstats.transformers.capture import capture
+from attnstats.transformers.recording import UNDONE_ROWS
+from tests.transformers.test_capture import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
+
+STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
+NEW = 20
+# Another summation order changes hidden states in their last bits, and with them A of the layers after them.
+TOLERANCE = {WAAD(3): 3e-5, MeanDistance(): 5e-4, Received(): 1e-4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "gemma2": {"sliding_window": 8},
+    "llama4_text": {"attention_chunk_size": 8, "num_local_experts": 2, "num_hidden_layers": 4},
+    "gpt_oss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 4},
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Passing `generation_config`"),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return tiny(request.param, **FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny()
+
+
+def prompt(side=None, rows=2):
+    return {"input_ids": tokens()[-rows:], "attention_mask": padding(side)[-rows:]}
+
+
+def check(model, inputs, statistics=STATISTICS, query_mask=None, **options):
+    """Generate with a live capture; its results are those of one pass over the tokens it names."""
+    options = {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW} | options
+    layers = "all"
+    with torch.no_grad(), capture(model, statistics=statistics, layers=layers, live=True, query_mask=query_mask) as run:
+        generated = model.generate(**inputs, **options)
+        seen = run.tokens
+    assert run.length == seen.shape[1] == LENGTH + NEW - 1  # the last token has not been through the model
+    repeats = len(seen) // len(inputs["input_ids"])
+    new = torch.ones(len(seen), NEW - 1, dtype=torch.bool)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(repeats, 0).bool(), new], 1)
+    counted = None if query_mask is None else torch.cat([query_mask.repeat_interleave(repeats, 0), new], 1)
+    with torch.no_grad(), capture(model, statistics=statistics, layers=layers, query_mask=counted) as forced:
+        model(seen, attention_mask=mask.long())
+    for s in statistics:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
+        assert torch.equal(run.valid[s], forced.valid[s])
+    return generated, seen
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_generation_equals_teacher_forcing(model, side, options):
+    generated, seen = check(model, prompt(side), **options)
+    assert torch.equal(generated[:, :-1], seen)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_a_prompt_may_come_in_chunks(model, side):
+    check(model, prompt(side), prefill_chunk_size=6)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_rejected_tokens_are_taken_back(model, side):
+    # A prompt that repeats itself, so that some of the tokens looked up in it are right and some are not.
+    ids = tokens(length=LENGTH)[1:]
+    ids[:, 12:] = ids[:, 1:12]
+    check(model, prompt(side, rows=1) | {"input_ids": ids}, prompt_lookup_num_tokens=3)
+
+
+def test_an_assistant_may_draft(llama):
+    check(llama, prompt(rows=1), assistant_model=tiny(num_hidden_layers=2))
+    check(llama, prompt(rows=1), assistant_model=copy.deepcopy(llama))  # all of its drafts are right
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beams_carry_their_statistics_with_them(llama, side, cache):
+    generated, seen = check(llama, prompt(side), num_beams=3, cache_implementation=cache)
+    assert len(seen) == 6
+    for row in generated:
+        assert any(torch.equal(row[:-1], beam) for beam in seen)
+
+
+def test_only_the_response_counts(llama):
+    prompt_alone = torch.zeros(2, LENGTH, dtype=torch.bool)
+    torch.manual_seed(0)
+    check(llama, prompt("left"), query_mask=prompt_alone, do_sample=True, num_return_sequences=2)
+    check(llama, prompt("left"), query_mask=prompt_alone, num_beams=2)
+
+
+def test_a_conversation_goes_on_with_its_cache(llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    ids = tokens(1, 40)
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+        for start, end in ((0, 17), (17, 18), (18, 40)):
+            llama(ids[:, start:end], past_key_values=cache)
+            assert run.length == end
+        whole = {s: run[s] for s in STATISTICS}
+        llama(ids)  # position 0 begins anew
+    for s in STATISTICS:
+        torch.testing.assert_close(whole[s], run[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
+
+
+@pytest.mark.parametrize("reduce", ["heads", "layers", ("layers", "heads")])
+def test_reduced_while_generating(llama, reduce):
+    heads = {"waad": {1: [0, 3], 4: [8, 2]}, "fai": [5, 1]}
+    options = {"statistics": [WAAD(3), FAI(1, 4)], "layers": [1, 4], "live": True, "heads": heads}
+    with torch.no_grad():
+        with capture(llama, **options) as full:
+            ids = llama.generate(**prompt("left"), max_new_tokens=9, do_sample=False)
+        with capture(llama, **options, reduce=reduce) as run:
+            assert torch.equal(llama.generate(**prompt("left"), max_new_tokens=9, do_sample=False), ids)
+    dims = {"heads": 2, "layers": 0}
+    over = [dims[name] for name in ((reduce,) if isinstance(reduce, str) else reduce)]
+    for name in ("waad", "fai"):
+        torch.testing.assert_close(run[name], full[name].mean(over), rtol=0, atol=1e-6)
+
+
+def test_on_token_sees_every_step_and_can_stop(llama):
+    lengths, last = [], []
+
+    def watch(run):
+        lengths.append(run.length)
+        last.append(run["waad"][..., -1])
+        return run.length == LENGTH + 4
+
+    with capture(llama, statistics=["waad"], live=True, on_token=watch) as run:
+        ids = llama.generate(**prompt(rows=1), max_new_tokens=30, stopping_criteria=[run.should_stop])
+    assert lengths == [LENGTH + i for i in range(5)]
+    assert ids.shape[1] == LENGTH + 5
+    assert run.stopped
+    torch.testing.assert_close(run["waad"][..., -5:], torch.stack(last, -1))
+    with (
+        capture(llama, statistics=["waad"], live=True, on_token=watch),
+        pytest.raises(RuntimeError, match=r"stopping_criteria=\[run\.should_stop\]"),
+    ):
+        llama.generate(**prompt(rows=1), max_new_tokens=30)
+
+
+def test_a_decoding_step_looks_at_the_band_alone(llama, monkeypatch):
+    looked_at = []
+    evaluate = tiled.from_lse
+
+    def spy(query, key, lse, geometry, statistics):
+        if statistics:
+            looked_at.append((query.shape[2], key.shape[2]))
+        return evaluate(query, key, lse, geometry, statistics)
+
+    monkeypatch.setattr(tiled, "from_lse", spy)
+    with capture(llama, statistics=[WAAD(3), FAI(1, 4)], layers=[2], live=True):
+        llama.generate(**prompt(), max_new_tokens=9)
+    assert looked_at[0] == (LENGTH, LENGTH)
+    assert set(looked_at[1:]) == {(1, 5)}
+
+
+def test_the_cache_has_its_class_back(llama):
+    caches = []
+    for kind in (transformers.DynamicCache, transformers.StaticCache):
+        options = {"max_cache_len": 60} if kind is transformers.StaticCache else {}
+        cache = kind(config=llama.config, **options)
+        with torch.no_grad(), capture(llama, statistics=["waad"], live=True):
+            llama(tokens(), past_key_values=cache)
+            assert isinstance(cache, kind)
+            copied = copy.deepcopy(cache)
+            assert type(copied) is kind
+            copied.crop(-5)  # nobody follows a copy
+            kept = io.BytesIO()
+            torch.save(cache, kept)
+            kept.seek(0)
+            assert type(torch.load(kept, weights_only=False)) is kind
+            caches.append(cache)
+        assert type(cache) is kind
+    assert caches[0].get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistics": [Received(last=4)]}, r"Received\(last=4\) depends on where the sequence ends"),
+        ({"statistics": [attnstats.PooledMap(2, 2)]}, "PooledMap.* depends on where the sequence ends"),
+        ({"attention": "encoder"}, "live=True needs attention='self'"),
+        ({"stop_after_last_layer": True}, "live=True needs"),
+        ({"live": False, "on_token": print}, "on_token needs live=True"),
+    ],
+)
+def test_what_cannot_be_kept_live_is_refused(llama, arguments, message):
+    with (
+        pytest.raises(ValueError, match=message),
+        capture(llama, **({"statistics": ["waad"], "live": True} | arguments)),
+    ):
+        pass
+
+
+def test_a_live_capture_must_see_the_whole_sequence(llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(tokens(), past_key_values=cache)
+        with (
+            capture(llama, statistics=["waad"], live=True),
+            pytest.raises(ValueError, match=f"goes on at position {LENGTH}, but only the first 0 tokens were seen"),
+        ):
+            llama(tokens(length=1), past_key_values=cache)
+
+
+def test_a_live_capture_is_of_one_sequence(llama):
+    ours, other = (transformers.DynamicCache(config=llama.config) for _ in range(2))
+    ids = tokens(1, 30)
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+        llama(tokens(1, 20, seed=9), past_key_values=other)
+        llama(ids[:, :20], past_key_values=ours)
+        other.crop(-15)  # nobody's business
+        assert run.length == 20
+        with pytest.raises(ValueError, match="position 5 with another cache"):
+            llama(ids[:, 5:9], past_key_values=other)
+        llama(ids[:, :20], past_key_values=transformers.DynamicCache(config=llama.config))  # a new one begins anew
+        assert run.length == 20
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes_may_change_between_steps(llama, mode):
+    cache = transformers.DynamicCache(config=llama.config)
+    ids = tokens(1, 30)
+    with capture(llama, statistics=["waad", "fai"], live=True) as run:
+        with mode():
+            llama(ids[:, :20], past_key_values=cache)
+        with torch.no_grad():
+            llama(ids[:, 20:], past_key_values=cache)
+            assert run.length == 30
+            llama(ids, use_cache=False)
+    assert not run["waad"].requires_grad
+
+
+def test_what_was_cut_is_taken_back_once(llama):
+    ids = tokens(1, 30)
+
+    def after(*changes):
+        cache = transformers.DynamicCache(config=llama.config)
+        with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+            llama(ids[:, :20], past_key_values=cache)
+            for name, argument in changes:
+                getattr(cache, name)(argument)
+            rows = 2 if len(changes) > 1 else 1
+            llama(ids[:, run.length :].expand(rows, -1), past_key_values=cache)
+        return run
+
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as forced:
+        llama(ids)
+    for change in (("crop", -5), ("crop", -20)):
+        run = after(change)
+        for s in STATISTICS:
+            torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
+    for changes in ((("crop", -2), ("crop", -3)), (("batch_repeat_interleave", 2), ("crop", -1))):
+        with pytest.raises(RuntimeError, match="at most and once"):
+            after(*changes)
+
+
+def test_rows_that_end_go_on_with_their_padding(llama):
+    """As generate has it: the run is of the tokens that went through the model, `run.tokens`."""
+    plain = llama.generate(**prompt("left"), max_new_tokens=NEW, do_sample=False)
+    ends = int(plain[0, LENGTH + 5])
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+        llama.generate(**prompt("left"), max_new_tokens=NEW, do_sample=False, eos_token_id=ends)
+        seen = run.tokens
+    mask = torch.cat([padding("left"), torch.ones(2, seen.shape[1] - LENGTH, dtype=torch.long)], 1)
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as forced:
+        llama(seen, attention_mask=mask)
+    for s in STATISTICS:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 1e-4))
+
+
+def test_a_conversation_may_be_stopped_twice(llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    with capture(llama, statistics=["waad"], live=True, on_token=lambda run: run.length == LENGTH + 3) as run:
+        ids = llama.generate(**prompt(rows=1), past_key_values=cache, stopping_criteria=[run.should_stop])
+        assert run.stopped
+        assert ids.shape[1] == LENGTH + 4
+        mask = torch.ones(1, ids.shape[1], dtype=torch.long)
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "stopping_criteria": [run.should_stop]}
+        more = llama.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    assert more.shape[1] == ids.shape[1] + 6
+
+
+def test_embeddings_have_no_tokens(llama):
+    embedded = llama.get_input_embeddings()(prompt()["input_ids"])
+    with capture(llama, statistics=["waad"], live=True) as run:
+        llama.generate(inputs_embeds=embedded, max_new_tokens=3, do_sample=False)
+    assert run["waad"].shape[-1] == LENGTH + 2
+    with pytest.raises(RuntimeError, match="without input_ids"):
+        _ = run.tokens
+
+
+def test_what_a_capture_holds_when_it_is_over(llama):
+    for live in (False, True):
+        cache = transformers.DynamicCache(config=llama.config)
+        asked = {"statistics": ["waad", "fai"], "layers": "all", "reduce": "heads"}
+        with torch.no_grad(), capture(llama, **asked, live=live) as run:
+            llama(tokens(2, 100), past_key_values=cache)
+        said = run.kept(2, 100).total
+        # What is held beside results is by token, not by token and head: who counts, who is valid, ids.
+        assert held(run) <= 4 * said + 100 * 2 * 64
+
+
+def held(run):
+    """Bytes of all tensors that the run can reach, but for its model."""
+    seen, pending, storages = {id(run._model)}, [run], {}
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, types.FunctionType):
+            pending += [cell.cell_contents for cell in thing.__closure__ or ()]
+        else:
+            pending += gc.get_referents(thing)
+    return sum(storages.values())
+
+
+def test_more_than_the_last_tokens_cannot_be_taken_back(llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad(), capture(llama, statistics=["fai"], live=True):
+        llama(tokens(1, 100), past_key_values=cache)
+        with pytest.raises(RuntimeError, match=f"{UNDONE_ROWS} at most"):
+            cache.crop(-90)
+
+
+def test_sinks_of_a_sliding_cache_are_gone():
+    model = tiny("mistral", sliding_window=8)
+    with (
+        capture(model, statistics=[SinkMass(2)], layers=[1], live=True),
+        pytest.raises(ValueError, match="sliding cache that has dropped the first keys"),
+    ):
+        model.generate(**prompt(), max_new_tokens=5)
+
+
+def test_shapes_of_a_live_run(llama):
+    with capture(llama, statistics=["waad", "fai"], layers=[1, 2], live=True) as run:
+        with pytest.raises(RuntimeError, match="nothing was recorded"):
+            run["waad"]
+        with pytest.raises(RuntimeError, match="tokens"):
+            _ = run.tokens
+        llama.generate(**prompt(), max_new_tokens=3)
+    assert run["waad"].shape == run["fai"].shape == (2, 2, HEADS, LENGTH + 2)
+    assert run.valid["fai"].shape == (2, LENGTH + 2)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_decoder_of_an_encoder_decoder(beams):
+    model, inputs = tiny_bart(), prompt("right")
+    statistics = [WAAD(3), FAI(1, 4), Received()]
+    with torch.no_grad(), capture(model, statistics=statistics, layers="all", live=True) as run:
+        model.generate(**inputs, num_beams=beams, do_sample=False, min_new_tokens=12, max_new_tokens=12)
+    repeated = {name: x.repeat_interleave(beams, 0) for name, x in inputs.items()}
+    with torch.no_grad(), capture(model, statistics=statistics, layers="all") as forced:
+        model(**repeated, decoder_input_ids=run.tokens)
+    for s in statistics:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=1e-4)

@@ -1,0 +1,157 @@
+"""Descriptions of masks against the masks: those that transformers composes, and those made as tensors."""
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from attnstats.errors import InputError
+from attnstats.transformers import masks
+from attnstats.transformers.masks import MaskDescription, describe_mask, recognise
+
+B, T = 2, 19
+LEFT = torch.tensor([0, 5])
+PADDING = torch.arange(T)[None] >= LEFT[:, None]
+SEGMENTS = torch.tensor([[0] * 4 + [1] * 9 + [2] * 6, [0] * 10 + [1] * 9])
+POSITIONS = torch.cat([torch.cat([torch.arange(int(n)) for n in row.bincount()])[None] for row in SEGMENTS])
+
+
+def packed(function):
+    remapped = masking_utils.remap_positions_for_packed_sequence(function, POSITIONS)
+    return masking_utils.and_masks(remapped, masking_utils.packed_sequence_mask_function(SEGMENTS))
+
+
+CAUSAL = masking_utils.causal_mask_function
+UNDERSTOOD = {
+    "causal": CAUSAL,
+    "full": masking_utils.bidirectional_mask_function,
+    "window": masking_utils.sliding_window_causal_mask_function(4),
+    "window on both sides": masking_utils.sliding_window_bidirectional_mask_function(4),
+    "two windows": masking_utils.and_masks(
+        masking_utils.sliding_window_causal_mask_function(4), masking_utils.sliding_window_overlay(7)
+    ),
+    "chunks": masking_utils.chunked_causal_mask_function(6, LEFT),
+    "packed": packed(CAUSAL),
+    "packed window": packed(masking_utils.sliding_window_causal_mask_function(3)),
+    "no blocks": masking_utils.or_masks(CAUSAL, masking_utils.blockwise_overlay(torch.full((B, T), -1))),
+}
+
+
+def truth(function, queries, keys, padding=None):
+    """(B, queries, keys) as transformers makes it."""
+    mask = masking_utils.sdpa_mask(
+        B, len(queries), len(keys), q_offset=int(queries[0]), kv_offset=int(keys[0]), mask_function=function,
+        attention_mask=padding, allow_is_causal_skip=False,
+    )  # fmt: skip
+    return mask[:, 0]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_a_composed_mask_is_understood(name, padded):
+    padding = PADDING if padded else None
+    found = describe_mask(B, T, T, mask_function=UNDERSTOOD[name], attention_mask=padding)
+    assert found.unknown == ()
+    expected = truth(UNDERSTOOD[name], torch.arange(T), torch.arange(T), padding)
+    assert torch.equal(found.visible(torch.arange(T)).expand(B, -1, -1), expected)
+    assert torch.equal(found.dense()[:, 0], expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "chunks"])
+@pytest.mark.parametrize(("query", "key", "slots"), [(12, 0, 19), (18, 0, 19), (12, 7, 12), (5, 0, 30)])
+def test_it_may_begin_anywhere(name, query, key, slots):
+    """With a cache: queries from `query` on, keys from `key` on, and slots of a static cache behind them."""
+    length = min(7, T - query)
+    found = describe_mask(B, length, slots, query, key, UNDERSTOOD[name], PADDING[:, : query + length])
+    visible = found.visible(torch.arange(length)).expand(B, -1, -1)
+    padding = torch.nn.functional.pad(PADDING[:, : query + length], (0, max(0, key + slots - query - length)))
+    expected = truth(UNDERSTOOD[name], query + torch.arange(length), key + torch.arange(slots), padding)
+    assert torch.equal(visible, expected)
+    assert found.seen == min(slots, query + length - key)
+    assert not visible[..., found.seen :].any()
+
+
+def test_what_hides_nothing_is_left_out():
+    everything = torch.ones(B, T)
+    found = describe_mask(B, T, T, mask_function=masking_utils.sliding_window_causal_mask_function(T))
+    assert (found.left, found.right) == (None, 0)
+    found = describe_mask(B, T, T, mask_function=CAUSAL, attention_mask=everything)
+    assert found.padding is None
+    found = describe_mask(B, T, T, mask_function=masking_utils.chunked_causal_mask_function(T, LEFT * 0))
+    assert found.chunks is None
+    one = masking_utils.packed_sequence_mask_function(torch.zeros(B, T, dtype=torch.long))
+    assert describe_mask(B, T, T, mask_function=masking_utils.and_masks(CAUSAL, one)).segments is None
+
+
+def test_a_mask_of_the_models_own_is_named_and_can_be_made():
+    def diagonal_stripes(batch_idx, head_idx, q_idx, kv_idx):
+        return (q_idx - kv_idx) % 2 == 0
+
+    function = masking_utils.and_masks(CAUSAL, diagonal_stripes)
+    found = describe_mask(B, T, T, mask_function=function)
+    assert len(found.unknown) == 1
+    assert "diagonal_stripes" in found.unknown[0]
+    assert torch.equal(found.dense()[:, 0], truth(function, torch.arange(T), torch.arange(T)))
+
+
+def test_a_misread_mask_is_an_error(monkeypatch):
+    monkeypatch.setattr(masks, "_pattern", lambda _: {"right": 0, "left": 5})
+    with pytest.raises(RuntimeError, match="misread the attention mask causal_mask_function"):
+        describe_mask(B, T, T, mask_function=CAUSAL)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("left", "right"), [(None, 0), (None, None), (4, 0), (3, 2), (None, 3), (0, 0)])
+def test_a_mask_made_as_a_tensor_is_recognised(left, right, padded, additive):
+    made = MaskDescription(0, 0, T, T, left, right, PADDING if padded else None)
+    visible = made.visible(torch.arange(T)).expand(B, -1, -1)[:, None]
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
+    found = recognise(mask, T, T, "mine")
+    assert found.unknown == ()
+    assert torch.equal(found.visible(torch.arange(T)).expand(B, -1, -1), visible[:, 0])
+
+
+def test_queries_are_the_last_positions_or_the_first():
+    visible = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+    last = recognise(visible[:, :, -5:], 5, T, "mine")
+    assert (last.query_offset, last.right) == (T - 5, 0)
+    first = recognise(visible[:, :, :5], 5, T, "mine")
+    assert first.unknown == ()
+    assert torch.equal(first.visible(torch.arange(5)), visible[:, 0, :5])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.randn(1, 1, T, T),
+        torch.randn(1, 1, T, T) > 0,
+        torch.stack([torch.ones(T, T).tril(), torch.ones(T, T)])[None].bool(),
+        torch.ones(T, T).bool(),
+        torch.ones(1, 1, T, T - 1).bool(),
+    ],
+    ids=["bias", "holes", "by head", "two dimensions", "too short"],
+)
+def test_other_tensors_are_not(mask):
+    found = recognise(mask, T, T, "mine")
+    assert found.unknown == ("mine",)
+    assert torch.equal(found.dense(), mask[..., :T])
+
+
+def test_a_model_may_ask_for_the_last_queries_and_nothing_else():
+    found = describe_mask(B, T, T, mask_function=UNDERSTOOD["window"], attention_mask=PADDING)
+    rows = torch.arange(3)
+    assert torch.equal(found[:, :, -3:, :].visible(rows), found.visible(torch.arange(T - 3, T)))
+    assert found[:, :, 0:, :] is found
+    assert not hasattr(found, "shape")
+    for use in (
+        lambda: found[:, :, :, :5],
+        lambda: found[:, :, :3, :],
+        lambda: found + 1,
+        lambda: 1 * found,
+        lambda: ~found,
+        lambda: found == 0,
+        lambda: found.dtype,
+        lambda: found.masked_fill,
+    ):
+        with pytest.raises(InputError, match="computes with its attention mask"):
+            use()

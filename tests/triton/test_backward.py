@@ -1,0 +1,163 @@
+"""kernels/backward.py: gradients of the fused forward against autograd through the reference in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, MeanDistance, reference
+from attnstats.tiled import sweep
+from attnstats.triton.configs import Config, configured
+from tests.cases import Case, allowed_gradient
+from tests.guards import Guarded
+
+
+def small(**changed):
+    return Case(**{"batch": 1, "key_heads": 1} | changed)
+
+
+CASES = {
+    "causal": Case(batch=2, query_length=20, key_length=20),
+    "full": small(is_causal=False, group=1),
+    "queries-last": small(query_length=19, key_length=50),
+    "offset": small(query_length=20, key_length=33, query_offset=5),
+    "cross": small(query_length=20, key_length=33, is_causal=False),
+    "group-of-3": small(key_heads=2, group=3, query_length=33, key_length=33),
+    "window": small(window_size=(9, 0), query_length=70, key_length=70, group=1),
+    "window-both": small(window_size=(6, 3), is_causal=False),
+    "window-right": small(window_size=(-1, 4), is_causal=False),
+    "softcap": small(softcap=2.0, spread=4.0),
+    "sinks": small(sinks=True, padding="left"),
+    "holes": small(padding="holes", is_causal=False),
+    "padding-only": small(batch=2, padding="all", sinks=True, query_length=20, key_length=20),
+    "packed": small(packed=((5, 5), (0, 0), (33, 33), (1, 1)), sinks=True),
+    "packed-queries-last": small(packed=((5, 9), (0, 3), (4, 0), (20, 40), (20, 17)), group=1),
+    "packed-cross": small(packed=((5, 9), (33, 20)), is_causal=False, group=1),
+    "decoding": small(query_length=3, key_length=70, sinks=True, padding="left"),
+    "one": small(query_length=1, key_length=1),
+    "large-scores": small(spread=30.0),
+    "odd-dims": small(head_dim=19, value_dim=40, layout="guarded"),
+    "strided": small(layout="strided"),
+    "wide": small(group=1, head_dim=256, value_dim=200, query_length=20, key_length=20),
+    "float16": small(layout="bthd", dtype="float16"),
+    "bfloat16": small(dtype="bfloat16", window_size=(12, 0), sinks=True),
+    "all-together": small(window_size=(9, 0), softcap=3.0, sinks=True, padding="left", dtype="float16", value_dim=24),
+}
+
+
+def gradients(function, case, tensors, arguments, dtype, seed=3, **options):
+    """Of a random functional of the output, for query, key, value and sinks; and the lse."""
+    inputs = [x.to(dtype).detach().requires_grad_() for x in tensors]
+    if dtype == tensors[0].dtype:  # as they lie
+        inputs = [x.detach().requires_grad_() for x in tensors]
+    if (sinks := arguments["sinks"]) is not None:
+        inputs.append(sinks.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_())
+    views = [x[0].transpose(0, 1) for x in inputs[:3]] if case.packed else inputs[:3]
+    output, stats = function(*views, **arguments | {"sinks": inputs[3] if sinks is not None else None}, **options)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.autograd.grad(output, inputs, weights.to(output)), stats.lse
+
+
+@pytest.fixture
+def kernels_alone(monkeypatch):
+    monkeypatch.setattr(sweep, "gradients", None)
+
+
+@pytest.mark.usefixtures("kernels_alone")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_gradients_match_the_reference(case, device):
+    tensors, arguments = case.tensors(device), case.arguments(device)
+    ours, truth = attnstats.attention, reference.attention
+    if case.packed:
+        ours, truth = attnstats.varlen_attention, reference.varlen_attention
+    found, _ = gradients(ours, case, tensors, arguments, tensors[0].dtype, backend="triton")
+    eager, _ = gradients(truth, case, tensors, arguments, tensors[0].dtype)
+    expected, lse = gradients(truth, case, tensors, arguments, torch.float64)
+    for name, x, by_eager, y in zip(("query", "key", "value", "sinks"), found, eager, expected, strict=False):
+        assert x.shape == y.shape
+        limit = allowed_gradient(case, y, by_eager, lse)
+        error = float((x.double() - y).abs().max())
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"  # also fails on NaN
+    assert all(x.dtype == y.dtype for x, y in zip(found, eager, strict=True))
+
+
+def test_gradients_are_the_same_bits_twice_and_with_statistics(device):
+    case = small(query_length=40, key_length=40, window_size=(25, 0), sinks=True)
+    tensors, arguments = case.tensors(device), case.arguments(device)
+    asked = [WAAD(10), FAI(5, None), Entropy()]
+    runs = [
+        gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton", statistics=s)[0]
+        for s in ([], asked)
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("tiles", [Config(16, 16), Config(16, 64), Config(64, 16)], ids=str)
+def test_any_tiles(tiles, device):
+    case = small(query_length=45, key_length=70, window_size=(30, 0), group=1)
+    tensors, arguments = case.tensors(device), case.arguments(device)
+    with configured("backward_queries", tiles), configured("backward_keys", tiles):
+        found, _ = gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton")
+    expected, _ = gradients(reference.attention, case, tensors, arguments, torch.float64)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.sum(), lambda x: x.transpose(1, 2).reshape(-1)[::3].sum()])
+def test_gradient_of_the_output_with_any_strides(make, device):
+    tensors = small(group=1).tensors(device)
+    both = []
+    for function, dtype in ((attnstats.attention, torch.float32), (reference.attention, torch.float64)):
+        inputs = [x.to(dtype).requires_grad_() for x in tensors]
+        options = {"backend": "triton"} if function is attnstats.attention else {}
+        both.append(torch.autograd.grad(make(function(*inputs, **options).output), inputs))
+    for x, y in zip(*both, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["odd-dims", "sinks", "padding-only"])
+def test_nothing_outside_a_buffer_is_read_or_written(name, device):
+    with Guarded() as guards:
+        test_gradients_match_the_reference(CASES[name], device)
+    guards.check()
+
+
+def test_memory_is_linear_in_the_length(device):
+    largest = []
+    asked = (WAAD(4), FAI(3, None), Entropy(), MeanDistance())
+    for length in (32, 64, 128):
+        case = Case(batch=1, key_heads=1, group=1, query_length=length, key_length=length)
+        inputs = [x.requires_grad_() for x in case.tensors(device)]
+        options = {"statistics": asked, "differentiable": True, "backend": "triton"}
+        with Guarded() as guards:
+            output, stats = attnstats.attention(*inputs, **options)
+            (output.sum() + sum(stats[s].sum() for s in asked)).backward()
+        largest.append(guards.largest)
+    assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
+
+
+OFFSETS = """
+import torch, attnstats
+stride = 2**30  # elements: head 3 begins past 2^31 of them, 6 GiB of float16 that nothing touches
+room = torch.empty(3 * stride + 2**20, dtype=torch.float16)
+view = room.as_strided((1, 4, 17, 16), (4 * stride, stride, 16, 1))
+view[0, [0, 3]] = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(0)).half()
+view[0, [1, 2]] = 0
+found = []
+for x in (view, view[:, 3:].clone()):
+    inputs = [x.detach().requires_grad_() for _ in range(3)]
+    output, stats = attnstats.attention(*inputs, statistics=["fai"], differentiable=True, backend="triton")
+    found.append(torch.autograd.grad(output[:, -1].sum() + stats["fai"][:, -1].sum(), inputs))
+for far, near in zip(*found):
+    assert torch.equal(far[:, 3:], near) and not far[:, :3].any()
+"""
+
+
+def test_offsets_past_two_to_the_31():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", OFFSETS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-1500:]

@@ -1,0 +1,63 @@
+"""kernels/column.py: full-horizon columns over blocks, segments and query masks."""
+
+import pytest
+import torch
+
+import attnstats
+from attnstats import FAI, PooledMap, Received, reference
+from attnstats.tiled import native
+from tests.cases import Case
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (5, 70), (33, 64)])
+def test_columns_over_blocks(is_causal, queries, keys, device):
+    case = Case(
+        batch=1, group=3, query_length=queries, key_length=keys, is_causal=is_causal, query_offset=keys - queries
+    )
+    query, key, value = case.tensors(device)
+    bounds = (0, 1, queries // 2 + 1, queries)
+    asked = [
+        Received(),
+        Received(2),
+        FAI(0, None),
+        FAI(40, None),
+        PooledMap(bounds, (0, 31, 33, keys)),
+        PooledMap(1, 1),
+    ]
+    wide = [x.double() for x in (query, key, value)]
+    _, expected = reference.attention(*wide, statistics=asked, **case.arguments(device))
+    found = attnstats.statistics_from_lse(
+        query, key, expected.lse.float(), statistics=asked, backend="triton", **case.arguments(device)
+    )
+    for s in asked:
+        torch.testing.assert_close(found[s].double(), expected[s], rtol=1e-5, atol=2e-5)
+
+
+@pytest.fixture(params=["reference", "tiled", "tiled plain", "triton"])
+def backend(request, monkeypatch):
+    name, _, plain = request.param.partition(" ")
+    if plain:
+        monkeypatch.setattr(native, "enabled", False)
+    return name
+
+
+@pytest.mark.parametrize("spoiled", [1e4, torch.nan, torch.inf])
+def test_a_spoiled_query_reaches_only_keys_that_it_sees_and_counts_for(spoiled, backend, device):
+    query, key, _ = Case(batch=1, group=1).tensors(device if backend == "triton" else "cpu")
+    counted = torch.ones(1, 37, dtype=torch.bool, device=query.device)
+    overwritten = query.clone()
+    overwritten[:, :, 20] = spoiled
+    asked = [Received(), FAI(0, None), FAI(3, 9), PooledMap(37, 37)]
+
+    def statistics(query):
+        arguments = {"statistics": asked, "query_mask": counted, "backend": backend}
+        return attnstats.attention(query, key, key, **arguments).statistics
+
+    before, after = statistics(query), statistics(overwritten)
+    for s in asked:
+        assert torch.equal(before[s][..., 21:], after[s][..., 21:]), s  # keys in its future
+    counted[:, 20] = False
+    before, after = statistics(query), statistics(overwritten)
+    for s in asked:
+        assert torch.equal(before[s], after[s]), s

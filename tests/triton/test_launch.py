@@ -1,0 +1,207 @@
+"""The launcher: buffers, memory, offsets, the choice of kernels, and statistics that users define."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import attnstats
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats.core.arguments import resolve
+from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
+from attnstats.triton.plan import Plan
+from tests.cases import Case, check
+from tests.guards import Guarded
+
+GUARDED = {
+    "causal": Case(layout="guarded"),
+    "odd": Case(layout="guarded", query_length=33, key_length=47, head_dim=19, value_dim=23, key_heads=1, group=3),
+    "full-holes": Case(layout="guarded", is_causal=False, padding="holes", counted="some"),
+    "one": Case(layout="guarded", query_length=1, key_length=1),
+    "half": Case(layout="guarded", dtype="float16", query_length=17, key_length=17),
+}
+
+
+@pytest.mark.parametrize("from_lse", [False, True], ids=["attention", "from_lse"])
+@pytest.mark.parametrize("case", GUARDED.values(), ids=GUARDED.keys())
+def test_nothing_outside_a_buffer_is_read_or_written(case, from_lse, device):
+    with Guarded() as guards:
+        check(case, "triton", device, from_lse)
+    guards.check()
+
+
+@pytest.mark.parametrize("from_lse", [False, True], ids=["attention", "from_lse"])
+def test_memory_is_linear_in_the_length(from_lse, device):
+    largest = []
+    for length in (64, 128, 256):
+        case = Case(batch=1, key_heads=1, group=1, query_length=length, key_length=length)
+        query, key, value = case.tensors(device)
+        asked = [s for s in case.statistics() if not isinstance(s, MaxLogit)]
+        with Guarded() as guards:
+            if from_lse:
+                lse = torch.zeros(1, 1, length, device=device)
+                attnstats.statistics_from_lse(query, key, lse, statistics=asked, backend="triton")
+            else:
+                attnstats.attention(query, key, value, statistics=asked, backend="triton")
+        largest.append(guards.largest)
+    assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
+
+
+OFFSETS = """
+import torch, attnstats
+stride = 2**30  # elements: head 3 begins past 2^31 of them, 6 GiB of float16 that nothing touches
+room = torch.empty(3 * stride + 2**20, dtype=torch.float16)
+view = room.as_strided((1, 4, 33, 16), (4 * stride, stride, 16, 1))
+view[0, [0, 3]] = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0)).half()
+view[0, [1, 2]] = 0
+asked = ["waad", "received", "entropy"]
+far = attnstats.attention(view, view, view, statistics=asked, backend="triton")
+near = view[:, 3:].clone()
+expected = attnstats.attention(near, near, near, statistics=asked, backend="triton")
+assert torch.equal(far.output[:, 3:], expected.output)
+for s in asked:
+    assert torch.equal(far.statistics[s][:, 3:], expected.statistics[s]), s
+"""
+
+
+def test_offsets_past_two_to_the_31():
+    # In a process of its own: 32-bit offsets would end it.
+    run = subprocess.run(
+        [sys.executable, "-c", OFFSETS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_each_statistic_goes_where_it_is_cheapest():
+    band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
+    whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))
+    asked = (*band, *whole, Entropy(), MaxLogit())
+    query = torch.zeros(1, 2, 8, 16)
+    causal, full = (resolve(query, query, None, asked, is_causal=is_causal) for is_causal in (True, False))
+    plan = Plan.of(asked, causal=True)
+    assert plan.band_rows == (WAAD(10),)
+    assert plan.band_columns == (FAI(10, 100),)
+    assert plan.moment == (MeanDistance(),)
+    assert Plan.of(asked, causal=False).loop_rows == (MeanDistance(),)
+    together = (FAI(0, None), FAI(0, 5000), Received())
+    assert plan.column_passes(causal) == {(None, None): together, (4, None): (Received(4),)}
+    assert plan.reach(causal) == (100, 0)
+    assert plan.reach(full) == (100, 9)
+    assert plan.rows_behind(causal) == 9
+    assert plan.reach_of_heads(causal) is None
+
+
+def test_heads_that_ask_for_less_get_less():
+    asked: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100), Received())
+    query = torch.zeros(1, 4, 8, 16)
+    heads = {"waad": [2, 0], "fai": [2], "received": [1]}
+    geometry = resolve(query, query, None, asked, heads=heads, window_size=(50, 0))
+    plan = Plan.of(asked, causal=True)
+    assert plan.reach_of_heads(geometry) == (9, -1, 50, -1)
+    assert [passed.bands for passed in plan.band_passes(geometry).values()] == [(WAAD(10),), (FAI(10, 100),)]
+    assert plan.column_passes(geometry) == {(None, (1,)): (Received(),)}
+
+
+@triton.jit
+def squared_distance(distance, cap: tl.constexpr, _: tl.constexpr):
+    near = tl.minimum(tl.abs(distance), cap)
+    return (near * near).to(tl.float32)
+
+
+@triton.jit
+def every_other(distance, _: tl.constexpr, __: tl.constexpr):
+    return ((distance >= 0) & (distance < 8) & (distance % 2 == 0)).to(tl.float32)
+
+
+@dataclass(frozen=True)
+class SquaredDistance(RowStatistic):
+    cap: int = 5
+    kernel_weight = squared_distance
+
+    @property
+    def band(self) -> tuple[int, int]:
+        return -self.cap, self.cap
+
+    @property
+    def tail(self) -> float:
+        return float(self.cap**2)
+
+    def weight(self, distance: torch.Tensor) -> torch.Tensor:
+        return distance.abs().clamp(max=self.cap) ** 2
+
+
+@dataclass(frozen=True)
+class EveryOther(ColumnStatistic):
+    kernel_weight = every_other
+
+    @property
+    def band(self) -> tuple[int, int]:
+        return 0, 7
+
+    def weight(self, distance: torch.Tensor) -> torch.Tensor:
+        return (distance >= 0) & (distance < 8) & (distance % 2 == 0)
+
+
+@dataclass(frozen=True)
+class WithoutKernel(LocalMass):
+    pass
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_statistics_that_users_define(backend, is_causal, device):
+    query, key, value = Case(group=1).tensors(device if backend == "triton" else "cpu")
+    asked = [SquaredDistance(), EveryOther(), WAAD(3)]
+    found = attnstats.attention(query, key, value, statistics=asked, is_causal=is_causal, backend=backend)
+    expected = reference.attention(query.double(), key.double(), value.double(), statistics=asked, is_causal=is_causal)
+    for s in asked:
+        torch.testing.assert_close(found.statistics[s].double(), expected.statistics[s], rtol=1e-5, atol=1e-4)
+    assert found.statistics["squared_distance"] is found.statistics[SquaredDistance()]
+
+
+def test_a_statistic_without_a_device_weight_says_so(device):
+    query, key, value = Case(group=1).tensors(device)
+    with pytest.raises(ValueError, match=r"WithoutKernel has no device weight.*backend='tiled'"):
+        attnstats.attention(query, key, value, statistics=[WithoutKernel()], backend="triton")
+    attnstats.attention(query, key, value, statistics=[WithoutKernel()], backend="tiled")
+
+
+def test_a_namesake_of_ours_does_not_get_our_device_weight(device):
+    @dataclass(frozen=True)
+    class WAAD(RowStatistic):  # another one than ours
+        window: int = 10
+
+        def weight(self, distance: torch.Tensor) -> torch.Tensor:
+            return distance.abs() * 2
+
+    assert WAAD.name == "waad"
+    query, key, value = Case(group=1).tensors(device)
+    with pytest.raises(ValueError, match=r"WAAD has no device weight.*backend='tiled'"):
+        attnstats.attention(query, key, value, statistics=[WAAD()], backend="triton")
+    query, key, value = (x.cpu() for x in (query, key, value))
+    found = attnstats.attention(query, key, value, statistics=[WAAD(), "mean_distance"], backend="tiled").statistics
+    torch.testing.assert_close(found["waad"], 2 * found["mean_distance"])
+
+
+def test_explain_names_kernels_tiles_and_costs(capsys, device):
+    query, key, value = Case(group=1).tensors(device)
+    attnstats.explain(query, key, value, statistics=[WAAD(), FAI(), Received(), "sink_mass"], backend="triton")
+    told = capsys.readouterr().out
+    assert "backend: triton" in told
+    assert "kernel forward" in told
+    assert "band of 100 keys as epilogue" in told
+    assert "kernel column" in told
+    assert "first keys" in told
+    attnstats.explain(query, key, statistics=[WAAD(), Entropy()], backend="triton")
+    told = capsys.readouterr().out
+    assert "kernel band" in told
+    assert "rows only" in told
