@@ -1,8 +1,7 @@
-"""Compile what attnstats/launch.py would launch, for any target, on a machine without a GPU.
+"""Compile what attnstats/triton/launch would launch, for any target, on a machine without a GPU.
 
-Run in a process without TRITON_INTERPRET. `recorded` swaps the launch for a recorder, so that signatures,
-specialisations and configurations are those of real calls; `compiled` builds one of them. Used by compile_report.py
-and tests/test_compile_report.py.
+For a process without TRITON_INTERPRET. `recorded` collects launches instead of making them, so that signatures,
+specialisations and configurations are those of real calls; `compiled` builds one of them.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Resources(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[list[Recorded]]:
-    """Collect launches instead of making them, configured for `target`; outputs keep what their memory held."""
+    """Collect launches instead of making them, configured for `target`; outputs are left uninitialised."""
     launches: list[Recorded] = []
 
     def record(launched: launch.Launch, arguments: dict[str, Any]) -> None:

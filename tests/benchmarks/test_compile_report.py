@@ -241,7 +241,7 @@ with launching_with(warm_up):
 
 
 def test_tritons_launcher_takes_the_arguments(monkeypatch):
-    """Up to the launch itself: binding, specialisation and cache key of groups of arguments and of tuples of functions."""
+    """Up to the launch itself: binding, specialisation and cache key of groups and of tuples of functions."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["forward", "column", "band", "forward", "column"], run.stderr[-1500:]
