@@ -1,8 +1,9 @@
 """Tile sizes and launch options of every kernel: a table by architecture, kernel, dtype and head size.
 
 A table instead of autotuning: nothing is measured at a user's first call, and the same call always gives the same bits.
-All but float32 at head size 256 compile without spills (`python -m benchmarks.compile_report`). To find better ones, run
-`python -m benchmarks.gpu sweep` on a GPU, which prints rows in this form, then `python -m benchmarks.compile_report --update`.
+All but float32 at head size 256 compile without spills (`python -m benchmarks.compile_report`). To find better entries
+run `python -m benchmarks.gpu sweep` on a GPU, which prints rows in this form, then
+`python -m benchmarks.compile_report --update`.
 """
 
 from __future__ import annotations
