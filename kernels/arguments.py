@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """Which keys a query may see: those from `left` positions behind it to `right` ahead of it; None: no limit."""
+    """A query may see the keys from `left` positions behind it to `right` ahead of it; None: no limit."""
 
     left: Any
     right: Any
@@ -83,7 +83,7 @@ class StatisticGradients(NamedTuple):
 
 
 class Near(NamedTuple):
-    """How far from the diagonal weights with a band reach. Without: there are none."""
+    """The distances from the diagonal that weights with a band reach. Without: there are none."""
 
     behind: Any
     ahead: Any
@@ -97,7 +97,7 @@ class Head(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """Where one sequence lies in the tensors."""
+    """The place of one sequence in the tensors."""
 
     i_batch: Any
     q_begin: Any  # its first query in the batch row
@@ -156,7 +156,7 @@ class Stack(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where a query tile leaves band columns: [COLUMNS, slots, n_batch, n_heads, n_keys] float32."""
+    """The buffer to which a query tile writes band columns, [COLUMNS, slots, n_batch, n_heads, n_keys] float32."""
 
     pointer: Any
     i_head: Any  # the tile's first head, n_packed of which exist
