@@ -81,16 +81,16 @@ def _forward(
     if value is None:
         assert lse is not None
         lse = divisor_of(lse) * LOG2E
+        strides = Strides(query.stride(), key.stride())
     else:
         value = as_input(value)
         output = _output(geometry, shape, query.dtype)
         lse = empty(geometry, shape, fill=-torch.inf)
+        of_output = output.stride()[1:] if parts else output.stride()
+        strides = Strides(query.stride(), key.stride(), value.stride(), of_output)
     rows = empty(geometry, (len(plan.in_rows), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
     sinks2 = arguments.sinks2(geometry)
-    strides = Strides(query.stride(), key.stride())
-    if value is not None and output is not None:
-        strides = Strides(*strides[:2], value.stride(), (output[0] if parts else output).stride())
     start(
         prepared.launch,
         query=query,
