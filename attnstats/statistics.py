@@ -23,6 +23,23 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+__all__ = [
+    "FAI",
+    "LSE",
+    "WAAD",
+    "ColumnStatistic",
+    "Entropy",
+    "LocalMass",
+    "MaxLogit",
+    "MeanDistance",
+    "PooledMap",
+    "Received",
+    "RowStatistic",
+    "SinkMass",
+    "Statistic",
+    "WholeRowStatistic",
+]
+
 # Every class of statistics in this process by its key, by which a compiled graph, which holds no objects, names it.
 DEFINED: WeakValueDictionary[str, type[Statistic]] = WeakValueDictionary()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,26 +76,26 @@ class Geometry:
     differentiable: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Query heads per key head."""
         return self.query_heads // self.key_heads
 
-    @property
+    @functools.cached_property
     def accumulator(self) -> torch.dtype:
         """The dtype of lse and of the statistics."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
+    @functools.cached_property
     def offset(self) -> int:
         """`query_offset`, and 0 where positions have no meaning and only have to be consistent."""
         return self.query_offset or 0
 
-    @property
+    @functools.cached_property
     def is_causal(self) -> bool:
         return self.right == 0
 
-    @property
+    @functools.cached_property
     def all_live(self) -> bool:
         """True if every query is certain to see a key, without a look at a mask."""
         return self.key_mask is None and self.packing is None and self.left is None and self.offset >= 0
@@ -218,8 +219,13 @@ class Geometry:
 
     def subset(self, heads: tuple[int, ...]) -> Geometry:
         """The same call for some of its query heads, each with a key head of its own."""
-        sinks = None if self.sinks is None else self.sinks[list(heads)]
-        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={})
+        subset = self.memo.get(("subset", heads))
+        if subset is None:
+            sinks = None if self.sinks is None else self.sinks[list(heads)]
+            subset = self.memo["subset", heads] = dataclasses.replace(
+                self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={}
+            )
+        return subset
 
     def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
         """Yield the slices of queries and of keys of each packed sequence that has both, and its geometry alone."""

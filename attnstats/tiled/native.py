@@ -13,7 +13,7 @@ import importlib.machinery
 import os
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,31 +89,40 @@ def computes(statistic: Statistic) -> bool:
 def evaluate(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
-    """Statistics that it takes, as sums (`Geometry.finish` divides), all from the same scores."""
-    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
-    weights = {s: _weights(s, geometry) for s in statistics}
-    counted = {s: _counted(s, geometry) for s in statistics}
-    key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
-    call = _call(geometry, weights)
-    call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
-    call.key_mask = _pointer(key_mask)
-    for s, asked in zip(statistics, call.statistics, strict=False):  # a C pointer has no length
-        asked.result, asked.counted = tensors[s].data_ptr(), _pointer(counted[s])
+    """Statistics that it computes, as sums (`Geometry.finish` divides), all from the same scores."""
     library = _library()
     assert library is not None
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
+    counted = {s: _counted(s, geometry) for s in statistics if s.axis == "column"}
+    key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
+    template = geometry.memo.get(("native", statistics))
+    if template is None:
+        template = geometry.memo["native", statistics] = _template(geometry, statistics)
+    requests = type(template.requests).from_buffer_copy(template.requests)
+    for s, request in zip(statistics, requests, strict=True):
+        request.result, request.counted = tensors[s].data_ptr(), _pointer(counted.get(s))
+    call = _Call.from_buffer_copy(template.call)
+    call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
+    call.key_mask, call.statistics = _pointer(key_mask), requests
+    call.threads, call.lanes = torch.get_num_threads(), lanes
     if library.attnstats_evaluate(ctypes.byref(call)):
         raise MemoryError("attnstats: no memory for the statistics' working space")
-    mass = geometry.row_mass(lse) if any(_tail(s) for s in statistics) else None
-    return {s: x if mass is None or not _tail(s) else x.add_(mass, alpha=_tail(s)) for s, x in tensors.items()}
+    if template.tails:
+        mass = geometry.row_mass(lse)
+        for s, tail in template.tails.items():
+            tensors[s].add_(mass, alpha=tail)
+    return tensors
 
 
 def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:
     """The description of `evaluate`, its floating-point operations and its scratch memory in bytes."""
-    weights = {s: _weights(s, geometry) for s in statistics}
     library = _library()
     assert library is not None
-    scratch = library.attnstats_scratch_bytes(ctypes.byref(_call(geometry, weights)))
+    template = _template(geometry, statistics)
+    call = _Call.from_buffer_copy(template.call)
+    call.statistics, call.threads, call.lanes = template.requests, torch.get_num_threads(), lanes
+    scratch = library.attnstats_scratch_bytes(ctypes.byref(call))
     if all(s.method == "weight" and s.is_banded for s in statistics):
         return "band, compiled", band.cost(geometry, statistics)[1], scratch
     flops = 2 * geometry.visible_pairs() * geometry.query_heads * geometry.head_dim
@@ -127,15 +136,31 @@ class _Weights(NamedTuple):
     weights: Tensor | None
 
 
-def _call(geometry: Geometry, weights: dict[Statistic, _Weights]) -> _Call:
-    """The call without its tensors."""
-    asked = (_Statistic * len(weights))()
-    for statistic, (s, (farthest, by_distance)) in zip(asked, weights.items(), strict=True):
-        statistic.kind, statistic.farthest = _kind(s), farthest
+class _Template(NamedTuple):
+    """The parts of a call that depend on its geometry alone.
+
+    Attributes:
+        call: without its tensors.
+        requests: one for each statistic, without their results.
+        weights: the tensors that the requests point into.
+        tails: the weights that are added as a share of the row's mass.
+    """
+
+    call: _Call
+    requests: Any
+    weights: list[_Weights]
+    tails: dict[Statistic, float]
+
+
+def _template(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Template:
+    requests = (_Statistic * len(statistics))()
+    weights = [_weights(s, geometry) for s in statistics]
+    for request, s, (farthest, by_distance) in zip(requests, statistics, weights, strict=True):
+        request.kind, request.farthest = _kind(s), farthest
         if by_distance is not None:
-            statistic.weights, statistic.distances = by_distance.data_ptr(), len(by_distance)
+            request.weights, request.distances = by_distance.data_ptr(), len(by_distance)
     left, right = _window(geometry)
-    return _Call(
+    call = _Call(
         type=TYPES[geometry.dtype],
         batch=geometry.batch,
         heads=geometry.query_heads,
@@ -148,11 +173,9 @@ def _call(geometry: Geometry, weights: dict[Statistic, _Weights]) -> _Call:
         right=right,
         scale=geometry.scale,
         softcap=geometry.softcap or 0.0,
-        count=len(asked),
-        statistics=asked,
-        threads=torch.get_num_threads(),
-        lanes=lanes,
+        count=len(statistics),
     )
+    return _Template(call, requests, weights, {s: tail for s in statistics if (tail := _tail(s))})
 
 
 def _window(geometry: Geometry) -> tuple[int, int]:
@@ -188,8 +211,6 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
 
 
 def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
-    if statistic.axis != "column":
-        return None
     counted = geometry.counted(statistic.last_queries)
     return None if counted is None else counted.contiguous()
 
