@@ -1,4 +1,4 @@
-"""Arrows point down: a module imports layers below its own, and nothing goes round in a circle, not inside a function."""
+"""Arrows point down: a module imports layers below its own, and there is no circle, inside functions either."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
