@@ -67,6 +67,9 @@ class Statistic:
         horizon: (lo, hi) of a column mean: its value is divided by the counted queries at these distances; hi None: all
             from lo on; None: a sum.
         last_queries: only the last so many counted queries of each sequence count; None: all.
+        far: (distance, weight) of a column statistic whose weight is constant and not 0 from that distance on, which saves
+            the kernels work; None: it isn't.
+        kernel_weight: the weight as a `@triton.jit` function; None: the function of this name in kernels/weights.py.
     """
 
     name: ClassVar[str]
@@ -75,6 +78,7 @@ class Statistic:
     method: ClassVar[Method | None] = None
     uses_distance: ClassVar[bool] = False
     from_lse: ClassVar[bool] = True
+    kernel_weight: ClassVar[Any] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +111,10 @@ class Statistic:
 
     @property
     def last_queries(self) -> int | None:
+        return None
+
+    @property
+    def far(self) -> tuple[int, float] | None:
         return None
 
     @property
@@ -153,7 +161,6 @@ class DistanceWeighted(Statistic):
 
     method: ClassVar[Method | None] = "weight"
     uses_distance: ClassVar[bool] = True  # False: the weight is constant, so positions need no meaning
-    kernel_weight: ClassVar[Any] = None
 
     @property
     def differentiable(self) -> bool:
@@ -183,11 +190,6 @@ class ColumnStatistic(DistanceWeighted):
     @property
     def grows(self) -> bool:
         return self.last_queries is None
-
-    @property
-    def far(self) -> tuple[int, float] | None:
-        """(distance, weight) if from that distance on the weight is constant and not 0; the kernels then save it."""
-        return None
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def _band(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pas
 
 def _columns(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
     counted = geometry.counted(each.last_queries)
-    sums = launch.columns(query, key, lse, geometry, each.statistics, counted, each.heads)  # type: ignore[arg-type]
+    sums = launch.columns(query, key, lse, geometry, each.statistics, counted, each.heads)
     return dict(zip(each.statistics, sums, strict=True))
 
 

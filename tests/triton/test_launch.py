@@ -79,6 +79,44 @@ def test_offsets_past_two_to_the_31():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+SMALLER = """
+import torch
+from triton.runtime.errors import OutOfResources
+from attnstats.core.arguments import resolve
+from attnstats.triton import backend
+from attnstats.triton.launch import launching_with
+
+fits = 1  # stage
+def start(launch, arguments):
+    print(launch.config.num_stages)
+    if launch.config.num_stages > fits:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+query = torch.zeros(1, 2, 512, 128, dtype=torch.float16)
+geometry = resolve(query, query, query, ())
+with launching_with(start):
+    backend.attend(query, query, query, geometry, ())
+    backend.attend(query, query, query, geometry, ())
+    fits = 0
+    try:
+        backend.attend(query, query, query, geometry, ())
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_configuration_that_does_not_fit_gives_way():
+    """Smaller ones are tried in turn; one that didn't fit isn't tried again."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SMALLER]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = run.stdout.splitlines()
+    assert lines[:4] == ["3", "2", "1", "1"], run.stderr[-2000:]
+    assert set(lines[4:-1]) == {"1"}
+    assert "head_dim 128 in torch.float16 needs more shared memory" in lines[-1]
+    assert "backend='tiled'" in lines[-1]
+
+
 def test_each_statistic_goes_where_it_is_cheapest():
     band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
     whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))
