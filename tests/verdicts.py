@@ -307,15 +307,15 @@ def document(version: str, table: dict[str, Verdict]) -> str:
     """docs/families.md."""
     head = f"""# Model families
 
-The models of transformers {version} on which `attnstats.capture` works: every family that AutoModelForCausalLM knows, and
-encoders and encoder-decoders besides. Each was tested with a tiny random model that has one layer of every kind in the
-family, on a batch of two rows of which one is padded (encoders on the right, the others on the left), and on one without
-padding.
+The models of transformers {version} on which `attnstats.capture` works: every family that AutoModelForCausalLM knows,
+and encoders and encoder-decoders besides. Each was tested with a tiny random model that has one layer of every kind in
+the family, on a batch of two rows of which one is padded (encoders on the right, the others on the left), and on one
+without padding.
 
-"works" means two things in float32. Logits are within {LOGITS_TOLERANCE:g} of the model's own eager attention. And WAAD, FAI,
-MeanDistance, Received and Entropy of every head of every layer are within {WEIGHT_TOLERANCE:g} per unit of mass of their
-definition on the maps of `output_attentions=True`; of encoder-decoders for the encoder, the decoder and cross-attention.
-Everything else is an error that says why.
+"works" means two things in float32. Logits are within {LOGITS_TOLERANCE:g} of the model's own eager attention. And
+WAAD, FAI, MeanDistance, Received and Entropy of every head of every layer are within {WEIGHT_TOLERANCE:g} per unit of
+mass of their definition on the maps of `output_attentions=True`; of encoder-decoders for the encoder, the decoder and
+cross-attention. Everything else is an error that says why.
 
 Written by `python -m tests.verdicts --write`; tests/transformers/test_families.py fails when a verdict changes.
 
