@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from attnstats import distributed, presets, reference
-from attnstats.core.geometry import AttentionResult
 from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
+from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import (
     FAI,
     LSE,
@@ -19,7 +19,7 @@ from attnstats.statistics import (
     RowStatistic,
     SinkMass,
     Statistic,
-    Statistics,
+    WholeRowStatistic,
 )
 from attnstats.transformers.capture import capture
 from attnstats.transformers.hooks import attach, detach
@@ -37,6 +37,7 @@ __all__ = [
     "AttentionResult",
     "ColumnStatistic",
     "Entropy",
+    "Explanation",
     "LocalMass",
     "MaxLogit",
     "MeanDistance",
@@ -46,6 +47,7 @@ __all__ = [
     "SinkMass",
     "Statistic",
     "Statistics",
+    "WholeRowStatistic",
     "attach",
     "attention",
     "capture",

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnstats.core.merging import as_mean, as_sum, merge_columns
-from attnstats.statistics import ColumnStatistic, PooledMap, Statistic, Statistics
+from attnstats.results import Statistics
+from attnstats.statistics import ColumnStatistic, PooledMap, Statistic
 
 Layout = Literal["contiguous", "zigzag"]
 

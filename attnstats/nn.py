@@ -17,17 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnstats.core import patterns as tensor_masks
-from attnstats.core.arguments import Heads
+from attnstats.core.options import Heads
 from attnstats.core.patterns import Recognised
 from attnstats.functional import Backend, attention
+from attnstats.results import Statistics
 from attnstats.statistics import (
     LSE,
     ColumnStatistic,
     Entropy,
     MaxLogit,
     Statistic,
-    Statistics,
-    needing_distances,
     resolve,
 )
 
@@ -226,7 +225,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return (output if self.batch_first else output.transpose(0, 1)), found
 
     def _check_statistics(self, asked: tuple[Statistic, ...], positions: int | None) -> None:
-        for statistic in needing_distances(asked) if positions is None else ():
+        for statistic in (s for s in asked if s.uses_distance and positions is None):
             raise ValueError(
                 f"statistics: {statistic} needs distances, and in cross-attention of different lengths queries and "
                 "keys share no positions; ask for others, such as 'entropy' or 'received'"

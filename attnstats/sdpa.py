@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from attnstats.core import patterns as tensor_masks
-from attnstats.core.arguments import Heads
 from attnstats.core.geometry import as_autocast
+from attnstats.core.options import Heads
 from attnstats.core.patterns import Recognised
 from attnstats.functional import Backend, attention
-from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
+from attnstats.results import Statistics
+from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, resolve
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
 
@@ -309,7 +310,7 @@ def _read_mask(
 
 
 def _refuse_distances(statistics: tuple[Statistic, ...], query_length: int, key_length: int) -> None:
-    for statistic in needing_distances(statistics):
+    for statistic in (s for s in statistics if s.uses_distance):
         raise ValueError(
             f"statistics: {statistic} needs distances, and in this call Tq={query_length}, Tk={key_length} without "
             "a causal mask, as in cross-attention, share no positions; leave such calls out with "

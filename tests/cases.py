@@ -211,7 +211,7 @@ def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse
         arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
     wide = [x.double() for x in (query, key, value)]
     attention: Any = attnstats.attention
-    eager_attention = reference.attention
+    eager_attention: Any = reference.attention
     if case.packed:
         attention, eager_attention = attnstats.varlen_attention, reference.varlen_attention
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))

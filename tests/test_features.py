@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, PooledMap, Received, reference
 from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
 from attnstats.triton import launch
 from tests.cases import Case, check
 
@@ -194,7 +195,7 @@ def test_a_configuration_that_does_not_fit_gives_way(monkeypatch, device):
     monkeypatch.setattr(launch, "_TOO_LARGE", {})
     monkeypatch.setattr(launch, "candidates", lambda *_: iter([(64,), (32,), (16,), (8,)]))
     query, key, _ = Case(group=1).tensors(device)
-    geometry = dataclasses.replace(resolve(query, key, None, ()), memo={})
+    geometry = dataclasses.replace(resolve(query, key, None, Options()), memo={})
     assert launch._fitting("forward", geometry, 64, small) == (16,)
     assert launch._fitting("forward", geometry, 64, small) == (16,)
     assert tried == [(64,), (32,), (16,), (16,)]  # what didn't fit once isn't tried again

@@ -13,22 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, Step, divisor_of
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, RowStatistic, Statistic
+from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.scores import softcap_
+from attnstats.statistics import Statistic
 from attnstats.tiled.sweep import heads_of
 
-BAND_LIMIT = 1024  # bands that reach further are swept: the buffer grows with the square of the reach
 BAND_ROWS = 64  # rows of a block: each computes BAND_ROWS - 1 scores more than the band is wide
 BLOCK_ELEMENTS = 2**18  # scores of the blocks that are worked on together
 
 
-def is_narrow(statistic: DistanceWeighted) -> bool:
-    """Whether the band is the cheaper way."""
-    return statistic.band is not None and max(map(abs, statistic.band)) < BAND_LIMIT
-
-
 def evaluate(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[DistanceWeighted, ...]
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
     """Row statistics, and columns as sums (`Geometry.finish` divides), from the same scores."""
     band = _Band.of(geometry, statistics)
@@ -44,14 +39,14 @@ def evaluate(
             for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, room):
                 rows = slice(start, start + len(weights))
                 for s in met:
-                    if isinstance(s, RowStatistic):
+                    if s.axis == "row":
                         lo, hi = band.clip(s)
                         near = weights[:, band.behind - hi : band.behind - lo + 1]
                         tensors[s][batch, head, rows] = near @ by_distance[s].flip(0)
                 if counted is not None:
                     weights.masked_fill_(~counted[batch, rows, None], 0.0)
                 for s in met:
-                    if isinstance(s, ColumnStatistic):
+                    if s.axis == "column":
                         first = geometry.offset + start
                         _add_columns_(tensors[s][batch, head], room.band, first, len(weights), band, s, by_distance[s])
     mass = geometry.row_mass(lse) if any(s.tail for s in statistics) else None
@@ -114,11 +109,7 @@ def _band_blocks(
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
         weights = room.band[band.width : band.width + blocks * BAND_ROWS]
         divided = room.divisor.view(-1, BAND_ROWS, 1)[:blocks]
-        if geometry.softcap is None:
-            torch.sub(diagonals, divided, out=weights.view_as(diagonals))
-        else:
-            capped = torch.div(diagonals, geometry.softcap, out=weights.view_as(diagonals))
-            capped.tanh_().mul_(geometry.softcap).sub_(divided)
+        torch.sub(softcap_(diagonals, geometry.softcap), divided, out=weights.view_as(diagonals))
         weights.exp_()  # 0 beyond the last row, whose divisor is +inf
         first = geometry.offset + start
         # Without a key mask only the first and the last rows reach beyond the keys.
@@ -139,7 +130,7 @@ def _add_columns_(
     first: int,
     rows: int,
     band: _Band,
-    statistic: ColumnStatistic,
+    statistic: Statistic,
     by_distance: Tensor,
 ) -> None:
     """Add to `column` [Tk] what it receives from a block of rows, the first of them at position `first`.
@@ -157,15 +148,14 @@ def _add_columns_(
         column[keys] += received[skip : skip + keys.stop - keys.start]
 
 
-def plan(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> Step:
-    """What `evaluate` does."""
+def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:
+    """The description of `evaluate`, its floating-point operations and its scratch memory in bytes."""
     band = _Band.of(geometry, statistics)
     window = BAND_ROWS + band.width - 1
     rows = geometry.batch * geometry.query_heads * geometry.query_length
     scratch = 4 * 2 * BLOCK_ELEMENTS + 4 * geometry.head_dim * geometry.query_length
-    names = ", ".join(s.name for s in statistics)
-    runs = f"band, blocks of {BAND_ROWS} rows x {window} keys"
-    return Step(runs, names, 2 * rows * window * geometry.head_dim, scratch)
+    description = f"band, blocks of {BAND_ROWS} rows x {window} keys"
+    return description, 2 * rows * window * geometry.head_dim, scratch
 
 
 class _Band(NamedTuple):
@@ -175,7 +165,7 @@ class _Band(NamedTuple):
     ahead: int
 
     @staticmethod
-    def of(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> _Band:
+    def of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Band:
         """The union of the statistics' bands, as far as there are keys that can be seen."""
         bands = [s.band for s in statistics if s.band]
         behind = min(max(hi for _, hi in bands), geometry.offset + geometry.query_length - 1)
@@ -190,12 +180,12 @@ class _Band(NamedTuple):
     def width(self) -> int:
         return self.behind + self.ahead + 1
 
-    def clip(self, statistic: DistanceWeighted) -> tuple[int, int]:
+    def clip(self, statistic: Statistic) -> tuple[int, int]:
         """The statistic's own band within this one; empty where the second is less than the first."""
         lo, hi = statistic.band or (0, -1)
         return max(lo, -self.ahead), min(hi, self.behind)
 
-    def weight(self, statistic: DistanceWeighted, like: Tensor) -> Tensor:
+    def weight(self, statistic: Statistic, like: Tensor) -> Tensor:
         """[hi - lo + 1] the statistic's weight less its tail, from distance lo upwards."""
         lo, hi = self.clip(statistic)
         return statistic.weight(torch.arange(lo, hi + 1, device=like.device)).to(like.dtype) - statistic.tail

@@ -1,4 +1,4 @@
-"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them: what `tiled` tries first.
+"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them.
 
 The library is optional. It has a plain C interface, so one build serves every Python and torch; it shares torch's
 threads, because it asks for libgomp by the name under which torch has loaded its own (a torch that calls it otherwise
@@ -18,13 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, Step
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, Statistic
-from attnstats.tiled import band as diagonal
+from attnstats.core.geometry import Geometry
+from attnstats.statistics import Entropy, MaxLogit, Statistic
+from attnstats.tiled import band
 
 VERSION = 1  # of the interface; a library that says another is not used
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)
+ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
+WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
 UNBOUNDED = 2**40  # a distance beyond all others
 
 enabled = os.environ.get("ATTNSTATS_NATIVE", "1") != "0"
@@ -75,15 +76,14 @@ class _Call(Structure):
     )
 
 
-def takes(geometry: Geometry, statistic: Statistic) -> bool:
-    """Whether the library is there and can compute this one."""
-    return (
-        enabled
-        and geometry.device.type == "cpu"
-        and geometry.dtype in TYPES
-        and isinstance(statistic, (DistanceWeighted, Entropy, MaxLogit))
-        and _library() is not None
-    )
+def takes(geometry: Geometry) -> bool:
+    """True if the library is there and takes tensors of this device and dtype."""
+    return enabled and geometry.device.type == "cpu" and geometry.dtype in TYPES and _library() is not None
+
+
+def computes(statistic: Statistic) -> bool:
+    """True for the statistics that the library has code for."""
+    return statistic.method == "weight" or type(statistic) in WHOLE_ROWS
 
 
 def evaluate(
@@ -108,21 +108,20 @@ def evaluate(
     return {s: x if mass is None or not _tail(s) else x.add_(mass, alpha=_tail(s)) for s, x in tensors.items()}
 
 
-def plan(geometry: Geometry, statistics: tuple[Statistic, ...]) -> Step:
-    """What `evaluate` does."""
+def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:
+    """The description of `evaluate`, its floating-point operations and its scratch memory in bytes."""
     weights = {s: _weights(s, geometry) for s in statistics}
     library = _library()
     assert library is not None
     scratch = library.attnstats_scratch_bytes(ctypes.byref(_call(geometry, weights)))
-    banded = tuple(s for s in statistics if isinstance(s, DistanceWeighted) and diagonal.is_narrow(s))
-    if len(banded) == len(statistics):
-        return diagonal.plan(geometry, banded)._replace(runs="band, compiled", scratch_bytes=scratch)
+    if all(s.method == "weight" and s.is_banded for s in statistics):
+        return "band, compiled", band.cost(geometry, statistics)[1], scratch
     flops = 2 * geometry.visible_pairs() * geometry.query_heads * geometry.head_dim
-    return Step("sweep, compiled", ", ".join(s.name for s in statistics), flops, scratch)
+    return "sweep, compiled", flops, scratch
 
 
 class _Weights(NamedTuple):
-    """What a statistic weights A with, from the farthest distance down, less its tail; None: 1 everywhere."""
+    """A statistic's weights less its tail, from the farthest distance down; None: 1 everywhere."""
 
     farthest: int
     weights: Tensor | None
@@ -163,18 +162,18 @@ def _window(geometry: Geometry) -> tuple[int, int]:
 
 
 def _kind(statistic: Statistic) -> int:
-    if isinstance(statistic, DistanceWeighted):
-        return COLUMN_SUM if isinstance(statistic, ColumnStatistic) else ROW_SUM
-    return ENTROPY if isinstance(statistic, Entropy) else MAX_LOGIT
+    if statistic.method == "weight":
+        return COLUMN_SUM if statistic.axis == "column" else ROW_SUM
+    return WHOLE_ROWS[type(statistic)]
 
 
 def _tail(statistic: Statistic) -> float:
-    """What is summed as a share of the row's mass, so that the band suffices; 0 where that would cost digits."""
-    return statistic.tail if isinstance(statistic, DistanceWeighted) and diagonal.is_narrow(statistic) else 0.0
+    """The weight that is added as a share of the row's mass, so that the band suffices; 0 for wide bands."""
+    return statistic.tail if statistic.is_banded else 0.0
 
 
 def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
-    if not isinstance(statistic, DistanceWeighted) or not statistic.uses_distance:
+    if statistic.method != "weight" or not statistic.uses_distance:
         return _Weights(0, None)
     left, right = _window(geometry)
     farthest = min(geometry.offset + geometry.query_length - 1, left)
@@ -189,7 +188,7 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
 
 
 def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
-    if not isinstance(statistic, ColumnStatistic):
+    if statistic.axis != "column":
         return None
     counted = geometry.counted(statistic.last_queries)
     return None if counted is None else counted.contiguous()

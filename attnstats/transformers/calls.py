@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from attnstats.core import arguments
-from attnstats.core.geometry import AttentionResult
+from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.functional import Backend, attention, statistics_from_lse, varlen_attention
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, SinkMass, Statistic, Statistics, is_mean, summed
+from attnstats.results import AttentionResult, Statistics
+from attnstats.statistics import ColumnStatistic, DistanceWeighted, SinkMass, Statistic
 from attnstats.transformers.masks import MaskDescription
 
 Heads = Mapping[Statistic, tuple[int, ...]]
@@ -219,7 +220,7 @@ class Call:
         statistics = asked["statistics"]
         chunked = self.mask.chunks is not None
         # A chunk hides keys from queries, but these queries still count: the mean over T(s) is taken afterwards.
-        sums = {s: summed(s) if chunked else s for s in statistics}
+        sums = {s: s.summed if chunked else s for s in statistics}
         query_mask = asked["query_mask"]
         if query_mask is None and self.mask.padding is not None:
             query_mask = self.mask.real_queries
@@ -252,8 +253,10 @@ class Call:
                 tensors, lambda s: of_batch(found.valid[s]), lambda s: of_batch(found.counts[s]), rows(found.lse)
             )
             return AttentionResult(output, results)
-        whole = arguments.resolve(self.query, key, None, statistics, **self._arguments(), query_mask=query_mask)
-        tensors = {s: whole.finish(s, x) if is_mean(s) else x for s, x in tensors.items()}
+        whole = arguments.resolve(
+            self.query, key, None, Options(statistics=statistics, **self._arguments(), query_mask=query_mask)
+        )
+        tensors = {s: whole.finish(s, x) if s.is_mean else x for s, x in tensors.items()}
         return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, rows(found.lse)))
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:

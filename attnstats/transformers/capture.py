@@ -20,7 +20,8 @@ from torch import Tensor
 from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
 from attnstats.functional import Backend
-from attnstats.statistics import LSE, ByStatistic, MaxLogit, PooledMap, Statistic, needing_distances, resolve
+from attnstats.results import ByStatistic
+from attnstats.statistics import LSE, MaxLogit, PooledMap, Statistic, resolve
 from attnstats.transformers import caches
 from attnstats.transformers.calls import Call
 from attnstats.transformers.hooks import Kind, attachment_of, base_model, observed, sites
@@ -509,7 +510,7 @@ def _check_settings(
     if attention not in ("self", "encoder", "cross"):
         raise ValueError(f"attention must be 'self', 'encoder' or 'cross', got {attention!r}")
     if attention == "cross":
-        for s in needing_distances(statistics):
+        for s in (s for s in statistics if s.uses_distance):
             raise ValueError(f"statistics: {s} needs distances, and cross-attention has none")
     if on_token is not None and not live:
         raise ValueError("on_token needs live=True")

@@ -14,16 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import AttentionResult
 from attnstats.distributed import gather_heads, local_heads
 from attnstats.errors import InputError
+from attnstats.results import AttentionResult
 from attnstats.statistics import (
     ColumnStatistic,
     DistanceWeighted,
     PooledMap,
     Statistic,
-    is_mean,
-    summed,
 )
 from attnstats.transformers.calls import Call, Heads, reach_of
 from attnstats.transformers.selection import Choice
@@ -252,19 +250,19 @@ class Generation(Store):
         reach = reach_of(near)
         if not call.can_look_near(reach):
             near = ()
-        asked = tuple(summed(s) for s in wanted if s not in near)
-        of_heads = {summed(s): chosen for s, chosen in heads.items()}
+        asked = tuple(s.summed for s in wanted if s not in near)
+        of_heads = {s.summed: chosen for s, chosen in heads.items()}
         result = call.attend(asked, query_mask, {s: h for s, h in of_heads.items() if s in asked})
         found, starts = dict(result.statistics), dict.fromkeys(asked, call.first_key)
         if near:
-            sums = tuple(summed(s) for s in near)
+            sums = tuple(s.summed for s in near)
             some = {s: h for s, h in of_heads.items() if s in sums}
             with torch.no_grad():
                 start, beside = call.near(result.statistics.lse.detach(), sums, reach, query_mask, some)
             found |= dict(beside)
             starts |= dict.fromkeys(sums, start)
         for s in wanted:
-            own = summed(s)
+            own = s.summed
             key, x = self.counted(s, layer, found[own])
             lines = self.lines.setdefault(s, {})
             if key not in lines:
@@ -295,7 +293,7 @@ class Generation(Store):
     def read(self, statistic: Statistic) -> Tensor:
         sums = {layer: line.values[..., : self.length] for layer, line in self.lines[statistic].items()}
         mean = self.mean(statistic, self.of_all_ranks(statistic, sums))
-        if is_mean(statistic):
+        if statistic.is_mean:
             count = self._count(statistic).clamp(min=1)
             mean = mean / (count if "heads" in self.reduce else count[:, None])
         return mean if self.device is None else mean.to(self.device)
@@ -306,9 +304,9 @@ class Generation(Store):
         if not isinstance(statistic, ColumnStatistic):
             return self.counted_queries.values.clone()
         real = self.real.values
-        return real & (self._count(statistic) > 0) if is_mean(statistic) else real.clone()
+        return real & (self._count(statistic) > 0) if statistic.is_mean else real.clone()
 
-    def _count(self, statistic: ColumnStatistic) -> Tensor:
+    def _count(self, statistic: Statistic) -> Tensor:
         """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
         assert self.counted_queries is not None
         assert statistic.horizon is not None
@@ -382,7 +380,7 @@ class Generation(Store):
         rejected = rejected.expand(call.query.shape[0], -1)
         if step.counted is not None:
             rejected = rejected & step.counted.to(rejected.device)
-        own = {s: summed(s) for s in step.wanted}
+        own = {s: s.summed for s in step.wanted}
         heads = {own[s]: chosen for s, chosen in step.heads.items()}
         with torch.no_grad():
             found = call.attend(tuple(own.values()), rejected, heads).statistics

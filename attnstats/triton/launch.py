@@ -646,31 +646,26 @@ def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
-def _flat(statistics: Iterable[DistanceWeighted], tails: bool = True) -> tuple[Any, ...]:
+def _flat(statistics: Iterable[Any], tails: bool = True) -> tuple[Any, ...]:
     """The statistics' weights as the flat constexpr tuple of kernels/tiles.py."""
     flat: list[Any] = []
     for s in statistics:
-        weight = _kernel_weight(s)
+        weight = kernel_weight(s)
         # Triton's cache key of a tuple names the functions in it but not their source: the digest does.
         digest = getattr(weight, "cache_key", "")
         flat += [weight, *(*s.parameters, 0, 0)[:2], s.tail if tails else 0.0, digest]
     return tuple(flat)
 
 
-def _kernel_weight(statistic: DistanceWeighted) -> Any:
+def kernel_weight(statistic: Any) -> Any:
+    """The device function of a statistic's weight: its own, or for a statistic of the catalogue that of its name."""
     from attnstats.kernels import weights
 
     if isinstance(statistic, Summed):
-        return _kernel_weight(statistic.of)
-    weight = statistic.kernel_weight
-    if weight is None and CATALOGUE.get(statistic.name) is type(statistic):
-        weight = getattr(weights, statistic.name, None)
-    if weight is None:
-        raise ValueError(
-            f"statistics: {type(statistic).__name__} has no device weight: set kernel_weight to a @triton.jit "
-            "function (distance, a, b), or use backend='tiled'"
-        )
-    return weight
+        return kernel_weight(statistic.of)
+    if statistic.kernel_weight is None and CATALOGUE.get(statistic.name) is type(statistic):
+        return getattr(weights, statistic.name, None)
+    return statistic.kernel_weight
 
 
 def _power_of_two(number: int) -> int:

@@ -222,8 +222,9 @@ class Sm90:
 
 driver.set_active(Sm90())
 from attnstats import *
-from attnstats import launch, ops
-from attnstats.arguments import resolve
+from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
+from attnstats.triton import backend, launch
 
 def warm_up(kernel, programs, tensors, sizes, strides, constants, config):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -233,9 +234,9 @@ def warm_up(kernel, programs, tensors, sizes, strides, constants, config):
 launch._launch = warm_up
 asked = (WAAD(10), FAI(10, 100), Received(), Entropy())
 query = torch.empty(1, 8, 512, 128, dtype=torch.bfloat16)
-geometry = resolve(query, query, query, asked)
-ops.attend(query, query, query, geometry, asked)
-ops.from_lse(query, query, torch.zeros(1, 8, 512), geometry, asked)
+geometry = resolve(query, query, query, Options(statistics=asked))
+backend.attend(query, query, query, geometry)
+backend.from_lse(query, query, torch.zeros(1, 8, 512), geometry)
 """
 
 
