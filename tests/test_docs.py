@@ -1,8 +1,10 @@
-"""The documentation's site builds without a broken link, has every public name, and mentions only files that exist."""
+"""The documentation's site builds without a broken link, has every public name, and mentions only what exists."""
 
 import importlib
+import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -24,8 +26,18 @@ LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(#[^)\s]*)?\)")
 PATH = re.compile(r"(?<![\w/.:-])(?:attnstats|benchmarks|csrc|docs|examples|kernels|tests)/[\w./-]*\w")
 FILE = re.compile(r"(?<![\w/.<>-])\w+\.(?:py|cpp)(?!\w)")
 MODULE = re.compile(r"python -m ((?:attnstats|benchmarks|tests)[\w.]*)")
+NAME = re.compile(r"(?<![\w/.-])attnstats(?:\.\w+)+(?!\w*[/-])")
 TARGET = re.compile(r"`make (\w+)")
 FETCHED = re.compile(r"<(?:script|img|iframe|source)[^>]+src=\"(?:https?:)?//|<link[^>]+href=\"(?:https?:)?//")
+
+
+def exists(name):
+    """True for a dotted name of a module of attnstats, or of a class, function or attribute in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +94,7 @@ def test_links_lead_to_files(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_commands_and_targets_that_are_mentioned_exist(page):
+def test_names_files_commands_and_targets_that_are_mentioned_exist(page):
     text = LINK.sub("", page.read_text())
     names = {path.name for folder in ("attnstats", "benchmarks", "csrc", "docs", "kernels", "tests", "examples")
              for path in (ROOT / folder).rglob("*.*")}  # fmt: skip
@@ -90,5 +102,6 @@ def test_files_commands_and_targets_that_are_mentioned_exist(page):
     absent = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
     absent += [file for file in FILE.findall(text) if file not in names | {"setup.py"}]
     absent += [module for module in MODULE.findall(text) if importlib.util.find_spec(module.rstrip(".")) is None]
+    absent += [name for name in NAME.findall(text) if not exists(name)]
     absent += [target for target in TARGET.findall(text) if f"\n{target}:" not in makefile]
     assert not absent
