@@ -67,8 +67,8 @@ class Statistic:
         horizon: (lo, hi) of a column mean: its value is divided by the counted queries at these distances; hi None: all
             from lo on; None: a sum.
         last_queries: only the last so many counted queries of each sequence count; None: all.
-        far: (distance, weight) of a column statistic whose weight is constant and not 0 from that distance on, which saves
-            the kernels work; None: it isn't.
+        far: (distance, weight) of a column statistic whose weight is constant and not 0 from that distance on, which
+            saves the kernels work; None: it isn't.
         kernel_weight: the weight as a `@triton.jit` function; None: the function of this name in kernels/weights.py.
     """
 
