@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from attnstats import heads, rhythm
+from attnstats import heads
+from attnstats.curves import delta
 from attnstats.study.analysis import Analysis
 from attnstats.study.maps import Maps, segments
 
@@ -80,7 +81,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         waad=waad,
         fai=heads.class_mean(per_head[1], classes.global_) * fai_valid / 10,
         fai_valid=fai_valid,
-        delta=rhythm.delta(waad[response]),
+        delta=delta(waad[response]),
         entropy=torch.cat([torch.tensor([torch.nan]), torch.rand(length - 1, generator=draw)]),
         maps=synthetic_maps(prompt, length),
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnstats import heads, rhythm
+from attnstats.curves import delta
 from attnstats.errors import InputError
 from attnstats.presets import paper_v2
 from attnstats.statistics import FAI, WAAD, MeanDistance
@@ -343,7 +344,7 @@ def measure(
         waad=mean_waad,
         fai=heads.class_mean(fai, classes.global_),
         fai_valid=fai_valid,
-        delta=rhythm.delta(mean_waad[in_response]),
+        delta=delta(mean_waad[in_response]),
         entropy=drawn_entropy(loaded, hidden, last_logits, settings.temperature),
         maps=mean_maps(loaded.model, ids, in_response, classes, run.layers),
     )

@@ -213,7 +213,7 @@ class Findings:
         local, global_, receivers: numbers of heads; receivers_global: of receivers that are global heads.
         rows: the default first, then each variant (`settlements`).
         offsets: of the default (Table 20), by (of, near, offset).
-        sets: of the default: which share of all tokens is preplan, anchor and both, and of the anchors is dominated.
+        sets: of the default: the shares of all tokens that are chunk boundaries, anchors and both, and of anchors that are dominated.
     """
 
     profiles: Profiles
@@ -292,13 +292,14 @@ def shares_of_sets(curves: Sequence[Curves]) -> dict[str, float]:
     """How large the sets of rhythm.sets are over all responses, each a share of 0..1; nothing where there are none."""
     if not curves:
         return {}
-    found = [sets(c) for c in curves]
-    preplan, anchor, dominated = (
-        torch.cat([getattr(one, name) for one in found]) for name in ("preplan", "anchor", "dominated")
+    of_responses = [sets(c) for c in curves]
+    chunk, anchor, dominated = (
+        torch.cat([getattr(of_response, name) for of_response in of_responses])
+        for name in ("chunk", "anchor", "dominated")
     )
     return {
-        "preplan": preplan.double().mean().item(),
+        "chunk": chunk.double().mean().item(),
         "anchor": anchor.double().mean().item(),
-        "preplan and anchor": (preplan & anchor).double().mean().item(),
+        "chunk and anchor": (chunk & anchor).double().mean().item(),
         "dominated, of anchors": dominated.sum().item() / max(1, int(anchor.sum())),
     }
