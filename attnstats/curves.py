@@ -70,7 +70,7 @@ def top_share(values: Tensor, mask: Tensor, q: float, valid: Tensor | None = Non
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Where the response tokens of each row go when they are packed to the left; a last slot takes everything else.
+    """The places of response tokens when each row is packed to the left; a last slot takes all other tokens.
 
     Attributes:
         slot: [B, T] int64, the slot of each token; T outside the mask.

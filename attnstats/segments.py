@@ -65,7 +65,7 @@ def boundaries(tokens: Sequence[str], split: Splitter = sentences, start: int = 
     character, an empty one to the segment before it. Segments without a token of their own are dropped.
 
     Args:
-        tokens: the text that each token adds (study.analysis.pieces).
+        tokens: the text that each token adds (study.reading.pieces).
         split: splits a text into parts that are the text again when joined.
         start: first token of the response; the tokens before it are one segment, and only the rest is split.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnstats import credit
-from attnstats.integrations.settings import WITH_ENTROPY, RhythmCredit, Signals
+from attnstats.integrations.settings import WITH_ENTROPY, RhythmCredit, Signals, logged
 
 
 class Batch(Protocol):
@@ -63,9 +63,7 @@ def scale_advantages(
     gamma = settings.gamma(signals, mask, generator).to(advantages.dtype)
     batch["advantages"] = credit.shape_advantages(advantages, gamma, settings.sign)
     batch["gamma"] = gamma
-    means = {"amplified": (gamma > 1)[mask], "gamma": gamma[mask]}
-    if signals.waad is not None:
-        means["waad"] = signals.waad[mask]
-    if signals.fai is not None and signals.fai_valid is not None:
-        means["fai"] = signals.fai[mask & signals.fai_valid]
-    return {f"rhythm/{name}": values.double().mean().item() for name, values in means.items()}
+    values = logged(signals, gamma, mask)
+    return {
+        f"rhythm/{name}": of_tokens[counted].double().mean().item() for name, (of_tokens, counted) in values.items()
+    }

@@ -7,7 +7,7 @@ to read; how it reads them is up to the module of each framework.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -118,22 +118,28 @@ class RhythmCredit:
 
     def gamma(self, signals: Signals, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The weights (B, T) of the tokens of `mask`, (B, T) bool; 1 outside it."""
-        waad, fai, valid, entropy = signals
+        waad, fai, valid, entropy = (cast(Tensor, signal) for signal in signals)  # the credit's own are there
         q = (0.2 if self.kind == "entropy-selection" else 0.4) if self.q is None else self.q
         shared: dict[str, Any] = {"q": q, "amp": self.amp, "keep_mean": self.keep_mean}
         if self.kind == "random":
             return credit.random_tokens(mask, generator=generator, **shared)
-        if self.kind in WITH_ENTROPY:
-            assert entropy is not None
-            if self.kind == "entropy":
-                return credit.high_entropy(entropy, mask, **shared)
+        if self.kind == "entropy":
+            return credit.high_entropy(entropy, mask, **shared)
+        if self.kind == "entropy-selection":
             return credit.high_entropy_selection(entropy, mask, q=q)
         if self.kind == "local":
-            assert waad is not None
             return credit.local_chunk(waad, mask, **shared)
-        assert fai is not None
         if self.kind == "global":
             return credit.global_anchor(fai, mask, valid=valid, **shared)
-        assert waad is not None
         shared |= {"alpha": self.alpha, "k": self.k, "tau_waad": self.tau_waad, "tau_delta": self.tau_delta}
         return credit.coupled_rhythm(waad, fai, mask, valid=valid, **shared)
+
+
+def logged(signals: Signals, gamma: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The values to log, by name, each with the mask of the tokens that its mean is over."""
+    values = {"amplified": ((gamma > 1).float(), mask), "gamma": (gamma, mask)}
+    if signals.waad is not None:
+        values["waad"] = signals.waad, mask
+    if signals.fai is not None and signals.fai_valid is not None:
+        values["fai"] = signals.fai, mask & signals.fai_valid
+    return values

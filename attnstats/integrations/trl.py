@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnstats import MeanDistance, capture, credit, heads
-from attnstats.integrations.settings import RhythmCredit, Signals
+from attnstats.integrations.settings import RhythmCredit, Signals, logged
 from attnstats.statistics import Statistic
 from attnstats.transformers.capture import Capture
 
@@ -285,15 +285,12 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _log_credit(self, signals: Signals, gamma: Tensor, mask: Tensor) -> None:
         """Log means over the response tokens of all ranks; of FAI over those where it is valid."""
-        means = {"amplified": ((gamma > 1).float(), mask), "gamma": (gamma, mask)}
-        if signals.waad is not None:
-            means["waad"] = signals.waad, mask
-        if signals.fai is not None and signals.fai_valid is not None:
-            means["fai"] = signals.fai, mask & signals.fai_valid
+        values = logged(signals, gamma, mask)
         if signals.entropy is not None:
-            means["credit_entropy"] = signals.entropy, mask
-        sums = [torch.stack([(x * where).sum(), where.sum()]).double() for x, where in means.values()]
-        for name, (total, count) in zip(means, self.accelerator.reduce(torch.stack(sums), "sum").tolist(), strict=True):
+            values["credit_entropy"] = signals.entropy, mask
+        sums = [torch.stack([(x * where).sum(), where.sum()]).double() for x, where in values.values()]
+        totals = self.accelerator.reduce(torch.stack(sums), "sum").tolist()
+        for name, (total, count) in zip(values, totals, strict=True):
             self._metrics["train"][f"rhythm/{name}"].append(total / count if count else float("nan"))
 
 

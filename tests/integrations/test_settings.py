@@ -10,8 +10,8 @@ from attnstats.integrations.settings import KINDS, RhythmCredit, Signals
 
 torch.manual_seed(0)
 MASK = torch.rand(8, 40) < 0.9
-SIGNALS = Signals(torch.rand(8, 40), torch.rand(8, 40), torch.rand(8, 40) < 0.8, torch.rand(8, 40))
-WAAD, FAI, VALID, ENTROPY = SIGNALS
+WAAD, FAI, VALID, ENTROPY = torch.rand(8, 40), torch.rand(8, 40), torch.rand(8, 40) < 0.8, torch.rand(8, 40)
+SIGNALS = Signals(WAAD, FAI, VALID, ENTROPY)
 SHARED = {"q": 0.3, "amp": 2.0, "keep_mean": True}
 COUPLED = {"alpha": 0.7, "k": 2, "tau_waad": 0.6, "tau_delta": 0.2}
 EXPECTED = {

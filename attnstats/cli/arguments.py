@@ -1,27 +1,23 @@
-"""What several commands take: a model, prompts, and the words in which layers and horizons are given.
-
-`add_*` adds options to a command's parser, the other functions make values of what was given, or raise InputError.
-"""
+"""Options that several commands share, and the values of horizons and layers given as text."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attnstats.errors import InputError
 from attnstats.study.prompts import SYSTEM
-from attnstats.study.shards import Shard
 
 if TYPE_CHECKING:
-    from attnstats.study.models import LoadedModel
-    from attnstats.study.store import Store
     from attnstats.transformers.selection import Layers
 
 
 MOST_LAYERS = 10_000
-SHOWN = 5  # responses in the terminal; all are in the report
+SHOWN = 5  # responses shown in the terminal; the report has all
+PROMPT_FILE = ".jsonl, .csv, .parquet, a data set's folder, or text with one prompt a line"
 
 
 def add_model(parser: argparse._ArgumentGroup) -> None:
@@ -29,9 +25,9 @@ def add_model(parser: argparse._ArgumentGroup) -> None:
 
 
 def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int, temperature: float) -> None:
-    parser.add_argument("--field", help=f"of a row of {rows} that is the prompt (default: question)")
+    parser.add_argument("--field", help=f"the field of a row of {rows} with the prompt (default: question)")
     parser.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
-    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="length of a response at most")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="greatest length of a response")
     parser.add_argument(
         "--temperature", type=float, default=temperature, help="0 is greedy; entropies are those at this temperature"
     )
@@ -42,22 +38,26 @@ def add_machine(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a finished `attnstats analyze`")
+
+
 def add_color(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--color-by", default="waad", metavar="COLUMN",
-        help="what colours the tokens in the terminal: waad, fai, entropy, delta or gamma",
+        help="statistic that colours the tokens in the terminal: waad, fai, entropy, delta or gamma",
     )  # fmt: skip
 
 
 def check_color(options: argparse.Namespace) -> None:
-    """Raises InputError, before anything is computed, for a column that no token has."""
+    """Raises InputError, before anything is computed, for a column that does not exist."""
     from attnstats.report.columns import find
 
     find(options.color_by)
 
 
 def require(*packages: str) -> None:
-    """Raises InputError, naming the one that is absent and what installs it."""
+    """Raises InputError if a package is absent, with its name and the command that installs it."""
     import importlib
 
     for package in packages:
@@ -67,49 +67,13 @@ def require(*packages: str) -> None:
             raise InputError(f"{error.name or package} is not installed; run: pip install 'attnstats[cli]'") from error
 
 
-def load_model(options: argparse.Namespace, dtype: str, shard: Shard, notify: Any) -> LoadedModel:
-    """The model that was asked for; of several processes on a machine each takes a GPU of its own."""
-    from transformers.utils import logging
-
-    from attnstats.study.models import load
-
-    # Bars and advice of transformers would stand between our lines; its errors still come.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device = options.device
-    if device in ("auto", "cuda") and shard.count > 1:
-        import torch
-
-        gpus = torch.cuda.device_count()
-        device = f"cuda:{shard.local % gpus}" if gpus else device
-    return load(options.model, dtype=dtype, device=device, notify=notify)
-
-
 @contextmanager
-def kept(options: argparse.Namespace, identity: dict[str, Any], shard: Shard, total: int) -> Iterator[Store]:
-    """The store of a run with --out and --resume; what is in it stays when the run is cut short.
-
-    Raises:
-        InputError: see outputs.open_store.
-        KeyboardInterrupt: with what is done and how to go on.
-    """
-    from attnstats.study import outputs
-    from attnstats.study.store import Store
-
-    begun = shard.first(lambda: outputs.open_store(options.out, identity, resume=options.resume))
-    store = Store(outputs.workplace(options.out)) if begun is None else begun
+def writing(out: Path, remedy: str = "name a file that can be written") -> Iterator[None]:
+    """Inside the `with` an OSError becomes an InputError about --out."""
     try:
-        yield store
-    except BaseException as stop:
-        if shard.count == 1 and store.discard_empty():
-            raise
-        if not isinstance(stop, KeyboardInterrupt):
-            raise
-        raise KeyboardInterrupt(
-            f"{len(store.indices())} of {total} prompts are done and kept in {store.folder}; go on with --resume"
-        ) from stop
-    finally:
-        store.close()
+        yield
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror or error}; {remedy}") from error
 
 
 def parse_horizon(lo: str, hi: str) -> tuple[int, int | None]:
