@@ -81,6 +81,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
 def run(options: argparse.Namespace) -> int:
     arguments.require("jinja2", "pandas", "pyarrow", "rich", "safetensors", "scipy")
+    from attnstats.report import columns
     from attnstats.study import corpus, outputs
 
     if options.field is not None and options.prompts is None:
@@ -89,8 +90,9 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_from(options)
     if options.verify and options.dtype not in ("auto", "float32"):
         raise InputError(f"--dtype {options.dtype}: --verify compares in float32; leave --dtype out")
-    arguments.check_color(options)
-    folder = outputs.workplace(options.out)  # refuses a bad --out before anything takes time
+    # A bad --color-by or --out is refused before anything takes time.
+    columns.find(options.color_by)
+    folder = outputs.workplace(options.out)
     from attnstats.cli import job as jobs
     from attnstats.study import pipeline
 

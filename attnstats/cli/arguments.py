@@ -49,13 +49,6 @@ def add_color(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def check_color(options: argparse.Namespace) -> None:
-    """Raises InputError, before anything is computed, for a column that does not exist."""
-    from attnstats.report.columns import find
-
-    find(options.color_by)
-
-
 def require(*packages: str) -> None:
     """Raises InputError if a package is absent, with its name and the command that installs it."""
     import importlib

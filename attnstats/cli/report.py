@@ -22,11 +22,12 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     arguments.require("jinja2", "pyarrow", "rich", "safetensors", "scipy")
-    arguments.check_color(options)
     from attnstats import report
+    from attnstats.report import columns
     from attnstats.report.terminal import Terminal
     from attnstats.study import findings, outputs
 
+    columns.find(options.color_by)
     analyses, settings, summary = outputs.load(options.folder)
     page = report.render(analyses, settings, summary, findings.coupled(analyses, findings.profile(analyses)))
     out = options.out or options.folder / outputs.REPORT

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnstats.errors import InputError
+from attnstats.segments import sentences
 
 OTHER_TABLES = (".json", ".tsv", ".xls", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".pkl", ".pt", ".npy")
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -152,8 +153,6 @@ def paper_prompt(question: str) -> str:
         Context: A tray holds 12 rolls.
         Question: How many do 4 trays hold?
     """
-    from attnstats.segments import sentences
-
     *context, last = sentences(question.strip())
     before = "".join(context).strip()
     return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
