@@ -18,14 +18,13 @@ from attnstats.core.autograd import Gradients, Residuals, StatisticGradients, di
 from attnstats.core.geometry import Evaluation, Geometry
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_gradient, sink_mass
-from attnstats.statistics import Entropy, MaxLogit, PooledMap, Statistic
+from attnstats.statistics import Entropy, PooledMap, Statistic
 from attnstats.triton import launch, plan
 from attnstats.triton.configs import Config, Kernel, candidates, interpreted
 from attnstats.triton.plan import GradientPlan, Heads, Plan
 
 NAME = "triton"
 COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
-WHOLE_ROWS = (Entropy, MaxLogit)  # the whole-row statistics that the forward kernel knows
 MAX_HEAD_DIM = 256
 
 RunPass = Callable[[Tensor, Tensor, Tensor, Geometry, Pass], dict[Statistic, Tensor]]
@@ -47,8 +46,9 @@ def unavailable(geometry: Geometry) -> str | None:
         return f"the online softmax needs scale > 0, got {geometry.scale}"
     for s in geometry.statistics:
         kind = type(s).__name__
-        if s.method == "row" and not isinstance(s, WHOLE_ROWS):
-            return f"the kernels compute Entropy and MaxLogit of whole rows, not {kind}"
+        if s.method == "row" and type(s) not in plan.WHOLE_ROWS:
+            known = " and ".join(known.__name__ for known in plan.WHOLE_ROWS)
+            return f"the kernels compute {known} of whole rows, not {kind}"
         if s.method == "weight" and launch.kernel_weight(s) is None:
             return (
                 f"{kind} has no device weight; set its kernel_weight to a @triton.jit function "

@@ -11,6 +11,10 @@ from attnstats.statistics import Entropy, MaxLogit, MeanDistance, Statistic
 
 Heads = tuple[int, ...] | None  # of a pass; None: all
 
+# The whole-row statistics that the forward kernel computes, in the order in which it stores them, and the constant that
+# switches each on in forward and combine.
+WHOLE_ROWS: dict[type[Statistic], str] = {Entropy: "ENTROPY", MaxLogit: "MAX_LOGIT"}
+
 
 def passes(geometry: Geometry, attends: bool, splits: int) -> tuple[Pass, ...]:
     """The launches of `attend`, or of `from_lse`, in order; splits: parts into which the keys are cut, 0 for none."""
@@ -53,8 +57,7 @@ class Plan(NamedTuple):
 
     moment: tuple[Statistic, ...]  # forward's main loop; under a causal mask it is a first moment of the positions
     loop_rows: tuple[Statistic, ...]  # forward's main loop, any weight
-    entropy: tuple[Statistic, ...]
-    max_logit: tuple[Statistic, ...]
+    whole_rows: tuple[Statistic, ...]  # forward's main loop, in the order of WHOLE_ROWS
     band_rows: tuple[Statistic, ...]  # forward's epilogue, or the band kernel
     band_columns: tuple[Statistic, ...]
 
@@ -65,8 +68,7 @@ class Plan(NamedTuple):
         return Plan(
             moment=moment,
             loop_rows=tuple(s for s in statistics if s.method == "weight" and _is_loop_row(s) and s not in moment),
-            entropy=tuple(s for s in statistics if isinstance(s, Entropy)),
-            max_logit=tuple(s for s in statistics if isinstance(s, MaxLogit)),
+            whole_rows=tuple(s for kind in WHOLE_ROWS for s in statistics if type(s) is kind),
             band_rows=tuple(s for s in statistics if s.is_banded and s.axis == "row"),
             band_columns=tuple(s for s in statistics if s.is_banded and s.axis == "column"),
         )
@@ -78,12 +80,17 @@ class Plan(NamedTuple):
     @property
     def in_loop(self) -> tuple[Statistic, ...]:
         """The row statistics of the main loop that can be computed from an lse."""
-        return (*self.moment, *self.loop_rows, *self.entropy)
+        return (*self.moment, *self.loop_rows, *(s for s in self.whole_rows if s.from_lse))
 
     @property
     def in_rows(self) -> tuple[Statistic, ...]:
         """The row statistics that the forward kernel stores, in its order."""
-        return (*self.moment, *self.loop_rows, *self.band_rows, *self.entropy, *self.max_logit)
+        return (*self.moment, *self.loop_rows, *self.band_rows, *self.whole_rows)
+
+    @property
+    def whole_row_constants(self) -> dict[str, int]:
+        """1 for each constant of WHOLE_ROWS whose statistic is asked for, else 0."""
+        return {constant: sum(type(s) is kind for s in self.whole_rows) for kind, constant in WHOLE_ROWS.items()}
 
     def reach(self, geometry: Geometry) -> tuple[int, int]:
         """The distances that the band reaches behind and ahead of a query."""

@@ -142,8 +142,7 @@ def _prepare_forward(
     constants = {
         "MOMENT": len(plan.moment),
         "LOOP_ROWS": weights(plan.loop_rows, tails=False),
-        "ENTROPY": len(plan.entropy),
-        "MAX_LOGIT": len(plan.max_logit),
+        **plan.whole_row_constants,
         "BAND_ROWS": weights(plan.band_rows),
         "BAND_COLUMNS": weights(plan.band_columns),
         "BAND_BOUND": plan.bound(geometry),
@@ -200,8 +199,7 @@ def _prepare_combine(geometry: Geometry, plan: Plan) -> Launch:
 
     constants = {
         "LOOP_ROWS": len(plan.moment) + len(plan.loop_rows),
-        "ENTROPY": len(plan.entropy),
-        "MAX_LOGIT": len(plan.max_logit),
+        **plan.whole_row_constants,
         "BM": COMBINE.BM,
         "VALUE_DIM": geometry.value_dim,
         "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
