@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnstats import reference
 from attnstats.core import arguments
-from attnstats.core.autograd import Residuals, StatisticGradients
+from attnstats.core.autograd import GradientsByStatistic, Residuals
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
 from attnstats.core.lse import check_lse, natural_lse
 from attnstats.core.options import Options
@@ -62,7 +62,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
 
 
 def gradients(
-    residuals: Residuals, grad_output: Tensor, of_statistics: StatisticGradients, options: Options
+    residuals: Residuals, grad_output: Tensor, of_statistics: GradientsByStatistic, options: Options
 ) -> list[Tensor]:
     """For query, key, value, and for sinks and a float attn_mask where there are any. Residuals are of packed shape."""
     query, key, value, geometry = _batched(*residuals[:3], options)
@@ -101,7 +101,7 @@ def _check_from_lse(geometry: Geometry) -> None:
 
 
 def _by_autograd(
-    residuals: Residuals, geometry: Geometry, grad_output: Tensor, of_statistics: StatisticGradients
+    residuals: Residuals, geometry: Geometry, grad_output: Tensor, of_statistics: GradientsByStatistic
 ) -> list[Tensor]:
     """The reference's gradients, which are those of its operations."""
     bias = geometry.dense_mask
@@ -164,10 +164,10 @@ def _computing(backend: ModuleType, geometry: Geometry) -> ModuleType:
     """The backend, if it declares every statistic that is asked for."""
     for statistic in geometry.statistics:
         if statistic.method not in backend.COMPUTES:
-            known = ", ".join(sorted(backend.COMPUTES))
+            methods = ", ".join(sorted(backend.COMPUTES))
             raise ValueError(
                 f"statistics: backend {backend.NAME!r} doesn't compute {statistic}, whose method is "
-                f"{statistic.method!r}; it knows {known}"
+                f"{statistic.method!r}; it knows {methods}"
             )
     return backend
 

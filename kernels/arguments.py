@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """Which keys a query may see: those from `left` positions behind it to `right` ahead of it; None: no limit."""
+    """The keys that a query may see, from `left` positions behind it to `right` ahead of it; None: no limit."""
 
     left: Any
     right: Any
@@ -80,14 +80,14 @@ class StatisticGradients(NamedTuple):
 
 
 class Near(NamedTuple):
-    """How far from the diagonal weights with a band reach. Without: there are none."""
+    """The distances that weights with a band reach from the diagonal. Without: there are none."""
 
     behind: Any
     ahead: Any
 
 
 class Sequence(NamedTuple):
-    """Where one sequence lies in the tensors."""
+    """The place of one sequence in the tensors."""
 
     i_batch: Any
     q_begin: Any  # its first query in the batch row
@@ -146,7 +146,7 @@ class Stack(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where a query tile leaves band columns: [COLUMNS, slots, n_batch, n_heads, n_keys] float32."""
+    """The buffer of band columns: [COLUMNS, slots, n_batch, n_heads, n_keys] float32, and a query tile's place in it."""
 
     pointer: Any
     i_head: Any  # the tile's first head, n_packed of which exist

@@ -235,7 +235,7 @@ def _softcap(softcap: float | None) -> float | None:
 
 
 def _window(window_size: Window | None, is_causal: bool) -> Window:
-    """How far a query sees to the left and to the right, None: all the way."""
+    """`left` and `right`, the distances that a query sees behind and ahead of itself; None: all the way."""
     if window_size is None:
         return None, 0 if is_causal else None
     sides = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()

@@ -35,9 +35,9 @@ class Gradients(NamedTuple):
     sinks: Tensor | None = None
 
 
-StatisticGradients = Mapping[Statistic, tuple[Tensor, Tensor]]  # value and gradient of each statistic that has one
+GradientsByStatistic = Mapping[Statistic, tuple[Tensor, Tensor]]  # value and gradient of each statistic that has one
 ForwardPass = Callable[[Tensor, Tensor, Tensor, Geometry], Evaluation]
-BackwardPass = Callable[[Residuals, Tensor, Geometry, StatisticGradients], Gradients]
+BackwardPass = Callable[[Residuals, Tensor, Geometry, GradientsByStatistic], Gradients]
 
 
 def differentiable_pass(

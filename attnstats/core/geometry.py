@@ -1,4 +1,4 @@
-"""Who sees whom: lengths, positions, windows, padding, packed sequences and counted queries of one attention call.
+"""One attention call without its numbers: lengths, positions, windows, padding, packed sequences, counted queries.
 
 `arguments.resolve` makes a `Geometry` and validates; everything behind it trusts a Geometry, and what it derives costs
 O(T). `reference` takes only its plain facts and derives the rest from dense masks.

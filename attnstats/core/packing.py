@@ -132,10 +132,10 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
 
 def _read(cu_seqlens: Tensor) -> list[int]:
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known = _READ.get(cu_seqlens)
-    if known is None or version is None or known[0] != version:
-        known = _READ[cu_seqlens] = (version, cu_seqlens.tolist())
-    return known[1]
+    cached = _READ.get(cu_seqlens)
+    if cached is None or version is None or cached[0] != version:
+        cached = _READ[cu_seqlens] = (version, cu_seqlens.tolist())
+    return cached[1]
 
 
 def _short(values: list[int]) -> str:

@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from attnstats.core.autograd import Gradients, Residuals, StatisticGradients, differentiable_pass
+from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, differentiable_pass
 from attnstats.core.geometry import Evaluation, Geometry
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_mass
@@ -40,7 +40,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Ev
 
 
 def gradients(
-    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: StatisticGradients
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
     if geometry.packing is None and not of_statistics and geometry.sinks is None and cpu_flash.takes(geometry):

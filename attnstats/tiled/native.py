@@ -179,7 +179,7 @@ def _template(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Templat
 
 
 def _window(geometry: Geometry) -> tuple[int, int]:
-    """How far behind and ahead of itself a query sees."""
+    """`left` and `right` of the interface, whose distances are never None."""
     left, right = (UNBOUNDED if reach is None else min(reach, UNBOUNDED) for reach in (geometry.left, geometry.right))
     return left, right
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.autograd import Gradients, Residuals, StatisticGradients
+from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
 from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.core.scores import sink_gradient, softcap_, with_sinks
 from attnstats.core.visibility import within
@@ -44,7 +44,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
 
 
 def gradients(
-    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: StatisticGradients
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of attention and of statistics, a block of rows at a time.
 
@@ -104,7 +104,7 @@ def gradients(
 
 
 def _gradients_by_sequence(
-    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: StatisticGradients
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     query, key, value, output, lse = residuals
     grads = [torch.zeros_like(x) for x in (query, key, value)]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnstats.core.autograd import Gradients, Residuals, StatisticGradients, differentiable_pass
+from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, differentiable_pass
 from attnstats.core.geometry import Evaluation, Geometry
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_gradient, sink_mass
@@ -47,8 +47,8 @@ def unavailable(geometry: Geometry) -> str | None:
     for s in geometry.statistics:
         kind = type(s).__name__
         if s.method == "row" and type(s) not in plan.WHOLE_ROWS:
-            known = " and ".join(known.__name__ for known in plan.WHOLE_ROWS)
-            return f"the kernels compute {known} of whole rows, not {kind}"
+            names = " and ".join(each.__name__ for each in plan.WHOLE_ROWS)
+            return f"the kernels compute {names} of whole rows, not {kind}"
         if s.method == "weight" and launch.kernel_weight(s) is None:
             return (
                 f"{kind} has no device weight; set its kernel_weight to a @triton.jit function "
@@ -90,19 +90,19 @@ def _passes(geometry: Geometry, attends: bool) -> tuple[Pass, ...]:
 
 
 def gradients(
-    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: StatisticGradients
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
-    asked, excess = _weight_gradients(residuals.lse, geometry, of_statistics)
-    *grads, delta = launch.backward(*residuals, grad_output, geometry, asked)
+    of_map, excess = _map_gradients(residuals.lse, geometry, of_statistics)
+    *grads, delta = launch.backward(residuals, grad_output, geometry, of_map)
     if excess is not None:
         delta = delta - excess
     return Gradients(grads[0], grads[1], grads[2], sink_gradient(residuals.lse, delta, geometry))
 
 
-def _weight_gradients(
-    lse: Tensor, geometry: Geometry, of_statistics: StatisticGradients
-) -> tuple[launch.Asked, Tensor | None]:
+def _map_gradients(
+    lse: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
+) -> tuple[launch.MapGradients, Tensor | None]:
     """The statistics' gradients for A, and the part of delta's shift that is not a row sum of A times these.
 
     With r = rowsum(A dA), dS = A (dA - r). Row-constant terms of dA are folded into r: the tail of a weight, and the
@@ -110,7 +110,7 @@ def _weight_gradients(
     """
     lists = GradientPlan.of(tuple(of_statistics))
     if not of_statistics:
-        return launch.Asked(lists, None, None, None), None
+        return launch.MapGradients(lists, None, None, None), None
     shift, excess = torch.zeros_like(lse), torch.zeros_like(lse)
     grads = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
     rows, columns = [grads[s] for s in lists.rows], [grads[s] for s in lists.columns]
@@ -126,7 +126,7 @@ def _weight_gradients(
             shift += grads[s] * (geometry.in_all_heads(s, value) - geometry.row_mass(lse))
             excess += grads[s]
     shift += excess
-    return launch.Asked(lists, _stacked(rows), _stacked(columns), shift), excess
+    return launch.MapGradients(lists, _stacked(rows), _stacked(columns), shift), excess
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnstats.core.autograd import Residuals
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, StatisticGradients
 from attnstats.triton.configs import Config, Kernel
@@ -16,7 +17,7 @@ from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered,
 from attnstats.triton.plan import GradientPlan
 
 
-class Asked(NamedTuple):
+class MapGradients(NamedTuple):
     """The gradients that statistics have for A, on top of the output's."""
 
     plan: GradientPlan
@@ -33,29 +34,26 @@ def backward_kernels(geometry: Geometry, plan: GradientPlan) -> tuple[Kernel, Ke
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    geometry: Geometry,
-    asked: Asked,
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_map: MapGradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
     dim = max(geometry.head_dim, geometry.value_dim)
-    inputs = (query, key, value, output, lse, grad_output)
-    by_queries, by_keys = backward_kernels(geometry, asked.plan)
-    grad_query, delta = fitting(by_queries, geometry, dim, lambda config: _queries(inputs, geometry, asked, config))
-    grad_key, grad_value = fitting(by_keys, geometry, dim, lambda config: _keys(inputs, delta, geometry, asked, config))
+    inputs = (*residuals, grad_output)
+    by_queries, by_keys = backward_kernels(geometry, of_map.plan)
+    grad_query, delta = fitting(by_queries, geometry, dim, lambda config: _queries(inputs, geometry, of_map, config))
+    grad_key, grad_value = fitting(
+        by_keys, geometry, dim, lambda config: _keys(inputs, delta, geometry, of_map, config)
+    )
     return grad_query, grad_key, grad_value, delta
 
 
-def _queries(inputs: tuple[Tensor, ...], geometry: Geometry, asked: Asked, config: Config) -> tuple[Tensor, Tensor]:
+def _queries(
+    inputs: tuple[Tensor, ...], geometry: Geometry, of_map: MapGradients, config: Config
+) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
     query, key, value, output, lse, grad_output = (as_input(x) for x in inputs)
     grad_query, delta = _like(query, geometry), empty(geometry, lse.shape)
-    prepared = remembered(geometry, _prepare_backward, asked.plan, config, False)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
     start(
         prepared.launch,
         query=strided(query),
@@ -67,18 +65,18 @@ def _queries(inputs: tuple[Tensor, ...], geometry: Geometry, asked: Asked, confi
         lse=lse.contiguous(),
         delta=delta,
         near=prepared.reach,
-        **_shared_arguments(geometry, asked, prepared),
+        **_shared_arguments(geometry, of_map, prepared),
     )
     return grad_query.to(dtype), delta
 
 
 def _keys(
-    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, asked: Asked, config: Config
+    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, of_map: MapGradients, config: Config
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
     query, key, value, _, lse, grad_output = (as_input(x) for x in inputs)
     grad_key, grad_value = _like(key, geometry), _like(value, geometry)
-    prepared = remembered(geometry, _prepare_backward, asked.plan, config, True)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
     start(
         prepared.launch,
         query=strided(query),
@@ -89,16 +87,16 @@ def _keys(
         d_value=strided(grad_value),
         lse=lse.contiguous(),
         delta=delta,
-        **_shared_arguments(geometry, asked, prepared),
+        **_shared_arguments(geometry, of_map, prepared),
     )
     return grad_key.to(dtype), grad_value.to(dtype)
 
 
-def _shared_arguments(geometry: Geometry, asked: Asked, prepared: Prepared) -> dict[str, Any]:
+def _shared_arguments(geometry: Geometry, of_map: MapGradients, prepared: Prepared) -> dict[str, Any]:
     """The other arguments of both kernels."""
     return {
-        "grads": StatisticGradients(asked.rows, asked.columns, asked.shift),
-        "query_mask": flags(geometry.counted()) if asked.plan.columns else None,
+        "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
+        "query_mask": flags(geometry.counted()) if of_map.plan.columns else None,
         "sequences": arguments.sequences(geometry),
         "sizes": prepared.sizes,
         "visible": arguments.visibility(prepared.visible, geometry),
