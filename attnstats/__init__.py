@@ -21,8 +21,8 @@ from attnstats.statistics import (
     Statistic,
     Statistics,
 )
+from attnstats.transformers.attach import attach, detach
 from attnstats.transformers.capture import capture
-from attnstats.transformers.hooks import attach, detach
 
 if TYPE_CHECKING:
     from attnstats import nn

@@ -19,8 +19,8 @@ from torch import Tensor
 from attnstats import MeanDistance, capture, credit, heads
 from attnstats.integrations.settings import RhythmCredit, Signals
 from attnstats.statistics import Statistic
-from attnstats.transformers.calls import Call
-from attnstats.transformers.capture import Capture
+from attnstats.transformers.calls import AttentionCall
+from attnstats.transformers.run import Capture
 
 try:
     from accelerate.utils import is_peft_model
@@ -298,7 +298,7 @@ def _timed(run: Capture, watch: Stopwatch) -> None:
     """Let the attention of the layers that are read count as time of the statistics: an upper bound of it."""
     attend = run.attend
 
-    def timed(layer: int, call: Call) -> Tensor:
+    def timed(layer: int, call: AttentionCall) -> Tensor:
         if layer not in run.layers:
             return attend(layer, call)
         with watch:
