@@ -155,14 +155,18 @@ def by_definition(
 
 
 class LargestTensor(TorchDispatchMode):
-    """While it is entered, `elements` is that of the largest storage that an operation returned."""
+    """While it is entered, `elements` is the size of the largest storage that an operation allocated."""
 
     elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor):
+        inputs, outputs = (
+            [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in (args, result)
+        )
+        views = {x.untyped_storage().data_ptr() for x in inputs}
+        for x in outputs:
+            if x.untyped_storage().data_ptr() not in views:
                 self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
         return result
 

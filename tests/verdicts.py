@@ -308,7 +308,7 @@ Written by `python -m tests.verdicts --write`; `tests/test_families.py` fails wh
 
 
 def in_readme(text: str) -> str:
-    """What stands between the marks."""
+    """The table between the marks."""
     return text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
 
 

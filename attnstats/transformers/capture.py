@@ -17,7 +17,7 @@ from attnstats.errors import InputError
 from attnstats.functional import Backend
 from attnstats.statistics import Statistic, needing_distances, resolve
 from attnstats.transformers.attach import attachment_of, observed
-from attnstats.transformers.recording import can_be_live
+from attnstats.transformers.live import can_be_live
 from attnstats.transformers.run import Capture, Reduce
 from attnstats.transformers.selection import HeadSelection, Layers, check_heads, resolve_heads, resolve_layers
 from attnstats.transformers.sites import AttentionKind, attention_modules, base_model, head_count

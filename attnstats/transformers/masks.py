@@ -159,7 +159,7 @@ def describe_mask(
     mask_function: MaskFunction | None = None,
     attention_mask: Tensor | MaskDescription | None = None,
     device: Any = "cpu",
-    **others: Any,
+    **settings: Any,
 ) -> MaskDescription:
     """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
     from transformers.masking_utils import causal_mask_function
@@ -181,7 +181,7 @@ def describe_mask(
         return (visible if key_mask is None else visible & key_mask[:, None])[:, None]
 
     compiling = torch.compiler.is_compiling()
-    facts = _announced(others) if compiling else _facts(function)
+    facts = _announced(settings) if compiling else _facts(function)
     description = MaskDescription(
         query_offset, key_offset, q_length, kv_length, key_mask=key_mask, dense=dense, **facts
     )

@@ -16,7 +16,8 @@ from attnstats.errors import InputError
 from attnstats.statistics import LSE, ByStatistic, MaxLogit, PooledMap, Statistic
 from attnstats.transformers import caches
 from attnstats.transformers.calls import NO_HEADS, AttentionCall
-from attnstats.transformers.recording import GenerationRecording, PassRecording, Ranks
+from attnstats.transformers.live import GenerationRecording
+from attnstats.transformers.recording import PassRecording, Ranks
 from attnstats.transformers.selection import ChosenHeads
 from attnstats.transformers.sites import AttentionKind, head_count
 

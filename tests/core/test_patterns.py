@@ -36,7 +36,7 @@ def test_one_wrong_element_anywhere_is_seen(offset):
 def test_large_masks_are_read_in_blocks():
     """Of more elements than a block has: the same patterns, and no temporary tensor larger than a block."""
     rows, columns = 1500, 2000
-    mask = torch.ones(rows, columns).tril(columns - rows).triu(-3).bool()
+    mask = torch.ones(rows, columns).tril(columns - rows).triu(-3).bool()[None, None]
     assert mask.numel() > 2 * BLOCK
     for form, hides in forms(mask):
         with LargestTensor() as largest:
@@ -44,5 +44,5 @@ def test_large_masks_are_read_in_blocks():
         assert (pattern.key_mask, *pattern[1:]) == (None, columns - rows, columns - rows + 3, 0)
         assert largest.elements <= BLOCK
         wrong = form.clone()
-        wrong[-1, 0] = ~wrong[-1, 0] if wrong.dtype == torch.bool else 0
+        wrong[0, 0, -1, 0] = ~wrong[0, 0, -1, 0] if wrong.dtype == torch.bool else 0
         assert recognise(wrong, rows, true_hides=hides) is None

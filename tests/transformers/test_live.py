@@ -15,7 +15,7 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass
 from attnstats.tiled import backend as tiled
 from attnstats.transformers.capture import capture
-from attnstats.transformers.recording import UNDOABLE_ROWS
+from attnstats.transformers.live import UNDOABLE_ROWS
 from tests.tiny import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
