@@ -69,7 +69,7 @@ class Recording:
         if self.over_layers:
             (total,) = sums.values()
             return total / (sum(counts.values()) if self.over_heads else len(counts))
-        _check_shapes(statistic, sums.values())
+        _check_shapes(statistic, *sums.values())
         if self.over_heads:
             sums = {layer: x / counts[layer] for layer, x in sums.items() if layer is not None}
         first = next(iter(sums.values()))
@@ -145,7 +145,7 @@ class PassRecording(Recording):
             if not self.over_layers:
                 sums[layer] = x if self.device is None else self.to_device(x)
             elif None in sums:
-                _check_shapes(s, (sums[None], x))
+                _check_shapes(s, sums[None], x)
                 sums[None] = sums[None] + x.to(sums[None].device)
             else:
                 sums[None] = x
@@ -172,10 +172,11 @@ def _has_some(heads: tuple[int, ...] | None, ranks: Ranks) -> bool:
     return heads is None or bool(local_heads(heads, ranks.count, group=ranks.group))
 
 
-def _check_shapes(statistic: Statistic, tensors: Any) -> None:
-    shapes = {tuple(x.shape[1:]) for x in tensors}
-    if len(shapes) > 1:
+def _check_shapes(statistic: Statistic, *tensors: Tensor) -> None:
+    first, *rest = (x.shape[1:] for x in tensors)
+    if any(shape != first for shape in rest):  # not a set of shapes: a graph would be compiled for each length
+        shapes = sorted({tuple(x.shape[1:]) for x in tensors})
         raise InputError(
-            f"{statistic}: layers had different numbers of keys or heads in this step, {sorted(shapes)}, because some "
-            "keep only a window of the keys; capture with live=True, or layers of one kind"
+            f"{statistic}: layers had different numbers of keys or heads in this step, {shapes}, because some keep "
+            "only a window of the keys; capture with live=True, or layers of one kind"
         )
