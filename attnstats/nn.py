@@ -35,14 +35,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` that leaves statistics of its attention in `module.statistics`, in O(T) memory.
 
     Parameters, constructor and forward are torch's, with two differences: `need_weights` is False by default, as this
-    module never makes the T x T map; and is_causal=True needs no attn_mask. Statistics are of each head's own map.
-    After each call `module.statistics` is a `Statistics`, rows (N, H, L) and columns (N, H, S),
-    without N for unbatched input; before the first call and after one that raised it is None.
+    module never makes the T x T map, and is_causal=True needs no attn_mask. After each call `module.statistics` is a
+    `Statistics` of each head's own map, rows (N, H, L) and columns (N, H, S), without N for unbatched input; before the
+    first call and after one that raised it is None.
 
-    Masks that are causal, or all the same for every query, cost nothing; they are compared element by element, whatever
-    is_causal says. Self-attention is `query is key`, or what is causal: padding then is no query either. Otherwise
-    queries and keys share positions, and have distances, where L = S. Dropout acts on the output alone: statistics
-    are of the undropped map.
+    Masks that are causal, or the same for every query, take no extra memory. They are compared element by element,
+    whatever is_causal says. Self-attention is `query is key`, or a causal mask: padding then is no query either.
+    Otherwise queries and keys share positions, and have distances, where L = S. Dropout acts on the output alone:
+    statistics are of the undropped map.
 
     `add_zero_attn` is a sink of logit 0: it belongs to no key, so statistics are of the mass on real keys. The key of
     `add_bias_kv` has no position, so with it there are only FAI, Received, Entropy (which counts it), MaxLogit and
