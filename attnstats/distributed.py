@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnstats.core.merging import as_mean, as_sum, merge_columns
-from attnstats.statistics import ColumnStatistic, PooledMap, Statistic, Statistics
+from attnstats.results import Statistics
+from attnstats.statistics import Statistic
 
 Layout = Literal["contiguous", "zigzag"]
 
@@ -71,14 +72,14 @@ def reduce_columns(
     parts = [parts] if isinstance(parts, Statistics) else list(parts)
     if not parts:
         raise ValueError("parts is empty; pass this rank's Statistics")
-    columns: list[Statistic] = [s for s in parts[0] if isinstance(s, ColumnStatistic)]
+    columns: list[Statistic] = [s for s in parts[0] if s.axis == "column"]
     for statistic in parts[0]:
-        if isinstance(statistic, ColumnStatistic) and statistic.last_queries is not None:
+        if statistic.last_queries is not None:
             raise ValueError(
                 f"parts: {statistic} counted the last queries of every part; ask for it without a limit and with a "
                 "query_mask that is True for the last queries of the sequence"
             )
-        if isinstance(statistic, PooledMap) and len(parts) > 1:
+        if statistic.axis == "map" and len(parts) > 1:
             raise ValueError(f"parts: {statistic} of several pieces is no map; ask for it piece by piece")
     if not columns:
         return _joined(parts, {}, {}, {})

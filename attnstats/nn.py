@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats.core.arguments import Heads
+from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise, visible_elements
-from attnstats.functional import Backend, attention
+from attnstats.functional import Backend, attend
+from attnstats.results import Statistics
 from attnstats.statistics import (
-    LSE,
-    ColumnStatistic,
-    Entropy,
-    MaxLogit,
     Statistic,
-    Statistics,
-    needing_distances,
     resolve,
 )
 
@@ -199,10 +194,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             # Keys hidden in another sequence say nothing about the queries, so they are no padding.
             visible, key_mask = key_mask[:, None, None], None
             attn_mask = visible if attn_mask is None else attn_mask.masked_fill(~visible, -torch.inf)
-        output, results = attention(
-            q,
-            k,
-            v,
+        options = Options(
             statistics=statistics,
             attn_mask=attn_mask,
             dropout_p=self.dropout if self.training else 0.0,
@@ -215,21 +207,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             differentiable=self.differentiable,
             backend=self.backend if bias is None else "reference",
         )
+        output, results = attend(q, k, v, options)
         if self.bias_k is not None:
-            results = _each(results, lambda s, x: x[..., 1:] if isinstance(s, ColumnStatistic) else x)
+            results = _each(results, lambda s, x: x[..., 1:] if s.axis == "column" else x)
         output = functional.linear(output.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if query.dim() == 2:
             return output[0], _each(results, lambda s, x: x[0])
         return (output if self.batch_first else output.transpose(0, 1)), results
 
     def _check_statistics(self, statistics: tuple[Statistic, ...], query_offset: int | None) -> None:
-        for statistic in needing_distances(statistics) if query_offset is None else ():
+        for statistic in (s for s in statistics if s.uses_distance and query_offset is None):
             raise ValueError(
                 f"statistics: {statistic} needs distances, and in cross-attention of different lengths queries and "
                 "keys share no positions; ask for others, such as 'entropy' or 'received'"
             )
         for statistic in statistics if self.bias_k is not None else ():
-            if not isinstance(statistic, (ColumnStatistic, Entropy, MaxLogit, LSE)):
+            if statistic.axis != "column" and statistic.method not in ("row", "lse"):
                 raise ValueError(
                     f"statistics: {statistic} needs positions of all keys, and the key of add_bias_kv has none; beside "
                     "it there are FAI, Received, Entropy, MaxLogit and LSE"

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats.core.arguments import Heads
 from attnstats.core.geometry import as_autocast
+from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise
-from attnstats.functional import Backend, attention
-from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
+from attnstats.functional import Backend, attend
+from attnstats.results import Statistics
+from attnstats.statistics import LSE, PooledMap, Statistic, resolve
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
 
@@ -149,14 +150,16 @@ def patch_sdpa(
             value,
             attn_mask,
             is_causal,
-            enable_gqa,
+            Options(
+                statistics=() if again else run.statistics,
+                heads=None if again else heads,
+                dropout_p=dropout_p,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                backend=backend,
+            ),
             allow_dense,
             original,
-            statistics=() if again else run.statistics,
-            dropout_p=dropout_p,
-            scale=scale,
-            heads=None if again else heads,
-            backend=backend,
         )
         if index is not None:
             run.indices.append(index)
@@ -211,10 +214,9 @@ def _attend(
     value: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
-    enable_gqa: bool,
+    options: Options,
     allow_dense: bool,
     original: Callable[..., Tensor],
-    **settings: Any,
 ) -> tuple[Tensor, Statistics]:
     """SDPA's arguments as those of `attnstats.attention`, and its result in SDPA's shapes."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -225,36 +227,27 @@ def _attend(
         if x.dim() < 2:
             raise ValueError(f"{name} must have the dimensions (..., heads, length, head_dim), got {tuple(x.shape)}")
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-    query_length, key_length = query.shape[-2], key.shape[-2]
+    query_length, key_length, statistics = query.shape[-2], key.shape[-2], resolve(options.statistics)
     if 0 in (*query.shape, *key.shape, *value.shape):
-        output = original(
-            query,
-            key,
-            value,
-            attn_mask,
-            settings["dropout_p"],
-            is_causal,
-            scale=settings["scale"],
-            enable_gqa=enable_gqa,
-        )
-        return output, _empty(settings["statistics"], output, key_length)
-    flat, batch = _flatten(query, key, value, enable_gqa)
+        arguments = {"scale": options.scale, "enable_gqa": options.enable_gqa}
+        output = original(query, key, value, attn_mask, options.dropout_p, is_causal, **arguments)
+        return output, _empty(statistics, output, key_length)
+    flat, batch = _flatten(query, key, value, options.enable_gqa)
 
     pattern, dense_mask = CAUSAL if is_causal else MaskPattern(), None
     if attn_mask is not None:
         pattern, dense_mask = _read_mask(attn_mask, query, key_length, pattern, batch, allow_dense)
     if pattern.query_offset is None and query_length != key_length:
-        _refuse_distances(settings["statistics"], query_length, key_length)
-    output, results = attention(
-        *flat,
-        **(settings if dense_mask is None else settings | {"backend": "reference"}),
+        _refuse_distances(statistics, query_length, key_length)
+    options = options._replace(
         attn_mask=dense_mask,
         key_padding_mask=pattern.key_mask,
         is_causal=pattern.right == 0,
         window_size=(pattern.left, pattern.right),
         query_offset=pattern.query_offset,
-        enable_gqa=enable_gqa,
+        backend=options.backend if dense_mask is None else "reference",
     )
+    output, results = attend(*flat, options)
 
     # SDPA's leading dimensions, and none for heads where the call had none.
     lead = batch if query.dim() > 2 else ()
@@ -312,7 +305,7 @@ def _read_mask(
 
 
 def _refuse_distances(statistics: tuple[Statistic, ...], query_length: int, key_length: int) -> None:
-    for statistic in needing_distances(statistics):
+    for statistic in (s for s in statistics if s.uses_distance):
         raise ValueError(
             f"statistics: {statistic} needs distances, and in this call Tq={query_length}, Tk={key_length} without "
             "a causal mask, as in cross-attention, share no positions; leave such calls out with "
@@ -326,7 +319,7 @@ def _empty(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -
     wide = torch.float64 if output.dtype == torch.float64 else torch.float32
 
     def zeros(statistic: Statistic, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        lengths: tuple[int, ...] = (key_length if isinstance(statistic, ColumnStatistic) else query_length,)
+        lengths: tuple[int, ...] = (key_length if statistic.axis == "column" else query_length,)
         if isinstance(statistic, PooledMap):
             lengths = tuple(len(bounds) - 1 for bounds in statistic.boundaries(query_length, key_length))
         return torch.zeros(*lead, *lengths, dtype=dtype, device=output.device)
@@ -344,7 +337,7 @@ def _reduced(results: Statistics, over_heads: bool, device: torch.device | str |
     """The results as they are recorded: their mean over heads, on that device, where asked for."""
 
     def value(statistic: Statistic, x: Tensor) -> Tensor:
-        heads = -3 if isinstance(statistic, PooledMap) else -2
+        heads = -3 if statistic.axis == "map" else -2
         return (x.mean(heads) if over_heads and x.dim() >= -heads else x).to(device)
 
     return results.changed(value, lambda s, x: x.to(device)) if over_heads or device is not None else results

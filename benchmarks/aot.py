@@ -1,8 +1,7 @@
-"""Compile what attnstats/launch.py would launch, for any target, on a machine without a GPU.
+"""Compile what attnstats/triton/launch would launch, for any target, on a machine without a GPU.
 
-Run in a process without TRITON_INTERPRET. `recorded` swaps the launch for a recorder, so that signatures,
-specialisations and configurations are those of real calls; `compiled` builds one of them. Used by compile_report.py
-and tests/test_compile_report.py.
+For a process without TRITON_INTERPRET. `recorded` collects launches instead of making them, so that signatures,
+specialisations and configurations are those of real calls; `compiled` builds one of them.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ POINTERS = {
 }
 
 
-class Launch(NamedTuple):
+class Recorded(NamedTuple):
     kernel: Any
-    arguments: tuple[Any, ...]  # positional, tuples of strides included
+    arguments: dict[str, Any]  # groups are NamedTuples
     constants: dict[str, Any]
     config: Config
 
@@ -54,39 +53,31 @@ class Resources(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded(target: str) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, configured for `target`; outputs keep what their memory held."""
-    launches: list[Launch] = []
-    original = launch._launch
+def recorded(target: str) -> Iterator[list[Recorded]]:
+    """Collect launches instead of making them, configured for `target`; outputs are left uninitialised."""
+    launches: list[Recorded] = []
 
-    def record(kernel: Any, programs: int, tensors: Any, sizes: Any, strides: Any, constants: Any, config: Any) -> None:
-        launches.append(Launch(kernel, (*tensors, *sizes, *strides), constants, config))
+    def record(launched: launch.Launch, arguments: dict[str, Any]) -> None:
+        launches.append(Recorded(launched.kernel, arguments, launched.constants, launched.config))
 
-    launch._launch = record
-    try:
-        with targeting(target):
-            yield launches
-    finally:
-        launch._launch = original
+    with targeting(target), launch.launching_with(record):
+        yield launches
 
 
-def compiled(launch: Launch, target: str) -> Any:
+def compiled(recorded: Recorded, target: str) -> Any:
     """Triton's compiled kernel, with its text in `.asm`."""
-    names = launch.kernel.arg_names
-    signature: dict[str, Any] = {}
+    names = recorded.kernel.arg_names
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    for i, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
-        if isinstance(argument, tuple):
-            kinds = [_describe((i, j), part, constants, attributes) for j, part in enumerate(argument)]
-            signature[name] = tuple(kinds)
-        else:
-            signature[name] = _describe((i,), argument, constants, attributes)
-    for name, value in launch.constants.items():
+    signature = {
+        name: _describe((names.index(name),), argument, constants, attributes)
+        for name, argument in recorded.arguments.items()
+    }
+    for name, value in recorded.constants.items():
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    config = launch.config
+    source = ASTSource(recorded.kernel, signature, constants, attributes)
+    config = recorded.config
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return triton.compiler.compile(source, target=TARGETS[target], options=options)
 
@@ -123,8 +114,11 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _describe(path: tuple[int, ...], argument: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> str:
+def _describe(path: tuple[int, ...], argument: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
     """The type of an argument as Triton's launcher specialises it: None and 1 are constants, 16 divides."""
+    if isinstance(argument, tuple):
+        kinds = [_describe((*path, j), part, constants, attributes) for j, part in enumerate(argument)]
+        return type(argument)(*kinds) if hasattr(argument, "_fields") else tuple(kinds)
     if isinstance(argument, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return POINTERS[argument.dtype]

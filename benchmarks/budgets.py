@@ -1,6 +1,6 @@
-"""What the kernels may cost: budgets as data, each with how it is measured and, where it is missed, why.
+"""Budgets of the kernels' cost as data, each with its measure and, where it is missed, the reason.
 
-A budget with a `bound` may be missed (it then must not get worse); one without may not. Called by compile_report.py.
+A budget with a `bound` may be missed, but must not get worse; one without may not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 Document = dict[str, Any]
 HOPPER = "sm_90 D128 bfloat16 causal: "
 BARE, PAPER = HOPPER + "attention", HOPPER + "attention + WAAD + FAI"
-BARE_LOOP = "sm_90 D128 bfloat16 tiles of forward_loop: attention"  # what statistics in the loop are compared with
+BARE_LOOP = "sm_90 D128 bfloat16 tiles of forward_loop: attention"  # the baseline of statistics in the loop
 ENTROPY, MEAN_DISTANCE = HOPPER + "attention + Entropy", HOPPER + "attention + MeanDistance"
 COLUMN, BAND = HOPPER + "column Received", HOPPER + "band WAAD + FAI"
 
@@ -87,7 +87,7 @@ def _over_floor(length: int) -> Callable[[Document], float]:
 
 
 def _rereads(document: Document) -> float:
-    """How often a group's key tile is read: its four query heads divided by those packed into a tile."""
+    """The number of reads of a group's key tile: its four query heads divided by those packed into a tile."""
     return 4 / document["binaries"][BAND][0]["shape"]["HEADS"]
 
 

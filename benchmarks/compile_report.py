@@ -1,9 +1,9 @@
-"""What the compiler made of every shipped configuration, and a model of time: `python -m benchmarks.compile_report`.
+"""Machine code of every shipped configuration, and a model of its time: `python -m benchmarks.compile_report`.
 
-Needs no GPU. Compiles what launch.py would launch for each target, reads registers, spills and loops off the machine
-code (sass.py), models the time of a few shapes (model.py), checks the budgets (budgets.py) and compares with the
-committed results/compile.json. The exit status is 1 if a budget that was met is broken, one is missed that isn't
-known to be, or a known one got worse. `--update` writes results/compile.json and compile.md.
+Needs no GPU. Compiles what attnstats/triton/launch would launch for each target, reads registers, spills and loops from
+the machine code (sass.py), models the time of a few shapes (model.py), checks the budgets (budgets.py) and compares
+with the committed results/compile.json. The exit status is 1 if a budget that was met is broken, one is missed that
+isn't a known miss, or a known miss got worse. `--update` writes results/compile.json and compile.md.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from benchmarks.model import HARDWARE, Cycles, Work, column_tiles, cycles, forwa
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (2048, 8192, 32768)
 HEADS, KEY_HEADS = 32, 8  # of the modelled shapes; batch 1, causal
-SLACK = 1.02  # what a known miss may get worse by before it fails: compilers differ a little
+SLACK = 1.02  # a known miss may get worse by this factor before it fails: compilers differ a little
 
-# What is asked for, and of what: of attention, of an lse that is given, or of the backward pass.
-ASKED: dict[str, tuple[str, bool]] = {
+# Names of requests: the statistics, and True for attention, False for statistics from an lse.
+REQUESTS: dict[str, tuple[str, bool]] = {
     "attention": ("", True),
     "attention + WAAD + FAI": ("WAAD(10), FAI(10, 100)", True),
     "attention + Entropy": ("Entropy()", True),
@@ -44,7 +44,7 @@ ASKED: dict[str, tuple[str, bool]] = {
     "column FAI(10, open)": ("FAI(10, None)", False),
     "rows Entropy + MeanDistance": ("Entropy(), MeanDistance()", False),
 }
-ALL = tuple(ASKED)
+ALL = tuple(REQUESTS)
 BACKWARD = {  # statistics that have gradients
     "gradients": "",
     "gradients, of statistics too": "WAAD(10), FAI(10, 100), FAI(10, None), Entropy(), MeanDistance()",
@@ -57,41 +57,41 @@ class Case:
     target: str
     dim: int
     dtype: str
-    asked: str
+    request: str
     layout: str = "causal"
 
     @property
     def name(self) -> str:
-        return f"{self.target} D{self.dim} {self.dtype} {self.layout}: {self.asked}"
+        return f"{self.target} D{self.dim} {self.dtype} {self.layout}: {self.request}"
 
 
 _PAPER, _ROWS, _BAND, _COLUMN = MAIN[1:]
 CASES = (
-    *(Case("sm_90", 128, "bfloat16", asked) for asked in ALL),
-    *(Case("sm_90", dim, "bfloat16", asked) for dim in (64, 256) for asked in MAIN),
-    *(Case("sm_90", 64, "float16", asked, "full, padded") for asked in (_PAPER, _COLUMN)),
-    *(Case("sm_90", 128, "bfloat16", asked, "window, softcap, sinks") for asked in (_PAPER, _COLUMN)),
+    *(Case("sm_90", 128, "bfloat16", request) for request in ALL),
+    *(Case("sm_90", dim, "bfloat16", request) for dim in (64, 256) for request in MAIN),
+    *(Case("sm_90", 64, "float16", request, "full, padded") for request in (_PAPER, _COLUMN)),
+    *(Case("sm_90", 128, "bfloat16", request, "window, softcap, sinks") for request in (_PAPER, _COLUMN)),
     Case("sm_90", 128, "bfloat16", "attention", "decode"),
     Case("sm_90", 128, "bfloat16", "attention", "tiles of forward_loop"),
-    *(Case("sm_90", dim, "float32", asked) for dim in (64, 128, 256) for asked in (_PAPER, _BAND, _COLUMN)),
-    *(Case(target, 128, "bfloat16", asked) for target in ("sm_80", "sm_100") for asked in MAIN),
+    *(Case("sm_90", dim, "float32", request) for dim in (64, 128, 256) for request in (_PAPER, _BAND, _COLUMN)),
+    *(Case(target, 128, "bfloat16", request) for target in ("sm_80", "sm_100") for request in MAIN),
     *(
-        Case(target, dim, "bfloat16", asked)
+        Case(target, dim, "bfloat16", request)
         for target in ("sm_80", "sm_100")
         for dim in (64, 256)
-        for asked in (_PAPER, _ROWS, _COLUMN)
+        for request in (_PAPER, _ROWS, _COLUMN)
     ),
-    *(Case("gfx942", 128, "float16", asked) for asked in MAIN),
-    *(Case("gfx942", dim, "float16", asked) for dim in (64, 256) for asked in (_PAPER, _ROWS, _COLUMN)),
+    *(Case("gfx942", 128, "float16", request) for request in MAIN),
+    *(Case("gfx942", dim, "float16", request) for dim in (64, 256) for request in (_PAPER, _ROWS, _COLUMN)),
     *(
-        Case(target, dim, "float16" if target == "gfx942" else "bfloat16", asked)
+        Case(target, dim, "float16" if target == "gfx942" else "bfloat16", request)
         for target in ("sm_80", "sm_90", "sm_100", "gfx942")
         for dim in (64, 128, 256)
-        for asked in BACKWARD
+        for request in BACKWARD
     ),
-    *(Case("sm_90", 128, "bfloat16", asked, "window, softcap, sinks") for asked in BACKWARD),
-    *(Case("sm_90", 64, "float16", asked, "full, padded") for asked in BACKWARD),
-    *(Case("sm_90", 128, "bfloat16", asked, "dropout") for asked in ("attention", "gradients")),
+    *(Case("sm_90", 128, "bfloat16", request, "window, softcap, sinks") for request in BACKWARD),
+    *(Case("sm_90", 64, "float16", request, "full, padded") for request in BACKWARD),
+    *(Case("sm_90", 128, "bfloat16", request, "dropout") for request in ("attention", "gradients")),
     *(Case("sm_90", dim, "float32", "gradients") for dim in (64, 128, 256)),
 )
 
@@ -101,13 +101,15 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     import torch
 
     import attnstats
-    from attnstats.core.arguments import resolve, with_dropout
+    from attnstats.core.arguments import resolve, with_dropout_seed
+    from attnstats.core.autograd import Residuals
+    from attnstats.core.options import Options
     from attnstats.kernels.tiles import FIELDS
-    from attnstats.triton import backend as ops
+    from attnstats.triton import backend
     from attnstats.triton.configs import candidates, configured, targeting
     from benchmarks.aot import compiled, recorded, resources
 
-    text, attends = ASKED.get(case.asked) or (BACKWARD[case.asked], False)
+    text, attends = REQUESTS.get(case.request) or (BACKWARD[case.request], False)
     statistics = eval(f"({text}{',' if text else ''})", vars(attnstats))
     dtype = getattr(torch, case.dtype)
     queries, keys = (1, 4096) if case.layout == "decode" else (512, 512)
@@ -118,8 +120,9 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
         options = {"is_causal": False, "key_padding_mask": torch.ones(2, keys, dtype=torch.bool)}
     elif case.layout == "window, softcap, sinks":
         options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
-    geometry = resolve(query, key, key, statistics, enable_gqa=True, **options)
-    geometry = with_dropout(geometry, 0.1 if case.layout == "dropout" else 0.0)
+    dropout_p = 0.1 if case.layout == "dropout" else 0.0
+    call = Options(statistics=statistics, enable_gqa=True, dropout_p=dropout_p, **options)
+    geometry = with_dropout_seed(resolve(query, key, key, call))
     rows = torch.zeros(2, 8, queries)
     tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if case.layout == "tiles of forward_loop":
@@ -127,11 +130,12 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
             tiles = configured("forward", next(candidates("forward_loop", query.device, dtype, case.dim)))
     with recorded(case.target) as launches, tiles:
         if attends:
-            ops.attend(query, key, key, geometry, statistics)
-        elif case.asked in BACKWARD:
-            ops.gradients(query, key, key, query, rows, query, geometry, dict.fromkeys(statistics, (rows, rows)))
+            backend.attend(query, key, key, geometry)
+        elif case.request in BACKWARD:
+            residuals = Residuals(query, key, key, query, rows)
+            backend.gradients(residuals, query, geometry, dict.fromkeys(statistics, (rows, rows)))
         else:
-            ops.from_lse(query, key, rows, geometry, statistics)
+            backend.from_lse(query, key, rows, geometry)
     found = []
     for launch in launches:
         used = resources(compiled(launch, case.target))
@@ -153,7 +157,7 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
 
 
 def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
-    """What the machine code says: forbidden instructions, and each loop that does matmuls."""
+    """Forbidden instructions of the machine code, and each loop that does matmuls."""
     instructions = (sass.parse_amd if case.target.startswith("gfx") else sass.parse_nvidia)(listing)
     heavy = [loop for loop in sass.loops(instructions) if loop.innermost and _weight(loop)]
     most = max(map(_weight, heavy), default=0)
@@ -195,7 +199,7 @@ def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
 
 
 def _weight(loop: sass.Loop) -> int:
-    """How much matmul a loop does: in float32 NVIDIA has nothing but FMA for it."""
+    """The amount of matmul in a loop. In float32 NVIDIA computes it with FMA alone."""
     counts = loop.counts
     return loop.macs_per_warp or counts["tensor"] or (counts["fma"] if counts["fma"] > 256 else 0)
 
@@ -269,7 +273,7 @@ def _band_steps(shape: dict[str, int]) -> int:
 
 
 def _band_trips(record: dict[str, Any]) -> list[int]:
-    """How often each band loop runs. Steps that the compiler unrolled are among what runs once, told by their matmuls.
+    """The number of iterations of each band loop, less the steps that the compiler unrolled (known by their matmuls).
 
     In the order of the code: the far keys, those nearer than a row statistic reaches (one tile), the diagonal.
     """
@@ -322,10 +326,10 @@ def _judged(budget: Budget, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def complaints(document: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
-    """What fails the run."""
+    """Reasons to fail the run."""
     found = [f"{b['name']}: {b['value']} > {b['limit']}" for b in document["budgets"] if b["status"] == "missed"]
     if committed is None or committed["versions"] != document["versions"]:
-        return found  # another compiler: the absolute budgets stand, a comparison would not be of ours
+        return found  # another compiler: only the absolute budgets apply
     before = {b["name"]: b for b in committed["budgets"]}
     for budget in document["budgets"]:
         old = before.get(budget["name"], budget)
@@ -383,7 +387,7 @@ def markdown(document: dict[str, Any]) -> str:
         columns = [[str(column.header), "--", *map(str, column.cells)] for column in table.columns]
         lines = list(zip(*columns, strict=True))
         parts += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
-    parts.append("## What was tried, and what bounds what is missed")
+    parts.append("## Attempts, and bounds of what is missed")
     status = {b["name"]: b["status"] for b in document["budgets"]}
     for budget in BUDGETS:
         if budget.name in status and (budget.tried or status[budget.name] != "met"):

@@ -1,4 +1,4 @@
-"""What a result depends on, recorded by pytest-benchmark beside the timings."""
+"""Versions and hardware that a result depends on, recorded by pytest-benchmark beside the timings."""
 
 from __future__ import annotations
 

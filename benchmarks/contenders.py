@@ -2,8 +2,7 @@
 
 Every contender is a plain function of (query, key, value), causal, grouped heads un-repeated. What depends on
 the length alone (masks, block masks, distance weights) is prepared once and neither timed nor counted as its
-memory, and each expression is the fastest of the plain ones tried. Used by test_attention.py, memory.py and
-whole_model.py.
+memory, and each expression is the fastest of the plain ones tried.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Answer(NamedTuple):
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Answer:
-    """Attention alone: what everything else is a ratio of."""
+    """Attention alone, the denominator of all ratios."""
     return Answer(scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True))
 
 
@@ -94,7 +93,7 @@ def _counts(length: int) -> Tensor:
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor) -> Answer:
-    """The map as transformers' eager attention makes it, both statistics read off it."""
+    """The map as transformers' eager attention makes it, and both statistics computed from it."""
     dense = _dense(query.shape[2])
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -105,7 +104,7 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Answer:
 
 
 def read_off(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """WAAD and FAI of maps that are there, [B, H, T, T]."""
+    """WAAD and FAI of maps [B, H, T, T]."""
     length = weights.shape[2]
     dense = _dense(length)
     waad = torch.einsum("bhts,ts->bht", weights, dense.near)
@@ -215,7 +214,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor) -> Answer:
 
 
 def can_compile() -> bool:
-    """What torch.compile needs on the CPU: a C++ compiler and Python's headers."""
+    """True if there is what torch.compile needs on the CPU: a C++ compiler and Python's headers."""
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.exists()
 
@@ -241,5 +240,5 @@ CASES = [
 
 
 def contenders(case: Case) -> list[str]:
-    """Who runs: all in float32, attention alone and attnstats in bfloat16."""
+    """Names of the contenders of a case: all in float32, attention alone and attnstats in bfloat16."""
     return list(CONTENDERS) if case.dtype == torch.float32 else ["SDPA alone", "attnstats"]

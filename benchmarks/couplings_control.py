@@ -1,8 +1,8 @@
-"""Couplings of a model that was never trained, on the text that the trained one wrote: what is no sign of reasoning.
+"""Couplings of an untrained model on the text of the trained one: a control for couplings that don't mean reasoning.
 
 `python -m benchmarks.couplings_control out/couplings` takes the responses of a finished `attnstats couplings`, draws
-the weights of the same architecture anew, and measures and tests the same text with it. Whatever couplings that shows
-come from the architecture, from the text and from how the tests are made. Prints Table 2 and keeps it in
+the weights of the same architecture anew, and measures and tests the same text with it. Couplings that remain come
+from the architecture, the text and the tests themselves. Prints Table 2 and keeps it in
 results/couplings/untrained.json.
 """
 
@@ -51,12 +51,12 @@ def main() -> int:
         for index in texts.indices():
             store.write(index, *measure(model, *texts.response(index), options.temperature))
             print(f"{index + 1} of {len(texts.indices())}", file=sys.stderr)
-        found = examine(store, model, Chance(options.permutations, resamples=options.permutations, seed=options.seed))
-    record = {"model": model.name, "seed": options.seed, "versions": versions(), **tables.as_json(found, {})}
+        numbers = examine(store, model, Chance(options.permutations, resamples=options.permutations, seed=options.seed))
+    record = {"model": model.name, "seed": options.seed, "versions": versions(), **tables.as_json(numbers, {})}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
     console = Console(width=132, highlight=False)
-    for part in tables.render(found, {}):
+    for part in tables.render(numbers, {}):
         console.print(part)
     return 0
 

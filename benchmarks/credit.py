@@ -1,8 +1,8 @@
-"""What token credit costs: `python -m benchmarks.credit` prints milliseconds per call, of every credit and shape.
+"""The time of token credit: `python -m benchmarks.credit` prints milliseconds per call, of every credit and shape.
 
-Left-padded batches as long as a step's; 64 x 8192 may take 50 ms on the CPU. On a GPU too where there is one. Printed
-are the least and the median time of the calls, and the processor's time over all threads: other programs on the
-machine add to the former two.
+Batches are left-padded and as large as a training step's; the target is 50 ms for 64 x 8192 on the CPU. Runs on a GPU
+too where there is one. Printed are the least and the median time of the calls, and the processor time of all threads,
+to which other programs on the machine don't add.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Peak memory of one contender, in a process of its own: `python -m benchmarks.memory NAME` prints it as JSON.
 
-Counted is resident memory: after one call that pays for initialisation, the kernel's high-water mark is reset
-and read again after a second call; the difference to what was resident in between is the peak, the result
-included. Freed memory is returned at once, so nothing hides in the allocator. Linux only: elsewhere there is no
-figure. Called by test_attention.py and, for whole models, by whole_model.py.
+Measured is resident memory: after one call that pays for initialisation, the operating system's high-water mark is
+reset, and read again after a second call; its difference to the memory resident in between is the peak, the result
+included. Freed memory is returned at once, so none hides in the allocator. Linux only; elsewhere there is no figure.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def peaks(name: str) -> dict[str, float | None]:
 
 
 def alone(*module: str) -> Any:
-    """What `python -m *module` prints as JSON, in a process that returns freed memory at once."""
+    """The JSON that `python -m *module` prints, run in a process that returns freed memory at once."""
     # glibc keeps freed blocks below this threshold; above it they are mapped, and unmapped when freed.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-m", *module]

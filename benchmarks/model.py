@@ -1,10 +1,10 @@
-"""Modelled time of a kernel: what its machine code asks of each unit of a GPU, against what the unit can do.
+"""Modelled time of a kernel: the work in its machine code for each unit of a GPU, divided by the unit's rate.
 
-What is read from the binary: instructions by class, multiply-adds, registers, shared memory. What is modelled: that
-the units overlap perfectly when at least two groups of four warps are resident (their times add up when there is one,
-or when the assembler serialised the tensor-core instructions), that programs are dealt to free places in order, and
-that memory moves at a constant rate. Latencies, caches that miss, clocks that fall and launches are left out, so a
-modelled time is a bound from below. No figure of this file comes from a GPU. Called by compile_report.py.
+Read from the binary are instructions by class, multiply-adds, registers and shared memory. Modelled is that the units
+overlap perfectly when at least two groups of four warps are resident (their times add up when there is one, or when
+the assembler serialised the tensor-core instructions), that programs start in order as soon as there is room, and that
+memory moves at a constant rate. Latencies, cache misses, falling clocks and launches are left out, so a modelled time
+is a lower bound. No figure of this file was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ HARDWARE = {
 
 
 class Work(NamedTuple):
-    """What one pass through a piece of code asks for, by one warp; multiply-adds by the whole program."""
+    """Work of one pass through a piece of code, of one warp; multiply-adds of the whole program."""
 
     instructions: int
     mufu: int
@@ -145,7 +145,7 @@ def resident(registers: int, shared: int, warps: int, hardware: Hardware) -> int
 
 
 def makespan(durations: list[float], places: int) -> float:
-    """When the last program ends if each goes, in order, to the place that is free first."""
+    """The time at which the last program ends if each, in order, takes the place that is free first."""
     free = [0.0] * min(places, len(durations))
     for duration in durations:
         heapq.heappush(free, heapq.heappop(free) + duration)

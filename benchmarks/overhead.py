@@ -1,15 +1,15 @@
-"""What a call costs the host before a kernel starts: `python -m benchmarks.overhead`, in microseconds over SDPA's.
+"""The time of a call on the host before a kernel starts: `python -m benchmarks.overhead`, in microseconds over SDPA's.
 
-Runs anywhere: the launch itself is a stub, tensors are small and on the CPU, so what is timed is Python, the
+Runs anywhere: the launch itself is a stub, tensors are small and on the CPU, so the time is that of Python, the
 allocation of buffers and the few small PyTorch operations around the kernels (on the CPU they also compute here; on a
 GPU they are only launched). Triton's own launcher comes on top. Medians of rounds that take turns.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -17,11 +17,11 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD
-from attnstats.triton import backend as ops
-from attnstats.triton import launch
+from attnstats.triton import backend
+from attnstats.triton.launch import launching_with
 
 ROUNDS, CALLS = 15, 200
-ASKED: dict[str, list[Any]] = {
+REQUESTS: dict[str, list[Any]] = {
     "attention": [],
     "attention + WAAD + FAI": [WAAD(10), FAI(10, 100)],
     "attention + Received": ["received"],
@@ -32,25 +32,24 @@ def calls() -> dict[str, Callable[[], Any]]:
     query = torch.zeros(1, 8, 16, 64, dtype=torch.bfloat16)
     key = torch.zeros(1, 2, 16, 64, dtype=torch.bfloat16)
 
-    def ours(asked: list[Any]) -> Callable[[], Any]:
-        return lambda: attnstats.attention(query, key, key, statistics=asked, enable_gqa=True, backend="triton")
+    def ours(statistics: list[Any]) -> Callable[[], Any]:
+        return lambda: attnstats.attention(query, key, key, statistics=statistics, enable_gqa=True, backend="triton")
 
     tiny = torch.zeros(1, 1, 1, 16)
     sdpa: dict[str, Callable[[], Any]] = {
         "SDPA": lambda: torch.nn.functional.scaled_dot_product_attention(tiny, tiny, tiny)
     }
-    return sdpa | {name: ours(asked) for name, asked in ASKED.items()}
+    return sdpa | {name: ours(statistics) for name, statistics in REQUESTS.items()}
 
 
 def _nothing(*_: object) -> None:
-    """In the launch's place: a Mock would take longer than it."""
+    """Takes the place of a launch."""
 
 
 def measured(rounds: int = ROUNDS, count: int = CALLS) -> dict[str, float]:
     """Microseconds per call."""
     seconds: dict[str, list[float]] = {}
-    stubbed = mock.patch.multiple(launch, _launch=_nothing, interpreted=_nothing)
-    with torch.no_grad(), stubbed, mock.patch.object(ops, "unavailable", _nothing):
+    with torch.no_grad(), launching_with(_nothing), mock.patch.object(backend, "unavailable", _nothing):
         for _ in range(rounds):
             for name, call in calls().items():
                 call()
@@ -58,11 +57,11 @@ def measured(rounds: int = ROUNDS, count: int = CALLS) -> dict[str, float]:
                 for _ in range(count):
                     call()
                 seconds.setdefault(name, []).append((time.perf_counter() - start) / count)
-    return {name: 1e6 * statistics.median(times) for name, times in seconds.items()}
+    return {name: 1e6 * median(times) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = measured()
-    for name, microseconds in found.items():
-        print(f"{name:24} {microseconds:6.1f} us, {microseconds - found['SDPA']:6.1f} over SDPA")
+    times = measured()
+    for name, microseconds in times.items():
+        print(f"{name:24} {microseconds:6.1f} us, {microseconds - times['SDPA']:6.1f} over SDPA")

@@ -1,9 +1,8 @@
-"""From pytest-benchmark's JSON to the table of ratios: `python -m benchmarks.report out/bench.json`.
+"""The table of ratios from pytest-benchmark's JSON: `python -m benchmarks.report out/bench.json`, part of `make bench`.
 
-Prints the table and writes cpu.json (every timing, with versions) and cpu.md (what the README shows) into a
-folder, benchmarks/results unless told. Ratios are medians over rounds of a contender's time divided by another's
-in the same round, so that a machine that slows down for a while slows both; hence they aren't exactly quotients
-of the printed times. The last step of `make bench`.
+Prints the table and writes cpu.json (every timing, with versions) and cpu.md (the README's table) into a folder,
+benchmarks/results by default. A ratio is the median over rounds of one contender's time divided by another's in the
+same round, so that a machine that slows down for a while slows both; it isn't exactly the quotient of printed times.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Takes the listing of `cuobjdump -sass` (NVIDIA) or the assembly that Triton keeps (AMD). A loop is a branch to an
 earlier address and all that lies between; code that runs in some iterations only is counted as if it ran in all.
-Called by compile_report.py.
 """
 
 from __future__ import annotations
@@ -123,7 +122,7 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
 
 
 def outside(instructions: Sequence[Instruction], found: Iterable[Loop]) -> list[Instruction]:
-    """What runs once: prologue, epilogue."""
+    """The instructions outside all loops: prologue, epilogue."""
     spans = [(loop.first, loop.last) for loop in found]
     return [i for i in instructions if not any(a <= i.address <= b for a, b in spans)]
 
@@ -153,7 +152,7 @@ def macs_per_warp(instructions: Iterable[Instruction]) -> int:
 
 
 def macs(opcode: str) -> int:
-    """Multiply-adds per warp of a tensor instruction, 0 where the name doesn't tell (UTCHMMA) and for all others.
+    """Multiply-adds per warp of a tensor instruction; 0 where its name doesn't tell (UTCHMMA), and for all others.
 
     HGMMA.64x64x16: a group of four warps. HMMA.16816: 16x8x16, one warp. v_mfma_f32_32x32x8_bf16: one wave.
     """
@@ -172,7 +171,7 @@ def digest(loop: Loop) -> str:
 
 
 def serialised(loop: Loop) -> bool:
-    """Whether each asynchronous matmul of Hopper waits for the one before (ptxas says C7510 to C7515 and goes on)."""
+    """True if each asynchronous matmul of Hopper waits for the one before (ptxas warnings C7510 to C7515)."""
     issued = sum(i.opcode.startswith("HGMMA") for i in loop.body)
     waited = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop.body)
     return issued >= 4 and 2 * waited > issued

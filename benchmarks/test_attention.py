@@ -1,8 +1,8 @@
 """Attention with WAAD(10) and FAI(10, 100) against its rivals on the CPU: the cases of `make bench`.
 
-Every round is a benchmark of its own, so that contenders take turns: a case's rounds run through all contenders,
-each time starting with another one, and report.py compares what stood next to each other. Before its
-first round a contender's answer is compared with attnstats.reference in float64.
+Every round is a benchmark of its own, so that contenders take turns: a case's rounds run through all contenders, each
+time starting with another one, and report.py compares times of the same round. Before its first round a contender's
+answer is compared with attnstats.reference in float64.
 """
 
 from __future__ import annotations

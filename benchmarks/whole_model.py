@@ -1,9 +1,9 @@
 """A whole model with WAAD(10) and FAI(10, 100) captured, against the ways to get them without us, on the CPU.
 
-`python -m benchmarks.whole_model` lets SmolLM2-135M read 2048 tokens and generate 64, in rounds in which all contenders
-take turns, weighs each in a process of its own (memory.py), prints a table and keeps it in results/model.json and
-model.md. As in report.py a ratio is the median over rounds of two times of the same round. The last step of
-`make bench`; eager attention keeps 5 GB of maps.
+`python -m benchmarks.whole_model`, part of `make bench`, lets SmolLM2-135M read 2048 tokens and generate 64, in rounds
+in which all contenders take turns, measures the memory of each in a process of its own (memory.py), prints a table and
+keeps it in results/model.json and model.md. As in report.py a ratio is the median over rounds of two times of the same
+round. Eager attention keeps 5 GB of maps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOLERANCES = (2e-4, 1e-6)  # WAAD, FAI: hidden states differ in their last bits,
 
 
 class Read(NamedTuple):
-    """What a contender found: means over its layers and heads, (B, T), and the logits of the last token."""
+    """A contender's results: means over its layers and heads, (B, T), and the logits of the last token."""
 
     logits: Tensor | None = None
     waad: Tensor | None = None
@@ -87,7 +87,7 @@ def output_attentions(model: Any, ids: Tensor) -> Read:
 
 
 def hooks(model: Any, ids: Tensor, layers: tuple[int, ...] = tuple(range(LAYERS))) -> Read:
-    """One map at a time: a hook reads it and lets it go."""
+    """One map at a time: a hook reads it and frees it."""
     found: list[tuple[Tensor, Tensor]] = []
     model.set_attn_implementation("eager")
     attentions = [model.model.layers[layer].self_attn for layer in layers]

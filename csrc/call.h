@@ -1,4 +1,4 @@
-// One call as attnstats/native.py fills it in: the ctypes structures there mirror these, field by field.
+// One call as attnstats/tiled/native.py fills it in: the ctypes structures there mirror these, field by field.
 // Strides count elements; the last dimension of every tensor is contiguous.
 
 #pragma once
@@ -14,15 +14,15 @@ struct Tensor {
     int64_t batch, head, row;  // strides
 };
 
-// Weights by distance stand from the largest distance down, so that they rise with the key; beyond them the weight
-// is 0. None: the weight is 1 everywhere.
+// Weights are listed from the largest distance down, so that they are in the order of the keys; beyond them the weight
+// is 0. Null: the weight is 1 everywhere.
 struct Statistic {
     int64_t kind;
     float* result;  // [batch, heads, rows or keys], contiguous
     const float* weights;
     int64_t farthest;  // distance of weights[0]
     int64_t distances;
-    const uint8_t* counted;  // [batch, rows], columns only; none: every row counts
+    const uint8_t* counted;  // [batch, rows], columns only; null: every row counts
 };
 
 struct Call {
@@ -32,7 +32,7 @@ struct Call {
     int64_t offset;       // position of the first row
     int64_t left, right;  // row t sees key s where -right <= t - s <= left
     float scale, softcap;  // softcap 0: none
-    const uint8_t* key_mask;  // [batch, keys]; none: all may be seen
+    const uint8_t* key_mask;  // [batch, keys]; null: all may be seen
     int64_t count;
     const Statistic* statistics;
     int64_t threads;

@@ -1,6 +1,6 @@
 // Sums over A = exp(scores - lse) by rows and by columns, near the diagonal or over every visible pair, on a CPU.
 //
-// Called from attnstats/native.py through ctypes: a plain C interface, so one build serves every Python and torch.
+// A plain C interface for attnstats/tiled/native.py, through ctypes, so that one build serves every Python and torch.
 // The rows of a head are cut into chunks, whose number depends on the lengths alone. A task is a chunk of one head: it
 // owns its rows, and writes column sums to a slot of its own. The slots are added in the order of the chunks, so
 // the bits depend neither on the number of threads nor on the other heads.
@@ -26,15 +26,15 @@ static const int64_t AHEAD = 8;             // rows that are fetched before thei
 static const int64_t LINE = 16;            // floats of a cache line
 
 struct Weights {
-    const float* data;  // of the farthest distance, downwards; none: 1 everywhere
+    const float* data;  // of the farthest distance, downwards; null: 1 everywhere
     int64_t farthest, distances;
     int64_t column;  // which of the column sums, if it is one
 };
 
 struct Plan {
     int64_t chunk;             // rows
-    int64_t nearest, farthest;  // distances where anything is to be summed
-    bool exponentials;         // whether A itself is needed
+    int64_t nearest, farthest;  // distances at which there is something to sum
+    bool exponentials;         // A itself is needed
     int64_t columns;           // column sums among the statistics
     const Weights* weights;    // [count]
 };
@@ -166,7 +166,7 @@ static std::vector<Task> tasks_of(const Call& call, const Plan& plan) {
     return tasks;
 }
 
-// Memory that is not touched before its use, from the start of a cache line.
+// Memory from the start of a cache line, not touched before its use.
 class Memory {
 public:
     explicit Memory(int64_t floats) : memory_(malloc((floats + LINE) * sizeof(float))) {
@@ -184,7 +184,7 @@ private:
     void* memory_;
 };
 
-// How much of it the pieces of a room take.
+// The bytes of the pieces of a room.
 struct Sizes {
     int64_t rows, keys, scores, line, lse, seen, results;
 
@@ -234,7 +234,7 @@ static void add_slots(const Call& call, const Plan& plan, const std::vector<Task
     }
 }
 
-// Everything about a call but its numbers.
+// All of a call but its numbers.
 struct Schedule {
     std::vector<Weights> weights;
     std::vector<float> padded;

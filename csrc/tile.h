@@ -88,7 +88,7 @@ static void convert(const void* data, int64_t begin, int64_t type, int64_t count
         return;
     }
     for (int64_t i = 0; i < count; ++i) {
-        // The exponent is 112 too small in place, which a product mends, for subnormals too; inf and NaN get theirs.
+        // Shifted in place the exponent is 112 too small; a product corrects it, for subnormals too. inf and NaN are set.
         uint32_t bits = (uint32_t)(from[i] & 0x7fff) << 13;
         uint32_t special = bits >= 0x0f800000 ? 0x7f800000 : 0;
         float x;
@@ -143,7 +143,7 @@ struct Tile {
 // The part of the tile where a weight may not be 0, in whole vectors, and that weight's place for row 0, key 0.
 struct Part {
     int64_t begin, end;
-    const float* weights;  // row i, key j: weights[j - i]; none: 1
+    const float* weights;  // row i, key j: weights[j - i]; null: 1
 };
 
 static inline Part part_of(const Tile& tile, const Weights& weights) {
@@ -158,7 +158,7 @@ static inline Part part_of(const Tile& tile, const Weights& weights) {
     return part;
 }
 
-// A weight of 0 takes NaN and inf away too.
+// A weight of 0 gives 0 for NaN and inf, too.
 static inline Float weighted(Float a, const float* weights, int64_t at) {
     if (!weights) return a;
     Float w = load(weights + at);
@@ -248,7 +248,7 @@ static void load_rows(const Call& call, const Task& task, const Room& room, bool
         for (int64_t d = 0; !few && d < call.dim; ++d) group[d * GROUP] = line[d];
         const float* lse = (const float*)call.lse.data + task.batch * call.lse.batch + task.head * call.lse.head;
         float x = lse[(task.row + i) * call.lse.row];
-        room.lse[i] = x == -__builtin_inff() ? -x : x;  // a row that sees nothing: A is 0, not NaN
+        room.lse[i] = x == -__builtin_inff() ? -x : x;  // a row that sees no key: A is 0, not NaN
     }
 }
 

@@ -5,30 +5,30 @@
         queries          keys, in tiles of BN
         [HEADS x BM, D]  x  [ BEHIND | BM | AHEAD ]
 
-One program owns BM positions of HEADS query heads that share a key head: their rows are packed into one tile,
-so that a key tile is read once for all of them. With p_heads, HEADS is 1 and the heads are those listed. Rows are
-stored at the end, [ROWS, B, heads, Tq]; columns go to their slots as they come (tiles.band_sweep). Q is read once,
-K 1 + (BEHIND + AHEAD) / BM times, from L2 but for the first.
+One program owns BM positions of HEADS query heads that share a key head: their rows are packed into one tile, so that
+a key tile is read once for all of them. With a subset of heads HEADS is 1. In registers stay the query tile and one
+accumulator per row statistic, stored at the end as [ROWS, B, heads, Tq] float32; columns go to their slots as they come
+(tiles.band_sweep). Q is read once, K 1 + (BEHIND + AHEAD) / BM times, from L2 but for the first.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import FIELDS, band_sweep, extent, head_pointer, load_packed, packed_rows, row_mass, wide
+from .arguments import Band, Slots, Tile
+from .tiles import FIELDS, band_sweep, head_of, load_flags, load_packed, packed_rows, row_mass, sequence_of, wide
 
 
 @triton.jit
 def band(
-    p_q, p_k, p_lse2, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_heads,
-    n_batch, n_all_heads, n_heads, group, query_offset, n_queries, n_keys, longest, left, right, scale2, cap2,
-    q_strides, k_strides,
+    query, key, lse2, rows, columns, query_mask, sinks, sequences, heads, sizes, visible, score,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(longest, BM)
+    group, n_heads = sizes.group, heads.n_heads
+    n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks
-    if p_heads is None:
+    if heads.numbers is None:
         parts = tl.cdiv(group, HEADS)
         i_part = i_program // n_blocks % parts
         i_key_head = i_program // (n_blocks * parts) % (n_heads // group)
@@ -39,32 +39,28 @@ def band(
     else:
         i_place = i_program // n_blocks % n_heads
         i_sequence = i_program // (n_blocks * n_heads)
-        i_head = tl.load(p_heads + i_place)
+        i_head = tl.load(heads.numbers + i_place)
         i_key_head = i_head // group
         n_packed = 1
-    i_batch, q_begin, rows, k_begin, keys, offset = extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys)
+    sequence = sequence_of(i_sequence, sequences, sizes, i_block * BM, None)
     behind = BEHIND
-    if p_cu_q is not None:  # the grid is that of the longest sequence
-        behind = tl.where(i_block * BM < rows, BEHIND, -1)
-    o_head, o_row, m_row = packed_rows(i_block, n_packed, rows, HEADS, BM)
+    if sequences is not None:
+        behind = tl.where(sequence.n_keys > 0, BEHIND, -1)
+    q_rows = packed_rows(i_block, n_packed, sequence.n_queries, HEADS, BM)
+    b_q = load_packed(head_of(query, sequence.i_batch, i_head, sequence.q_begin), q_rows, DIM, BLOCK_DIM)
     # 64 bits: (B * Hq) * Tq passes 2^31 at a million positions
-    o_flat = (wide(i_batch) * n_heads + i_place + o_head) * n_queries + q_begin + o_row
-    b_q = load_packed(
-        head_pointer(p_q, q_strides, i_batch, i_head, q_begin), q_strides, o_head, o_row, m_row, DIM, BLOCK_DIM
-    )
-    o_lse = (wide(i_batch) * n_all_heads + i_head + o_head) * n_queries + q_begin + o_row
-    b_lse2 = tl.load(p_lse2 + o_lse, mask=m_row, other=float("inf"))
-    m_counted = None
-    if p_counted is not None:
-        m_counted = tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
+    o_query = sequence.q_begin + q_rows.o_row
+    o_lse = (wide(sequence.i_batch) * sizes.n_query_heads + i_head + q_rows.o_head) * sizes.n_queries + o_query
+    b_lse2 = tl.load(lse2 + o_lse, mask=q_rows.m_row, other=float("inf"))
+    m_query = load_flags(query_mask, wide(sequence.i_batch) * sizes.n_queries + o_query, q_rows.m_row)
     sums = band_sweep(
-        b_q, b_lse2, m_counted, i_block,
-        head_pointer(p_k, k_strides, i_batch, i_key_head, k_begin), k_strides, p_key_mask, p_columns,
-        i_batch, i_place, n_batch, n_heads, n_packed, offset + i_block * BM, behind, k_begin, keys, n_keys,
-        left, right, scale2, cap2,
-        ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD, HEADS, BM, BN, DIM, BLOCK_DIM,
+        b_q, b_lse2, m_query, sequence.offset + i_block * BM, behind,
+        head_of(key, sequence.i_batch, i_key_head, sequence.k_begin), sequence,
+        Slots(columns, i_place, n_packed, sizes.n_batch, n_heads, sizes.n_keys), visible, score,
+        Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM),
     )  # fmt: skip
-    b_mass = row_mass(b_lse2, p_sinks, i_head, o_head, m_row)
+    b_mass = row_mass(b_lse2, sinks, i_head, q_rows)
+    o_flat = (wide(sequence.i_batch) * n_heads + i_place + q_rows.o_head) * sizes.n_queries + o_query
     for j in tl.static_range(len(ROWS) // FIELDS):
-        p_row = p_rows + wide(j) * n_batch * n_heads * n_queries
-        tl.store(p_row + o_flat, sums[j] + ROWS[FIELDS * j + 3] * b_mass, mask=m_row)
+        p_row = rows + wide(j) * sizes.n_batch * n_heads * sizes.n_queries
+        tl.store(p_row + o_flat, sums[j] + ROWS[FIELDS * j + 3] * b_mass, mask=q_rows.m_row)

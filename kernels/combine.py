@@ -9,14 +9,12 @@ entropy is sum_i w_i (H_i - ln w_i), the maximum is the largest. A sink is one m
 import triton
 import triton.language as tl
 
-from .tiles import wide
-
-LN2 = tl.constexpr(0.6931471805599453)
+from .tiles import LN2, wide
 
 
 @triton.jit
 def combine(
-    p_parts, p_lse_parts, p_row_parts, p_out, p_lse, p_rows, p_sinks,
+    output_parts, lse_parts, row_parts, output, lse, rows, sinks,
     n_rows, n_splits, n_query_heads, n_queries,
     LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
@@ -29,41 +27,41 @@ def combine(
 
     b_top = tl.full((BM,), float("-inf"), tl.float32)
     for i_split in range(n_splits):
-        b_part = tl.load(p_lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
+        b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
         b_top = tl.maximum(b_top, b_part)
     m_live = b_top != float("-inf")
     b_sink = tl.full((BM,), float("-inf"), tl.float32)
-    if p_sinks is not None:
-        b_sink = tl.load(p_sinks + o_row // n_queries % n_query_heads, mask=m_row, other=float("-inf")) * LN2
+    if sinks is not None:
+        b_sink = tl.load(sinks + o_row // n_queries % n_query_heads, mask=m_row, other=float("-inf")) * LN2
         b_top = tl.maximum(b_top, b_sink)
     b_pivot = tl.where(m_live, b_top, 0.0)
     b_sum = tl.exp(b_sink - b_pivot)
     for i_split in range(n_splits):
-        b_part = tl.load(p_lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
+        b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
         b_sum += tl.exp(b_part - b_pivot)
     b_lse = b_pivot + tl.log(tl.where(m_live, b_sum, 1.0))
-    tl.store(p_lse + o_row, tl.where(m_live, b_lse, float("-inf")), mask=m_row)
+    tl.store(lse + o_row, tl.where(m_live, b_lse, float("-inf")), mask=m_row)
 
     b_out = tl.zeros((BM, BLOCK_VALUE_DIM), tl.float32)
     for i_split in range(n_splits):
-        b_part = tl.load(p_lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
-        p_part = p_parts + wide(i_split) * n_rows * VALUE_DIM
+        b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
+        p_part = output_parts + wide(i_split) * n_rows * VALUE_DIM
         b_out += tl.exp(b_part - b_lse)[:, None] * tl.load(p_part + o_out, mask=m_out, other=0.0)
-    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(output + o_out, b_out.to(output.dtype.element_ty), mask=m_out)
 
     for j in tl.static_range(LOOP_ROWS + ENTROPY + MAX_LOGIT):
         b_row = tl.zeros((BM,), tl.float32)
         if j == LOOP_ROWS + ENTROPY:
             b_row += float("-inf")
         for i_split in range(n_splits):
-            b_part = tl.load(p_lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
+            b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
             b_log = b_part - b_lse
             b_w = tl.exp(b_log)
-            b_x = tl.load(p_row_parts + (wide(j) * n_splits + i_split) * n_rows + o_row, mask=m_row, other=0.0)
+            b_x = tl.load(row_parts + (wide(j) * n_splits + i_split) * n_rows + o_row, mask=m_row, other=0.0)
             if j < LOOP_ROWS:
                 b_row += b_w * b_x
             elif j < LOOP_ROWS + ENTROPY:
                 b_row += b_w * (b_x - tl.where(b_w > 0, b_log, 0.0))
             else:
                 b_row = tl.maximum(b_row, b_x)
-        tl.store(p_rows + j * wide(n_rows) + o_row, b_row, mask=m_row)
+        tl.store(rows + j * wide(n_rows) + o_row, b_row, mask=m_row)

@@ -25,22 +25,25 @@ Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; s
 import triton
 import triton.language as tl
 
+from .arguments import Band, Loop, Slots, Softmax, Tile, Visibility
 from .tiles import (
     FIELDS,
     LN2,
     LOG2_ZERO,
     band_sweep,
     dot,
-    extent,
-    head_pointer,
+    head_of,
+    hide,
     inside,
     kept,
     key_range,
     keys_present,
+    load_flags,
     load_packed,
     load_tile,
     packed_rows,
-    tanh,
+    sequence_of,
+    softcapped,
     weigh,
     wide,
     zeros_for,
@@ -100,80 +103,73 @@ def add_moments(
 
 @triton.jit
 def visit(
-    b_out, b_max, b_sum, b_log, b_moment, sums,  # the running state; the three in the middle in CHUNKs of columns
-    b_q, o_position, p_k, p_v, p_key_mask, k_strides, v_strides, i_batch, first, last, n_keys,
-    p_seed, o_flat_head, o_query, k_begin, left, right, scale2, cap2, dropout,
-    LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MOMENT: tl.constexpr, FROM_LSE: tl.constexpr, EDGE: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    state, b_q, q_rows, o_position, o_flat_head, keys, values, first, last, sequence, visible, score, dropout,
+    EDGE: tl.constexpr, LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Stream the keys first .. last. EDGE: some of them may not exist or may not be seen by a row."""
+    """Stream the keys first .. last. EDGE: a key may not exist or may be hidden from a row."""
+    ROWS: tl.constexpr = TILE.HEADS * TILE.BM
+    BN: tl.constexpr = TILE.BN
+    CHUNK: tl.constexpr = LOOP.CHUNK
+    b_out, b_max, b_sum, b_log, b_moment, sums = state
     for start in range(first, last, BN):
         o_key = start + tl.arange(0, BN)
-        b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
-        b_score = dot(b_q, tl.trans(b_k))  # [rows, BN], not scaled yet: the scale folds into exp2's argument
-        unit = scale2
-        if cap2 is not None:
-            b_score = cap2 * tanh(b_score * (scale2 / cap2))
-            unit = 1.0
+        b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
+        b_score, unit = softcapped(dot(b_q, tl.trans(b_k)), score)  # [rows, BN]
         distance = o_position[:, None] - o_key[None, :]
-        if EDGE:
-            m_seen = inside(keys_present(p_key_mask, i_batch, o_key, n_keys)[None, :], distance, left, right)
-            b_score = tl.where(m_seen, b_score, float("-inf"))
-        elif p_key_mask is not None:
-            m_seen = keys_present(p_key_mask, i_batch, o_key, n_keys)[None, :]
-            b_score = tl.where(m_seen, b_score, float("-inf"))
-        if FROM_LSE:
+        if EDGE or visible.key_mask is not None:
+            m_seen = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)[None, :]
+            if EDGE:
+                m_seen = inside(m_seen, distance, 0, visible)
+            b_score = hide(b_score, m_seen)
+        if LOOP.FROM_LSE:
             b_pivot = b_max
         else:
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * unit)
-            # A row that has seen nothing yet keeps a finite pivot: (-inf) - (-inf) is NaN.
+            # A row that has seen no key yet keeps a finite pivot: (-inf) - (-inf) is NaN.
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_rescale = tl.exp2(b_max - b_pivot)
         b_log_a = b_score * unit - b_pivot[:, None]
         b_a = tl.exp2(b_log_a)
-        if ENTROPY:
-            if not FROM_LSE:  # sum of a * log2(a) moves with the pivot
+        if LOOP.ENTROPY:
+            if not LOOP.FROM_LSE:  # sum of a * log2(a) moves with the pivot
                 b_old_pivot = tl.where(b_max == float("-inf"), b_pivot, b_max)
                 b_log = (b_log + b_sum * (b_old_pivot - b_pivot)[:, None]) * b_rescale[:, None]
-            if EDGE or p_key_mask is not None:
+            if EDGE or visible.key_mask is not None:
                 b_log_a = tl.maximum(b_log_a, LOG2_ZERO)
             b_log = add_products(b_log, b_a, b_log_a, ROWS, BN, CHUNK)
-        b_here = sum_chunks(b_a, ROWS, BN, CHUNK)  # the same sum whatever is asked for
-        if MOMENT:
+        b_here = sum_chunks(b_a, ROWS, BN, CHUNK)  # the same sum whatever statistics are requested
+        if LOOP.MOMENT:
             # The distance is that of the tile's end and the rest within the tile: nothing large cancels.
-            if not FROM_LSE:
+            if not LOOP.FROM_LSE:
                 b_moment *= b_rescale[:, None]
             b_moment = add_moments(b_moment, b_a, 0, ROWS, BN, CHUNK)
             o_from_end = (CHUNK - 1 - tl.arange(0, CHUNK))[None, :]
             b_moment += b_here * ((o_position - (start + BN - 1))[:, None] + o_from_end).to(tl.float32)
-        if not FROM_LSE:
+        if not LOOP.FROM_LSE:
             b_sum = b_sum * b_rescale[:, None] + b_here
         updated = ()
-        for j in tl.static_range(len(LOOP_ROWS) // FIELDS):
-            b_w = weigh(distance.to(tl.float32), LOOP_ROWS, j)
+        for j in tl.static_range(len(LOOP.ROWS) // FIELDS):
+            b_w = weigh(distance.to(tl.float32), LOOP.ROWS, j)
             b_row = tl.sum(b_a * b_w, 1)
-            if FROM_LSE:
+            if LOOP.FROM_LSE:
                 updated = updated + (sums[j] + b_row,)
             else:
                 updated = updated + (sums[j] * b_rescale + b_row,)
         sums = updated
-        if not FROM_LSE:
-            if p_seed is not None:
-                m_kept = kept(p_seed, o_flat_head[:, None], o_query[:, None], (k_begin + o_key)[None, :], dropout)
+        if not LOOP.FROM_LSE:
+            if dropout is not None:
+                o_query = (sequence.q_begin + q_rows.o_row)[:, None]
+                m_kept = kept(dropout, o_flat_head[:, None], o_query, (sequence.k_begin + o_key)[None, :])
                 b_a = tl.where(m_kept, b_a, 0.0)
-            b_v = load_tile(p_v, v_strides, start, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, EDGE)
+            b_v = load_tile(values, start, sequence.n_keys, BN, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
-    return b_out, b_max, b_sum, b_log, b_moment, sums
+    return Softmax(b_out, b_max, b_sum, b_log, b_moment, sums)
 
 
 @triton.jit
 def forward(
-    p_q, p_k, p_v, p_out, p_lse, p_rows, p_columns, p_counted, p_key_mask, p_sinks, p_cu_q, p_cu_k, p_reach, p_seed,
-    n_batch, n_sequences, n_query_heads, group, query_offset, n_queries, n_keys, longest,
-    left, right, scale2, cap2, dropout,
-    q_strides, k_strides, v_strides, out_strides,
+    query, key, value, output, lse, rows, columns, query_mask, sinks, sequences, reach, sizes, visible, score, dropout,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
     BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr, BAND_BOUND: tl.constexpr,
@@ -182,114 +178,107 @@ def forward(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
-    n_blocks = tl.cdiv(longest, BM)
-    parts = tl.cdiv(group, HEADS)
-    n_key_heads = n_query_heads // group
+    LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
+    TILE: tl.constexpr = Tile(HEADS, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    n_blocks = tl.cdiv(sizes.longest, BM)
+    parts = tl.cdiv(sizes.group, HEADS)
+    n_key_heads = sizes.n_query_heads // sizes.group
     i_program = tl.program_id(0)
     i_block = n_blocks - 1 - i_program % n_blocks  # under a causal mask the longest rows first
     i_part = i_program // n_blocks % parts
     i_key_head = i_program // (n_blocks * parts) % n_key_heads
-    i_sequence = i_program // (n_blocks * parts * n_key_heads) % n_sequences
-    i_split = i_program // (n_blocks * parts * n_key_heads * n_sequences)
-    i_head = i_key_head * group + i_part * HEADS
-    i_batch, q_begin, rows, k_begin, keys, offset = extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys)
-    if p_cu_q is not None:  # the grid is that of the longest sequence
-        keys = tl.where(i_block * BM < rows, keys, 0)
-    packed = tl.minimum(HEADS, group - i_part * HEADS)
-    o_head, o_row, m_row = packed_rows(i_block, packed, rows, HEADS, BM)
-    o_position = offset + o_row
-    o_flat_head = i_batch * n_query_heads + i_head + o_head
-    o_flat = (wide(i_batch) * n_query_heads + i_head + o_head) * n_queries + q_begin + o_row  # in [B, Hq, Tq]
-    n_flat = wide(n_batch) * n_query_heads * n_queries
-    p_q_head = head_pointer(p_q, q_strides, i_batch, i_head, q_begin)
-    p_k_head = head_pointer(p_k, k_strides, i_batch, i_key_head, k_begin)
-    p_v_head = p_k_head  # not read with FROM_LSE
+    i_sequence = i_program // (n_blocks * parts * n_key_heads) % sizes.n_sequences
+    i_split = i_program // (n_blocks * parts * n_key_heads * sizes.n_sequences)
+    i_head = i_key_head * sizes.group + i_part * HEADS
+    sequence = sequence_of(i_sequence, sequences, sizes, i_block * BM, None)
+    i_batch, q_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.n_keys
+    n_packed = tl.minimum(HEADS, sizes.group - i_part * HEADS)
+    q_rows = packed_rows(i_block, n_packed, sequence.n_queries, HEADS, BM)
+    o_head, o_row, m_row = q_rows
+    o_position = sequence.offset + o_row
+    o_flat_head = i_batch * sizes.n_query_heads + i_head + o_head
+    o_flat = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row  # [B, Hq, Tq]
+    n_flat = wide(sizes.n_batch) * sizes.n_query_heads * sizes.n_queries
+    queries = head_of(query, i_batch, i_head, q_begin)
+    keys = head_of(key, i_batch, i_key_head, sequence.k_begin)
+    values = keys  # not read with FROM_LSE
     if not FROM_LSE:
-        p_v_head = head_pointer(p_v, v_strides, i_batch, i_key_head, k_begin)
+        values = head_of(value, i_batch, i_key_head, sequence.k_begin)
     if HEADS == 1:
-        b_q = load_tile(p_q_head, q_strides, i_block * BM, rows, BM, DIM, BLOCK_DIM, True)
+        b_q = load_tile(queries, i_block * BM, sequence.n_queries, BM, DIM, BLOCK_DIM, True)
     else:
-        b_q = load_packed(p_q_head, q_strides, o_head, o_row, m_row, DIM, BLOCK_DIM)
+        b_q = load_packed(queries, q_rows, DIM, BLOCK_DIM)
 
     # The rows see keys first .. end, and every row sees every key of whole .. edge, all of them whole tiles.
-    position = offset + i_block * BM
-    first, end = 0, keys
+    position = sequence.offset + i_block * BM
+    first, end = 0, n_keys
     if SPLIT_KEYS > 0:
         first = i_split * SPLIT_KEYS
-        end = tl.minimum(first + SPLIT_KEYS, keys)
-    first, whole, edge, end = key_range(position, first, end, left, right, BM, BN)
+        end = tl.minimum(first + SPLIT_KEYS, n_keys)
+    first, whole, edge, end = key_range(position, first, end, visible, BM, BN)
 
-    b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
-    b_sum = tl.zeros((HEADS * BM, CHUNK), tl.float32)
-    b_log = tl.zeros((HEADS * BM, CHUNK), tl.float32)
-    b_moment = tl.zeros((HEADS * BM, CHUNK), tl.float32)
-    sums = zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,))
+    b_zero = tl.zeros((HEADS * BM, CHUNK), tl.float32)
     if FROM_LSE:
-        b_max = tl.load(p_lse + o_flat, mask=m_row, other=float("inf"))
+        b_max = tl.load(lse + o_flat, mask=m_row, other=float("inf"))
     else:
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
-    if left is not None:
+    b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
+    state = Softmax(b_out, b_max, b_zero, b_zero, b_zero, zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,)))
+    if visible.left is not None:
         # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
-            b_out, b_max, b_sum, b_log, b_moment, sums = visit(
-                b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
-                v_strides, i_batch, first, whole, keys,
-                p_seed, o_flat_head, q_begin + o_row, k_begin, left, right, scale2, cap2, dropout,
-                LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, True, HEADS * BM, BN, CHUNK,
-            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+            state = visit(
+                state, b_q, q_rows, o_position, o_flat_head, keys, values, first, whole,
+                sequence, visible, score, dropout, True, LOOP, TILE,
             )  # fmt: skip
     if whole < edge:
-        b_out, b_max, b_sum, b_log, b_moment, sums = visit(
-            b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
-            v_strides, i_batch, whole, edge, keys,
-            p_seed, o_flat_head, q_begin + o_row, k_begin, left, right, scale2, cap2, dropout,
-            LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, False, HEADS * BM, BN, CHUNK,
-            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+        state = visit(
+            state, b_q, q_rows, o_position, o_flat_head, keys, values, whole, edge,
+            sequence, visible, score, dropout, False, LOOP, TILE,
         )  # fmt: skip
     if edge < end:
-        b_out, b_max, b_sum, b_log, b_moment, sums = visit(
-            b_out, b_max, b_sum, b_log, b_moment, sums, b_q, o_position, p_k_head, p_v_head, p_key_mask, k_strides,
-            v_strides, i_batch, edge, end, keys,
-            p_seed, o_flat_head, q_begin + o_row, k_begin, left, right, scale2, cap2, dropout,
-            LOOP_ROWS, ENTROPY, MOMENT, FROM_LSE, True, HEADS * BM, BN, CHUNK,
-            DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM,
+        state = visit(
+            state, b_q, q_rows, o_position, o_flat_head, keys, values, edge, end,
+            sequence, visible, score, dropout, True, LOOP, TILE,
         )  # fmt: skip
 
+    b_out, b_max, b_sum, b_log, b_moment, sums = state
     b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
     b_lse2 = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
-    b_mass = b_inverse  # what the rows' A sums to
+    b_mass = b_inverse  # the sum of each row's A
     if not FROM_LSE:
-        m_live = b_sum != 0.0  # a row of NaN is not one that sees nothing
+        m_live = b_sum != 0.0  # a row of NaN is not one that sees no key
         b_above = tl.log2(tl.where(m_live, b_sum, 1.0))  # of lse2 above the maximum
         b_lse2 = b_max + b_above
         b_inverse = 1.0 / tl.where(m_live, b_sum, 1.0)
         b_mass = tl.where(m_live, 1.0, 0.0)
-        if p_sinks is not None:
-            b_sink2 = tl.load(p_sinks + i_head + o_head, mask=m_row, other=float("-inf"))
+        if sinks is not None:
+            b_sink2 = tl.load(sinks + i_head + o_head, mask=m_row, other=float("-inf"))
             b_top = tl.maximum(b_lse2, tl.where(m_live, b_sink2, b_lse2))
             b_top = tl.where(m_live, b_top, 0.0)
             b_lse2 = b_top + tl.log2(tl.exp2(b_lse2 - b_top) + tl.exp2(b_sink2 - b_top))
             b_above = tl.where(m_live, b_lse2 - b_max, 0.0)
             b_inverse = tl.exp2(-b_above)
             b_mass = b_sum * b_inverse
-        p_split_lse = p_lse + i_split * n_flat
-        tl.store(p_split_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
+        p_lse = lse + i_split * n_flat
+        tl.store(p_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
         b_lse2 = tl.where(m_live & m_row, b_lse2, float("inf"))
         o_dim = tl.arange(0, BLOCK_VALUE_DIM)
-        p_out_head = head_pointer(p_out, out_strides, i_batch, i_head, q_begin) + i_split * n_flat * VALUE_DIM
-        o_element = o_head.to(tl.int64) * out_strides[1] + o_row.to(tl.int64) * out_strides[2]
-        pointers = p_out_head + o_element[:, None] + o_dim[None, :] * out_strides[3]
-        if p_seed is not None:
-            b_out *= 1.0 / (1.0 - dropout)
-        b_out = (b_out * b_inverse[:, None]).to(p_out.dtype.element_ty)
+        out = head_of(output, i_batch, i_head, q_begin)
+        o_element = o_head.to(tl.int64) * out.strides[1] + o_row.to(tl.int64) * out.strides[2]
+        pointers = out.pointer + i_split * n_flat * VALUE_DIM + o_element[:, None] + o_dim[None, :] * out.strides[3]
+        if dropout is not None:
+            b_out *= 1.0 / (1.0 - dropout.p)
+        b_out = (b_out * b_inverse[:, None]).to(output.pointer.dtype.element_ty)
         tl.store(pointers, b_out, mask=m_row[:, None] & (o_dim < VALUE_DIM)[None, :])
 
     N_LOOP: tl.constexpr = len(LOOP_ROWS) // FIELDS
     N_BAND: tl.constexpr = len(BAND_ROWS) // FIELDS
+    p_rows = rows
     n_stored = n_flat  # between one statistic's rows and the next one's
     if SPLIT_KEYS > 0:
-        n_stored = n_flat * tl.cdiv(n_keys, SPLIT_KEYS)
+        n_stored = n_flat * tl.cdiv(sizes.n_keys, SPLIT_KEYS)
         p_rows += i_split * n_flat
     if MOMENT:
         tl.store(p_rows + o_flat, b_moment * b_inverse, mask=m_row)
@@ -307,19 +296,17 @@ def forward(
     if len(BAND_ROWS) + len(BAND_COLUMNS) > 0:
         tl.static_assert(SPLIT_KEYS == 0, "the epilogue needs a whole row")
         behind = BEHIND
-        if p_reach is not None:  # of these heads; BEHIND is the largest of all
+        if reach is not None:  # of these heads; BEHIND is the largest of all
             o_place = tl.arange(0, HEADS)
-            behind = tl.max(tl.load(p_reach + i_head + o_place, mask=o_place < packed, other=-1), 0)
-        if p_cu_q is not None:
-            behind = tl.where(keys > 0, behind, -1)
-        m_counted = None
-        if p_counted is not None:
-            m_counted = tl.load(p_counted + wide(i_batch) * n_queries + q_begin + o_row, mask=m_row, other=0) != 0
+            behind = tl.max(tl.load(reach + i_head + o_place, mask=o_place < n_packed, other=-1), 0)
+        if sequences is not None:
+            behind = tl.where(n_keys > 0, behind, -1)
+        m_query = load_flags(query_mask, wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_lse2, m_counted, i_block, p_k_head, k_strides, p_key_mask, p_columns,
-            i_batch, i_head, n_batch, n_query_heads, packed, position, behind, k_begin, keys, n_keys,
-            left if BAND_BOUND else None, right, scale2, cap2,
-            BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD, HEADS, BM, BAND_BN, DIM, BLOCK_DIM,
+            b_q, b_lse2, m_query, position, behind, keys, sequence,
+            Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
+            Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,
+            Band(BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BAND_BN, DIM, BLOCK_DIM),
         )  # fmt: skip
         for j in tl.static_range(N_BAND):
             b_row = near[j] + BAND_ROWS[FIELDS * j + 3] * b_mass

@@ -1,14 +1,16 @@
-"""Device helpers that the kernels share: who sees whom, loading a tile, scores, and the step along the band.
+"""Device functions that the kernels share: loading a tile, scores, visibility, and the step along the band.
 
 Conventions, here and in every kernel: `i_` is a program's index, `o_` a vector of positions or offsets, `p_` a
-pointer, `b_` a block held in registers, `m_` a mask, `n_` a length. A pointer or bound that is None switches its
-feature off when the kernel is compiled. Scores live in the exp2 domain: `b_x` is score * log2(e), so that
-A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of weights arrives as one flat constexpr tuple, FIELDS values
-per statistic: function, two parameters, tail, digest of the function's source.
+pointer, `b_` a block held in registers, `m_` a mask, `n_` a count. Groups of arguments are defined in arguments.py; a
+pointer or bound that is None switches its feature off when the kernel is compiled. Scores live in the exp2 domain:
+`b_x` is score * log2(e), so that A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of weights arrives as one flat
+constexpr tuple, FIELDS values per statistic: function, two parameters, tail, digest of the function's source.
 """
 
 import triton
 import triton.language as tl
+
+from .arguments import Rows, Sequence, Strided
 
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
@@ -26,64 +28,63 @@ def weigh(distance, WEIGHTS: tl.constexpr, J: tl.constexpr):
 
 @triton.jit
 def wide(number):
-    """As a 64-bit scalar. An argument may be a plain constant (Triton specialises 1), which has no .to()."""
+    """The number as a 64-bit scalar. An argument may be a plain constant (Triton specialises 1), which has no .to()."""
     return tl.zeros((), tl.int64) + number
 
 
 @triton.jit
-def extent(i_sequence, p_cu_q, p_cu_k, query_offset, n_queries, n_keys):
-    """Batch row, first query, number of queries, first key, number of keys, position of the first query.
+def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
+    """The Sequence of a program that owns the queries from q_start on, or the keys from k_start on; the other is None.
 
-    The boundaries of packed sequences are forced inside the tensors: nobody may have checked them.
+    The grid is that of the longest sequence: a block that starts past the end of its own sequence has no keys
+    (queries). The boundaries of packed sequences are clamped to the tensors, because the host never reads them.
     """
-    if p_cu_q is None:
-        return i_sequence, 0, n_queries, 0, n_keys, query_offset
+    if sequences is None:
+        return Sequence(i_sequence, 0, sizes.n_queries, 0, sizes.n_keys, sizes.query_offset)
     else:
-        q_begin = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence), 0), n_queries)
-        q_end = tl.minimum(tl.maximum(tl.load(p_cu_q + i_sequence + 1), q_begin), n_queries)
-        k_begin = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence), 0), n_keys)
-        k_end = tl.minimum(tl.maximum(tl.load(p_cu_k + i_sequence + 1), k_begin), n_keys)
+        p_q, p_k = sequences.cu_seqlens_q + i_sequence, sequences.cu_seqlens_k + i_sequence
+        q_begin = tl.minimum(tl.maximum(tl.load(p_q), 0), sizes.n_queries)
+        q_end = tl.minimum(tl.maximum(tl.load(p_q + 1), q_begin), sizes.n_queries)
+        k_begin = tl.minimum(tl.maximum(tl.load(p_k), 0), sizes.n_keys)
+        k_end = tl.minimum(tl.maximum(tl.load(p_k + 1), k_begin), sizes.n_keys)
         queries, keys = q_end - q_begin, k_end - k_begin
-        return i_sequence * 0, q_begin, queries, k_begin, keys, keys - queries
+        offset = keys - queries
+        if q_start is not None:
+            keys = tl.where(q_start < queries, keys, 0)
+        if k_start is not None:
+            queries = tl.where(k_start < keys, queries, 0)
+        return Sequence(i_sequence * 0, q_begin, queries, k_begin, keys, offset)
 
 
 @triton.jit
-def head_pointer(p_base, strides, i_batch, i_head, begin):
-    """Where row `begin` of a (batch, head) stands. In 64 bits: B * H * T * D passes 2^31."""
-    return p_base + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
+def head_of(tensor, i_batch, i_head, begin):
+    """A head of a Strided tensor from row `begin` on. In 64 bits: B * H * T * D passes 2^31."""
+    strides = tensor.strides
+    pointer = tensor.pointer + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
+    return Strided(pointer, strides)
 
 
 @triton.jit
-def packed_rows(i_block, n_heads, n_rows, HEADS: tl.constexpr, BM: tl.constexpr):
-    """Head, row and existence of each row of a tile that packs BM positions of HEADS heads."""
-    o_packed = tl.arange(0, HEADS * BM)
-    o_head = o_packed // BM
-    o_row = i_block * BM + o_packed % BM
-    return o_head, o_row, (o_head < n_heads) & (o_row < n_rows)
-
-
-@triton.jit
-def load_packed(p_head, strides, o_head, o_row, m_row, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """[HEADS * BM, BLOCK_DIM] the rows of `packed_rows`, 0 where there is none."""
+def load_packed(head, rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """[HEADS * BM, BLOCK_DIM] the Rows of several heads from `head` on, 0 where there is none."""
     o_dim = tl.arange(0, BLOCK_DIM)
-    o_element = o_head.to(tl.int64) * strides[1] + o_row.to(tl.int64) * strides[2]
-    pointers = p_head + o_element[:, None] + o_dim[None, :].to(tl.int64) * strides[3]
-    return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
+    o_element = rows.o_head.to(tl.int64) * head.strides[1] + rows.o_row.to(tl.int64) * head.strides[2]
+    pointers = head.pointer + o_element[:, None] + o_dim[None, :].to(tl.int64) * head.strides[3]
+    return tl.load(pointers, mask=rows.m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def load_tile(
-    p_head, strides, start, n_rows,
-    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECKED: tl.constexpr,
+    head, start, n_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECKED: tl.constexpr
 ):  # fmt: skip
-    """[ROWS, BLOCK_DIM] the rows from `start` on, 0 beyond DIM and, if CHECKED, where there is no such row.
+    """[ROWS, BLOCK_DIM] a head's rows from `start` on, 0 beyond DIM and, if CHECKED, where there is no such row.
 
     The start moves a scalar 64-bit pointer; what a loop repeats are offsets within a tile, which don't change. Those
-    are 32 bits (launch.py sees to it): with 64 the main loop of 128 x 128 tiles takes 70 instructions more.
+    are 32 bits (the launcher sees to it): with 64 the main loop of 128 x 128 tiles takes 70 instructions more.
     """
     o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
-    p_tile = p_head + wide(start) * strides[2]
-    pointers = p_tile + (o_row[:, None] * strides[2] + o_dim[None, :] * strides[3])
+    p_tile = head.pointer + wide(start) * head.strides[2]
+    pointers = p_tile + (o_row[:, None] * head.strides[2] + o_dim[None, :] * head.strides[3])
     if CHECKED:
         m_row = (start + o_row >= 0) & (start + o_row < n_rows)
         return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
@@ -93,33 +94,41 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    p_head, strides, start, n_rows, b_x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
-):  # fmt: skip
+def store_tile(head, start, n_rows, b_x, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Write b_x [ROWS, BLOCK_DIM] to where `load_tile` would read it, in the pointer's type."""
     o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
-    p_tile = p_head + wide(start) * strides[2]
-    pointers = p_tile + (o_row[:, None] * strides[2] + o_dim[None, :] * strides[3])
+    p_tile = head.pointer + wide(start) * head.strides[2]
+    pointers = p_tile + (o_row[:, None] * head.strides[2] + o_dim[None, :] * head.strides[3])
     m_element = (start + o_row < n_rows)[:, None] & (o_dim < DIM)[None, :]
-    tl.store(pointers, b_x.to(p_head.dtype.element_ty), mask=m_element)
+    tl.store(pointers, b_x.to(head.pointer.dtype.element_ty), mask=m_element)
 
 
 @triton.jit
 def load_lse2(pointers, m_row):
-    """lse * log2(e), and +inf for rows that see nothing or don't exist, so that their A is exactly 0."""
+    """lse * log2(e), and +inf for rows that see no key or don't exist, so that their A is exactly 0."""
     b_lse = tl.load(pointers, mask=m_row, other=float("-inf"))
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
 
 
 @triton.jit
-def kept(p_seed, i_flat_head, o_query, o_key, dropout):
-    """Whether dropout leaves the weight of a query on a key, by their places in the tensors: in no tiling another.
+def load_flags(p_flags, o_flat, m_row):
+    """Bool vector of a uint8 mask, such as the query mask; None where there is no mask."""
+    if p_flags is None:
+        return None
+    else:
+        return tl.load(p_flags + o_flat, mask=m_row, other=0) != 0
+
+
+@triton.jit
+def kept(dropout, i_flat_head, o_query, o_key):
+    """True where dropout keeps A; it depends on a query's and a key's place in the tensors, not on the tiling.
 
     o_query and o_key broadcast to the tile. One of the four numbers of a Philox counter is used.
     """
     o_none = o_key * 0
-    o_bits, _, _, _ = tl.philox(tl.load(p_seed), o_none + o_query, o_key, o_none + i_flat_head, o_none, PHILOX_ROUNDS)
-    return (o_bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout  # 24 bits, all that float32 holds
+    seed = tl.load(dropout.seed)
+    o_bits, _, _, _ = tl.philox(seed, o_none + o_query, o_key, o_none + i_flat_head, o_none, PHILOX_ROUNDS)
+    return (o_bits >> 8).to(tl.float32) * 5.9604644775390625e-08 >= dropout.p  # 24 bits, all that float32 holds
 
 
 @triton.jit
@@ -140,48 +149,85 @@ def tanh(b_y):
 
 
 @triton.jit
-def scores(b_a, b_b, scale2, cap2):
-    """softcap * tanh(scale * a . b / softcap) * log2(e), or scale * a . b * log2(e) where cap2 is None."""
-    b_x = dot(b_a, b_b)
-    if cap2 is None:
-        b_x *= scale2
+def softcapped(b_dot, score):
+    """Two factors of a score in the exp2 domain: softcap * tanh(scale * a . b / softcap) * log2(e) and 1, or a . b and
+    scale * log2(e), which the online softmax folds into exp2's argument."""
+    if score.cap2 is None:
+        return b_dot, score.scale2
     else:
-        b_x = cap2 * tanh(b_x * (scale2 / cap2))
-    return b_x
+        return score.cap2 * tanh(b_dot * (score.scale2 / score.cap2)), 1.0
 
 
 @triton.jit
-def keys_present(p_key_mask, i_batch, o_key, n_keys):
-    """[len(o_key)] bool: the key exists and isn't padding. p_key_mask is (B, n_keys) uint8, or None."""
+def softcap_slope(b_x, score):
+    """The softcap's derivative at the capped scores b_x."""
+    b_tanh = b_x * (1.0 / score.cap2)
+    return 1.0 - b_tanh * b_tanh
+
+
+@triton.jit
+def scores(b_a, b_b, score):
+    """scale * a . b * log2(e), softcapped."""
+    b_x, unit = softcapped(dot(b_a, b_b), score)
+    return b_x * unit
+
+
+@triton.jit
+def keys_present(key_mask, i_batch, o_key, n_keys):
+    """[len(o_key)] bool: the key exists and isn't padding."""
     m_key = (o_key >= 0) & (o_key < n_keys)
-    if p_key_mask is not None:
-        m_key &= tl.load(p_key_mask + wide(i_batch) * n_keys + o_key, mask=m_key, other=0) != 0
+    if key_mask is not None:
+        m_key &= tl.load(key_mask + wide(i_batch) * n_keys + o_key, mask=m_key, other=0) != 0
     return m_key
 
 
 @triton.jit
-def inside(m_seen, distance, left, right):
-    """m_seen where also -right <= distance <= left; None: no bound."""
-    if left is not None:
-        m_seen = m_seen & (distance <= left)
-    if right is not None:
-        m_seen = m_seen & (distance >= -right)
+def inside(m_seen, o_query, o_key, visible):
+    """m_seen where the key is also inside the query's window. None stands for a mask that hides nothing.
+
+    Positions broadcast to the tile; a distance t - s passes as `distance, 0`.
+    """
+    if visible.left is not None:
+        m_near = o_query <= o_key + visible.left
+        m_seen = m_near if m_seen is None else m_seen & m_near
+    if visible.right is not None:
+        m_near = o_query >= o_key - visible.right
+        m_seen = m_near if m_seen is None else m_seen & m_near
     return m_seen
 
 
 @triton.jit
-def key_range(position, first, end, left, right, BM: tl.constexpr, BN: tl.constexpr):
-    """first, whole, edge, end: BM rows from `position` on see keys of first .. end alone, and each of them sees every
-    key of whole .. edge, which are whole tiles."""
+def hide(b_x, m_seen):
+    """Scores, -inf where a key is hidden."""
+    if m_seen is None:
+        return b_x
+    else:
+        return tl.where(m_seen, b_x, float("-inf"))
+
+
+@triton.jit
+def key_range(position, first, end, visible, BM: tl.constexpr, BN: tl.constexpr):
+    """first, whole, edge, end: the BM rows from `position` on see keys of first .. end alone, and each of them sees
+    every key of whole .. edge, which are whole tiles."""
     whole, edge = first, end
-    if left is not None:
-        first = tl.maximum(first, (position - left) // BN * BN)
-        whole = tl.maximum(first, tl.cdiv(position + BM - 1 - left, BN) * BN)
-    if right is not None:
-        end = tl.minimum(end, position + BM + right)
-        edge = tl.minimum(edge, position + right + 1)
+    if visible.left is not None:
+        first = tl.maximum(first, (position - visible.left) // BN * BN)
+        whole = tl.maximum(first, tl.cdiv(position + BM - 1 - visible.left, BN) * BN)
+    if visible.right is not None:
+        end = tl.minimum(end, position + BM + visible.right)
+        edge = tl.minimum(edge, position + visible.right + 1)
     whole = tl.minimum(whole, tl.maximum(end, first))
     return first, whole, tl.maximum(edge // BN * BN, whole), end
+
+
+@triton.jit
+def query_range(position, first, last, visible, BN: tl.constexpr):
+    """Of the queries first .. last, those that see keys of a block of BN; position: its first key's, as a row."""
+    if visible.right is not None:
+        first = tl.minimum(tl.maximum(first, position - visible.right), last)
+    if visible.left is not None:
+        last = tl.maximum(tl.minimum(last, position + BN + visible.left), first)
+    return first, last
 
 
 @triton.jit
@@ -194,73 +240,75 @@ def zeros_for(COUNT: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def packed_rows(i_block, n_heads, n_rows, HEADS: tl.constexpr, BM: tl.constexpr):
+    """The Rows of a tile that packs BM positions of HEADS heads, n_heads of which exist."""
+    o_packed = tl.arange(0, HEADS * BM)
+    o_head = o_packed // BM
+    o_row = i_block * BM + o_packed % BM
+    return Rows(o_head, o_row, (o_head < n_heads) & (o_row < n_rows))
+
+
+@triton.jit
 def band_step(
-    sums,  # per row statistic [BN, HEADS * BM]
+    sums,  # per row statistic [BN, HEADS * BM]; (): no row statistic needs the tile
     relative,
+    block_start,
     b_qt,  # [BLOCK_DIM, HEADS * BM], the rows of HEADS heads of one group
     b_lse2,  # [HEADS * BM], +inf for rows that don't exist
-    m_counted,  # [HEADS * BM] bool: counts in columns; None: every row
+    m_query,  # [HEADS * BM] bool: counts in columns; None: every row
     o_row,  # [HEADS * BM] float32, each row's place in its block of BM
-    p_k, k_strides, p_key_mask, p_columns,
-    i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
-    left, right, scale2, cap2,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr, EDGE: tl.constexpr,
-    HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    keys, sequence, slots, visible, score,
+    EDGE: tl.constexpr, BAND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The tile of keys at block_start + relative. EDGE: some may not exist or may not be seen by a row.
+    """Add the tile of keys at block_start + relative. EDGE: a key may not exist or may be hidden from a row.
 
     The tile is transposed, [BN, HEADS * BM]: a column is a sum along a tile's row, within few threads, and rows
     accumulate elementwise until the last tile.
     """
-    SLOTS_AHEAD: tl.constexpr = (AHEAD + BM - 1) // BM
-    SLOTS: tl.constexpr = SLOTS_AHEAD + 1 + (BEHIND + BM - 1) // BM
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
+    SLOTS_AHEAD: tl.constexpr = (BAND.AHEAD + BM - 1) // BM
+    SLOTS: tl.constexpr = SLOTS_AHEAD + 1 + (BAND.BEHIND + BM - 1) // BM
     start = block_start + relative
     o_tile = tl.arange(0, BN)
     o_key = start + o_tile
-    b_k = load_tile(p_k, k_strides, start, n_keys, BN, DIM, BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
-    b_x = scores(b_k, b_qt, scale2, cap2) - b_lse2[None, :]  # [BN, HEADS * BM]
+    b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
+    b_x = scores(b_k, b_qt, score) - b_lse2[None, :]  # [BN, HEADS * BM]
     o_near = (relative + o_tile).to(tl.float32)
     m_key = o_key >= 0
     if EDGE:
-        m_key = keys_present(p_key_mask, i_batch, o_key, n_keys)
-        if right is not None:  # a key that isn't there lies in every row's future: one comparison hides both
+        m_key = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)
+        if visible.right is not None:  # an absent key lies in every row's future: one comparison hides both
             o_near = tl.where(m_key, o_near, FAR)
     distance = o_row[None, :] - o_near[:, None]
     if EDGE:
-        m_seen = m_key[:, None]
-        if right is not None:
-            m_seen = distance == distance
+        m_exists = m_key[:, None] if visible.right is None else None
         # Hidden before exp2: a padded score of 0 less an lse of -90 would overflow.
-        b_x = tl.where(inside(m_seen, distance, left, right), b_x, float("-inf"))
+        b_x = hide(b_x, inside(m_exists, distance, 0, visible))
     b_a = tl.exp2(b_x)
     updated = ()
-    for j in tl.static_range(len(ROWS) // FIELDS):
-        b_w = weigh(distance, ROWS, j)
-        updated = updated + (sums[j] + b_a * b_w,)
-    if len(COLUMNS) > 0:
-        if m_counted is not None:
-            b_a = tl.where(m_counted[None, :], b_a, 0.0)
+    for j in tl.static_range(len(sums)):
+        updated = updated + (sums[j] + b_a * weigh(distance, BAND.ROWS, j),)
+    if len(BAND.COLUMNS) > 0:
+        if m_query is not None:
+            b_a = tl.where(m_query[None, :], b_a, 0.0)
         slot = SLOTS_AHEAD - ((relative + o_tile + BM * SLOTS) // BM - SLOTS)  # floor division of a signed number
-        o_head = tl.arange(0, HEADS)
-        m_store = (m_key & (slot >= 0) & (slot < SLOTS))[:, None] & (o_head < n_heads)[None, :]
-        o_place = (slot.to(tl.int64) * n_batch + i_batch) * n_all_heads + i_head
-        o_column = (o_place[:, None] + o_head[None, :]) * n_all_keys + (k_begin + o_key)[:, None]
-        for j in tl.static_range(len(COLUMNS) // FIELDS):
-            b_w = weigh(distance, COLUMNS, j)
-            b_sum = tl.sum(tl.reshape(b_a * b_w, (BN, HEADS, BM)), 2)  # [BN, HEADS]
-            p_column = p_columns + wide(j * SLOTS) * n_batch * n_all_heads * n_all_keys
+        o_head = tl.arange(0, TILE.HEADS)
+        m_store = (m_key & (slot >= 0) & (slot < SLOTS))[:, None] & (o_head < slots.n_packed)[None, :]
+        o_place = (slot.to(tl.int64) * slots.n_batch + sequence.i_batch) * slots.n_heads + slots.i_head
+        o_column = (o_place[:, None] + o_head[None, :]) * slots.n_keys + (sequence.k_begin + o_key)[:, None]
+        for j in tl.static_range(len(BAND.COLUMNS) // FIELDS):
+            b_w = weigh(distance, BAND.COLUMNS, j)
+            b_sum = tl.sum(tl.reshape(b_a * b_w, (BN, TILE.HEADS, BM)), 2)  # [BN, HEADS]
+            p_column = slots.pointer + wide(j * SLOTS) * slots.n_batch * slots.n_heads * slots.n_keys
             tl.store(p_column + o_column, b_sum, mask=m_store)
     return updated
 
 
 @triton.jit
 def band_sweep(
-    b_q, b_lse2, m_counted, i_block,
-    p_k, k_strides, p_key_mask, p_columns,
-    i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, behind, k_begin, n_keys, n_all_keys,
-    left, right, scale2, cap2,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
-    HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    b_q, b_lse2, m_query, block_start, behind, keys, sequence, slots, visible, score,
+    BAND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.
 
@@ -275,12 +323,15 @@ def band_sweep(
     B, heads, all keys], so that no two programs write to one place and the sum over slots is always the same.
     """
     # Tiles end where the block does: with BM < BN the last one then holds all keys that a row statistic looks at.
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
     LAST: tl.constexpr = BM - (BM + BN - 1) // BN * BN
-    NEAR: tl.constexpr = LAST - (max(ROWS_BEHIND + LAST, 0) + BN - 1) // BN * BN
+    NEAR: tl.constexpr = LAST - (max(BAND.ROWS_BEHIND + LAST, 0) + BN - 1) // BN * BN
+    n_keys = sequence.n_keys
     first = LAST - tl.maximum(tl.cdiv(tl.minimum(behind, block_start) + LAST, BN), 0) * BN
-    last = tl.minimum(BM + AHEAD, n_keys - block_start)
+    last = tl.minimum(BM + BAND.AHEAD, n_keys - block_start)
     last = tl.where(behind < 0, LAST, last)
-    if left is None and p_key_mask is None:
+    if visible.left is None and visible.key_mask is None:
         # Whole tiles of keys behind the block are seen by all its rows; the first tile may begin before key 0.
         inner = tl.minimum(tl.where(block_start + first < 0, first + BN, first), LAST)
         inner = tl.where(block_start <= n_keys, inner, LAST)
@@ -289,38 +340,35 @@ def band_sweep(
     near = tl.maximum(inner, NEAR)
     before = (inner - first) // BN  # tiles, and after them those from LAST on
     b_qt = tl.trans(b_q)
-    o_row = (tl.arange(0, HEADS * BM) % BM).to(tl.float32)
-    sums = zeros_for(len(ROWS) // FIELDS, (BN, HEADS * BM))
-    if len(COLUMNS) > 0:
+    o_row = (tl.arange(0, TILE.HEADS * BM) % BM).to(tl.float32)
+    sums = zeros_for(len(BAND.ROWS) // FIELDS, (BN, TILE.HEADS * BM))
+    if len(BAND.COLUMNS) > 0:
         for relative in range(inner, near, BN):
             band_step(
-                (), relative, b_qt, b_lse2, m_counted, o_row, p_k, k_strides, p_key_mask, p_columns,
-                i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
-                left, right, scale2, cap2, (), COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
+                (), relative, block_start, b_qt, b_lse2, m_query, o_row,
+                keys, sequence, slots, visible, score, False, BAND, TILE,
             )  # fmt: skip
     for relative in range(near, LAST, BN):
         sums = band_step(
-            sums, relative, b_qt, b_lse2, m_counted, o_row, p_k, k_strides, p_key_mask, p_columns,
-            i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
-            left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, False, HEADS, BM, BN, DIM, BLOCK_DIM,
+            sums, relative, block_start, b_qt, b_lse2, m_query, o_row,
+            keys, sequence, slots, visible, score, False, BAND, TILE,
         )  # fmt: skip
     for i_tile in range(before + tl.cdiv(tl.maximum(last - LAST, 0), BN)):
+        relative = tl.where(i_tile < before, first, LAST - before * BN) + i_tile * BN
         sums = band_step(
-            sums, tl.where(i_tile < before, first, LAST - before * BN) + i_tile * BN, b_qt, b_lse2, m_counted, o_row,
-            p_k, k_strides, p_key_mask, p_columns,
-            i_batch, i_head, n_batch, n_all_heads, n_heads, block_start, k_begin, n_keys, n_all_keys,
-            left, right, scale2, cap2, ROWS, COLUMNS, BEHIND, AHEAD, True, HEADS, BM, BN, DIM, BLOCK_DIM,
+            sums, relative, block_start, b_qt, b_lse2, m_query, o_row,
+            keys, sequence, slots, visible, score, True, BAND, TILE,
         )  # fmt: skip
     reduced = ()
-    for j in tl.static_range(len(ROWS) // FIELDS):
+    for j in tl.static_range(len(BAND.ROWS) // FIELDS):
         reduced = reduced + (tl.sum(sums[j], 0),)
     return reduced
 
 
 @triton.jit
-def row_mass(b_lse2, p_sinks, i_head, o_head, m_row):
-    """What a row's A sums to: 1 less the sink's share, 0 where it sees nothing (lse2 = +inf)."""
+def row_mass(b_lse2, sinks, i_head, rows):
+    """The sum of a row's A: 1 less the sink's share, 0 where it sees no key (lse2 = +inf)."""
     b_mass = tl.where(b_lse2 < float("inf"), 1.0, 0.0)
-    if p_sinks is not None:
-        b_mass -= tl.exp2(tl.load(p_sinks + i_head + o_head, mask=m_row, other=float("-inf")) - b_lse2)
+    if sinks is not None:
+        b_mass -= tl.exp2(tl.load(sinks + i_head + rows.o_head, mask=rows.m_row, other=float("-inf")) - b_lse2)
     return b_mass

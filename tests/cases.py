@@ -30,7 +30,7 @@ from attnstats import (
     Statistic,
     reference,
 )
-from attnstats.statistics import ColumnStatistic, DistanceWeighted
+from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted
 
 EVERY = (
     WAAD(1),
@@ -188,7 +188,7 @@ def allowed(statistic: Statistic | None, case: Case, backend: str, truth: Tensor
             Entropy: lambda s: 1.0 + float(truth.abs().max()),
             Received: lambda s: float(case.query_length),
             PooledMap: lambda s: float(case.query_length),
-        }.get(type(statistic), lambda s: 1.0)(statistic)
+        }.get(type(statistic), lambda s: 1.0 if s.name in CATALOGUE else max(1.0, float(truth.abs().max())))(statistic)
         floor = 8 * eps * magnitude * bound
     return 2 * float((eager.double() - truth).abs().max()) + floor
 
@@ -211,7 +211,7 @@ def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse
         arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
     wide = [x.double() for x in (query, key, value)]
     attention: Any = attnstats.attention
-    eager_attention = reference.attention
+    eager_attention: Any = reference.attention
     if case.packed:
         attention, eager_attention = attnstats.varlen_attention, reference.varlen_attention
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))

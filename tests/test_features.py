@@ -1,6 +1,5 @@
 """Every feature of attention with every statistic, on every backend, from the pass itself and from its lse."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -9,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, PooledMap, Received, reference
-from attnstats.core.arguments import resolve
-from attnstats.triton import launch
+from attnstats.triton.configs import targeting
 from tests.cases import Case, check
 
 BACKENDS = ["tiled", "triton"]
@@ -172,36 +170,12 @@ def test_distances_at_a_million_positions(device):
     assert float(((a - b) / b).abs().max()) <= 1e-6
 
 
-def test_row_sums_that_are_not_chunked(monkeypatch, device):
+def test_row_sums_that_are_not_chunked(device):
     """As on sm_100 and AMD, where chunks of columns would move between threads."""
-    monkeypatch.setattr(launch, "chunk", lambda _: 1)
     case = Case(asked=(3, 4, 6), key_length=50)
-    check(case, "triton", device)
-    check(case, "triton", device, from_lse=True)
-
-
-def test_a_configuration_that_does_not_fit_gives_way(monkeypatch, device):
-    from triton.runtime.errors import OutOfResources
-
-    tried = []
-
-    def small(config):
-        tried.append(config)
-        if len(tried) < 3:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return config
-
-    monkeypatch.setattr(launch, "_TOO_LARGE", {})
-    monkeypatch.setattr(launch, "candidates", lambda *_: iter([(64,), (32,), (16,), (8,)]))
-    query, key, _ = Case(group=1).tensors(device)
-    geometry = dataclasses.replace(resolve(query, key, None, ()), memo={})
-    assert launch._fitting("forward", geometry, 64, small) == (16,)
-    assert launch._fitting("forward", geometry, 64, small) == (16,)
-    assert tried == [(64,), (32,), (16,), (16,)]  # what didn't fit once isn't tried again
-    monkeypatch.setattr(launch, "candidates", lambda *_: iter([(64,)]))
-    geometry.memo.clear()
-    with pytest.raises(ValueError, match=r"head_dim 64 in torch.float32 needs more shared memory.*backend='tiled'"):
-        launch._fitting("forward", geometry, 64, small)
+    with targeting("sm_100"):
+        check(case, "triton", device)
+        check(case, "triton", device, from_lse=True)
 
 
 class Watch(TorchDispatchMode):

@@ -5,7 +5,8 @@ import torch
 
 import attnstats
 from attnstats import FAI, LSE, WAAD, LocalMass, PooledMap, Received, SinkMass, attention
-from attnstats.statistics import CATALOGUE, ByStatistic, DistanceWeighted, resolve
+from attnstats.results import ByStatistic
+from attnstats.statistics import CATALOGUE, DistanceWeighted, resolve
 
 
 def test_names_are_those_of_the_design():

@@ -1,17 +1,22 @@
-"""Tiny random models with inputs and eager maps to compare with, and an analysis made by hand."""
+"""Tiny random models with inputs and eager maps to compare with, an analysis made by hand, Ctrl-C at a chosen pass."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic, heads, rhythm
+from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic, heads
+from attnstats.curves import delta
 from attnstats.study.analysis import Analysis
-from attnstats.study.maps import Maps, segments
+from attnstats.study.maps import Maps, cell_boundaries
 
 WORDS = [
     "<pad>",
@@ -197,7 +202,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         waad=waad,
         fai=heads.class_mean(per_head[1], classes.global_) * fai_valid / 10,
         fai_valid=fai_valid,
-        delta=rhythm.delta(waad[response]),
+        delta=delta(waad[response]),
         entropy=torch.cat([torch.tensor([torch.nan]), torch.rand(length - 1, generator=draw)]),
         maps=synthetic_maps(prompt, length),
     )
@@ -205,7 +210,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
 
 def synthetic_maps(prompt: int, length: int) -> Maps:
     """Maps that fall off with the distance: the local one steeply, with 0 where a query would see what comes later."""
-    rows, columns = map(torch.tensor, segments(prompt, length))
+    rows, columns = map(torch.tensor, cell_boundaries(prompt, length))
     apart = (rows[:-1, None] - columns[None, :-1]).double()
     maps = [torch.exp(-apart / scale).masked_fill(apart < 0, 0.0) for scale in (5, 50)]
     near = torch.arange(min(64, length))
@@ -229,3 +234,23 @@ class Silent:
 
     def finish(self) -> None:
         pass
+
+
+@contextmanager
+def interrupted_in_pass(number: int) -> Iterator[None]:
+    """Ctrl-C in the forward pass of this number, from 1, over a whole sequence; generation and checks don't count."""
+    from transformers import LlamaForCausalLM
+
+    forward, passes = LlamaForCausalLM.forward, []
+
+    @functools.wraps(forward)
+    def interrupted(self: Any, *args: Any, **inputs: Any) -> Any:
+        if inputs.get("use_cache") is False and inputs["input_ids"].shape[1] > 1:
+            passes.append(1)
+            if len(passes) == number:
+                raise KeyboardInterrupt
+        return forward(self, *args, **inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", interrupted)
+        yield

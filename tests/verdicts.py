@@ -2,7 +2,7 @@
 
 `judge` gives one of four verdicts, or raises AssertionError where attnstats gave numbers that are wrong and no
 error: that is no category. `python -m tests.verdicts` judges every family and prints what changed against
-families.json; with --write it writes that file, docs/families.md and the table in README.md.
+families.json; with --write it writes that file and docs/families.md.
 """
 
 from __future__ import annotations
@@ -251,8 +251,7 @@ def _layer(name: str, module: Any) -> int:
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("families.json")
-DOCUMENT, README = ROOT / "docs" / "families.md", ROOT / "README.md"
-MARKS = "<!-- families: python -m tests.verdicts --write -->", "<!-- families end -->"
+DOCUMENT = ROOT / "docs" / "families.md"
 NOT_BUILT = "not judged"
 ORDER = (WORKS, DENSE, UNPADDED, REFUSED, NOT_BUILT)
 
@@ -270,7 +269,7 @@ def read_table() -> tuple[str, dict[str, Verdict]]:
 
 
 def summary(version: str, table: dict[str, Verdict]) -> str:
-    """The table of the README: families by verdict and reason."""
+    """The families by verdict and reason, as a table."""
     lines = ["| | families of transformers " + version + " |", "| -- | -- |"]
     for category in ORDER:
         reasons: dict[str, list[str]] = {}
@@ -284,21 +283,25 @@ def summary(version: str, table: dict[str, Verdict]) -> str:
 
 def document(version: str, table: dict[str, Verdict]) -> str:
     """docs/families.md."""
-    counts = ", ".join(
-        f"{sum(verdict.category == category for verdict in table.values())} {category}" for category in ORDER
-    )
-    head = f"""# Families
+    head = f"""# Model families
 
-Which models of transformers {version} `attnstats.capture` works on: every family that AutoModelForCausalLM knows, and
-encoders and encoder-decoders besides. Of each, a tiny random model with one layer of every kind that the family has ran
-a batch of two rows, one of them padded (encoders on the right, the others on the left), and one without padding.
+The models of transformers {version} on which `attnstats.capture` works: every family that AutoModelForCausalLM knows,
+and encoders and encoder-decoders besides. Each was tested with a tiny random model that has one layer of every kind in
+the family, on a batch of two rows of which one is padded (encoders on the right, the others on the left), and on one
+without padding.
 
-"works": logits within {LOGITS_TOLERANCE:g} of the model's own eager attention in float32, and WAAD, FAI, MeanDistance,
-Received and Entropy of every head of every layer within {WEIGHT_TOLERANCE:g} per unit of mass of what the maps of
-`output_attentions=True` give by definition; of encoder-decoders for the encoder, the decoder and across. Everything
-else is an error that says why. {counts}.
+"works" means two things in float32. Logits are within {LOGITS_TOLERANCE:g} of the model's own eager attention. And
+WAAD, FAI, MeanDistance, Received and Entropy of every head of every layer are within {WEIGHT_TOLERANCE:g} per unit of
+mass of their definition on the maps of `output_attentions=True`; of encoder-decoders for the encoder, the decoder and
+cross-attention. Everything else is an error that says why.
 
-Written by `python -m tests.verdicts --write`; `tests/test_families.py` fails when a verdict changes.
+Written by `python -m tests.verdicts --write`; tests/transformers/test_families.py fails when a verdict changes.
+
+## By verdict
+
+{summary(version, table)}
+
+## By family
 
 | family | class | verdict | why |
 | -- | -- | -- | -- |
@@ -307,17 +310,10 @@ Written by `python -m tests.verdicts --write`; `tests/test_families.py` fails wh
     return head + "\n".join(rows) + "\n"
 
 
-def in_readme(text: str) -> str:
-    """The table between the marks."""
-    return text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
-
-
 def write(version: str, table: dict[str, Verdict]) -> None:
     entries = {family: list(table[family]) for family in sorted(table)}
     TABLE.write_text(json.dumps({"transformers": version, "families": entries}, indent=1) + "\n")
     DOCUMENT.write_text(document(version, table))
-    before, _, rest = README.read_text().partition(MARKS[0])
-    README.write_text(f"{before}{MARKS[0]}\n{summary(version, table)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 def main() -> int:

@@ -1,15 +1,15 @@
-"""Who sees whom: lengths, positions, windows, padding, packed sequences and counted queries of one attention call.
+"""One attention call without its numbers: lengths, positions, windows, padding, packed sequences, counted queries.
 
-A `Geometry` is made by `arguments.resolve`, which validates; everything behind it trusts a Geometry, and what it
-derives costs O(T). Used by every backend; `reference` only takes the plain facts and derives the rest from dense
-masks itself.
+`arguments.resolve` makes a `Geometry` and validates; everything behind it trusts a Geometry, and what it derives costs
+O(T). `reference` takes only its plain facts and derives the rest from dense masks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 
 from attnstats.core.packing import Line, Packing
-from attnstats.statistics import (
-    LSE,
-    ColumnStatistic,
-    PooledMap,
-    Statistic,
-    Statistics,
-)
+from attnstats.results import AttentionResult, Statistics
+from attnstats.statistics import PooledMap, Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +28,7 @@ class Geometry:
     Query t may see key s where `-right <= t - s <= left`, in absolute positions, unless a mask hides it.
 
     Attributes:
+        statistics: those to compute.
         query_offset: position of the first query; the keys stand at 0 .. key_length - 1. None where queries and
             keys share no positions (cross-attention), so that no distance is defined. Negative only for a packed
             sequence with more queries than keys, whose first queries see nothing.
@@ -40,7 +36,7 @@ class Geometry:
         softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
         sinks: (Hq,) float, one more logit per head in every row's softmax that belongs to no key; None: none.
         key_mask: (B, Tk) bool, True where a key may be seen; None: all.
-        query_real: (B, Tq) bool, True where a query isn't padding; None: all.
+        real_queries: (B, Tq) bool, True where a query isn't padding; None: all.
         query_mask: (B, Tq) bool, True where a query counts (the paper's response R); None: all.
         dense_mask: the caller's attn_mask where it depends on the query, (B|1, Hq|1, Tq|1, Tk), bool (True: may
             be seen) or additive. Only `reference` takes it.
@@ -49,9 +45,11 @@ class Geometry:
         heads: the query heads of statistics that were not asked of all heads.
         dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
         dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
-        memo: what a backend derived from this geometry and needs again with the next call like it.
+        differentiable: statistics carry gradients.
+        memo: values that backends derive from this geometry and read again in the next call like it.
     """
 
+    statistics: tuple[Statistic, ...]
     batch: int
     query_heads: int
     key_heads: int
@@ -68,37 +66,38 @@ class Geometry:
     softcap: float | None = None
     sinks: Tensor | None = None
     key_mask: Tensor | None = None
-    query_real: Tensor | None = None
+    real_queries: Tensor | None = None
     query_mask: Tensor | None = None
     dense_mask: Tensor | None = None
     packing: Packing | None = None
     heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    differentiable: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Query heads per key head."""
         return self.query_heads // self.key_heads
 
-    @property
+    @functools.cached_property
     def accumulator(self) -> torch.dtype:
         """The dtype of lse and of the statistics."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
+    @functools.cached_property
     def offset(self) -> int:
         """`query_offset`, and 0 where positions have no meaning and only have to be consistent."""
         return self.query_offset or 0
 
-    @property
+    @functools.cached_property
     def is_causal(self) -> bool:
         return self.right == 0
 
-    @property
+    @functools.cached_property
     def all_live(self) -> bool:
-        """Whether it is certain, without a look at a mask, that every query sees a key."""
+        """True if every query is certain to see a key, without a look at a mask."""
         return self.key_mask is None and self.packing is None and self.left is None and self.offset >= 0
 
     def live(self) -> Tensor:
@@ -113,9 +112,9 @@ class Geometry:
 
     def counted(self, last: int | None = None) -> Tensor | None:
         """(B, Tq) bool: the query counts in column statistics, only the `last` of each sequence if given; None: all."""
-        counted = self.query_real if self.query_mask is None else self.query_mask
-        if counted is not None and self.query_mask is not None and self.query_real is not None:
-            counted = self.query_mask & self.query_real
+        counted = self.real_queries if self.query_mask is None else self.query_mask
+        if counted is not None and self.query_mask is not None and self.real_queries is not None:
+            counted = self.query_mask & self.real_queries
         if last is None:
             return counted
         if counted is None:
@@ -140,37 +139,34 @@ class Geometry:
         return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
-        """Where a value is more than a placeholder: (B, Tq) for rows, (B, Tk) for columns, (B, I, J) for a map."""
-        key_real = self._key_real()
-        if isinstance(statistic, ColumnStatistic):
-            return key_real if statistic.horizon is None else self.counts(statistic) > 0
+        """False for placeholders: (B, Tq) bool for rows, (B, Tk) for columns, (B, I, J) for a map."""
+        real_keys = self._real_keys()
+        if statistic.axis == "column":
+            return real_keys if statistic.horizon is None else self.counts(statistic) > 0
         counted = self.counted()
         rows = self.live() if counted is None else self.live() & counted
         if not isinstance(statistic, PooledMap):
             return rows
         query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
-        return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(key_real, key_bounds)[:, None, :]
+        return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(real_keys, key_bounds)[:, None, :]
 
-    def counts(self, statistic: ColumnStatistic) -> Tensor:
+    def counts(self, statistic: Statistic) -> Tensor:
         """(B, Tk) int64: the counted queries behind each mean of a statistic with a horizon, 0 for padding."""
         assert statistic.horizon is not None
-        return self.queries_at_distance(*statistic.horizon) * self._key_real()
+        return self.queries_at_distance(*statistic.horizon) * self._real_keys()
 
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
         heads = len(self.heads.get(statistic, range(self.query_heads)))
-        if isinstance(statistic, ColumnStatistic):
-            return self.batch, heads, self.key_length
         if isinstance(statistic, PooledMap):
-            query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
-            return self.batch, heads, len(query_bounds) - 1, len(key_bounds) - 1
-        return self.batch, heads, self.query_length
+            return self.batch, heads, *statistic.segment_counts
+        return self.batch, heads, self.key_length if statistic.axis == "column" else self.query_length
 
     def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
-        """From sums to what is returned: means over counted queries, zeros where there is nothing but padding."""
-        if isinstance(statistic, (LSE, PooledMap)):
+        """The returned value of a backend's sums: means over counted queries, zeros for padding."""
+        if statistic.method in ("lse", "pooled"):
             return tensor
-        if isinstance(statistic, ColumnStatistic):
+        if statistic.axis == "column":
             if self.key_mask is not None:
                 tensor = tensor.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is None:
@@ -182,28 +178,28 @@ class Geometry:
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     self.memo[statistic.horizon] = counts
             return tensor / counts
-        if self.all_live and self.query_real is None:
+        if self.all_live and self.real_queries is None:
             return tensor
-        rows = self.live() if self.query_real is None else self.live() & self.query_real
+        rows = self.live() if self.real_queries is None else self.live() & self.real_queries
         return tensor.masked_fill(~rows[:, None], 0.0)
 
     def gradient_of_sums(self, statistic: Statistic, grad: Tensor) -> Tensor:
-        """From the gradient for what `finish` returned that for the sums, in all heads; 0 for placeholders."""
+        """The gradient of a backend's sums, in all heads, from that of the value that `finish` returned."""
         grad = grad.to(self.accumulator)
-        if isinstance(statistic, ColumnStatistic):
+        if statistic.axis == "column":
             if self.key_mask is not None:
                 grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is not None:
                 grad = grad / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
-        elif not self.all_live or self.query_real is not None:
+        elif not self.all_live or self.real_queries is not None:
             rows = self.live()
-            if self.query_real is not None and not isinstance(statistic, LSE):  # padding has an lse
-                rows = rows & self.query_real
+            if self.real_queries is not None and statistic.method != "lse":  # padding has an lse
+                rows = rows & self.real_queries
             grad = grad.masked_fill(~rows[:, None], 0.0)
         return self.in_all_heads(statistic, grad)
 
     def in_all_heads(self, statistic: Statistic, x: Tensor) -> Tensor:
-        """(B, Hq, T): x, which has the statistic's heads alone, and 0 in the others."""
+        """(B, Hq, T): x in the statistic's heads, 0 in the others."""
         if statistic not in self.heads:
             return x
         every = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
@@ -223,11 +219,16 @@ class Geometry:
 
     def subset(self, heads: tuple[int, ...]) -> Geometry:
         """The same call for some of its query heads, each with a key head of its own."""
-        sinks = None if self.sinks is None else self.sinks[list(heads)]
-        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={})
+        subset = self.memo.get(("subset", heads))
+        if subset is None:
+            sinks = None if self.sinks is None else self.sinks[list(heads)]
+            subset = self.memo["subset", heads] = dataclasses.replace(
+                self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={}
+            )
+        return subset
 
     def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
-        """Each packed sequence that has queries and keys: where they lie, and the call that it is on its own."""
+        """Yield the slices of queries and of keys of each packed sequence that has both, and its geometry alone."""
         assert self.packing is not None
         for queries, keys in self.packing.slices():
             if queries.start < queries.stop and keys.start < keys.stop:
@@ -247,7 +248,7 @@ class Geometry:
                     ),
                 )
 
-    def _key_real(self) -> Tensor:
+    def _real_keys(self) -> Tensor:
         """(B, Tk) bool: not padding, and of a sequence."""
         real = self.key_mask
         if real is None:
@@ -281,38 +282,49 @@ class Geometry:
 
 
 class Evaluation(NamedTuple):
-    """What a backend returns: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic."""
+    """The results of a backend: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic."""
 
     output: Tensor
     lse: Tensor
     tensors: dict[Statistic, Tensor]
 
 
-class Step(NamedTuple):
-    """One pass of a plan, for `attnstats.explain`: what runs, what it computes, and what it costs over all heads."""
-
-    runs: str
-    computes: str
-    flops: int
-    scratch_bytes: int
+Validity = Callable[[Statistic], Tensor]
 
 
-class AttentionResult(NamedTuple):
-    """What `attnstats.attention` returns; unpacks as `output, statistics`."""
+def as_result(
+    evaluation: Evaluation, geometry: Geometry, validity: Validity | None = None, counts: Validity | None = None
+) -> AttentionResult:
+    """The public result of an evaluation; a packed call loses its batch dimension of one."""
+    output, lse, tensors = evaluation
+    statistics = as_statistics(tensors, lse, geometry, validity, counts)
+    return AttentionResult(output if geometry.packing is None else output[0].transpose(0, 1), statistics)
 
-    output: Tensor
-    statistics: Statistics
+
+def as_statistics(
+    tensors: dict[Statistic, Tensor],
+    lse: Tensor,
+    geometry: Geometry,
+    validity: Validity | None = None,
+    counts: Validity | None = None,
+) -> Statistics:
+    """The public container of the tensors; a packed call loses its batch dimension of one."""
+    validity, counts = validity or geometry.validity, counts or geometry.counts
+    if geometry.packing is None:
+        return Statistics(tensors, validity, counts, lse)
+    unbatched = {s: x[0] for s, x in tensors.items()}
+    return Statistics(unbatched, lambda s: validity(s)[0], lambda s: counts(s)[0], lse[0])
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off: it would round the scores of float32 inputs to half precision, away from their lse."""
+    """A context with autocast off, which would round the scores of float32 inputs away from their lse."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Query, key, value and an additive mask as SDPA takes them: under autocast in its dtype."""
+    """Query, key, value and an additive mask in autocast's dtype, as SDPA casts them; unchanged without autocast."""
     device = next(x for x in tensors if x is not None).device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -327,10 +339,10 @@ def divisor_of(lse: Tensor) -> Tensor:
 
 
 def _before(flags: Tensor) -> Tensor:
-    """(B, T) bool to (B, T + 1): how many are set among the first i."""
+    """(B, T + 1) the number of True among the first i of (B, T) bool."""
     return torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
 
 
 def _any_per_segment(flags: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """(B, T) bool to (B, n): any flag set in [bounds[i], bounds[i + 1])."""
+    """(B, n) bool: any True in [bounds[i], bounds[i + 1]) of (B, T) bool."""
     return _before(flags)[:, list(bounds)].diff(dim=-1) > 0

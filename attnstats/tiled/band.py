@@ -13,29 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, Step, divisor_of
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, RowStatistic, Statistic
+from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.scores import softcap_
+from attnstats.statistics import Statistic
 from attnstats.tiled.sweep import heads_of
 
-BAND_LIMIT = 1024  # bands that reach further are swept: the buffer grows with the square of the reach
 BAND_ROWS = 64  # rows of a block: each computes BAND_ROWS - 1 scores more than the band is wide
 BLOCK_ELEMENTS = 2**18  # scores of the blocks that are worked on together
 
 
-def is_narrow(statistic: DistanceWeighted) -> bool:
-    """Whether the band is the cheaper way."""
-    return statistic.band is not None and max(map(abs, statistic.band)) < BAND_LIMIT
-
-
 def evaluate(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[DistanceWeighted, ...]
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
     """Row statistics, and columns as sums (`Geometry.finish` divides), from the same scores."""
     band = _Band.of(geometry, statistics)
     divisor = divisor_of(lse)
     tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
-    met = [s for s in statistics if band.clip(s)[0] <= band.clip(s)[1]]
-    by_distance = {s: band.weight(s, lse) for s in met}
+    rows_of = [s for s in band.spans if s.axis == "row"]
+    columns_of = [s for s in band.spans if s.axis == "column"]
     counted = geometry.counted()
     room = _Workspace.of(geometry, band)
     for batch, heads, key_head in heads_of(geometry):
@@ -43,23 +38,23 @@ def evaluate(
         for head in range(heads.start, heads.stop):
             for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, room):
                 rows = slice(start, start + len(weights))
-                for s in met:
-                    if isinstance(s, RowStatistic):
-                        lo, hi = band.clip(s)
-                        near = weights[:, band.behind - hi : band.behind - lo + 1]
-                        tensors[s][batch, head, rows] = near @ by_distance[s].flip(0)
+                for s in rows_of:
+                    lo, hi = band.spans[s]
+                    near = weights[:, band.behind - hi : band.behind - lo + 1]
+                    tensors[s][batch, head, rows] = near @ band.weights[s].flip(0)
                 if counted is not None:
                     weights.masked_fill_(~counted[batch, rows, None], 0.0)
-                for s in met:
-                    if isinstance(s, ColumnStatistic):
-                        first = geometry.offset + start
-                        _add_columns_(tensors[s][batch, head], room.band, first, len(weights), band, s, by_distance[s])
-    mass = geometry.row_mass(lse) if any(s.tail for s in statistics) else None
-    return {s: tensors[s] if mass is None or not s.tail else tensors[s] + s.tail * mass for s in statistics}
+                for s in columns_of:
+                    _add_columns_(tensors[s][batch, head], room.band, geometry.offset + start, len(weights), band, s)
+    tails = {s: s.tail for s in statistics if s.axis == "row"}
+    if any(tails.values()):
+        mass = geometry.row_mass(lse)
+        tensors |= {s: tensors[s] + tail * mass for s, tail in tails.items() if tail}
+    return tensors
 
 
 class _Workspace(NamedTuple):
-    """Buffers that every head uses again: fresh ones of this size would be mapped and unmapped by each."""
+    """Buffers that all heads share: fresh ones of this size would be mapped and unmapped for each."""
 
     keys: Tensor  # [blocks * BAND_ROWS + width - 1, D] from `behind` before the first query on
     queries: Tensor  # [step, D] scaled
@@ -74,16 +69,14 @@ class _Workspace(NamedTuple):
         together = min(blocks, max(1, BLOCK_ELEMENTS // (BAND_ROWS * window)))
         step = together * BAND_ROWS
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=geometry.accumulator, device=geometry.device)
-
-        return _Workspace(
-            keys=zeros(blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
-            queries=zeros(step, geometry.head_dim),
-            divisor=zeros(step),
-            scores=zeros(together, BAND_ROWS, window),
-            band=zeros(band.width + step + band.width, band.width),
+        shapes = (
+            (blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
+            (step, geometry.head_dim),
+            (step,),
+            (together, BAND_ROWS, window),
+            (band.width + step + band.width, band.width),
         )
+        return _Workspace(*[torch.zeros(s, dtype=geometry.accumulator, device=geometry.device) for s in shapes])
 
 
 def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batch: int) -> Tensor:
@@ -114,11 +107,7 @@ def _band_blocks(
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
         weights = room.band[band.width : band.width + blocks * BAND_ROWS]
         divided = room.divisor.view(-1, BAND_ROWS, 1)[:blocks]
-        if geometry.softcap is None:
-            torch.sub(diagonals, divided, out=weights.view_as(diagonals))
-        else:
-            capped = torch.div(diagonals, geometry.softcap, out=weights.view_as(diagonals))
-            capped.tanh_().mul_(geometry.softcap).sub_(divided)
+        torch.sub(softcap_(diagonals, geometry.softcap), divided, out=weights.view_as(diagonals))
         weights.exp_()  # 0 beyond the last row, whose divisor is +inf
         first = geometry.offset + start
         # Without a key mask only the first and the last rows reach beyond the keys.
@@ -139,63 +128,70 @@ def _add_columns_(
     first: int,
     rows: int,
     band: _Band,
-    statistic: ColumnStatistic,
-    by_distance: Tensor,
+    statistic: Statistic,
 ) -> None:
     """Add to `column` [Tk] what it receives from a block of rows, the first of them at position `first`.
 
     A key's weights stand on an antidiagonal of the band: one row further down, one column further left.
     """
-    lo, hi = band.clip(statistic)
+    lo, hi = band.spans[statistic]
     start = (band.width - hi + lo) * band.width + band.behind - lo
     antidiagonals = padded.as_strided((rows + hi - lo, hi - lo + 1), (band.width, band.width - 1), start)
     mean_of_all = statistic.horizon == statistic.band  # so the weight is 1 throughout
-    received = (antidiagonals if mean_of_all else antidiagonals * by_distance).sum(1)
+    received = (antidiagonals if mean_of_all else antidiagonals * band.weights[statistic]).sum(1)
     skip = max(0, hi - first)
     keys = slice(first - hi + skip, min(first - lo + rows, len(column)))
     if keys.start < keys.stop:
         column[keys] += received[skip : skip + keys.stop - keys.start]
 
 
-def plan(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> Step:
-    """What `evaluate` does."""
+def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:
+    """The description of `evaluate`, its floating-point operations and its scratch memory in bytes."""
     band = _Band.of(geometry, statistics)
     window = BAND_ROWS + band.width - 1
     rows = geometry.batch * geometry.query_heads * geometry.query_length
     scratch = 4 * 2 * BLOCK_ELEMENTS + 4 * geometry.head_dim * geometry.query_length
-    names = ", ".join(s.name for s in statistics)
-    runs = f"band, blocks of {BAND_ROWS} rows x {window} keys"
-    return Step(runs, names, 2 * rows * window * geometry.head_dim, scratch)
+    description = f"band, blocks of {BAND_ROWS} rows x {window} keys"
+    return description, 2 * rows * window * geometry.head_dim, scratch
 
 
 class _Band(NamedTuple):
-    """Distances `-ahead .. behind`, laid out as [rows, distance] with column j at distance `behind - j`."""
+    """Distances `-ahead .. behind`, laid out as [rows, distance] with column j at distance `behind - j`.
+
+    Attributes:
+        width: the number of distances.
+        spans: (lo, hi), each statistic's own band within this one, of those that have any.
+        weights: [hi - lo + 1] each statistic's weight less its tail, from distance lo upwards.
+    """
 
     behind: int
     ahead: int
+    width: int
+    spans: dict[Statistic, tuple[int, int]]
+    weights: dict[Statistic, Tensor]
 
     @staticmethod
-    def of(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> _Band:
+    def of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Band:
         """The union of the statistics' bands, as far as there are keys that can be seen."""
-        bands = [s.band for s in statistics if s.band]
-        behind = min(max(hi for _, hi in bands), geometry.offset + geometry.query_length - 1)
-        ahead = max(-lo for lo, _ in bands)
+        cached = geometry.memo.get(("band", statistics))
+        if cached is None:
+            cached = geometry.memo["band", statistics] = _Band._of(geometry, statistics)
+        return cached
+
+    @staticmethod
+    def _of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Band:
+        bands = {s: s.band for s in statistics if s.band}
+        behind = min(max(hi for _, hi in bands.values()), geometry.offset + geometry.query_length - 1)
+        ahead = max(-lo for lo, _ in bands.values())
         if geometry.left is not None:
             behind = min(behind, geometry.left)
         if geometry.right is not None:
             ahead = min(ahead, geometry.right)
-        return _Band(max(0, behind), max(0, min(ahead, geometry.key_length - 1 - geometry.offset)))
-
-    @property
-    def width(self) -> int:
-        return self.behind + self.ahead + 1
-
-    def clip(self, statistic: DistanceWeighted) -> tuple[int, int]:
-        """The statistic's own band within this one; empty where the second is less than the first."""
-        lo, hi = statistic.band or (0, -1)
-        return max(lo, -self.ahead), min(hi, self.behind)
-
-    def weight(self, statistic: DistanceWeighted, like: Tensor) -> Tensor:
-        """[hi - lo + 1] the statistic's weight less its tail, from distance lo upwards."""
-        lo, hi = self.clip(statistic)
-        return statistic.weight(torch.arange(lo, hi + 1, device=like.device)).to(like.dtype) - statistic.tail
+        behind, ahead = max(0, behind), max(0, min(ahead, geometry.key_length - 1 - geometry.offset))
+        clipped = {s: (max(lo, -ahead), min(hi, behind)) for s, (lo, hi) in bands.items()}
+        spans = {s: (lo, hi) for s, (lo, hi) in clipped.items() if lo <= hi}
+        weights = {
+            s: s.weight(torch.arange(lo, hi + 1, device=geometry.device)).to(geometry.accumulator) - s.tail
+            for s, (lo, hi) in spans.items()
+        }
+        return _Band(behind, ahead, behind + ahead + 1, spans, weights)

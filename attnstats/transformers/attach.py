@@ -17,6 +17,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from attnstats.core.geometry import as_autocast
+from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.functional import Backend
 from attnstats.transformers.calls import AttentionCall
@@ -248,13 +249,17 @@ def attend(
         key,
         value,
         mask,
+        Options(
+            scale=scaling,
+            softcap=softcap,
+            sinks=s_aux,
+            dropout_p=dropout,
+            backend="auto" if attachment is None else attachment.backend,
+        ),
         cross,
-        {"scale": scaling, "softcap": softcap, "sinks": s_aux},
         position_bias,
-        "auto" if attachment is None else attachment.backend,
         attachment is not None and attachment.allow_dense,
         attachment.real_queries if attachment is not None and cross else None,
-        dropout,
     )
     if site is not None and observer is not None and observer.kind == site.kind:
         output = observer.attend(site.layer, call)

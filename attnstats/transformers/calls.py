@@ -1,25 +1,26 @@
 """One attention call of a transformers model, as `attnstats.attention` or `varlen_attention` computes it.
 
-An `AttentionCall` joins the tensors with the `MaskDescription` of masks.py: windows and padding become arguments,
-packed rows and chunks become packed sequences, and a mask that isn't understood is an error or, where that is allowed,
-goes through the eager reference. The observer of a model says which statistics to compute on the way.
+An `AttentionCall` joins the tensors with the `MaskDescription` of masks.py in one `Options`: windows and padding are
+set there, packed rows and chunks become packed sequences, and a mask that isn't understood is an error or, where that
+is allowed, goes through the eager reference. The observer of a model says which statistics to compute on the way.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnstats import functional
 from attnstats.core import arguments
-from attnstats.core.geometry import AttentionResult
+from attnstats.core.options import Options
 from attnstats.errors import InputError
-from attnstats.functional import Backend, attention, statistics_from_lse, varlen_attention
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, SinkMass, Statistic, Statistics, is_mean, summed
+from attnstats.results import AttentionResult, Statistics
+from attnstats.statistics import SinkMass, Statistic
 from attnstats.transformers.masks import MaskDescription
 
 NO_HEADS: Mapping[Statistic, tuple[int, ...]] = {}  # every statistic of all heads
@@ -31,9 +32,8 @@ class AttentionCall:
 
     Attributes:
         where: how errors name the call.
+        options: scale, softcap, sinks, dropout and backend.
         cross: queries and keys are different sequences, so that distances mean nothing.
-        scores: scale, softcap and sinks of `attnstats.attention`.
-        dropout_p: likewise; statistics from an lse don't take it.
         bias: (1 | B, Hq, Tq, Tk), added to the scores; None: nothing is.
         real_queries: (B, Tq) bool, the queries of cross-attention that aren't padding; None: all.
     """
@@ -43,13 +43,11 @@ class AttentionCall:
     key: Tensor
     value: Tensor
     mask: MaskDescription
+    options: Options
     cross: bool = False
-    scores: dict[str, Any] = field(default_factory=dict)
     bias: Tensor | None = None
-    backend: Backend = "auto"
     allow_dense: bool = False
     real_queries: Tensor | None = None
-    dropout_p: float = 0.0
 
     @property
     def begin(self) -> int:
@@ -81,23 +79,12 @@ class AttentionCall:
             )
         if mask.chunks is not None or mask.key_offset > 0:
             self._check(statistics)
+        options = self._options(statistics, query_mask, heads)
         if self.bias is not None or mask.unknown:
-            return self._attend_dense(statistics, query_mask, heads)
+            return self._attend_dense(options)
         if mask.segments is not None or mask.chunks is not None:
-            return self._attend_packed(statistics, query_mask, heads)
-        key, value = self._used()
-        return attention(
-            self.query,
-            key,
-            value,
-            statistics=statistics,
-            query_mask=query_mask,
-            heads=heads or None,
-            dropout_p=self.dropout_p,
-            backend=self.backend,
-            **self._arguments(),
-            **self.scores,
-        )
+            return self._attend_packed(statistics, heads, options)
+        return functional.attend(self.query, *self._used(), options)
 
     def last(self, rows: int) -> AttentionCall:
         """The call of its last queries alone, without dropout; it keeps no more of the queries alive."""
@@ -117,8 +104,8 @@ class AttentionCall:
             key=self.key.detach(),
             value=self.value.detach(),
             mask=of_rows,
+            options=self.options._replace(dropout_p=0.0),
             bias=bias,
-            dropout_p=0.0,
         )
 
     def can_skip_keys(self, reach: int) -> bool:
@@ -138,28 +125,19 @@ class AttentionCall:
         """Band statistics off the last keys alone, and the position of the first of these keys."""
         key, _ = self._used()
         skipped = max(0, self.begin - reach - self.first_key)
-        settings = self._arguments() | self.scores
-        settings["query_offset"] -= skipped
-        if settings["key_padding_mask"] is not None:
-            settings["key_padding_mask"] = settings["key_padding_mask"][:, skipped:]
-        results = statistics_from_lse(
-            self.query,
-            key[:, :, skipped:],
-            lse,
-            statistics=statistics,
-            query_mask=query_mask,
-            heads=heads or None,
-            backend=self.backend,
-            **settings,
+        options = self._options(statistics, query_mask, heads)
+        key_mask = options.key_padding_mask
+        options = options._replace(
+            query_offset=self.begin - self.first_key - skipped,
+            key_padding_mask=None if key_mask is None else key_mask[:, skipped:],
+            dropout_p=0.0,
         )
-        return self.first_key + skipped, results
+        return self.first_key + skipped, functional.from_lse(self.query, key[:, :, skipped:], lse, options)
 
     def _check(self, statistics: tuple[Statistic, ...]) -> None:
         """Raise InputError for statistics of first or last tokens that chunks or a sliding cache hide."""
         for s in statistics:
-            if self.mask.chunks is not None and (
-                isinstance(s, SinkMass) or (isinstance(s, ColumnStatistic) and s.last_queries is not None)
-            ):
+            if self.mask.chunks is not None and (isinstance(s, SinkMass) or s.last_queries is not None):
                 raise InputError(
                     f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of "
                     "full attention, or leave it out"
@@ -177,20 +155,20 @@ class AttentionCall:
             return self.key, self.value
         return self.key[:, :, :used], self.value[:, :, :used]
 
-    def _arguments(self) -> dict[str, Any]:
-        """The mask as arguments of `attnstats.attention`, made once for all layers that share it."""
-        device = self.key.device
-        cached: dict[str, Any] | None = self.mask.memo.get((self.cross, device))
-        if cached is None:
-            cached = self.mask.memo[self.cross, device] = _arguments(self.mask, self.cross, device)
-        return cached
-
-    def _attend_dense(
+    def _options(
         self,
         statistics: tuple[Statistic, ...],
         query_mask: Tensor | None,
         heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> AttentionResult:
+    ) -> Options:
+        """The options with those of the mask, which are made once for all layers that share it."""
+        key = self.cross, self.key.device
+        of_mask = self.mask.memo.get(key)
+        if of_mask is None:
+            of_mask = self.mask.memo[key] = _options_of(self.mask, *key)
+        return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads or None, **of_mask)
+
+    def _attend_dense(self, options: Options) -> AttentionResult:
         """Through the eager reference, which holds the map."""
         reasons = []
         if self.mask.unknown:
@@ -204,21 +182,15 @@ class AttentionCall:
                 "map, eagerly"
             )
         warnings.warn(f"{what}: computed on the whole map, eagerly, in O(Tq * Tk) memory", RuntimeWarning, stacklevel=2)
-        settings = self._arguments() | self.scores
-        settings |= {"is_causal": False, "window_size": None, "attn_mask": self._dense_mask()}
-        if settings["key_padding_mask"] is not None and self.mask.used_keys < self.key.shape[2]:
-            settings["key_padding_mask"] = self.mask.key_mask
-        return attention(
-            self.query,
-            self.key,
-            self.value,
-            statistics=statistics,
-            query_mask=query_mask,
-            heads=heads or None,
-            dropout_p=self.dropout_p,
+        key_mask = self.mask.key_mask if options.key_padding_mask is not None else None
+        options = options._replace(
+            is_causal=False,
+            window_size=None,
+            attn_mask=self._dense_mask(),
+            key_padding_mask=None if key_mask is None else key_mask.to(self.key.device),
             backend="reference",
-            **settings,
         )
+        return functional.attend(self.query, self.key, self.value, options)
 
     def _dense_mask(self) -> Tensor:
         """(B, H | 1, Tq, Tk), bool or additive, with the position bias."""
@@ -237,57 +209,44 @@ class AttentionCall:
     # Packed rows and chunks
 
     def _attend_packed(
-        self,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
+        self, statistics: tuple[Statistic, ...], heads: Mapping[Statistic, tuple[int, ...]], options: Options
     ) -> AttentionResult:
         if self.cross:
             raise InputError(f"{self.where} is cross-attention in blocks, which cannot be computed")
         batch, _, length, _ = self.query.shape
-        key, value = self._used()
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *self._used()))
         cu_seqlens_q, cu_seqlens_k = self._boundaries()
-        query_packed, key_packed, value_packed = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, key, value))
+        if options.query_mask is None:
+            options = options._replace(query_mask=self.mask.real_queries)
         chunked = self.mask.chunks is not None
         # A chunk hides keys from queries, but these queries still count: the mean over T(s) is taken afterwards.
-        sums = {s: summed(s) if chunked else s for s in statistics}
-        if query_mask is None:
-            query_mask = self.mask.real_queries
-        output, results = varlen_attention(
-            query_packed,
-            key_packed,
-            value_packed,
+        sums = {s: s.summed if chunked else s for s in statistics}
+        packed = options._replace(
+            statistics=tuple(sums.values()),
+            heads={sums[s]: of_s for s, of_s in heads.items()} or None,
+            query_mask=None if options.query_mask is None else options.query_mask.flatten(),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
-            statistics=tuple(sums.values()),
-            query_mask=None if query_mask is None else query_mask.flatten(),
-            heads={sums[s]: of_s for s, of_s in heads.items()} or None,
-            is_causal=self.mask.right == 0,
-            window_size=(self.mask.left, self.mask.right),
-            enable_gqa=True,
-            backend=self.backend,
-            dropout_p=self.dropout_p,
-            **self.scores,
+            query_offset=None,
+            key_padding_mask=None,
         )
+        output, results = functional.attend(query, key, value, packed)
 
         def rows(x: Tensor) -> Tensor:  # (H, B * T) to (B, H, T)
             return x.unflatten(-1, (batch, -1)).movedim(-2, 0)
 
+        def facts(x: Tensor) -> Tensor:  # (B * T) to (B, T)
+            return x.unflatten(-1, (batch, -1))
+
         tensors = {s: rows(results[sums[s]]) for s in statistics}
-        output = output.unflatten(0, (batch, length)).transpose(1, 2)
+        lse, output = rows(results.lse), output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
-
-            def of_batch(x: Tensor) -> Tensor:  # (B * T) to (B, T)
-                return x.unflatten(-1, (batch, -1))
-
-            unpacked = Statistics(
-                tensors, lambda s: of_batch(results.valid[s]), lambda s: of_batch(results.counts[s]), rows(results.lse)
-            )
+            unpacked = Statistics(tensors, lambda s: facts(results.valid[s]), lambda s: facts(results.counts[s]), lse)
             return AttentionResult(output, unpacked)
-        settings = self._arguments() | self.scores
-        whole = arguments.resolve(self.query, key, None, statistics, **settings, query_mask=query_mask)
-        tensors = {s: whole.finish(s, x) if is_mean(s) else x for s, x in tensors.items()}
-        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, rows(results.lse)))
+        used, _ = self._used()
+        whole = arguments.resolve(self.query, used, None, options._replace(heads=None, dropout_p=0.0))
+        tensors = {s: whole.finish(s, x) if s.is_mean else x for s, x in tensors.items()}
+        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, lse))
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""
@@ -297,19 +256,14 @@ class AttentionCall:
         return cached[0].to(self.query.device), cached[1].to(self.query.device)
 
 
-def _arguments(mask: MaskDescription, cross: bool, device: torch.device) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "is_causal": mask.right == 0,
-        "window_size": (mask.left, mask.right),
-        "query_offset": mask.query_offset - mask.key_offset,
-        "key_padding_mask": None if mask.key_mask is None else mask.key_mask[:, : mask.used_keys].to(device),
-        "enable_gqa": True,
-    }
+def _options_of(mask: MaskDescription, cross: bool, device: torch.device) -> dict[str, Any]:
+    """The options that a mask decides."""
+    key_mask = None if mask.key_mask is None else mask.key_mask[:, : mask.used_keys].to(device)
     if cross:  # a padded key is no query
-        key_mask = settings["key_padding_mask"]
-        settings |= {"query_offset": None, "key_padding_mask": None}
-        settings["attn_mask"] = None if key_mask is None else key_mask[:, None, None]
-    return settings
+        positions: dict[str, Any] = {"attn_mask": None if key_mask is None else key_mask[:, None, None]}
+    else:
+        positions = {"query_offset": mask.query_offset - mask.key_offset, "key_padding_mask": key_mask}
+    return {"is_causal": mask.right == 0, "window_size": (mask.left, mask.right), "enable_gqa": True, **positions}
 
 
 def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, Tensor]:
@@ -348,5 +302,4 @@ def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, 
 
 def reach_of(statistics: tuple[Statistic, ...]) -> int:
     """How far behind a query these band statistics look."""
-    bands = [s.band for s in statistics if isinstance(s, DistanceWeighted) and s.band is not None]
-    return max((hi for _, hi in bands), default=0)
+    return max((s.band[1] for s in statistics if s.band is not None), default=0)

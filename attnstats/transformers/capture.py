@@ -15,9 +15,8 @@ from torch import Tensor
 
 from attnstats.errors import InputError
 from attnstats.functional import Backend
-from attnstats.statistics import Statistic, needing_distances, resolve
+from attnstats.statistics import Statistic, resolve
 from attnstats.transformers.attach import attachment_of, observed
-from attnstats.transformers.live import can_be_live
 from attnstats.transformers.run import Capture, Reduce
 from attnstats.transformers.selection import HeadSelection, Layers, check_heads, resolve_heads, resolve_layers
 from attnstats.transformers.sites import AttentionKind, attention_modules, base_model, head_count
@@ -162,7 +161,7 @@ def _check_settings(
     if attention not in ("self", "encoder", "cross"):
         raise ValueError(f"attention must be 'self', 'encoder' or 'cross', got {attention!r}")
     if attention == "cross":
-        for s in needing_distances(statistics):
+        for s in (s for s in statistics if s.uses_distance):
             raise ValueError(f"statistics: {s} needs distances, and cross-attention has none")
     if on_token is not None and not live:
         raise ValueError("on_token needs live=True")
@@ -170,5 +169,5 @@ def _check_settings(
         if attention != "self" or stop_after_last_layer:
             raise ValueError("live=True needs attention='self' and stop_after_last_layer=False")
         for s in statistics:
-            if not can_be_live(s):
+            if not s.grows:
                 raise ValueError(f"statistics: {s} depends on where the sequence ends, so it cannot be kept live")

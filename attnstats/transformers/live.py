@@ -12,18 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, PooledMap, Statistic, is_mean, summed
+from attnstats.statistics import Statistic
 from attnstats.transformers.calls import AttentionCall, reach_of
 from attnstats.transformers.recording import Recording, Sums
 
 UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
-
-
-def can_be_live(statistic: Statistic) -> bool:
-    """True if a statistic can be kept up to date token by token."""
-    if isinstance(statistic, ColumnStatistic):
-        return statistic.last_queries is None
-    return not isinstance(statistic, PooledMap)
 
 
 class GrowingTensor:
@@ -105,9 +98,9 @@ class GenerationRecording(Recording):
         heads: Mapping[Statistic, tuple[int, ...]],
     ) -> Tensor:
         """The output of the call, whose statistics are recorded."""
-        sum_of = {s: summed(s) for s in statistics}
+        sum_of = {s: s.summed for s in statistics}
         heads_of_sums = {sum_of[s]: chosen for s, chosen in heads.items()}
-        narrow = tuple(sum_of[s] for s in statistics if isinstance(s, DistanceWeighted) and s.band is not None)
+        narrow = tuple(sum_of[s] for s in statistics if s.band is not None)
         reach = reach_of(narrow)
         if not call.can_skip_keys(reach):
             narrow = ()
@@ -125,7 +118,7 @@ class GenerationRecording(Recording):
             sums = self._sums.setdefault(s, {})
             if key not in sums:
                 sums[key] = GrowingTensor(x)
-            sums[key].add(starts[sum_of[s]] if isinstance(s, ColumnStatistic) else call.begin, x)
+            sums[key].add(starts[sum_of[s]] if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
             self._add_masks(call, query_mask)
@@ -151,7 +144,7 @@ class GenerationRecording(Recording):
     def read(self, statistic: Statistic) -> Tensor:
         sums: Sums = {layer: x.values[..., : self.length] for layer, x in self._sums[statistic].items()}
         mean = self.mean(statistic, self.over_ranks(statistic, sums))
-        if is_mean(statistic):
+        if statistic.is_mean:
             count = self._counts(statistic).clamp(min=1)
             mean = mean / (count if self.over_heads else count[:, None])
         return mean if self.device is None else mean.to(self.device)
@@ -159,12 +152,12 @@ class GenerationRecording(Recording):
     def valid(self, statistic: Statistic) -> Tensor:
         assert self._query_mask is not None
         assert self._key_mask is not None
-        if not isinstance(statistic, ColumnStatistic):
+        if statistic.axis != "column":
             return self._query_mask.values.clone()
         key_mask = self._key_mask.values
-        return key_mask & (self._counts(statistic) > 0) if is_mean(statistic) else key_mask.clone()
+        return key_mask & (self._counts(statistic) > 0) if statistic.is_mean else key_mask.clone()
 
-    def _counts(self, statistic: ColumnStatistic) -> Tensor:
+    def _counts(self, statistic: Statistic) -> Tensor:
         """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
         assert self._query_mask is not None
         assert statistic.horizon is not None
@@ -199,7 +192,7 @@ class GenerationRecording(Recording):
         """The tokens from position `length` on were rejected."""
         if length >= self.length:
             return
-        columns = any(isinstance(s, ColumnStatistic) for s in self._sums)
+        columns = any(s.axis == "column" for s in self._sums)
         if columns and (length < max(self._begin, self.length - UNDOABLE_ROWS) or not self._last_steps):
             raise RuntimeError(
                 f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only "
@@ -225,7 +218,7 @@ class GenerationRecording(Recording):
         heads: Mapping[Statistic, tuple[int, ...]],
     ) -> None:
         """Keep the last queries for `truncate`, where columns depend on them."""
-        columns: tuple[Statistic, ...] = tuple(s for s in statistics if isinstance(s, ColumnStatistic))
+        columns: tuple[Statistic, ...] = tuple(s for s in statistics if s.axis == "column")
         if columns:
             rows = min(UNDOABLE_ROWS, call.query.shape[2])
             mask = None if query_mask is None else query_mask[:, -rows:]
@@ -239,7 +232,7 @@ class GenerationRecording(Recording):
         rejected = rejected.expand(call.query.shape[0], -1)
         if step.query_mask is not None:
             rejected = rejected & step.query_mask.to(rejected.device)
-        sum_of = {s: summed(s) for s in step.statistics}
+        sum_of = {s: s.summed for s in step.statistics}
         heads = {sum_of[s]: chosen for s, chosen in step.heads.items()}
         with torch.no_grad():
             results = call.attend(tuple(sum_of.values()), rejected, heads).statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import weakref
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
-from attnstats.statistics import LSE, ByStatistic, MaxLogit, PooledMap, Statistic
+from attnstats.results import ByStatistic
+from attnstats.statistics import LSE, MaxLogit, PooledMap, Statistic
 from attnstats.transformers import caches
 from attnstats.transformers.calls import NO_HEADS, AttentionCall
 from attnstats.transformers.live import GenerationRecording
@@ -155,8 +157,7 @@ class Capture:
             slices = per_layer * (1 if "layers" in self._reduce else len(counts))
             values = length
             if isinstance(s, PooledMap):
-                query_bounds, key_bounds = s.boundaries(length, length)
-                values = (len(query_bounds) - 1) * (len(key_bounds) - 1)
+                values = math.prod(s.segment_counts)
             sizes[s] = 4 * batch * slices * values * (2 if self._live else 1)
         return MemoryUse(sizes)
 

@@ -1,8 +1,9 @@
-"""Tile sizes and launch options of every kernel: one table by architecture, kernel, dtype and head size.
+"""Tile sizes and launch options of every kernel: a table by architecture, kernel, dtype and head size.
 
-A table and no autotuning: nothing is measured at a user's first call, and the same call always gives the same bits.
-What stands here compiles without spills (`python -m benchmarks.compile_report`); to find better entries on a GPU run
-`python -m benchmarks.gpu sweep`, which prints rows in this form, then `python -m benchmarks.compile_report --update`.
+A table instead of autotuning: nothing is measured at a user's first call, and the same call always gives the same bits.
+All but float32 at head size 256 compile without spills (`python -m benchmarks.compile_report`). To find better entries
+run `python -m benchmarks.gpu sweep` on a GPU, which prints rows in this form, then
+`python -m benchmarks.compile_report --update`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class Config(NamedTuple):
     num_stages: int = 2
 
 
-Table = dict[Kernel, dict[int, Config]]
+TileTable = dict[Kernel, dict[int, Config]]
 
-# Each entry holds for head sizes up to its key, a power of two. "forward_loop" is forward with statistics in its main
-# loop: its tiles are forward's, or asking for them could change the output's last bit. "decode" is a few queries before
-# many keys; its BM, and band's, count the packed rows of one group's heads. "weighted" are the backward kernels where
-# more is done per score than for plain attention: gradients of statistics, a softcap, dropout.
-HALF: Table = {
+# An entry is for head sizes up to its key, a power of two. "forward_loop" is forward with statistics in its main loop;
+# it has forward's tiles, because with others a statistic could change the output's last bit. "decode" is for a few
+# queries and many keys; its BM, and band's, count the packed rows of a group's heads. "weighted" are the backward
+# kernels that do more per score than for plain attention: gradients of statistics, a softcap, dropout.
+HALF: TileTable = {
     "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
     "forward_loop": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
     "decode": {128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
@@ -47,7 +48,7 @@ HALF: Table = {
     "weighted_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 32, 8, 1)},
 }
 # Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
-FLOAT32: Table = {
+FLOAT32: TileTable = {
     "forward": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 2)},
     "forward_loop": {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 2), 256: Config(16, 16, 8, 2)},
     "decode": {256: Config(16, 16, 4, 1)},
@@ -59,8 +60,8 @@ FLOAT32: Table = {
     "weighted_queries": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     "weighted_keys": {64: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
-# What differs from the above, for 16-bit inputs.
-_SM_80: Table = {
+# Entries of an architecture that differ from HALF.
+_SM_80: TileTable = {
     "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
     "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
     "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 8, 2)},
@@ -69,7 +70,7 @@ _SM_80: Table = {
     "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
     "weighted_keys": {64: Config(16, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
 }
-_SM_100: Table = {
+_SM_100: TileTable = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
     "forward_loop": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
     "column": {64: Config(64, 128, 4, 3), 128: Config(128, 128, 8, 3), 256: Config(64, 64, 8, 2)},
@@ -78,7 +79,7 @@ _SM_100: Table = {
     "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
     "weighted_keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)},
 }
-_GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
+_GFX942: TileTable = {  # 64 KB of shared memory, and waves of 64 threads
     "forward": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     "forward_loop": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     "decode": {256: Config(16, 32, 4, 1)},
@@ -90,7 +91,7 @@ _GFX942: Table = {  # 64 KB of shared memory, and waves of 64 threads
     "weighted_queries": {64: Config(128, 32, 8, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 16, 8, 1)},
     "weighted_keys": {64: Config(64, 64, 4, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 32, 8, 1)},
 }
-BY_ARCHITECTURE: dict[str, Table] = {
+BY_ARCHITECTURE: dict[str, TileTable] = {
     # sm_86 and later consumer cards have 99 KB of shared memory, not 163: band at head size 256 then takes one stage.
     **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"), _SM_80),
     **dict.fromkeys(("sm_100", "sm_103"), _SM_100),
@@ -98,7 +99,7 @@ BY_ARCHITECTURE: dict[str, Table] = {
 }
 
 INTERPRETED = Config(32, 16)  # small, so that short sequences span several tiles
-SPLIT_KEYS = 1024  # keys of one program when decoding: fixed, so that the bits don't depend on the batch
+SPLIT_KEYS = 1024  # keys per split when decoding: fixed, so that the bits don't depend on the batch
 INTERPRETED_SPLIT_KEYS = 32
 MAX_DECODED = 16  # queries; more fill a tile of the plain forward
 MAX_PACKED_HEADS = 8  # more would leave too few positions per tile, and a slot for each
@@ -110,12 +111,12 @@ _version = [0]
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether kernels are run by Triton's interpreter. Triton reads the variable when it is first imported."""
+    """True if Triton's interpreter runs the kernels. Triton reads the variable when it is first imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def table_version() -> int:
-    """Another number whenever `configured` or `targeting` changed what `candidates` answers."""
+    """A number that changes whenever `configured` or `targeting` may change what `candidates` yields."""
     return _version[0]
 
 
@@ -135,7 +136,7 @@ def configured(kernel: Kernel, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def targeting(architecture: str) -> Iterator[None]:
-    """Take the table's entries for `architecture`, for example "sm_90" or "gfx942", whatever the device is."""
+    """Use the table's entries for `architecture`, for example "sm_90" or "gfx942", whatever the device is."""
     _target.append(architecture)
     _version[0] += 1
     try:
@@ -146,7 +147,7 @@ def targeting(architecture: str) -> Iterator[None]:
 
 
 def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_dim: int) -> Iterator[Config]:
-    """The table's entry, then smaller ones for a device that can't give it its shared memory."""
+    """The table's entry, then smaller ones for a device that has too little shared memory for it."""
     if kernel in _forced:
         yield _forced[kernel]
         return
@@ -167,10 +168,10 @@ def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_d
 
 
 def chunk(device: torch.device) -> int:
-    """Columns in which the forward kernel keeps its row sums.
+    """The number of columns in which the forward kernel keeps its row sums.
 
-    8 are the columns that a thread of mma's layouts holds of a row, among others. Elsewhere chunks would move data
-    between threads, and a row is reduced at once.
+    In mma's layouts a thread holds whole sets of 8 columns of a row, so that sums over chunks of 8 stay within it.
+    Elsewhere chunks would move data between threads, and a row is reduced at once.
     """
     architecture = _target[-1] if _target else _architecture(device)
     return 1 if architecture.startswith(("sm_10", "gfx")) else 8

@@ -1,6 +1,6 @@
-"""Starts the parts, each a process of its own, keeps their time and writes what they leave.
+"""Starts the parts, each in a process of its own, ends them in time and writes their results.
 
-What the parts are and how to run them stands in the package's docstring.
+The package's docstring describes the parts and how to run them.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
 
 
 def _report(document: dict[str, Any], path: Path, last: bool) -> None:
-    """Judge and draw. What was measured is on disk already, and no mistake in a table may end the run."""
+    """Judge and draw. The measurements are on disk already, so that an error in a table doesn't end the run."""
     from benchmarks.gpu import report
 
     try:
@@ -128,7 +128,7 @@ def _report(document: dict[str, Any], path: Path, last: bool) -> None:
 
 
 def _sections(name: str, file: Path, seconds: float, smoke: bool) -> Any:
-    """What the part has left so far, again and again while it runs, and at its end."""
+    """Yield the part's section so far, repeatedly while it runs, and at its end."""
     from benchmarks.gpu.part import in_flight
 
     began = time.monotonic()
@@ -182,7 +182,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _existing(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
-    """What earlier runs left of this device. A file laid out otherwise is set aside."""
+    """Results of earlier runs on this device. A file of another layout is renamed and left alone."""
     document = _read(path)
     if document and document.get("layout") != empty["layout"]:
         path.rename(path.with_suffix(".old.json"))

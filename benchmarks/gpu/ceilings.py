@@ -1,4 +1,4 @@
-"""What the card can do, measured: copy bandwidth, bf16 matmul, exp2. Every share in the results is of these."""
+"""Measured rates of the card: copy bandwidth, bf16 matmul, exp2. Shares in the results are of these."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who computes what on a GPU: attention alone, attention with WAAD(10) and FAI(10, 100), and either from an lse.
+"""Contenders on a GPU: attention alone, attention with WAAD(10) and FAI(10, 100), and statistics from an lse.
 
 Every contender is a plain function of `Inputs`, causal, grouped heads un-repeated; where one has to repeat them
 that is part of its time. What depends on the shape alone (block masks, distance weights) is prepared once and not

@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this device: the part "correctness", and what its workers perform.
+"""Checks of the kernels on this device: the part "correctness", and the tasks of its workers.
 
     case      every kernel, dtype and feature against float64, by the comparison and the tolerances of tests/cases.py
     repeat    every shipped configuration a thousand times on a small shape, bitwise, while other work is in flight

@@ -78,7 +78,7 @@ def cases(smoke: bool) -> list[Case]:
 
 
 class Choice(NamedTuple):
-    """Which heads of which layers are asked for what, and which tokens count: the response."""
+    """Heads by layer of each statistic, and the tokens that count: the response."""
 
     waad: dict[int, list[int]]
     fai: dict[int, list[int]]
@@ -229,7 +229,7 @@ def _errors(answer: Any, right: Any, counted: Tensor) -> dict[str, float]:
 
 
 def _log_probs(model: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """What an RL trainer computes of a finished response: the log-prob of each token, logits by chunks."""
+    """The log-prob of each token of a finished response, as an RL trainer computes it: logits by chunks."""
 
     def run() -> Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
@@ -245,7 +245,7 @@ def _log_probs(model: Any, ids: Tensor) -> Callable[[], Tensor]:
 
 @contextlib.contextmanager
 def _implementation(model: Any, name: str) -> Iterator[None]:
-    """The model with another attention function. What the config's setter would check is not of interest here."""
+    """The model with another attention function, set without the checks of the config's setter."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attend)
@@ -257,7 +257,7 @@ def _implementation(model: Any, name: str) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-_STATE: dict[str, Any] = {}  # of the attention function: who attends in the chosen layers, the choice, what it found
+_STATE: dict[str, Any] = {}  # of the attention function: `attend` of the chosen layers, the choice, and the results
 
 
 def _recording(attend: Callable[..., Any], choice: Choice, log_probs: Callable[[], Tensor]) -> Callable[[int], Any]:
@@ -270,7 +270,7 @@ def _recording(attend: Callable[..., Any], choice: Choice, log_probs: Callable[[
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-    """SDPA everywhere but in the chosen layers. There is no padding, so that causal is all the mask says."""
+    """SDPA everywhere but in the chosen layers. There is no padding, so the mask is the causal one."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     choice = _STATE["choice"]
@@ -325,7 +325,7 @@ def _capturing(model: Any, choice: Choice, log_probs: Callable[[], Tensor]) -> C
 
 
 def _read_map(weights: Tensor, heads: dict[Any, list[int]], counted: Tensor) -> list[tuple[Any, Tensor]]:
-    """WAAD and the sums of FAI off a layer's map [1, H, T, T]."""
+    """WAAD and the sums of FAI of a layer's map [1, H, T, T]."""
     length = weights.shape[-1]
     position = torch.arange(length, device=weights.device)
     distance = position[:, None] - position
@@ -350,7 +350,7 @@ def _read_maps(model: Any, ids: Tensor, choice: Choice) -> dict[Any, Tensor]:
 
 
 def _reduce_by_hooks(model: Any, ids: Tensor, choice: Choice) -> dict[Any, Tensor]:
-    """Stops after the last layer that is needed: the pass wants nothing else."""
+    """Statistics of one map at a time; the pass stops after the last layer that is needed."""
 
     class Enough(Exception):
         pass

@@ -1,4 +1,4 @@
-"""What a result depends on: device, driver, versions, clocks, commit and date. Recorded with every part."""
+"""Conditions of a result: device, driver, versions, clocks, commit and date. Recorded with every part."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str] | None:
-    """What nvidia-smi says now of the device that this process uses; None where there is no nvidia-smi."""
+    """The current state of this process's device by nvidia-smi; None where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
@@ -59,7 +59,7 @@ def clocks() -> dict[str, str] | None:
 
 
 def l2_bytes(device: torch.device) -> int:
-    """Of the L2 cache; an H100's 50 MB where torch doesn't say."""
+    """Size of the L2 cache; an H100's 50 MB where torch doesn't know it."""
     if device.type != "cuda":
         return 0
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 50 * 2**20

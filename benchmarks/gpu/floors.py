@@ -1,7 +1,7 @@
-"""The least time a pass can take, from what the card was measured to do: the busiest of its three resources.
+"""The least time that a pass can take, from the card's measured rates: the time of its busiest resource.
 
 Floors of the shapes of docs and reports: with an H100's published rates and D = 128 they are matmul for forward and
-column, and memory for the band. No kernel is asked: bytes are inputs and outputs, each once.
+column, and memory for the band. Bytes are those of inputs and outputs, each once, whatever a kernel really moves.
 """
 
 from __future__ import annotations

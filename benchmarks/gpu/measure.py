@@ -1,9 +1,9 @@
 """The clock: CUDA events on a GPU, perf_counter elsewhere; contenders take turns, medians and ratios of rounds.
 
 A batch is a few calls between two events, on rotating inputs that together exceed the L2 cache. Before it the GPU
-is held up for as long as the host needs to queue the batch, so that the time is the GPU's; the host's own time per
-call is what queueing took. Contenders run their batches in turns, each round starting with another one, and ratios
-pair batches of the same round: a clock that drifts drifts for all.
+is kept busy for as long as the host needs to queue the batch, so that the time is the GPU's; the host's own time per
+call is that of queueing. Contenders run their batches in turns, each round starting with another one, and ratios pair
+batches of the same round, so that a drifting clock affects all alike.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def single(part: Part, call: Callable[[], Any], seconds: float) -> float:
 
 
 def _warm_up(part: Part, entrant: Entrant, inputs: int) -> tuple[Batch, float | None]:
-    """Compile, settle, estimate; and what one call allocates on top of its inputs, its result included."""
+    """Compile, warm up, estimate the time; and the bytes that one call allocates, its result included."""
     if part.device.type != "cuda":
         return _batch(part, entrant, inputs, 1, 0.0), None
     with torch.no_grad(), entrant.around():

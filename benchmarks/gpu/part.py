@@ -1,13 +1,13 @@
-"""What a part of the script is given: its device, its time, the section it fills, and a way to contain failures.
+"""A part of the script: its device, its time, the section of the results that it fills, and contained failures.
 
-A section is what the part leaves in the results, plain JSON:
+A section is plain JSON:
 
     seconds, finished, conditions      of the run that filled it
-    left_out                           [what, why], for lack of time or of something the machine hasn't
+    left_out                           [what, why], for lack of time or of something that the machine lacks
     failures                           {name: message} of what was attempted and raised
     ...                                the part's own entries
 
-`attempt` notes beside the section what it runs, so that a crash of the process is laid at its door.
+`attempt` writes beside the section what it runs, so that a crash of the process is known to be its failure.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class Outcome(NamedTuple, Generic[T]):
-    """What an attempt came to: a value, or why there is none."""
+    """The result of an attempt: a value, or the reason why there is none."""
 
     value: T | None
     failure: str | None = None
 
 
 class Poisoned(BaseException):
-    """The CUDA context is lost: the process can only end. Passes every `except Exception` by."""
+    """The CUDA context is lost, and the process can only end. No `except Exception` catches it."""
 
 
 class Part:
@@ -56,14 +56,14 @@ class Part:
             self.section["left_out"].append([what, why])
 
     def out_of_time(self, what: str, needed: float = 1.0) -> bool:
-        """Whether less than `needed` seconds are left; then `what` is noted as left out."""
+        """True if less than `needed` seconds are left; then `what` is noted as left out."""
         if self.left() < needed:
             self.leave_out(what, "no time left")
             return True
         return False
 
     def attempt(self, name: str, call: Callable[..., T], *args: Any) -> Outcome[T]:
-        """Run `call`; an exception becomes a message. What failed before, even by a crash, isn't tried again."""
+        """Run `call`; an exception becomes a message. A name that failed before, even by a crash, isn't tried again."""
         failures = self.section["failures"]
         if name in failures:
             return Outcome(None, failures[name])
@@ -78,7 +78,7 @@ class Part:
         flight.unlink()
         if failure is None:
             return Outcome(value)
-        # Behind the except block: its traceback would keep the tensors of the failed call.
+        # After the except block: its traceback would keep the tensors of the failed call alive.
         failures[name] = failure
         self.save()
         release_memory()
@@ -96,7 +96,7 @@ class Part:
         beside.replace(self.file)
 
     def _usable(self) -> bool:
-        """Whether the device still works; after an illegal access nothing does."""
+        """True if the device still works; after an illegal access nothing does."""
         try:
             torch.ones(1, device=self.device).add_(1).item()
         except Exception:
@@ -105,7 +105,7 @@ class Part:
 
 
 def in_flight(file: Path) -> Path:
-    """The file that says what the part that fills `file` is attempting."""
+    """The file with the name that the part that fills `file` is attempting."""
     return file.with_suffix(".flight")
 
 

@@ -1,7 +1,7 @@
-"""From what the parts left to JSON, Markdown and a plot, and the verdict on each target.
+"""Writes the parts' results as JSON, Markdown and a plot, with a verdict on each target.
 
-Nothing is measured here: `enrich` adds the floors that follow from the measured ceilings, `targets` compares with
-what was set out, and names what it is that hits or misses. A figure that isn't there is "not measured", with why.
+Nothing is measured here: `enrich` adds the floors that follow from the measured ceilings, and `targets` compares
+figures with the targets. A missing figure is "not measured", with the reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Target(NamedTuple):
     measured: float | None
     limit: float
     least: bool = False  # the limit is a least one
-    note: str = ""  # who it was, or why nothing was measured
+    note: str = ""  # the contender, or why nothing was measured
     strict: bool = False
     percent: bool = True
 
@@ -140,10 +140,10 @@ def _forward(case: str, mine: dict[str, Any]) -> Target:
 
 
 def incorrect(sections: dict[str, Any]) -> list[str]:
-    """What is wrong on this device: failed checks, wrong answers of ours."""
+    """Errors on this device: failed checks, wrong answers of ours."""
     checks = sections.get("correctness", {}).get("failed", {})
     rows = sections.get("timing", {}).get("rows", [])
-    # Alone: beside a private operator of torch's it may be that which is wrong.
+    # Ours alone: beside a private operator of torch's, that operator may be wrong.
     alone = (BARE, FUSED, AUTO, BAND, COLUMN)
     wrong = [r for r in rows if r["contender"] in alone and str(r.get("failure", "")).startswith("wrong")]
     return [f"{name}: {why}" for name, why in checks.items()] + [
@@ -179,7 +179,7 @@ def in_a_line(name: str, section: dict[str, Any]) -> str:
 
 
 def save(document: dict[str, Any], path: Path) -> None:
-    """As it is, whole or not at all."""
+    """Write the document, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
@@ -196,7 +196,7 @@ def _finite(value: Any) -> Any:
 
 
 def write(document: dict[str, Any], path: Path) -> str | None:
-    """JSON, Markdown and the plot; what stood in the way of the plot, if anything."""
+    """Write JSON, Markdown and the plot; return why there is no plot, if there is none."""
     enrich(document)
     document["targets"] = [target._asdict() | {"verdict": target.verdict} for target in targets(document)]
     save(document, path)
@@ -341,7 +341,7 @@ def _write_models(section: dict[str, Any]) -> list[str]:
 
 def _write_sweep(section: dict[str, Any]) -> list[str]:
     lines = [
-        "The best by head size, as rows of attnstats/configs.py, and their time over the shipped one's:",
+        "The best by head size, as rows of attnstats/triton/configs.py, and their time over the shipped one's:",
         "",
         "```",
     ]

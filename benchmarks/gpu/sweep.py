@@ -1,9 +1,9 @@
-"""Tile sizes, warps and stages, for the table of attnstats/configs.py: the part "sweep".
+"""Tile sizes, warps and stages, for the table of attnstats/triton/configs.py: the part "sweep".
 
 A job is a kernel with a set of statistics and a head size; its candidates are compiled and compared with the
 shipped configuration by workers side by side, then timed one by one at T = 8k. A row holds one candidate: its time
-as a ratio of the shipped configuration's, or why it can't run (registers, shared memory) or is wrong. `best` is
-what the rows say should stand in the table.
+as a ratio of the shipped configuration's, or why it can't run (registers, shared memory) or is wrong. `best` gives
+the entries that the table should have by these rows.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def jobs(smoke: bool) -> list[Job]:
 
 
 def candidates(job: Job, smoke: bool) -> list[Config]:
-    """Configurations worth trying: what surely exceeds registers or shared memory isn't among them."""
+    """Configurations worth trying: none that surely exceeds registers or shared memory."""
     if smoke:
         return [Config(16, 32, 4, 2)]
     if job.kernel == "decode":
-        # A tile holds the few rows of one group, whose number is not for the table to say.
+        # A tile holds the few rows of one group, whose number doesn't depend on the table.
         return [Config(16, *rest) for rest in itertools.product((64, 32, 128), (4, 2, 8), (3, 2, 4))]
     found = []
     heights = (64, 128, 256) if job.kernel == "band" else (64, 128)  # of all heads that share a tile in the band
@@ -130,8 +130,8 @@ def perform(name: str, smoke: bool) -> None:
     """Compile a candidate and compare it with the shipped configuration, on a short sequence."""
     job, config = _tasks(smoke)[name]
     with torch.no_grad():
-        # A multiple of 16, as T = 8k is: Triton compiles others anew. Many keys, or the few queries of `decode` would
-        # not be its case.
+        # A multiple of 16, as T = 8k is: Triton compiles others anew. Many keys, or few queries would not be cut into
+        # splits.
         inputs = _inputs(job, smoke, SMOKE_LENGTH if smoke else 608 if job.queries is None else LENGTH, 1)[0]
         for mine, right in zip(_call(job, config, inputs), _call(job, None, inputs), strict=True):
             # Another order of the same sums; bf16 outputs differ by a rounding.
@@ -203,7 +203,7 @@ def _tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
 
 
 def _in_order(tasks: dict[str, tuple[Job, Any]]) -> list[str]:
-    """Head size by head size; within one each job has tried some before any has tried all."""
+    """Tasks in order: head size by head size, and within one the jobs take turns."""
     by_dim: dict[int, dict[str, list[str]]] = {}
     for name, (job, _) in tasks.items():
         by_dim.setdefault(job.head_dim, {}).setdefault(job.name, []).append(name)

@@ -1,8 +1,8 @@
 """Attention with statistics against its rivals in the same run, and either from an lse: the part "timing".
 
 A case is a shape; its contenders are first compared with float64 (on two heads, up to 16k tokens; beyond that with
-our own kernel), then timed in turns. Cases run in the order of their weight, so that what falls to the end of the
-time is what matters least. Rows of the section hold one contender in one case.
+our own kernel), then timed in turns. Cases run in the order of their weight, so that those left out for lack of time
+matter least. Rows of the section hold one contender in one case.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def run(part: Part) -> None:
     warmed = _warm_caches(part, pending)
     while pending:
         case = pending.pop(0)
-        # What a crash left of this case is measured again, without what crashed.
+        # After a crash the case is measured again, without the contender that crashed.
         rows[:] = [row for row in rows if row["case"] != case.name]
         if part.out_of_time(case.name, 0.0 if part.smoke else 8.0):
             continue
@@ -168,7 +168,7 @@ def _head(case: Case, name: str, contender: Contender) -> dict[str, Any]:
 
 
 def _hopeless(part: Part, case: Case, name: str) -> str | None:
-    """Why a contender need not be tried, by what became of it at other lengths; time grows quadratically."""
+    """The reason not to try a contender, by its results at other lengths; time grows quadratically. None: try it."""
     if part.smoke or not case.rivals:
         return None
     for row in part.section["rows"]:
@@ -182,7 +182,7 @@ def _hopeless(part: Part, case: Case, name: str) -> str | None:
 
 
 def _sets(shape: Shape, device: torch.device) -> int:
-    """So many inputs that together they exceed twice the L2 cache."""
+    """The number of inputs that together exceed twice the L2 cache."""
     return max(2, min(16, -(-2 * l2_bytes(device) // (shape.query_bytes + 2 * shape.key_bytes))))
 
 
@@ -230,7 +230,7 @@ def _truth(case: Case, inputs: Any) -> dict[int, Answer] | Answer:
 
 
 def _answer(contender: Contender, inputs: Any, truth: Any, case: Case) -> tuple[dict[str, float], str]:
-    """The worst errors of a contender's answer, and what they are errors against."""
+    """The worst errors of a contender's answer, and the answer that they are measured against."""
     with torch.no_grad(), contender.around():
         answer = contender.run(inputs)
     if truth is None:

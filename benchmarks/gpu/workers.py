@@ -1,9 +1,9 @@
 """Helper processes: named tasks of a module, side by side, each fault contained in the process that it ends.
 
-Compiling kernels is work for the CPU and takes most of the time of correctness and sweep; what a worker compiled
-lies in Triton's cache for whoever comes next. A worker is given one name at a time on its standard input and
-answers with one line of JSON: what `MODULE.perform(name, smoke)` returned, or the failure. One that dies is
-replaced, and the task that it died of is a failure.
+Compiling kernels is work for the CPU and takes most of the time of correctness and sweep; later processes find a
+worker's kernels in Triton's cache. A worker reads one name at a time from its standard input and answers with one line
+of JSON: the result of `MODULE.perform(name, smoke)`, or the failure. A worker that dies is replaced, and the task that
+it died of is a failure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MOST = 16
 
 
 def perform_all(module: str, names: Sequence[str], seconds: float, smoke: bool) -> dict[str, dict[str, Any]]:
-    """{"ok", "seconds", "value" or "failure"} by name; names that no worker came to an end with are missing."""
+    """{"ok", "seconds", "value" or "failure"} by name; names that no worker finished are missing."""
     waiting, found = deque(names), dict[str, dict[str, Any]]()
     deadline = time.monotonic() + seconds
     count = 1 if smoke else max(1, min(MOST, len(names), os.cpu_count() or 1))
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def _lost(smoke: bool) -> bool:
-    """Whether the CUDA context is: then this process can do nothing more."""
+    """True if the CUDA context is lost: then this process can do nothing more."""
     try:
         torch.ones(1, device="cpu" if smoke else "cuda").add_(1).item()
     except Exception:

@@ -118,7 +118,7 @@ def test_report_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_overhead_times_every_call() -> None:
     found = overhead.measured(rounds=1, count=1)
-    assert list(found) == ["SDPA", *overhead.ASKED]
+    assert list(found) == ["SDPA", *overhead.REQUESTS]
     assert all(0 < microseconds < 1e6 for microseconds in found.values())
 
 

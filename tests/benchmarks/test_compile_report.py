@@ -222,25 +222,27 @@ class Sm90:
 
 driver.set_active(Sm90())
 from attnstats import *
-from attnstats import launch, ops
-from attnstats.arguments import resolve
+from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
+from attnstats.triton import backend
+from attnstats.triton.launch import launching_with
 
-def warm_up(kernel, programs, tensors, sizes, strides, constants, config):
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    kernel.run(*tensors, *sizes, *strides, grid=(programs,), warmup=True, **constants, **options)
-    print(kernel.__name__)
+def warm_up(launch, arguments):
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    launch.kernel.run(grid=(launch.programs,), warmup=True, **arguments, **launch.constants, **options)
+    print(launch.kernel.__name__)
 
-launch._launch = warm_up
 asked = (WAAD(10), FAI(10, 100), Received(), Entropy())
 query = torch.empty(1, 8, 512, 128, dtype=torch.bfloat16)
-geometry = resolve(query, query, query, asked)
-ops.attend(query, query, query, geometry, asked)
-ops.from_lse(query, query, torch.zeros(1, 8, 512), geometry, asked)
+geometry = resolve(query, query, query, Options(statistics=asked))
+with launching_with(warm_up):
+    backend.attend(query, query, query, geometry)
+    backend.from_lse(query, query, torch.zeros(1, 8, 512), geometry)
 """
 
 
 def test_tritons_launcher_takes_the_arguments(monkeypatch):
-    """Up to the launch itself: binding, specialisation and cache key of tuples of strides and of functions."""
+    """Up to the launch itself: binding, specialisation and cache key of groups and of tuples of functions."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["forward", "column", "band", "forward", "column"], run.stderr[-1500:]

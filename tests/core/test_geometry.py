@@ -7,6 +7,7 @@ import attnstats
 from attnstats import FAI, WAAD
 from attnstats.core.arguments import resolve
 from attnstats.core.geometry import Geometry
+from attnstats.core.options import Options
 from tests.cases import Case
 
 Q, K, V = Case(batch=2, key_heads=2, group=2).tensors()  # (2, 4, 37, 16), (2, 2, 37, 16) twice
@@ -61,7 +62,7 @@ def test_bad_arguments_are_named(changed, error, match):
 
 
 def geometry(case: Case) -> Geometry:
-    return resolve(*case.tensors(), (), **case.arguments())
+    return resolve(*case.tensors(), Options(**case.arguments()))
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
@@ -85,6 +86,6 @@ def test_counts_equal_dense_counts(padding, counted, queries, keys, offset):
 
 def test_the_last_counted_queries():
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
-    facts = resolve(Q[:, :, :5], K, V, (), enable_gqa=True, query_mask=mask)
+    facts = resolve(Q[:, :, :5], K, V, Options(enable_gqa=True, query_mask=mask))
     expected = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
     assert torch.equal(facts.counted(2), expected)

@@ -12,9 +12,10 @@ import psutil
 import pytest
 import torch
 
-from attnstats.cli import main as cli
+from attnstats.cli.main import main
 from attnstats.errors import InputError
 from attnstats.study import corpus, models
+from attnstats.study.generation import Sampling
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import begin
 from tests.tiny import WORDS, Silent, save_tiny_model
@@ -35,8 +36,8 @@ def loaded(tiny):
 def fill(loaded, store, measure, shard=Shard(), temperature=0.8):  # noqa: B008
     prompts = [[5 + i % 7] * (1 + i % 4) for i in range(COUNT)]
     progress = Silent()
-    options = {"max_tokens": 6, "temperature": temperature, "seed": 3}
-    corpus.run(loaded, prompts, measure, **options, store=store, progress=progress, shard=shard)
+    sampling = Sampling(6, temperature, seed=3)
+    corpus.run(loaded, prompts, measure, sampling, store=store, progress=progress, shard=shard)
     assert progress.steps == progress.total
     store.close()
     return {i: (*store.response(i), store.read(i)[0]["sum"].item()) for i in store.indices()}
@@ -62,8 +63,8 @@ def test_what_is_done_is_not_done_again(tmp_path, loaded, monkeypatch):
     store.close()
     assert store.indices() == list(range(11))
     measured, generated = [], []
-    generate = corpus.generate
-    monkeypatch.setattr(corpus, "generate", lambda *a, **k: generated.append(k["seed"]) or generate(*a, **k))
+    generate = loaded.model.generate
+    monkeypatch.setattr(loaded.model, "generate", lambda **k: generated.append(len(k["input_ids"])) or generate(**k))
 
     def count(index, prompt, response):
         measured.append(index)
@@ -71,7 +72,7 @@ def test_what_is_done_is_not_done_again(tmp_path, loaded, monkeypatch):
 
     assert fill(loaded, begin(tmp_path / "cut", {}, resume=True), count) == whole
     assert measured == list(range(11, COUNT))
-    assert generated == [3 + 16], "the second batch had its responses"
+    assert generated == [COUNT - 2 * corpus.BATCH], "the second batch had its responses"
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -112,7 +113,7 @@ def whole(tiny, tmp_path_factory):
     prompts = write_prompts(folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert cli.main(arguments(tiny, prompts, folder / "out")) == 0
+    assert main(arguments(tiny, prompts, folder / "out")) == 0
     yield prompts, folder / "out"
     torch.set_num_threads(threads)
 
@@ -159,8 +160,8 @@ def test_a_rank_that_dies_loses_only_what_it_was_computing(tmp_path, tiny, whole
     before = {path.name: path.stat().st_mtime_ns for path in items.glob("0*.*")}
     assert 3 <= sum(name.endswith(".safetensors") for name in before) < COUNT
     assert not (tmp_path / "cut").exists()
-    assert cli.main(run) == 2, "without --resume it says what is there"
-    assert cli.main([*run, "--resume"]) == 0
+    assert main(run) == 2, "without --resume it says what is there"
+    assert main([*run, "--resume"]) == 0
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "items").glob("0*.*")}
     assert len(after) == 2 * COUNT
     assert after | before == after

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnstats import heads, reference
-from attnstats.study.maps import CELLS, AtDistance, mean_maps, segments
+from attnstats.study.maps import CELLS, AtDistance, cell_boundaries, mean_maps
 
 LAYERS = (1, 3)
 CLASSES = heads.HeadClasses(
@@ -73,7 +73,7 @@ def test_the_model_is_as_it_was_afterwards(model):
 @pytest.mark.parametrize("response", [1, 2, 50, 256, 257, 999, 4000])
 def test_segments_are_of_one_size_and_fit(start, response):
     length = start + response
-    queries, keys = segments(start, length)
+    queries, keys = cell_boundaries(start, length)
     assert (queries[0], queries[-1]) == (start, length)
     assert (keys[0], keys[-1]) == (0, length)
     assert start in keys

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attnstats.study import models
-from attnstats.study.analysis import Settings, analyze
+from attnstats.study.analysis import Settings
+from attnstats.study.pipeline import analyze
 from attnstats.study.verify import differences, eager_attention
 from tests.tiny import Silent, save_tiny_model
 

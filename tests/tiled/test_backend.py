@@ -69,6 +69,6 @@ def test_a_wide_band_is_swept():
 
 @pytest.mark.usefixtures("sums")
 def test_without_torchs_private_kernel(monkeypatch):
-    monkeypatch.setattr("attnstats.tiled.backend._flash_takes", lambda geometry: False)
+    monkeypatch.setattr("attnstats.tiled.cpu_flash.takes", lambda geometry: False)
     for case in (Case(), Case(is_causal=False, padding="left"), Case(dtype="bfloat16", padding="all")):
         check(case, "tiled")

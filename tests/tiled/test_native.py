@@ -102,14 +102,12 @@ def test_memory_is_linear():
 @compiled
 def test_it_is_what_runs(monkeypatch):
     query, key, value = Case().tensors()
-    calls = []
-    monkeypatch.setattr(native, "evaluate", lambda *a, real=native.evaluate: calls.append(a[-1]) or real(*a))
-    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
-    assert calls == [ASKED]
-    attnstats.attention(*(x.double() for x in (query, key, value)), statistics=ASKED, enable_gqa=True)
+    plan = attnstats.explain(query, key, value, statistics=ASKED, enable_gqa=True)
+    assert [(each.run, each.computes) for each in plan.passes[1:]] == [("compiled", tuple(s.name for s in ASKED))]
     monkeypatch.setattr(native, "enabled", False)
-    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
-    assert calls == [ASKED]
+    plain = attnstats.explain(query, key, value, statistics=ASKED, enable_gqa=True)
+    wide = attnstats.explain(*(x.double() for x in (query, key, value)), statistics=ASKED, enable_gqa=True)
+    assert "compiled" not in {each.run for each in (*plain.passes, *wide.passes)}
 
 
 @compiled

@@ -163,10 +163,10 @@ def test_a_decoding_step_looks_at_the_band_alone(llama, monkeypatch):
     looked_at = []
     evaluate = tiled.from_lse
 
-    def spy(query, key, lse, geometry, statistics):
-        if statistics:
+    def spy(query, key, lse, geometry):
+        if geometry.statistics:
             looked_at.append((query.shape[2], key.shape[2]))
-        return evaluate(query, key, lse, geometry, statistics)
+        return evaluate(query, key, lse, geometry)
 
     monkeypatch.setattr(tiled, "from_lse", spy)
     with capture(llama, statistics=[WAAD(3), FAI(1, 4)], layers=[2], live=True):

@@ -12,9 +12,7 @@ import triton.language as tl
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
-from attnstats.core.arguments import resolve
 from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
-from attnstats.triton.plan import Plan
 from tests.cases import Case, check
 from tests.guards import Guarded
 
@@ -81,34 +79,72 @@ def test_offsets_past_two_to_the_31():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+SMALLER = """
+import torch
+from triton.runtime.errors import OutOfResources
+from attnstats.core.arguments import resolve
+from attnstats.triton import backend
+from attnstats.triton.launch import launching_with
+
+fits = 1  # stage
+def start(launch, arguments):
+    print(launch.config.num_stages)
+    if launch.config.num_stages > fits:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+query = torch.zeros(1, 2, 512, 128, dtype=torch.float16)
+geometry = resolve(query, query, query, ())
+with launching_with(start):
+    backend.attend(query, query, query, geometry, ())
+    backend.attend(query, query, query, geometry, ())
+    fits = 0
+    try:
+        backend.attend(query, query, query, geometry, ())
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_configuration_that_does_not_fit_gives_way():
+    """Smaller ones are tried in turn; one that didn't fit isn't tried again."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SMALLER]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = run.stdout.splitlines()
+    assert lines[:4] == ["3", "2", "1", "1"], run.stderr[-2000:]
+    assert set(lines[4:-1]) == {"1"}
+    assert "head_dim 128 in torch.float16 needs more shared memory" in lines[-1]
+    assert "backend='tiled'" in lines[-1]
+
+
 def test_each_statistic_goes_where_it_is_cheapest():
     band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
     whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))
-    asked = (*band, *whole, Entropy(), MaxLogit())
     query = torch.zeros(1, 2, 8, 16)
-    causal, full = (resolve(query, query, None, asked, is_causal=is_causal) for is_causal in (True, False))
-    plan = Plan.of(asked, causal=True)
-    assert plan.band_rows == (WAAD(10),)
-    assert plan.band_columns == (FAI(10, 100),)
-    assert plan.moment == (MeanDistance(),)
-    assert Plan.of(asked, causal=False).loop_rows == (MeanDistance(),)
-    together = (FAI(0, None), FAI(0, 5000), Received())
-    assert plan.column_passes(causal) == {(None, None): together, (4, None): (Received(4),)}
-    assert plan.reach(causal) == (100, 0)
-    assert plan.reach(full) == (100, 9)
-    assert plan.rows_behind(causal) == 9
-    assert plan.reach_of_heads(causal) is None
+    plan = attnstats.explain(query, query, query, statistics=[*band, *whole, Entropy(), MaxLogit()], backend="triton")
+    assert [(each.run, each.computes) for each in plan.passes] == [
+        ("forward", ("output", "lse", "waad", "fai", "mean_distance", "entropy", "max_logit")),
+        ("column", ("fai", "fai", "received")),
+        ("column", ("received",)),
+    ]
 
 
 def test_heads_that_ask_for_less_get_less():
-    asked: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100), Received())
     query = torch.zeros(1, 4, 8, 16)
     heads = {"waad": [2, 0], "fai": [2], "received": [1]}
-    geometry = resolve(query, query, None, asked, heads=heads, window_size=(50, 0))
-    plan = Plan.of(asked, causal=True)
-    assert plan.reach_of_heads(geometry) == (9, -1, 50, -1)
-    assert [passed.bands for passed in plan.band_passes(geometry).values()] == [(WAAD(10),), (FAI(10, 100),)]
-    assert plan.column_passes(geometry) == {(None, (1,)): (Received(),)}
+    plan = attnstats.explain(
+        query,
+        query,
+        statistics=[WAAD(10), FAI(10, 100), Received()],
+        heads=heads,
+        window_size=(50, 0),
+        backend="triton",
+    )
+    assert [(each.run, each.computes, each.heads) for each in plan.passes] == [
+        ("band", ("waad",), (2, 0)),
+        ("band", ("fai",), (2,)),
+        ("column", ("received",), (1,)),
+    ]
 
 
 @triton.jit
@@ -192,16 +228,14 @@ def test_a_namesake_of_ours_does_not_get_our_device_weight(device):
     torch.testing.assert_close(found["waad"], 2 * found["mean_distance"])
 
 
-def test_explain_names_kernels_tiles_and_costs(capsys, device):
+def test_explain_names_kernels_tiles_and_costs(device):
     query, key, value = Case(group=1).tensors(device)
-    attnstats.explain(query, key, value, statistics=[WAAD(), FAI(), Received(), "sink_mass"], backend="triton")
-    told = capsys.readouterr().out
-    assert "backend: triton" in told
-    assert "kernel forward" in told
-    assert "band of 100 keys as epilogue" in told
-    assert "kernel column" in told
-    assert "first keys" in told
-    attnstats.explain(query, key, statistics=[WAAD(), Entropy()], backend="triton")
-    told = capsys.readouterr().out
-    assert "kernel band" in told
-    assert "rows only" in told
+    asked = [WAAD(), FAI(), Received(), "sink_mass"]
+    plan = attnstats.explain(query, key, value, statistics=asked, backend="triton")
+    assert plan.backend == "triton"
+    assert [each.run for each in plan.passes] == ["forward", "column", "first_keys"]
+    assert "band of 100 keys as epilogue" in plan.passes[0].description
+    assert plan.flops == sum(each.flops for each in plan.passes) > 0
+    assert str(plan).startswith("backend: triton\n  kernel forward: queries x ")
+    plan = attnstats.explain(query, key, statistics=[WAAD(), Entropy()], backend="triton")
+    assert {each.run for each in plan.passes} == {"band", "rows"}

@@ -8,7 +8,7 @@ import triton.language as tl
 from attnstats import FAI, WAAD, LocalMass, MeanDistance, Received
 from attnstats.kernels.tiles import FIELDS, weigh
 from attnstats.statistics import CATALOGUE, DistanceWeighted
-from attnstats.triton.launch import _flat
+from attnstats.triton.launch.arguments import weights
 
 SETTINGS = [
     WAAD(1), WAAD(10), LocalMass(1), LocalMass(7), MeanDistance(), FAI(0, 0), FAI(10, 100), FAI(3, None), Received(),
@@ -26,11 +26,11 @@ def test_device_weight_is_the_weight(statistic, device):
     distance = torch.cat([torch.arange(-128, 124), torch.tensor([-(10**6), 10**6, 2**24 - 1, 2**30])])
     distance = distance.to(device, torch.float32)
     found = torch.empty(256, device=device)
-    evaluate[(1,)](distance, found, _flat([statistic]), 256)
+    evaluate[(1,)](distance, found, weights([statistic]), 256)
     assert torch.equal(found, statistic.weight(distance.int()).float() - statistic.tail)
 
 
 def test_every_distance_weighted_statistic_is_here():
     weighted = {cls for cls in CATALOGUE.values() if issubclass(cls, DistanceWeighted)}
     assert weighted == {type(s) for s in SETTINGS}
-    assert len(_flat(SETTINGS)) == FIELDS.value * len(SETTINGS)
+    assert len(weights(SETTINGS)) == FIELDS.value * len(SETTINGS)

@@ -1,0 +1,29 @@
+"""Starts the kernels: a function for each pass, which makes its buffers, picks its tiles and passes its arguments.
+
+Nothing here waits for the device, and no size depends on data, so a call can be captured into a CUDA graph.
+"""
+
+from attnstats.triton.launch.arguments import block_dim, kernel_weight, on_device
+from attnstats.triton.launch.backward_pass import MapGradients, backward, backward_kernels
+from attnstats.triton.launch.band_pass import band, band_tile, slot_count
+from attnstats.triton.launch.column_pass import columns, pooled
+from attnstats.triton.launch.forward_pass import forward, splits
+from attnstats.triton.launch.start import Launch, launching_with
+
+__all__ = [
+    "Launch",
+    "MapGradients",
+    "backward",
+    "backward_kernels",
+    "band",
+    "band_tile",
+    "block_dim",
+    "columns",
+    "forward",
+    "kernel_weight",
+    "launching_with",
+    "on_device",
+    "pooled",
+    "slot_count",
+    "splits",
+]

@@ -1,0 +1,163 @@
+"""Tensors and numbers of a call in the form that kernels take them (kernels/arguments.py), and buffers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnstats.core.geometry import Geometry
+from attnstats.kernels.arguments import Dropout, HeadSubset, Score, Sequences, Sizes, Strided, Visibility
+from attnstats.statistics import CATALOGUE, Statistic, Summed
+from attnstats.triton.configs import interpreted
+from attnstats.triton.plan import Heads
+
+LOG2E = 1.4426950408889634
+FARTHEST = 2**30  # a distance that a 32-bit position can be added to; no sequence is as long
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two that is not smaller."""
+    return 1 << (max(number, 1) - 1).bit_length()
+
+
+def block_dim(dim: int) -> int:
+    """Head size of a tile in registers: a power of two, at least the 16 of a matmul."""
+    return max(16, power_of_two(dim))
+
+
+def bounded(distance: int) -> int:
+    """The distance, or the farthest that the kernels can compute with."""
+    return max(-FARTHEST, min(distance, FARTHEST))
+
+
+def as_input(x: Tensor) -> Tensor:
+    """As the kernels can take it: no bfloat16 in the interpreter, whose arithmetic on it is wrong (it works on bit
+    patterns), and no rows so far apart that an offset within a tile passes 32 bits."""
+    if x.requires_grad:
+        x = x.detach()
+    if max(x.stride()[2:]) > 2**22:
+        x = x.contiguous()
+    return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
+
+
+def strided(x: Tensor) -> Strided:
+    return Strided(x, x.stride())
+
+
+def flags(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as contiguous uint8."""
+    return None if mask is None else mask.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def longest(geometry: Geometry) -> tuple[int, int]:
+    """Queries and keys of the longest sequence."""
+    if geometry.packing is None:
+        return geometry.query_length, geometry.key_length
+    return geometry.packing.max_queries, geometry.packing.max_keys
+
+
+def sequence_count(geometry: Geometry) -> int:
+    return geometry.batch if geometry.packing is None else geometry.packing.count
+
+
+def sequences(geometry: Geometry) -> Sequences | None:
+    return None if geometry.packing is None else Sequences(geometry.packing.queries, geometry.packing.keys)
+
+
+def sizes(geometry: Geometry, by_keys: bool = False) -> Sizes:
+    """by_keys: the kernel's programs own blocks of keys."""
+    return Sizes(
+        geometry.batch,
+        geometry.query_heads,
+        geometry.group,
+        geometry.offset,
+        geometry.query_length,
+        geometry.key_length,
+        longest(geometry)[by_keys],
+    )
+
+
+def window(geometry: Geometry) -> Visibility:
+    """Visibility without the key mask."""
+    left, right = geometry.left, geometry.right
+    return Visibility(None if left is None else bounded(left), None if right is None else bounded(right), None)
+
+
+def visibility(window: Visibility, geometry: Geometry) -> Visibility:
+    """The window with the key mask."""
+    return window if geometry.key_mask is None else window._replace(key_mask=flags(geometry.key_mask))
+
+
+def score(geometry: Geometry) -> Score:
+    cap2 = None if geometry.softcap is None else geometry.softcap * LOG2E
+    return Score(geometry.scale, geometry.scale * LOG2E, cap2)
+
+
+def dropout(geometry: Geometry) -> Dropout | None:
+    return None if geometry.dropout_seed is None else Dropout(geometry.dropout_seed, geometry.dropout_p)
+
+
+def sinks2(geometry: Geometry) -> Tensor | None:
+    """Sinks in the exp2 domain."""
+    return None if geometry.sinks is None else geometry.sinks.detach().float() * LOG2E
+
+
+def head_count(geometry: Geometry, heads: Heads) -> int:
+    return geometry.query_heads if heads is None else len(heads)
+
+
+def head_subset(geometry: Geometry, heads: Heads) -> HeadSubset:
+    return HeadSubset(on_device(heads, geometry.device), head_count(geometry, heads))
+
+
+def empty(geometry: Geometry, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+    """A float32 buffer that a kernel fills. No kernel writes to tokens past the last packed sequence: they keep
+    `fill`."""
+    if geometry.packing is None:
+        return torch.empty(shape, dtype=torch.float32, device=geometry.device)
+    return torch.full(shape, fill, dtype=torch.float32, device=geometry.device)
+
+
+def on_device(numbers: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    """The numbers as int32."""
+    return None if numbers is None else _constant(numbers, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: a copy from the host can't be captured into a CUDA graph."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def dims(geometry: Geometry, with_value: bool = True) -> dict[str, int]:
+    """The constants of head sizes."""
+    constants = {"DIM": geometry.head_dim, "BLOCK_DIM": block_dim(geometry.head_dim)}
+    if with_value:
+        constants |= {"VALUE_DIM": geometry.value_dim, "BLOCK_VALUE_DIM": block_dim(geometry.value_dim)}
+    return constants
+
+
+def weights(statistics: Iterable[Any], tails: bool = True) -> tuple[Any, ...]:
+    """The statistics' weights as the flat constexpr tuple of kernels/tiles.py."""
+    flat: list[Any] = []
+    for s in statistics:
+        weight = kernel_weight(s)
+        # Triton's cache key of a tuple names the functions in it but not their source: the digest does.
+        digest = getattr(weight, "cache_key", "")
+        flat += [weight, *(*s.parameters, 0, 0)[:2], s.tail if tails else 0.0, digest]
+    return tuple(flat)
+
+
+def kernel_weight(statistic: Statistic) -> Any:
+    """The device function of a statistic's weight: its own, or for the catalogue the one of its name; None: none."""
+    from attnstats.kernels import weights
+
+    if isinstance(statistic, Summed):
+        return kernel_weight(statistic.of)
+    if statistic.kernel_weight is None and CATALOGUE.get(statistic.name) is type(statistic):
+        return getattr(weights, statistic.name, None)
+    return statistic.kernel_weight

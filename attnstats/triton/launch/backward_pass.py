@@ -1,0 +1,132 @@
+"""Gradients for query, key and value, of the output and of statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.core.autograd import Residuals
+from attnstats.core.geometry import Geometry
+from attnstats.kernels.arguments import Near, StatisticGradients
+from attnstats.triton.configs import Config, Kernel
+from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import as_input, bounded, dims, empty, flags, sequence_count, strided, weights
+from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.plan import GradientPlan
+
+
+class MapGradients(NamedTuple):
+    """The gradients that statistics have for A, on top of the output's."""
+
+    plan: GradientPlan
+    rows: Tensor | None  # [plan.rows and entropy, B, Hq, Tq] gradients
+    columns: Tensor | None  # [plan.columns, B, Hq, Tk] gradients of sums
+    shift: Tensor | None  # [B, Hq, Tq] the row-constant part: added to delta
+
+
+def backward_kernels(geometry: Geometry, plan: GradientPlan) -> tuple[Kernel, Kernel]:
+    """The entries of the table for dQ and for dK and dV."""
+    if plan.weighs or geometry.softcap is not None or geometry.dropout_p > 0:
+        return "weighted_queries", "weighted_keys"
+    return "backward_queries", "backward_keys"
+
+
+def backward(
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_map: MapGradients
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
+    dim = max(geometry.head_dim, geometry.value_dim)
+    inputs = (*residuals, grad_output)
+    by_queries, by_keys = backward_kernels(geometry, of_map.plan)
+    grad_query, delta = fitting(by_queries, geometry, dim, lambda config: _queries(inputs, geometry, of_map, config))
+    grad_key, grad_value = fitting(
+        by_keys, geometry, dim, lambda config: _keys(inputs, delta, geometry, of_map, config)
+    )
+    return grad_query, grad_key, grad_value, delta
+
+
+def _queries(
+    inputs: tuple[Tensor, ...], geometry: Geometry, of_map: MapGradients, config: Config
+) -> tuple[Tensor, Tensor]:
+    dtype = inputs[0].dtype
+    query, key, value, output, lse, grad_output = (as_input(x) for x in inputs)
+    grad_query, delta = _like(query, geometry), empty(geometry, lse.shape)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
+    start(
+        prepared.launch,
+        query=strided(query),
+        key=strided(key),
+        value=strided(value),
+        output=strided(output),
+        d_output=strided(grad_output),
+        d_query=strided(grad_query),
+        lse=lse.contiguous(),
+        delta=delta,
+        near=prepared.reach,
+        **_shared_arguments(geometry, of_map, prepared),
+    )
+    return grad_query.to(dtype), delta
+
+
+def _keys(
+    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, of_map: MapGradients, config: Config
+) -> tuple[Tensor, Tensor]:
+    dtype = inputs[0].dtype
+    query, key, value, _, lse, grad_output = (as_input(x) for x in inputs)
+    grad_key, grad_value = _like(key, geometry), _like(value, geometry)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
+    start(
+        prepared.launch,
+        query=strided(query),
+        key=strided(key),
+        value=strided(value),
+        d_output=strided(grad_output),
+        d_key=strided(grad_key),
+        d_value=strided(grad_value),
+        lse=lse.contiguous(),
+        delta=delta,
+        **_shared_arguments(geometry, of_map, prepared),
+    )
+    return grad_key.to(dtype), grad_value.to(dtype)
+
+
+def _shared_arguments(geometry: Geometry, of_map: MapGradients, prepared: Prepared) -> dict[str, Any]:
+    """The other arguments of both kernels."""
+    return {
+        "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
+        "query_mask": flags(geometry.counted()) if of_map.plan.columns else None,
+        "sequences": arguments.sequences(geometry),
+        "sizes": prepared.sizes,
+        "visible": arguments.visibility(prepared.visible, geometry),
+        "score": prepared.score,
+        "dropout": arguments.dropout(geometry),
+    }
+
+
+def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by_keys: bool) -> Prepared:
+    from attnstats.kernels.backward import backward_keys, backward_queries
+
+    sizes = arguments.sizes(geometry, by_keys)
+    blocks = -(-sizes.longest // (config.BN if by_keys else config.BM))
+    heads = geometry.key_heads if by_keys else geometry.query_heads
+    constants = {
+        "ROWS": weights(plan.far_rows, tails=False),
+        "NEAR_ROWS": weights(plan.near_rows),
+        "ENTROPY": int(plan.entropy),
+        "COLUMNS": weights(plan.far_columns),
+        "NEAR_COLUMNS": weights(plan.near_columns),
+        "BM": config.BM,
+        "BN": config.BN,
+        **dims(geometry),
+    }
+    kernel = backward_keys if by_keys else backward_queries
+    launch = Launch(kernel, blocks * heads * sequence_count(geometry), geometry.device, constants, config)
+    near = Near(*map(bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
+    return Prepared(launch, sizes, arguments.window(geometry), arguments.score(geometry), reach=near)
+
+
+def _like(x: Tensor, geometry: Geometry) -> Tensor:
+    """A buffer of x's shape and, where they are dense, strides; zeros where tokens lie past the last sequence."""
+    return torch.empty_like(x) if geometry.packing is None else torch.zeros_like(x)

@@ -1,0 +1,115 @@
+"""Band statistics from an lse, and what the forward pass needs for its own band."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.statistics import Statistic
+from attnstats.triton.configs import MAX_PACKED_HEADS, Config, interpreted
+from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import (
+    LOG2E,
+    as_input,
+    dims,
+    empty,
+    flags,
+    head_count,
+    power_of_two,
+    sequence_count,
+    strided,
+    weights,
+)
+from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.plan import Heads, Plan
+
+
+def slot_count(behind: int, ahead: int, block_rows: int) -> int:
+    """The number of query blocks that a key's band column may come from."""
+    return 1 + -(-behind // block_rows) + -(-ahead // block_rows)
+
+
+def column_slots(geometry: Geometry, plan: Plan, slots: int, heads: int) -> Tensor:
+    """[columns, slots, B, heads, Tk] zeros: where each query block leaves its part of a key's band columns."""
+    shape = (len(plan.band_columns), slots, geometry.batch, heads, geometry.key_length)
+    return torch.zeros(shape, dtype=torch.float32, device=geometry.device)
+
+
+def band_reach(geometry: Geometry, plan: Plan) -> dict[str, int]:
+    """The constants of how far a band goes."""
+    behind, ahead = plan.reach(geometry)
+    return {"BEHIND": behind, "ROWS_BEHIND": plan.rows_behind(geometry), "AHEAD": ahead}
+
+
+def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Config]:
+    """Heads packed into a tile of the band kernel, and the tile's positions and keys."""
+    packed = 1 if heads is not None else min(MAX_PACKED_HEADS, power_of_two(geometry.group))
+    if geometry.dtype == torch.float32 and not interpreted():
+        packed = min(packed, max(1, config.BM // 16))  # more rows than the table says would spill
+    positions = max(16, config.BM // packed)
+    return packed, config._replace(BM=positions)
+
+
+def band(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads
+) -> dict[Statistic, Tensor]:
+    """The plan's band statistics, of these heads, from an lse of all heads."""
+    dim = geometry.head_dim
+    return fitting("band", geometry, dim, lambda config: _band(query, key, lse, geometry, plan, heads, config))
+
+
+def _band(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads, config: Config
+) -> dict[Statistic, Tensor]:
+    prepared = remembered(geometry, _prepare_band, plan, config, heads)
+    count = head_count(geometry, heads)
+    rows = empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
+    columns = column_slots(geometry, plan, prepared.slots, count)
+    start(
+        prepared.launch,
+        query=strided(as_input(query)),
+        key=strided(as_input(key)),
+        lse2=divisor_of(lse) * LOG2E,
+        rows=rows,
+        columns=columns,
+        query_mask=flags(geometry.counted()),
+        sinks=arguments.sinks2(geometry),
+        sequences=arguments.sequences(geometry),
+        heads=prepared.heads,
+        sizes=prepared.sizes,
+        visible=arguments.visibility(prepared.visible, geometry),
+        score=prepared.score,
+    )
+    results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
+    if plan.band_columns:
+        results |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
+    return results
+
+
+def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) -> Prepared:
+    from attnstats.kernels.band import band as kernel
+
+    packed, config = band_tile(geometry, heads, config)
+    constants = {
+        "ROWS": weights(plan.band_rows),
+        "COLUMNS": weights(plan.band_columns),
+        "HEADS": packed,
+        "BM": config.BM,
+        "BN": config.BN,
+        **band_reach(geometry, plan),
+        **dims(geometry, with_value=False),
+    }
+    sizes = arguments.sizes(geometry)
+    of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else len(heads)
+    programs = -(-sizes.longest // config.BM) * of_sequence * sequence_count(geometry)
+    launch = Launch(kernel, programs, geometry.device, constants, config)
+    window = arguments.window(geometry)
+    return Prepared(
+        launch,
+        sizes,
+        window if plan.bound(geometry) else window._replace(left=None),
+        arguments.score(geometry),
+        arguments.head_subset(geometry, heads),
+        slot_count(*plan.reach(geometry), config.BM),
+    )

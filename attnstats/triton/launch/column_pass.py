@@ -1,0 +1,162 @@
+"""Column statistics over all queries, and pooled maps, from an lse."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.kernels.arguments import Segments
+from attnstats.statistics import PooledMap, Received, Statistic
+from attnstats.triton.configs import Config
+from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import (
+    LOG2E,
+    as_input,
+    bounded,
+    dims,
+    empty,
+    head_count,
+    on_device,
+    power_of_two,
+    sequence_count,
+    strided,
+    weights,
+)
+from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.plan import Heads
+
+
+def columns(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    statistics: Sequence[Statistic],
+    query_mask: Tensor | None,
+    heads: Heads,
+) -> Tensor:
+    """[statistics, B, heads, Tk] column sums over the queries that count."""
+    shape = (len(statistics), geometry.batch, head_count(geometry, heads), geometry.key_length)
+
+    def run(config: Config) -> Tensor:
+        if (queries := arguments.longest(geometry)[0]) < config.BM:
+            config = config._replace(BM=max(16, power_of_two(queries)))
+        sums = empty(geometry, shape)
+        _column(query, key, lse, geometry, tuple(statistics), query_mask, heads, sums, None, config)
+        return sums
+
+    return fitting("column", geometry, geometry.head_dim, run)
+
+
+def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: PooledMap, heads: Heads) -> Tensor:
+    """[B, heads, I, J] sums over segments of queries and of keys."""
+    query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
+    segments = len(query_bounds) - 1
+
+    def run(config: Config) -> Tensor:
+        # A segment fills whole tiles of queries: short ones get short tiles.
+        rows = max(16, power_of_two(geometry.query_length // segments))
+        config = config._replace(BM=min(config.BM, rows))
+        pieces = _pieces(key_bounds, config.BN, geometry.device)
+        sums = empty(geometry, (pieces.total, geometry.batch, head_count(geometry, heads), segments))
+        cuts = Segments(on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
+        _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cuts, config)
+        return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
+
+    return fitting("pooled", geometry, geometry.head_dim, run)
+
+
+def _column(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    geometry: Geometry,
+    statistics: tuple[Statistic, ...],
+    query_mask: Tensor | None,
+    heads: Heads,
+    sums: Tensor,
+    segments: Segments | None,
+    config: Config,
+) -> None:
+    """Fills `sums`."""
+    lse2 = divisor_of(lse) * LOG2E
+    if query_mask is not None:
+        lse2 = lse2.masked_fill(~query_mask[:, None], torch.inf)
+    prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
+    start(
+        prepared.launch,
+        query=strided(as_input(query)),
+        key=strided(as_input(key)),
+        lse2=lse2,
+        columns=sums,
+        sequences=arguments.sequences(geometry),
+        heads=prepared.heads,
+        segments=segments,
+        sizes=prepared.sizes,
+        visible=arguments.visibility(prepared.visible, geometry),
+        reach=prepared.reach,
+        score=prepared.score,
+    )
+
+
+def _prepare_column(
+    geometry: Geometry, config: Config, statistics: tuple[Statistic, ...], heads: Heads, counted: bool
+) -> Prepared:
+    from attnstats.kernels.column import column as kernel
+
+    far = [s.far for s in statistics]
+    constants = {
+        "COLUMNS": weights(statistics),
+        "FAR": bounded(max(distance for distance, _ in filter(None, far))) if all(far) else None,
+        "FAR_WEIGHTS": tuple(weight for _, weight in filter(None, far)),
+        "COUNTED": counted,
+        "BM": config.BM,
+        "BN": config.BN,
+        **dims(geometry, with_value=False),
+    }
+    sizes = arguments.sizes(geometry, by_keys=True)
+    programs = -(-sizes.longest // config.BN) * head_count(geometry, heads) * sequence_count(geometry)
+    launch = Launch(kernel, programs, geometry.device, constants, config)
+    return Prepared(
+        launch,
+        sizes,
+        arguments.window(geometry),
+        arguments.score(geometry),
+        arguments.head_subset(geometry, heads),
+        reach=_farthest(statistics),
+    )
+
+
+def _farthest(statistics: Sequence[Statistic]) -> int | None:
+    """The farthest distance at which a weight is not 0; None: there is none."""
+    ends = [None if s.band is None else s.band[1] for s in statistics]
+    return None if None in ends else bounded(max((end for end in ends if end is not None), default=0))
+
+
+class _Pieces(NamedTuple):
+    """Blocks of keys cut at the boundaries of segments."""
+
+    total: int
+    bounds: Tensor  # [total + 1] where each piece begins
+    first: Tensor  # [blocks + 1] the first piece of each block
+    of_segments: Tensor  # [J] how many pieces each segment has
+
+
+@functools.lru_cache(maxsize=16)
+def _pieces(key_bounds: tuple[int, ...], block: int, device: torch.device) -> _Pieces:
+    length = key_bounds[-1]
+    starts = sorted({*range(0, length, block), *key_bounds[:-1]})
+    index = {start: i for i, start in enumerate(starts)} | {length: len(starts)}
+    first = [index[key] for key in key_bounds]
+    return _Pieces(
+        len(starts),
+        torch.tensor([*starts, length], dtype=torch.int32, device=device),
+        torch.tensor([*(index[start] for start in range(0, length, block)), len(starts)], dtype=torch.int32).to(device),
+        torch.tensor([b - a for a, b in pairwise(first)], device=device),
+    )

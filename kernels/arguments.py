@@ -1,0 +1,198 @@
+"""Kernel arguments and device values that belong together, as NamedTuples.
+
+The first nine are arguments of kernels, filled by the launcher. Triton passes the fields one by one: a field, or a
+whole group, that is None switches its feature off when the kernel is compiled, and a number 1 is compiled in. The
+others are made on the device. Names are those of the Python side; `n_` is a count, `i_` an index, and capitals are
+constants.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Strided(NamedTuple):
+    """A tensor (B, heads, T, head size), or on the device one head of one sequence of it."""
+
+    pointer: Any
+    strides: Any  # in elements, of all four dimensions
+
+
+class Sequences(NamedTuple):
+    """The boundaries of packed sequences, (sequences + 1,) int32. Without: each batch row is one sequence."""
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+
+
+class Sizes(NamedTuple):
+    n_batch: Any
+    n_query_heads: Any
+    group: Any  # query heads per key head
+    query_offset: Any  # position of the first query
+    n_queries: Any  # of a batch row
+    n_keys: Any
+    longest: Any  # queries, or keys in a key-stationary kernel, of the longest sequence: blocks per head
+    n_sequences: Any = None  # read by `forward` alone
+
+
+class Visibility(NamedTuple):
+    """The keys that a query may see, from `left` positions behind it to `right` ahead of it; None: no limit."""
+
+    left: Any
+    right: Any
+    key_mask: Any  # (B, Tk) uint8, 0 for padding; None: no padding
+
+
+class Score(NamedTuple):
+    """Factors of a score; scale2 and cap2 are the scale and the softcap times log2(e)."""
+
+    scale: Any
+    scale2: Any
+    cap2: Any  # None: no softcap
+
+
+class Dropout(NamedTuple):
+    seed: Any  # (1,) int64
+    p: Any
+
+
+class HeadSubset(NamedTuple):
+    """The query heads that a kernel computes."""
+
+    numbers: Any  # (n_heads,) int32; None: all
+    n_heads: Any
+
+
+class Segments(NamedTuple):
+    """The cuts of a pooled map (kernels/column.py). Without: all queries are one segment."""
+
+    query_bounds: Any  # (n_segments + 1,) int32
+    first_piece: Any  # (blocks of keys + 1,) int32
+    pieces: Any  # (pieces + 1,) int32
+    n_segments: Any
+
+
+class StatisticGradients(NamedTuple):
+    """Gradients for sums, [statistics, B, Hq, T] float32; None: there are none."""
+
+    rows: Any
+    columns: Any
+    shift: Any  # [B, Hq, Tq] the part that is the same along a row, added to delta
+
+
+class Near(NamedTuple):
+    """The distances that weights with a band reach from the diagonal. Without: there are none."""
+
+    behind: Any
+    ahead: Any
+
+
+class Sequence(NamedTuple):
+    """The place of one sequence in the tensors."""
+
+    i_batch: Any
+    q_begin: Any  # its first query in the batch row
+    n_queries: Any
+    k_begin: Any
+    n_keys: Any
+    offset: Any  # position of its first query
+
+
+class Rows(NamedTuple):
+    """The rows of a query tile, vectors of [HEADS * BM]."""
+
+    o_head: Any  # among the heads of the tile
+    o_row: Any  # in the sequence
+    m_row: Any  # exists
+
+
+class Softmax(NamedTuple):
+    """The online softmax of a query tile so far; the three in the middle in CHUNKs of columns."""
+
+    b_out: Any  # [rows, BLOCK_VALUE_DIM]
+    b_max: Any  # [rows]
+    b_sum: Any  # [rows, CHUNK] sum of a = exp2(score - maximum)
+    b_log: Any  # [rows, CHUNK] sum of a * log2(a)
+    b_moment: Any  # [rows, CHUNK] sum of a * distance
+    sums: Any  # [rows] per row statistic of the loop
+
+
+class QueryBlock(NamedTuple):
+    """Queries of a tile of the backward pass."""
+
+    b_q: Any  # [BM, BLOCK_DIM]
+    b_do: Any  # [BM, BLOCK_VALUE_DIM] gradients for the output
+    b_lse2: Any  # [BM], +inf for rows that see no key or don't exist
+    b_delta: Any  # [BM]
+    row_grads: Any  # [BM] per row statistic, and for the entropy
+    m_query: Any  # [BM] bool: counts in columns; None: every query
+    o_position: Any  # [BM]
+
+
+class KeyBlock(NamedTuple):
+    """Keys of a tile of the backward pass."""
+
+    b_k: Any  # [BN, BLOCK_DIM]
+    b_v: Any  # [BN, BLOCK_VALUE_DIM]
+    column_grads: Any  # [BN] per column statistic
+    m_key: Any  # [BN] bool: may be seen; None: every key
+    o_key: Any  # [BN]
+
+
+class Stack(NamedTuple):
+    """Vectors along one head's rows, n_between elements apart."""
+
+    pointer: Any
+    n_between: Any
+
+
+class Slots(NamedTuple):
+    """The buffer of band columns: [COLUMNS, slots, n_batch, n_heads, n_keys] float32, and a query tile's place in it."""
+
+    pointer: Any
+    i_head: Any  # the tile's first head, n_packed of which exist
+    n_packed: Any
+    n_batch: Any
+    n_heads: Any
+    n_keys: Any
+
+
+class Tile(NamedTuple):
+    """Constants of a kernel's tiles."""
+
+    HEADS: Any  # that share a query tile
+    BM: Any
+    BN: Any
+    DIM: Any
+    BLOCK_DIM: Any  # DIM rounded up to a power of two
+    VALUE_DIM: Any = None
+    BLOCK_VALUE_DIM: Any = None
+
+
+class Loop(NamedTuple):
+    """Constants of forward's main loop."""
+
+    ROWS: Any  # weights of row statistics
+    MOMENT: Any  # mean distance under a causal mask
+    ENTROPY: Any
+    FROM_LSE: Any  # rows from an lse: no value, no output
+    CHUNK: Any  # columns in which row sums are kept
+
+
+class Weights(NamedTuple):
+    """Constants of statistics that have gradients; NEAR weights, less their tail, are 0 beyond a band."""
+
+    ROWS: Any
+    NEAR_ROWS: Any
+    ENTROPY: Any
+    COLUMNS: Any
+    NEAR_COLUMNS: Any
+
+
+class Band(NamedTuple):
+    """Constants of statistics with a band."""
+
+    ROWS: Any  # weights of row statistics
+    COLUMNS: Any
+    BEHIND: Any  # how far the band goes behind a query
+    ROWS_BEHIND: Any  # how far row statistics need it
+    AHEAD: Any
