@@ -6,8 +6,8 @@ from attnstats import distributed, presets, reference, statistics
 from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import *  # noqa: F403
+from attnstats.transformers.attach import attach, detach
 from attnstats.transformers.capture import capture
-from attnstats.transformers.hooks import attach, detach
 
 if TYPE_CHECKING:
     from attnstats import nn

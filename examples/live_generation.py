@@ -17,7 +17,7 @@ import attnstats
 from attnstats import heads
 from attnstats.study import models
 from attnstats.study.prompts import QUESTIONS, SYSTEM, render
-from attnstats.transformers.capture import Capture
+from attnstats.transformers.run import Capture
 
 LO = 10  # FAI(10, 100), the default, counts queries from this distance on
 FLOOR = 4  # WAAD at which a bar begins

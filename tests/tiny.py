@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer, an analysis made by hand, and Ctrl-C at a chosen pass."""
+"""Tiny random models with inputs and eager maps to compare with, an analysis made by hand, Ctrl-C at a chosen pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnstats import heads
+from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic, heads
 from attnstats.curves import delta
 from attnstats.study.analysis import Analysis
 from attnstats.study.maps import Maps, cell_boundaries
@@ -57,6 +59,121 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = "default", kind
     fast.chat_template = chat_template
     fast.save_pretrained(folder)
     return folder
+
+
+LAYERS, HEADS, LENGTH = 6, 9, 23
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 144,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "sliding_window": None,
+    "bos_token_id": 1,
+}
+LOGITS_TOLERANCE = 2e-5  # three summation orders in float32, logits of order 1
+# The difference of one weight of A between two float32 models with other summation orders, after some layers; to be
+# multiplied by the largest factor that a statistic gives to a unit of mass.
+WEIGHT_TOLERANCE = 5e-6
+LARGEST_FACTOR = {WAAD(4): 4, FAI(2, 7): 1, FAI(0, None): 1, MeanDistance(): LENGTH, Received(): LENGTH}
+STATISTICS = tuple(LARGEST_FACTOR)
+
+
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    """A random causal model of six layers of nine heads, with attention far from uniform and logits of order 1."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **(SIZES | changes))
+    config.initializer_range = 0.12
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_bart() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict.fromkeys(["d_model", "encoder_ffn_dim", "decoder_ffn_dim"], 32)
+    sizes |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(vocab_size=97, **sizes, init_std=0.3)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side: str | None) -> Tensor:
+    """(2, LENGTH) int64, an attention mask whose second row is padded on this side."""
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    if side == "left":
+        mask[1, :6] = 0
+    elif side == "right":
+        mask[1, -6:] = 0
+    return mask
+
+
+def run_with(model: Any, implementation: str, **inputs: Any) -> Any:
+    """The output with another attention of transformers, with maps where it is the eager one."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        with torch.no_grad():
+            return model(**inputs, output_attentions=implementation == "eager")
+    finally:
+        model.set_attn_implementation(before)
+
+
+def by_definition(
+    statistic: Statistic, maps: Tensor, queries: Tensor, keys: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """A statistic off (B, H, Tq, Tk) maps, in float64, by the formulas of the paper and nothing of attnstats.
+
+    Args:
+        queries, keys: (B, Tq) and (B, Tk), the tokens that aren't padding.
+        counted: (B, Tq), the queries that count in column statistics; default: all that aren't padding.
+    """
+    queries, keys = queries.bool(), keys.bool()
+    weights = maps.double() * queries[:, None, :, None] * keys[:, None, None, :]
+    distance = torch.arange(weights.shape[2])[:, None] - torch.arange(weights.shape[3])
+    if isinstance(statistic, WAAD):
+        return (weights * distance.abs().clamp(max=statistic.window)).sum(-1)
+    if isinstance(statistic, MeanDistance):
+        return (weights * distance.abs()).sum(-1)
+    if isinstance(statistic, Entropy):
+        return -torch.special.xlogy(weights, weights).sum(-1)
+    counts = queries if counted is None else queries & counted.bool()
+    weights = weights * counts[:, None, :, None]
+    if isinstance(statistic, Received):
+        return weights.sum(2)
+    assert isinstance(statistic, FAI)
+    inside = distance >= statistic.lo
+    if statistic.hi is not None:
+        inside &= distance <= statistic.hi
+    count = (inside & counts[:, :, None]).sum(1)
+    return (weights * inside).sum(2) / count.clamp(min=1)[:, None]
+
+
+class LargestTensor(TorchDispatchMode):
+    """While it is entered, `elements` is the size of the largest storage that an operation allocated."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs, outputs = (
+            [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in (args, result)
+        )
+        views = {x.untyped_storage().data_ptr() for x in inputs}
+        for x in outputs:
+            if x.untyped_storage().data_ptr() not in views:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
 
 
 def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how many?") -> Analysis:

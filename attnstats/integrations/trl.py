@@ -18,7 +18,7 @@ from torch import Tensor
 from attnstats import MeanDistance, capture, credit, heads
 from attnstats.integrations.settings import RhythmCredit, Signals, logged
 from attnstats.statistics import Statistic
-from attnstats.transformers.capture import Capture
+from attnstats.transformers.run import Capture
 
 try:
     from accelerate.utils import is_peft_model

@@ -12,7 +12,8 @@ from torch import Tensor
 from attnstats.errors import InputError
 from attnstats.statistics import MeanDistance, Statistic
 from attnstats.study.models import LoadedModel
-from attnstats.transformers.capture import Capture, capture
+from attnstats.transformers.capture import capture
+from attnstats.transformers.run import Capture
 
 ENTROPY_ROWS = 64  # 64 rows of a vocabulary of 150k in fp32 are 38 MB
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to

@@ -1,4 +1,4 @@
-"""Captured transformers models under torch.compile(fullgraph=True): what they compute, record and how often."""
+"""Captured transformers models under torch.compile(fullgraph=True): outputs, records, and how many graphs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import attnstats
 from attnstats import FAI, WAAD
 from attnstats.transformers.capture import capture
-from tests.transformers.test_capture import LENGTH, padding, tiny, tokens
+from tests.tiny import LENGTH, padding, tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -1,5 +1,5 @@
 """Statistics kept up to date while a model generates, against one teacher-forced pass over the same tokens: caches,
-chunks, beams, sampling, assisted decoding; stopping; what a step looks at."""
+chunks, beams, sampling, assisted decoding; stopping; the keys that a step looks at."""
 
 import copy
 import gc
@@ -15,8 +15,8 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass
 from attnstats.tiled import backend as tiled
 from attnstats.transformers.capture import capture
-from attnstats.transformers.recording import UNDONE_ROWS
-from tests.transformers.test_capture import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
+from attnstats.transformers.live import UNDOABLE_ROWS
+from tests.tiny import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
 NEW = 20
@@ -343,7 +343,7 @@ def test_more_than_the_last_tokens_cannot_be_taken_back(llama):
     cache = transformers.DynamicCache(config=llama.config)
     with torch.no_grad(), capture(llama, statistics=["fai"], live=True):
         llama(tokens(1, 100), past_key_values=cache)
-        with pytest.raises(RuntimeError, match=f"{UNDONE_ROWS} at most"):
+        with pytest.raises(RuntimeError, match=f"{UNDOABLE_ROWS} at most"):
             cache.crop(-90)
 
 

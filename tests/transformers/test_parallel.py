@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, logging
 
 from attnstats import FAI, WAAD
 from attnstats.transformers.capture import capture
-from tests.transformers.test_capture import tiny, tokens
+from tests.tiny import tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
 HEADS = 8

@@ -1,0 +1,241 @@
+"""Captured statistics added up over the steps of a generation.
+
+Rows and columns are placed by absolute position, so that a prompt in chunks, single tokens, reordered beams and
+rejected tokens all give the results of one teacher-forced pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.statistics import Statistic
+from attnstats.transformers.calls import AttentionCall, reach_of
+from attnstats.transformers.recording import Recording, Sums
+
+UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
+
+
+class GrowingTensor:
+    """A tensor (..., T) that grows along its last dimension by doubling."""
+
+    def __init__(self, like: Tensor):
+        self._buffer = _zeros(like, max(256, 2 * like.shape[-1]))
+        self.length = 0
+
+    @property
+    def values(self) -> Tensor:
+        return self._buffer[..., : self.length]
+
+    def add(self, start: int, x: Tensor) -> None:
+        """Add x from `start` on; elements that nothing was added to are 0 (False)."""
+        end = start + x.shape[-1]
+        if end > self._buffer.shape[-1]:
+            larger = _zeros(self._buffer, max(end, 2 * self._buffer.shape[-1]))
+            larger[..., : self.length] = self.values
+            self._buffer = larger
+        target = self._buffer[..., start:end]
+        x = x.to(target.device)
+        if x.dtype == torch.bool:
+            target |= x
+        else:
+            target += x
+        self.length = max(self.length, end)
+
+    def truncate(self, length: int) -> None:
+        self._buffer[..., length : self.length] = 0
+        self.length = min(self.length, length)
+
+    def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Let `change` choose or repeat batch rows, the first dimension."""
+        self._buffer = change(self._buffer)
+
+
+def _zeros(like: Tensor, length: int) -> Tensor:
+    shape = (*like.shape[:-1], length)
+    if not torch.is_inference_mode_enabled():
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):  # the next step may be outside of it, and adds in place
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+class LastStep(NamedTuple):
+    """The last queries of a layer's most recent call, to subtract what rejected tokens gave to the keys before them."""
+
+    call: AttentionCall
+    statistics: tuple[Statistic, ...]
+    query_mask: Tensor | None
+    heads: dict[Statistic, tuple[int, ...]]
+
+
+class GenerationRecording(Recording):
+    """All steps since the sequence began at position 0.
+
+    Attributes:
+        length: tokens that went through the model.
+        tokens: (B, length) their ids, where the model was called with ids.
+    """
+
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
+        super().__init__(reduce, device)
+        self.length = 0
+        self.tokens: GrowingTensor | None = None
+        self._sums: dict[Statistic, dict[int | None, GrowingTensor]] = {}
+        self._query_mask: GrowingTensor | None = None  # (B, T) bool
+        self._key_mask: GrowingTensor | None = None
+        self._last_steps: dict[int, LastStep] = {}  # by layer
+        self._begin = 0
+
+    def attend(
+        self,
+        layer: int,
+        call: AttentionCall,
+        statistics: tuple[Statistic, ...],
+        query_mask: Tensor | None,
+        heads: Mapping[Statistic, tuple[int, ...]],
+    ) -> Tensor:
+        """The output of the call, whose statistics are recorded."""
+        sum_of = {s: s.summed for s in statistics}
+        heads_of_sums = {sum_of[s]: chosen for s, chosen in heads.items()}
+        narrow = tuple(sum_of[s] for s in statistics if s.band is not None)
+        reach = reach_of(narrow)
+        if not call.can_skip_keys(reach):
+            narrow = ()
+        full = tuple(s for s in sum_of.values() if s not in narrow)
+        output, in_full = call.attend(full, query_mask, {s: h for s, h in heads_of_sums.items() if s in full})
+        results, starts = dict(in_full), dict.fromkeys(full, call.first_key)
+        if narrow:
+            heads_of_narrow = {s: h for s, h in heads_of_sums.items() if s in narrow}
+            with torch.no_grad():
+                start, near = call.near(in_full.lse.detach(), narrow, reach, query_mask, heads_of_narrow)
+            results |= dict(near)
+            starts |= dict.fromkeys(narrow, start)
+        key = None if self.over_layers else layer
+        for s, x in self.addends(layer, {s: results[sum_of[s]] for s in statistics}).items():
+            sums = self._sums.setdefault(s, {})
+            if key not in sums:
+                sums[key] = GrowingTensor(x)
+            sums[key].add(starts[sum_of[s]] if s.axis == "column" else call.begin, x)
+        self._begin = call.begin
+        if self.length < call.end:
+            self._add_masks(call, query_mask)
+        self._remember(layer, call, statistics, query_mask, heads)
+        return output
+
+    def add_tokens(self, start: int, ids: Tensor | None) -> None:
+        """Record the ids that go through the model now; None: it was given embeddings."""
+        if ids is None or (self.tokens is None and start > 0):
+            self.tokens = None
+            return
+        if self.tokens is None:
+            self.tokens = GrowingTensor(ids)
+        self.tokens.add(start, ids)
+
+    def release(self) -> None:
+        """Let go of the last step's tensors, among them the cache: nothing will be taken back any more."""
+        self._last_steps.clear()
+
+    def finish(self) -> None:
+        """The forward pass came to its end."""
+
+    def read(self, statistic: Statistic) -> Tensor:
+        sums: Sums = {layer: x.values[..., : self.length] for layer, x in self._sums[statistic].items()}
+        mean = self.mean(statistic, self.over_ranks(statistic, sums))
+        if statistic.is_mean:
+            count = self._counts(statistic).clamp(min=1)
+            mean = mean / (count if self.over_heads else count[:, None])
+        return mean if self.device is None else mean.to(self.device)
+
+    def valid(self, statistic: Statistic) -> Tensor:
+        assert self._query_mask is not None
+        assert self._key_mask is not None
+        if statistic.axis != "column":
+            return self._query_mask.values.clone()
+        key_mask = self._key_mask.values
+        return key_mask & (self._counts(statistic) > 0) if statistic.is_mean else key_mask.clone()
+
+    def _counts(self, statistic: Statistic) -> Tensor:
+        """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
+        assert self._query_mask is not None
+        assert statistic.horizon is not None
+        lo, hi = statistic.horizon
+        counted = self._query_mask.values
+        before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
+        position = torch.arange(self.length, device=counted.device)
+        first = (position + lo).clamp(max=self.length)
+        end = torch.full_like(first, self.length) if hi is None else (position + hi + 1).clamp(max=self.length)
+        return before[:, torch.maximum(first, end)] - before[:, first]
+
+    def _add_masks(self, call: AttentionCall, query_mask: Tensor | None) -> None:
+        """Record, once per step, which of its queries count and which of its tokens are real."""
+        batch = call.query.shape[0]
+        ones = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
+        real = ones if call.mask.real_queries is None else call.mask.real_queries.to(ones.device)
+        if self._query_mask is None or self._key_mask is None:
+            self._query_mask, self._key_mask = GrowingTensor(ones), GrowingTensor(ones)
+        self._query_mask.add(call.begin, real if query_mask is None else real & query_mask.to(real.device))
+        self._key_mask.add(call.begin, real)
+        self.length = call.end
+
+    # Rows that move, tokens that are taken back
+
+    def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The cache's batch rows were chosen anew: `change` does the same to a tensor with the batch in front."""
+        for tensor in self._tensors():
+            tensor.select_rows(change)
+        self._last_steps.clear()
+
+    def truncate(self, length: int) -> None:
+        """The tokens from position `length` on were rejected."""
+        if length >= self.length:
+            return
+        columns = any(s.axis == "column" for s in self._sums)
+        if columns and (length < max(self._begin, self.length - UNDOABLE_ROWS) or not self._last_steps):
+            raise RuntimeError(
+                f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only "
+                f"tokens of the last step, {UNDOABLE_ROWS} at most and once, can be taken back. Start a new generation"
+            )
+        for layer, step in self._last_steps.items():
+            self._subtract(layer, step, length)
+        for tensor in self._tensors():
+            tensor.truncate(length)
+        self.length = length
+        self._last_steps.clear()
+
+    def _tensors(self) -> list[GrowingTensor]:
+        sums = [x for by_layer in self._sums.values() for x in by_layer.values()]
+        return sums + [x for x in (self._query_mask, self._key_mask, self.tokens) if x is not None]
+
+    def _remember(
+        self,
+        layer: int,
+        call: AttentionCall,
+        statistics: tuple[Statistic, ...],
+        query_mask: Tensor | None,
+        heads: Mapping[Statistic, tuple[int, ...]],
+    ) -> None:
+        """Keep the last queries for `truncate`, where columns depend on them."""
+        columns: tuple[Statistic, ...] = tuple(s for s in statistics if s.axis == "column")
+        if columns:
+            rows = min(UNDOABLE_ROWS, call.query.shape[2])
+            mask = None if query_mask is None else query_mask[:, -rows:]
+            of_columns = {s: chosen for s, chosen in heads.items() if s in columns}
+            self._last_steps[layer] = LastStep(call.last(rows), columns, mask, of_columns)
+
+    def _subtract(self, layer: int, step: LastStep, length: int) -> None:
+        """Take off the sums what the tokens from `length` on gave to keys."""
+        call = step.call
+        rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
+        rejected = rejected.expand(call.query.shape[0], -1)
+        if step.query_mask is not None:
+            rejected = rejected & step.query_mask.to(rejected.device)
+        sum_of = {s: s.summed for s in step.statistics}
+        heads = {sum_of[s]: chosen for s, chosen in step.heads.items()}
+        with torch.no_grad():
+            results = call.attend(tuple(sum_of.values()), rejected, heads).statistics
+        key = None if self.over_layers else layer
+        for s, x in self.addends(layer, {s: results[sum_of[s]] for s in step.statistics}).items():
+            self._sums[s][key].add(call.first_key, -x)
