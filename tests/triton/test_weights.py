@@ -25,9 +25,9 @@ def evaluate(p_distance, p_out, WEIGHTS: tl.constexpr, N: tl.constexpr):
 def test_device_weight_is_the_weight(statistic, device):
     distance = torch.cat([torch.arange(-128, 124), torch.tensor([-(10**6), 10**6, 2**24 - 1, 2**30])])
     distance = distance.to(device, torch.float32)
-    found = torch.empty(256, device=device)
-    evaluate[(1,)](distance, found, weights([statistic]), 256)
-    assert torch.equal(found, statistic.weight(distance.int()).float() - statistic.tail)
+    results = torch.empty(256, device=device)
+    evaluate[(1,)](distance, results, weights([statistic]), 256)
+    assert torch.equal(results, statistic.weight(distance.int()).float() - statistic.tail)
 
 
 def test_every_distance_weighted_statistic_is_here():
