@@ -146,7 +146,7 @@ class Stack(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The buffer of band columns: [COLUMNS, slots, n_batch, n_heads, n_keys] float32, and a query tile's place in it."""
+    """The buffer of band columns [COLUMNS, slots, n_batch, n_heads, n_keys] float32, and a query tile's place in it."""
 
     pointer: Any
     i_head: Any  # the tile's first head, n_packed of which exist

@@ -79,8 +79,8 @@ def _cache_key(
     query: Tensor, key: Tensor, value: Tensor | None, statistics: tuple[Statistic, ...], options: Options
 ) -> Any:
     """The facts that decide a call without masks, which is validated once; None: the call can't be cached."""
-    masks = (options.attn_mask, options.sinks, options.query_mask, options.key_padding_mask, options.cu_seqlens_q)
-    if masks != (None,) * 5:
+    masks = (options.attn_mask, options.key_padding_mask, options.query_mask, options.sinks, options.cu_seqlens_q)
+    if [mask for mask in masks if mask is not None]:
         return None
     settings = (
         options.is_causal,
@@ -93,16 +93,13 @@ def _cache_key(
         options.dropout_p,
         options.differentiable,
     )
-    facts = (*map(_facts, (query, key, value)), statistics, settings, *map(type, settings))
     try:
+        tensors = [None if x is None else (x.shape, x.dtype, x.device) for x in (query, key, value)]
+        facts = (*tensors, statistics, settings, *map(type, settings))
         hash(facts)
-    except TypeError:  # a list or a dict
+    except (AttributeError, TypeError):  # no tensor; a list or a dict
         return None
     return facts
-
-
-def _facts(x: Tensor | None) -> Any:
-    return (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None if x is None else [x]
 
 
 def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:

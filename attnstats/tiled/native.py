@@ -101,11 +101,14 @@ def evaluate(
         template = geometry.memo["native", statistics] = _template(geometry, statistics)
     requests = type(template.requests).from_buffer_copy(template.requests)
     for s, request in zip(statistics, requests, strict=True):
-        request.result, request.counted = tensors[s].data_ptr(), _pointer(counted.get(s))
+        request.result = tensors[s].data_ptr()
+        if (queries := counted.get(s)) is not None:
+            request.counted = queries.data_ptr()
     call = _Call.from_buffer_copy(template.call)
     call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
-    call.key_mask, call.statistics = _pointer(key_mask), requests
-    call.threads, call.lanes = torch.get_num_threads(), lanes
+    call.statistics, call.threads, call.lanes = requests, torch.get_num_threads(), lanes
+    if key_mask is not None:
+        call.key_mask = key_mask.data_ptr()
     if library.attnstats_evaluate(ctypes.byref(call)):
         raise MemoryError("attnstats: no memory for the statistics' working space")
     if template.tails:
@@ -213,10 +216,6 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
 def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
     counted = geometry.counted(statistic.last_queries)
     return None if counted is None else counted.contiguous()
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 def _path() -> Path | None:
