@@ -83,6 +83,7 @@ SMALLER = """
 import torch
 from triton.runtime.errors import OutOfResources
 from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
 from attnstats.triton import backend
 from attnstats.triton.launch import launching_with
 
@@ -93,13 +94,13 @@ def start(launch, arguments):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
 query = torch.zeros(1, 2, 512, 128, dtype=torch.float16)
-geometry = resolve(query, query, query, ())
+geometry = resolve(query, query, query, Options())
 with launching_with(start):
-    backend.attend(query, query, query, geometry, ())
-    backend.attend(query, query, query, geometry, ())
+    backend.attend(query, query, query, geometry)
+    backend.attend(query, query, query, geometry)
     fits = 0
     try:
-        backend.attend(query, query, query, geometry, ())
+        backend.attend(query, query, query, geometry)
     except ValueError as error:
         print(error)
 """
