@@ -103,12 +103,13 @@ def log2_a(b_q, b_k, b_lse2, m_key, o_position, o_key, visible, score, EDGE: tl.
         b_x = scores(b_k, tl.trans(b_q), score)  # [BN, BM]
     else:
         b_x = scores(b_q, tl.trans(b_k), score)  # [BM, BN]
+    b_log = b_x - of_queries(b_lse2, TRANSPOSED)
     m_seen = None
     if m_key is not None:
         m_seen = of_keys(m_key, TRANSPOSED)
     if EDGE:
         m_seen = inside(m_seen, of_queries(o_position, TRANSPOSED), of_keys(o_key, TRANSPOSED), visible)
-    return b_x, hide(b_x - of_queries(b_lse2, TRANSPOSED), m_seen)
+    return b_x, hide(b_log, m_seen)
 
 
 @triton.jit
@@ -195,7 +196,7 @@ def over_keys(
 @triton.jit
 def backward_queries(
     query, key, value, output, d_output, d_query, lse, delta, grads, query_mask, sequences,
-    sizes, visible, score, dropout, near,
+    sizes, visible, near, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
@@ -215,12 +216,14 @@ def backward_queries(
     m_row = o_row < n_queries
     o_position = sequence.offset + o_row
     o_flat = wide(i_flat_head) * sizes.n_queries + q_begin + o_row  # in [B, Hq, Tq]
-    keys = head_of(key, i_batch, i_head // sizes.group, sequence.k_begin)
-    values = head_of(value, i_batch, i_head // sizes.group, sequence.k_begin)
-    b_q = load_tile(head_of(query, i_batch, i_head, q_begin), q_start, n_queries, BM, DIM, BLOCK_DIM, True)
-    d_out, out = head_of(d_output, i_batch, i_head, q_begin), head_of(output, i_batch, i_head, q_begin)
-    b_do = load_tile(d_out, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
-    b_out = load_tile(out, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
+    keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
+    values = head_of(value, strides.value, i_batch, i_head // sizes.group, sequence.k_begin)
+    head = head_of(query, strides.query, i_batch, i_head, q_begin)
+    b_q = load_tile(head, q_start, n_queries, BM, DIM, BLOCK_DIM, True)
+    head = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
+    b_do = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
+    head = head_of(output, strides.output, i_batch, i_head, q_begin)
+    b_out = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
     b_lse2 = load_lse2(lse + o_flat, m_row)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if grads.shift is not None:
@@ -265,7 +268,7 @@ def backward_queries(
             b_dq, queries, keys, values, column_grads, i_flat_head, edge, end,
             sequence, visible, score, dropout, True, WEIGHTS, TILE,
         )  # fmt: skip
-    d_q = head_of(d_query, i_batch, i_head, q_begin)
+    d_q = head_of(d_query, strides.d_query, i_batch, i_head, q_begin)
     store_tile(d_q, q_start, n_queries, b_dq * score.scale, BM, DIM, BLOCK_DIM)
 
 
@@ -302,7 +305,7 @@ def over_queries(
 @triton.jit
 def backward_keys(
     query, key, value, d_output, d_key, d_value, lse, delta, grads, query_mask, sequences,
-    sizes, visible, score, dropout,
+    sizes, visible, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
@@ -319,7 +322,8 @@ def backward_keys(
     sequence = sequence_of(i_sequence, sequences, sizes, None, k_start)
     i_batch, q_begin, k_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.k_begin, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)
-    keys, values = head_of(key, i_batch, i_key_head, k_begin), head_of(value, i_batch, i_key_head, k_begin)
+    keys = head_of(key, strides.key, i_batch, i_key_head, k_begin)
+    values = head_of(value, strides.value, i_batch, i_key_head, k_begin)
     b_k = load_tile(keys, k_start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
     b_v = load_tile(values, k_start, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, True)
     first, last = query_range(k_start - sequence.offset, sequence.n_queries * 0, sequence.n_queries, visible, BN)
@@ -336,15 +340,17 @@ def backward_keys(
         row_grads = stack_of(grads.rows, i_flat_head, q_begin, sizes.n_queries, sizes)
         column_stack = stack_of(grads.columns, i_flat_head, k_begin, sizes.n_keys, sizes)
         column_grads = load_each(column_stack, o_key, o_key < n_keys, (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS)
+        queries = head_of(query, strides.query, i_batch, i_head, q_begin)
+        d_out = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
         if first < last:
             b_dk, b_dv = over_queries(
-                b_dk, b_dv, b_k, b_v, column_grads, o_key,
-                head_of(query, i_batch, i_head, q_begin), head_of(d_output, i_batch, i_head, q_begin),
-                lse + o_head, delta + o_head, row_grads, p_query_mask, i_flat_head, first, last,
-                sequence, visible, score, dropout, WEIGHTS, TILE,
+                b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, lse + o_head, delta + o_head,
+                row_grads, p_query_mask, i_flat_head, first, last, sequence, visible, score, dropout, WEIGHTS, TILE,
             )  # fmt: skip
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)[:, None]
+    d_k = head_of(d_key, strides.d_key, i_batch, i_key_head, k_begin)
+    d_v = head_of(d_value, strides.d_value, i_batch, i_key_head, k_begin)
     b_dk = tl.where(m_key, b_dk * score.scale, 0.0)
     b_dv = tl.where(m_key, b_dv, 0.0)
-    store_tile(head_of(d_key, i_batch, i_key_head, k_begin), k_start, n_keys, b_dk, BN, DIM, BLOCK_DIM)
-    store_tile(head_of(d_value, i_batch, i_key_head, k_begin), k_start, n_keys, b_dv, BN, VALUE_DIM, BLOCK_VALUE_DIM)
+    store_tile(d_k, k_start, n_keys, b_dk, BN, DIM, BLOCK_DIM)
+    store_tile(d_v, k_start, n_keys, b_dv, BN, VALUE_DIM, BLOCK_VALUE_DIM)

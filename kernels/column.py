@@ -56,28 +56,28 @@ def far(b_sum, b_kt, queries, p_lse2, first, last, score, COUNTED: tl.constexpr,
 
 @triton.jit
 def column(
-    query, key, lse2, columns, sequences, heads, segments, sizes, visible, reach, score,
+    query, key, lse2, columns, sequences, heads, sizes, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """FAR: from this distance on statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest
     distance at which any weight is not 0; None: there is none."""
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM)
-    n_heads = heads.n_heads
+    n_heads = sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BN)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks  # under a causal mask the first keys have the most queries
     i_place = i_program // n_blocks % n_heads  # among the heads of what is stored
     i_sequence = i_program // (n_blocks * n_heads)
     i_head = i_place
-    if heads.numbers is not None:
-        i_head = tl.load(heads.numbers + i_place)
+    if heads is not None:
+        i_head = tl.load(heads + i_place)
     k_start = i_block * BN
     sequence = sequence_of(i_sequence, sequences, sizes, None, k_start)
     i_batch, n_keys = sequence.i_batch, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)
-    keys = head_of(key, i_batch, i_head // sizes.group, sequence.k_begin)
-    queries = head_of(query, i_batch, i_head, sequence.q_begin)
+    keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
+    queries = head_of(query, strides.query, i_batch, i_head, sequence.q_begin)
     p_lse2 = lse2 + (wide(i_batch) * sizes.n_query_heads + i_head) * sizes.n_queries + sequence.q_begin
     # Transposed here, not in the loop: there it would go through shared memory again and again.
     b_kt = tl.trans(load_tile(keys, k_start, n_keys, BN, DIM, BLOCK_DIM, True))  # [BLOCK_DIM, BN]

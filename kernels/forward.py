@@ -110,7 +110,8 @@ def visit(
     ROWS: tl.constexpr = TILE.HEADS * TILE.BM
     BN: tl.constexpr = TILE.BN
     CHUNK: tl.constexpr = LOOP.CHUNK
-    b_out, b_max, b_sum, b_log, b_moment, sums = state
+    b_out, b_max = state.b_out, state.b_max
+    b_sum, b_log, b_moment, sums = state.b_sum, state.b_log, state.b_moment, state.sums
     for start in range(first, last, BN):
         o_key = start + tl.arange(0, BN)
         b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
@@ -164,12 +165,13 @@ def visit(
             b_v = load_tile(values, start, sequence.n_keys, BN, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
-    return Softmax(b_out, b_max, b_sum, b_log, b_moment, sums)
+    return Softmax(b_out, b_sum, b_log, b_moment, sums, b_max)
 
 
 @triton.jit
 def forward(
-    query, key, value, output, lse, rows, columns, query_mask, sinks, sequences, reach, sizes, visible, score, dropout,
+    query, key, value, output, lse, rows, columns, query_mask, sinks, sequences, reach,
+    sizes, visible, score, dropout, strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
     BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr, BAND_BOUND: tl.constexpr,
@@ -199,11 +201,11 @@ def forward(
     o_flat_head = i_batch * sizes.n_query_heads + i_head + o_head
     o_flat = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row  # [B, Hq, Tq]
     n_flat = wide(sizes.n_batch) * sizes.n_query_heads * sizes.n_queries
-    queries = head_of(query, i_batch, i_head, q_begin)
-    keys = head_of(key, i_batch, i_key_head, sequence.k_begin)
+    queries = head_of(query, strides.query, i_batch, i_head, q_begin)
+    keys = head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin)
     values = keys  # not read with FROM_LSE
     if not FROM_LSE:
-        values = head_of(value, i_batch, i_key_head, sequence.k_begin)
+        values = head_of(value, strides.value, i_batch, i_key_head, sequence.k_begin)
     if HEADS == 1:
         b_q = load_tile(queries, i_block * BM, sequence.n_queries, BM, DIM, BLOCK_DIM, True)
     else:
@@ -223,7 +225,7 @@ def forward(
     else:
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
-    state = Softmax(b_out, b_max, b_zero, b_zero, b_zero, zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,)))
+    state = Softmax(b_out, b_zero, b_zero, b_zero, zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,)), b_max)
     if visible.left is not None:
         # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
@@ -242,7 +244,7 @@ def forward(
             sequence, visible, score, dropout, True, LOOP, TILE,
         )  # fmt: skip
 
-    b_out, b_max, b_sum, b_log, b_moment, sums = state
+    b_out, b_sum, b_log, b_moment, sums, b_max = state
     b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
     b_lse2 = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
@@ -265,12 +267,13 @@ def forward(
         tl.store(p_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
         b_lse2 = tl.where(m_live & m_row, b_lse2, float("inf"))
         o_dim = tl.arange(0, BLOCK_VALUE_DIM)
-        out = head_of(output, i_batch, i_head, q_begin)
+        out = head_of(output, strides.output, i_batch, i_head, q_begin)
+        p_out = out.pointer + i_split * n_flat * VALUE_DIM
         o_element = o_head.to(tl.int64) * out.strides[1] + o_row.to(tl.int64) * out.strides[2]
-        pointers = out.pointer + i_split * n_flat * VALUE_DIM + o_element[:, None] + o_dim[None, :] * out.strides[3]
+        pointers = p_out + o_element[:, None] + o_dim[None, :] * out.strides[3]
         if dropout is not None:
             b_out *= 1.0 / (1.0 - dropout.p)
-        b_out = (b_out * b_inverse[:, None]).to(output.pointer.dtype.element_ty)
+        b_out = (b_out * b_inverse[:, None]).to(output.dtype.element_ty)
         tl.store(pointers, b_out, mask=m_row[:, None] & (o_dim < VALUE_DIM)[None, :])
 
     N_LOOP: tl.constexpr = len(LOOP_ROWS) // FIELDS
@@ -303,7 +306,7 @@ def forward(
             behind = tl.where(n_keys > 0, behind, -1)
         m_query = load_flags(query_mask, wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_lse2, m_query, position, behind, keys, sequence,
+            b_q, b_lse2, m_query, keys, sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
             Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,
             Band(BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BAND_BN, DIM, BLOCK_DIM),

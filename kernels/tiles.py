@@ -10,7 +10,7 @@ constexpr tuple, FIELDS values per statistic: function, two parameters, tail, di
 import triton
 import triton.language as tl
 
-from .arguments import Rows, Sequence, Strided
+from .arguments import Head, Rows, Sequence
 
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
@@ -57,11 +57,10 @@ def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
 
 
 @triton.jit
-def head_of(tensor, i_batch, i_head, begin):
-    """A head of a Strided tensor from row `begin` on. In 64 bits: B * H * T * D passes 2^31."""
-    strides = tensor.strides
-    pointer = tensor.pointer + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
-    return Strided(pointer, strides)
+def head_of(p_tensor, strides, i_batch, i_head, begin):
+    """The Head of a tensor from row `begin` on. In 64 bits: B * H * T * D passes 2^31."""
+    p_head = p_tensor + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
+    return Head(p_head, strides)
 
 
 @triton.jit
@@ -307,7 +306,7 @@ def band_step(
 
 @triton.jit
 def band_sweep(
-    b_q, b_lse2, m_query, block_start, behind, keys, sequence, slots, visible, score,
+    b_q, b_lse2, m_query, keys, sequence, block_start, behind, slots, visible, score,
     BAND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.

@@ -8,9 +8,8 @@ is allowed, goes through the eager reference. The observer of a model says which
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,31 @@ from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import SinkMass, Statistic
 from attnstats.transformers.masks import MaskDescription
 
-NO_HEADS: Mapping[Statistic, tuple[int, ...]] = {}  # every statistic of all heads
+
+class Request(NamedTuple):
+    """The statistics that a call computes beside its output.
+
+    Attributes:
+        query_mask: (B, Tq) bool, the queries that count in column statistics; None: all.
+        heads: the heads of statistics that are not of all heads; None: there are none.
+    """
+
+    statistics: tuple[Statistic, ...] = ()
+    query_mask: Tensor | None = None
+    heads: dict[Statistic, tuple[int, ...]] | None = None
+
+    def only(self, statistics: tuple[Statistic, ...]) -> Request:
+        """The request for some of its statistics."""
+        heads = {s: heads for s, heads in (self.heads or {}).items() if s in statistics}
+        return self._replace(statistics=statistics, heads=heads or None)
+
+    def summed(self) -> Request:
+        """The request for the sums of means, which add up over parts of the queries."""
+        heads = {s.summed: heads for s, heads in (self.heads or {}).items()}
+        return self._replace(statistics=tuple([s.summed for s in self.statistics]), heads=heads or None)
+
+
+NO_STATISTICS = Request()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +86,7 @@ class AttentionCall:
         """Position of the first key that is there; a sliding cache has dropped those before."""
         return self.mask.key_offset
 
-    def attend(
-        self,
-        statistics: tuple[Statistic, ...] = (),
-        query_mask: Tensor | None = None,
-        heads: Mapping[Statistic, tuple[int, ...]] = NO_HEADS,
-    ) -> AttentionResult:
+    def attend(self, request: Request = NO_STATISTICS) -> AttentionResult:
         """Output (B, Hq, Tq, Dv) and statistics, columns over the keys `first_key .. end`."""
         mask = self.mask
         if (mask.query_length, mask.key_length) != (self.query.shape[2], self.key.shape[2]):
@@ -78,12 +96,12 @@ class AttentionCall:
                 "new tokens together"
             )
         if mask.chunks is not None or mask.key_offset > 0:
-            self._check(statistics)
-        options = self._options(statistics, query_mask, heads)
+            self._check(request.statistics)
+        options = self._options(request)
         if self.bias is not None or mask.unknown:
             return self._attend_dense(options)
         if mask.segments is not None or mask.chunks is not None:
-            return self._attend_packed(statistics, heads, options)
+            return self._attend_packed(request, options)
         return functional.attend(self.query, *self._used(), options)
 
     def last(self, rows: int) -> AttentionCall:
@@ -114,18 +132,11 @@ class AttentionCall:
         plain = self.bias is None and not mask.unknown and mask.segments is None and mask.chunks is None
         return plain and not self.cross and self.end - self.first_key > reach + self.query.shape[2]
 
-    def near(
-        self,
-        lse: Tensor,
-        statistics: tuple[Statistic, ...],
-        reach: int,
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> tuple[int, Statistics]:
+    def near(self, lse: Tensor, request: Request, reach: int) -> tuple[int, Statistics]:
         """Band statistics off the last keys alone, and the position of the first of these keys."""
         key, _ = self._used()
         skipped = max(0, self.begin - reach - self.first_key)
-        options = self._options(statistics, query_mask, heads)
+        options = self._options(request)
         key_mask = options.key_padding_mask
         options = options._replace(
             query_offset=self.begin - self.first_key - skipped,
@@ -155,18 +166,14 @@ class AttentionCall:
             return self.key, self.value
         return self.key[:, :, :used], self.value[:, :, :used]
 
-    def _options(
-        self,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> Options:
-        """The options with those of the mask, which are made once for all layers that share it."""
+    def _options(self, request: Request) -> Options:
+        """The options with the request and those of the mask, which are made once for all layers that share it."""
         key = self.cross, self.key.device
         of_mask = self.mask.memo.get(key)
         if of_mask is None:
             of_mask = self.mask.memo[key] = _options_of(self.mask, *key)
-        return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads or None, **of_mask)
+        statistics, query_mask, heads = request
+        return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads, **of_mask)
 
     def _attend_dense(self, options: Options) -> AttentionResult:
         """Through the eager reference, which holds the map."""
@@ -208,9 +215,7 @@ class AttentionCall:
 
     # Packed rows and chunks
 
-    def _attend_packed(
-        self, statistics: tuple[Statistic, ...], heads: Mapping[Statistic, tuple[int, ...]], options: Options
-    ) -> AttentionResult:
+    def _attend_packed(self, request: Request, options: Options) -> AttentionResult:
         if self.cross:
             raise InputError(f"{self.where} is cross-attention in blocks, which cannot be computed")
         batch, _, length, _ = self.query.shape
@@ -220,10 +225,10 @@ class AttentionCall:
             options = options._replace(query_mask=self.mask.real_queries)
         chunked = self.mask.chunks is not None
         # A chunk hides keys from queries, but these queries still count: the mean over T(s) is taken afterwards.
-        sums = {s: s.summed if chunked else s for s in statistics}
+        of_blocks = request.summed() if chunked else request
         packed = options._replace(
-            statistics=tuple(sums.values()),
-            heads={sums[s]: of_s for s, of_s in heads.items()} or None,
+            statistics=of_blocks.statistics,
+            heads=of_blocks.heads,
             query_mask=None if options.query_mask is None else options.query_mask.flatten(),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
@@ -238,7 +243,7 @@ class AttentionCall:
         def facts(x: Tensor) -> Tensor:  # (B * T) to (B, T)
             return x.unflatten(-1, (batch, -1))
 
-        tensors = {s: rows(results[sums[s]]) for s in statistics}
+        tensors = {s: rows(results[own]) for s, own in zip(request.statistics, of_blocks.statistics, strict=True)}
         lse, output = rows(results.lse), output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
             unpacked = Statistics(tensors, lambda s: facts(results.valid[s]), lambda s: facts(results.counts[s]), lse)
@@ -298,8 +303,3 @@ def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, 
         lengths += [(len(query) - before - int(inside.sum()), 0), (0, len(key) - end)]
     sums = torch.tensor([(0, 0), *lengths]).cumsum(0).int()
     return sums[:, 0].contiguous(), sums[:, 1].contiguous()
-
-
-def reach_of(statistics: tuple[Statistic, ...]) -> int:
-    """How far behind a query these band statistics look."""
-    return max((s.band[1] for s in statistics if s.band is not None), default=0)

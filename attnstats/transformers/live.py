@@ -6,14 +6,14 @@ rejected tokens all give the results of one teacher-forced pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnstats.statistics import Statistic
-from attnstats.transformers.calls import AttentionCall, reach_of
+from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.recording import Recording, Sums
 
 UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
@@ -66,9 +66,7 @@ class LastStep(NamedTuple):
     """The last queries of a layer's most recent call, to subtract what rejected tokens gave to the keys before them."""
 
     call: AttentionCall
-    statistics: tuple[Statistic, ...]
-    query_mask: Tensor | None
-    heads: dict[Statistic, tuple[int, ...]]
+    request: Request
 
 
 class GenerationRecording(Recording):
@@ -89,40 +87,31 @@ class GenerationRecording(Recording):
         self._last_steps: dict[int, LastStep] = {}  # by layer
         self._begin = 0
 
-    def attend(
-        self,
-        layer: int,
-        call: AttentionCall,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> Tensor:
+    def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
-        sum_of = {s: s.summed for s in statistics}
-        heads_of_sums = {sum_of[s]: chosen for s, chosen in heads.items()}
-        narrow = tuple(sum_of[s] for s in statistics if s.band is not None)
-        reach = reach_of(narrow)
+        sums = request.summed()
+        narrow = tuple(s for s in sums.statistics if s.band is not None)
+        reach = max((s.band[1] for s in narrow if s.band is not None), default=0)
         if not call.can_skip_keys(reach):
             narrow = ()
-        full = tuple(s for s in sum_of.values() if s not in narrow)
-        output, in_full = call.attend(full, query_mask, {s: h for s, h in heads_of_sums.items() if s in full})
+        full = tuple(s for s in sums.statistics if s not in narrow)
+        output, in_full = call.attend(sums.only(full))
         results, starts = dict(in_full), dict.fromkeys(full, call.first_key)
         if narrow:
-            heads_of_narrow = {s: h for s, h in heads_of_sums.items() if s in narrow}
             with torch.no_grad():
-                start, near = call.near(in_full.lse.detach(), narrow, reach, query_mask, heads_of_narrow)
+                start, near = call.near(in_full.lse.detach(), sums.only(narrow), reach)
             results |= dict(near)
             starts |= dict.fromkeys(narrow, start)
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results[sum_of[s]] for s in statistics}).items():
-            sums = self._sums.setdefault(s, {})
-            if key not in sums:
-                sums[key] = GrowingTensor(x)
-            sums[key].add(starts[sum_of[s]] if s.axis == "column" else call.begin, x)
+        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
+            of_layers = self._sums.setdefault(s, {})
+            if key not in of_layers:
+                of_layers[key] = GrowingTensor(x)
+            of_layers[key].add(starts[s.summed] if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
-            self._add_masks(call, query_mask)
-        self._remember(layer, call, statistics, query_mask, heads)
+            self._add_masks(call, request.query_mask)
+        self._remember(layer, call, request)
         return output
 
     def add_tokens(self, start: int, ids: Tensor | None) -> None:
@@ -209,33 +198,23 @@ class GenerationRecording(Recording):
         sums = [x for by_layer in self._sums.values() for x in by_layer.values()]
         return sums + [x for x in (self._query_mask, self._key_mask, self.tokens) if x is not None]
 
-    def _remember(
-        self,
-        layer: int,
-        call: AttentionCall,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> None:
+    def _remember(self, layer: int, call: AttentionCall, request: Request) -> None:
         """Keep the last queries for `truncate`, where columns depend on them."""
-        columns: tuple[Statistic, ...] = tuple(s for s in statistics if s.axis == "column")
+        columns = tuple(s for s in request.statistics if s.axis == "column")
         if columns:
             rows = min(UNDOABLE_ROWS, call.query.shape[2])
-            mask = None if query_mask is None else query_mask[:, -rows:]
-            of_columns = {s: chosen for s, chosen in heads.items() if s in columns}
-            self._last_steps[layer] = LastStep(call.last(rows), columns, mask, of_columns)
+            mask = None if request.query_mask is None else request.query_mask[:, -rows:]
+            self._last_steps[layer] = LastStep(call.last(rows), request.only(columns)._replace(query_mask=mask))
 
     def _subtract(self, layer: int, step: LastStep, length: int) -> None:
         """Take off the sums what the tokens from `length` on gave to keys."""
-        call = step.call
+        call, request = step
         rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
         rejected = rejected.expand(call.query.shape[0], -1)
-        if step.query_mask is not None:
-            rejected = rejected & step.query_mask.to(rejected.device)
-        sum_of = {s: s.summed for s in step.statistics}
-        heads = {sum_of[s]: chosen for s, chosen in step.heads.items()}
+        if request.query_mask is not None:
+            rejected = rejected & request.query_mask.to(rejected.device)
         with torch.no_grad():
-            results = call.attend(tuple(sum_of.values()), rejected, heads).statistics
+            results = call.attend(request.summed()._replace(query_mask=rejected)).statistics
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results[sum_of[s]] for s in step.statistics}).items():
+        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
             self._sums[s][key].add(call.first_key, -x)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnstats.distributed import gather_heads, local_heads
 from attnstats.errors import InputError
 from attnstats.statistics import Statistic
-from attnstats.transformers.calls import AttentionCall
+from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.selection import ChosenHeads
 
 Sums = dict[int | None, Tensor]  # by layer; None: layers are added up
@@ -130,16 +130,9 @@ class PassRecording(Recording):
         self._sums: dict[Statistic, Sums] = {}
         self._valid: dict[Statistic, Tensor] = {}  # layers have the same padding
 
-    def attend(
-        self,
-        layer: int,
-        call: AttentionCall,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> Tensor:
+    def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
-        output, results = call.attend(statistics, query_mask, heads)
+        output, results = call.attend(request)
         for s, x in self.addends(layer, results).items():
             sums = self._sums.setdefault(s, {})
             if not self.over_layers:

@@ -17,7 +17,7 @@ from attnstats.errors import InputError
 from attnstats.results import ByStatistic
 from attnstats.statistics import LSE, MaxLogit, PooledMap, Statistic
 from attnstats.transformers import caches
-from attnstats.transformers.calls import NO_HEADS, AttentionCall
+from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.live import GenerationRecording
 from attnstats.transformers.recording import PassRecording, Ranks
 from attnstats.transformers.selection import ChosenHeads
@@ -217,7 +217,7 @@ class Capture:
         self._recording.ranks = None if self._head_count in (None, count) else self._ranks(count)
         self._recorded.add(layer)
         self._last_call = layer, call.query
-        heads = NO_HEADS
+        heads = None
         for s in statistics:
             if self.heads[s][layer] is not None:
                 heads = self._local_heads(statistics, layer, count)
@@ -225,7 +225,7 @@ class Capture:
         query_mask = None
         if self._query_mask is not None or call.real_queries is not None:
             query_mask = self._counted_queries(call)
-        output = self._recording.attend(layer, call, statistics, query_mask, heads)
+        output = self._recording.attend(layer, call, Request(statistics, query_mask, heads))
         if layer == self._stop_after:
             raise StopForward(
                 "stop_after_last_layer=True: the model has no output; call run.forward(**inputs), not model(**inputs)"
@@ -337,8 +337,8 @@ class Capture:
 
     def _local_heads(
         self, statistics: tuple[Statistic, ...], layer: int, count: int
-    ) -> dict[Statistic, tuple[int, ...]]:
-        """The chosen heads as they are numbered on this rank; of a statistic with all `count` heads, none."""
+    ) -> dict[Statistic, tuple[int, ...]] | None:
+        """The chosen heads as they are numbered on this rank, of statistics that are not of all its heads."""
         local: dict[Statistic, tuple[int, ...]] = {}
         ranks = self._recording.ranks
         for s in statistics:
@@ -350,7 +350,7 @@ class Capture:
             if max(heads) >= count:
                 raise InputError(f"heads: layer {layer} has query heads 0..{count - 1}, got {heads}")
             local[s] = heads
-        return local
+        return local or None
 
     def _check_finite(self, statistic: Statistic, result: Tensor) -> None:
         """Name the heads that have NaN; raise ValueError where they were averaged with others."""

@@ -132,10 +132,10 @@ def test_floor_of_decoding_is_memory():
 
 def row(case: str, group: str, name: str, rounds: list[float], ours: bool) -> dict[str, Any]:
     shape = Shape({"T = 8k": 8192, "T = 32k": 32768}[case])
-    found = {"case": case, "length": shape.length, "main": True, "group": group, "contender": name, "ours": ours}
-    found |= {"shape": shape._asdict(), "ms": sorted(rounds)[len(rounds) // 2], "rounds": rounds}
-    found |= {"host_us": 50.0, "peak_mib": 10.0}
-    return found | ({"bytes": floors.band_bytes(shape)} if group == "band" else {})
+    results = {"case": case, "length": shape.length, "main": True, "group": group, "contender": name, "ours": ours}
+    results |= {"shape": shape._asdict(), "ms": sorted(rounds)[len(rounds) // 2], "rounds": rounds}
+    results |= {"host_us": 50.0, "peak_mib": 10.0}
+    return results | ({"bytes": floors.band_bytes(shape)} if group == "band" else {})
 
 
 def document(fused: float, band: float, column: float, bare: float, added: float) -> dict[str, Any]:
@@ -171,20 +171,20 @@ def document(fused: float, band: float, column: float, bare: float, added: float
 
 
 def test_targets_that_are_hit():
-    found = report.targets(document(fused=1.01, band=0.034, column=0.7, bare=0.95, added=0.004))
-    verdicts = {target.what: target.verdict for target in found}
+    results = report.targets(document(fused=1.01, band=0.034, column=0.7, bare=0.95, added=0.004))
+    verdicts = {target.what: target.verdict for target in results}
     # The band takes as long at 32k as at 8k in this document: four times the bandwidth.
     assert set(verdicts.values()) == {"hit"}, verdicts
     assert len(verdicts) == 2 + 1 + 2 * 4
-    first = found[0]
+    first = results[0]
     assert first.measured == pytest.approx(0.01)  # paired by rounds, which a ratio of medians would be, too
     assert first.note == f"{contenders.CUDNN_BAND} over {contenders.CUDNN}"
 
 
 def test_targets_that_are_missed():
-    found = report.targets(document(fused=1.06, band=0.2, column=0.9, bare=0.85, added=0.006))
-    assert {target.verdict for target in found} == {"missed"}
-    told = [str(target) for target in found]
+    results = report.targets(document(fused=1.06, band=0.2, column=0.9, bare=0.85, added=0.006))
+    assert {target.verdict for target in results} == {"missed"}
+    told = [str(target) for target in results]
     assert f"{told[0]}".startswith(
         "T = 8k: WAAD + FAI of all heads over the fastest attention: 6.00 %, target <= 5.00 %"
     )
@@ -287,7 +287,7 @@ def test_counts_of_decoding_are_of_the_queries_there_are():
     assert torch.equal(counted[0], right > 0)
 
 
-def test_a_wrong_contender_is_found_out():
+def test_a_wrong_contender_is_noticed():
     inputs, case = inputs_for(60), timing.Case("", Shape(60, 4, 2, 16))
     truth = timing._truth(case, inputs)
     right = contenders.chunked(inputs)
@@ -373,14 +373,14 @@ def test_race_times_in_turns_on_rotating_inputs(card, part):
         raise torch.cuda.OutOfMemoryError("tried to allocate")
 
     entrants = {"fast": contender("fast", 0.001), "none": Entrant(fails), "slow": contender("slow", 0.004)}
-    found = race(part, "case", entrants, 3, 1.0)
-    assert found["none"] == {"failure": OUT_OF_MEMORY}
-    assert list(found) == list(entrants)
-    assert found["fast"]["ms"] == pytest.approx(2.0)
-    assert found["fast"]["host_us"] == pytest.approx(2000)
-    assert found["fast"]["peak_mib"] == 3.0
-    assert found["slow"]["ms"] == pytest.approx(8.0)
-    assert ratio(found["slow"], found["fast"]) == pytest.approx(4.0)
+    results = race(part, "case", entrants, 3, 1.0)
+    assert results["none"] == {"failure": OUT_OF_MEMORY}
+    assert list(results) == list(entrants)
+    assert results["fast"]["ms"] == pytest.approx(2.0)
+    assert results["fast"]["host_us"] == pytest.approx(2000)
+    assert results["fast"]["peak_mib"] == 3.0
+    assert results["slow"]["ms"] == pytest.approx(8.0)
+    assert ratio(results["slow"], results["fast"]) == pytest.approx(4.0)
     for name in ("fast", "slow"):
         assert {i for mine, i in order if mine == name} == {0, 1, 2}
     changes = [name for i, (name, _) in enumerate(order) if not i or order[i - 1][0] != name]
@@ -418,13 +418,13 @@ def test_conditions_of_a_card(monkeypatch):
         "ptxas": "ptxas\nV12.9",
     }
     monkeypatch.setattr(environment, "_output", lambda command: told[Path(command[0]).name])
-    found = environment.conditions(torch.device("cuda"))
-    assert found["device"] == "NVIDIA H100 80GB HBM3"
-    assert found["clocks"]["driver_version"] == "580.1"
-    assert found["clocks"]["power.limit"] == "700.00 W"
-    assert found["commit"] == "abc+changes"
-    assert found["ptxas"] == "V12.9"
-    json.dumps(found)
+    results = environment.conditions(torch.device("cuda"))
+    assert results["device"] == "NVIDIA H100 80GB HBM3"
+    assert results["clocks"]["driver_version"] == "580.1"
+    assert results["clocks"]["power.limit"] == "700.00 W"
+    assert results["commit"] == "abc+changes"
+    assert results["ptxas"] == "V12.9"
+    json.dumps(results)
     assert timing._sets(Shape(1024), torch.device("cuda")) == 9
     assert timing._sets(Shape(131072), torch.device("cuda")) == 2
 
@@ -447,12 +447,12 @@ def perform(name: str, smoke: bool) -> str:
 
 
 def test_workers_survive_what_they_perform():
-    found = workers.perform_all(__name__, ["a", "dies", "raises", "b"], 300.0, smoke=True)
-    oks = {name: answer["ok"] for name, answer in found.items()}
+    results = workers.perform_all(__name__, ["a", "dies", "raises", "b"], 300.0, smoke=True)
+    oks = {name: answer["ok"] for name, answer in results.items()}
     assert oks == {"a": True, "dies": False, "raises": False, "b": True}
-    assert found["b"]["value"] == "B"
-    assert found["dies"]["failure"] == "the process died: the last words"
-    assert found["raises"]["failure"] == "RuntimeError: no"
+    assert results["b"]["value"] == "B"
+    assert results["dies"]["failure"] == "the process died: the last words"
+    assert results["raises"]["failure"] == "RuntimeError: no"
 
 
 def test_workers_end_with_their_time():
@@ -558,8 +558,8 @@ def test_the_papers_heads_are_thirty_per_cent_each_and_apart():
 
 
 def test_means_are_over_heads_of_all_layers():
-    found = [("waad", torch.ones(1, 3, 5)), ("fai", torch.zeros(1, 1, 5)), ("waad", torch.full((1, 1, 5), 5.0))]
-    means = end_to_end._means(found)
+    results = [("waad", torch.ones(1, 3, 5)), ("fai", torch.zeros(1, 1, 5)), ("waad", torch.full((1, 1, 5), 5.0))]
+    means = end_to_end._means(results)
     assert torch.equal(means["waad"], torch.full((1, 5), 2.0))
 
 
@@ -596,15 +596,15 @@ def test_the_best_of_a_sweep_is_the_best_over_all_that_share_an_entry():
         {"job": "column", "shipped": True, "over_shipped": 1.0, "kernel": "column"},
     ]
     rows += [{"job": "bare", "kernel": "forward", "failure": "OutOfResources"}]
-    found = sweep.best(rows)
-    config, over = found["forward"][128]
+    results = sweep.best(rows)
+    config, over = results["forward"][128]
     assert config == sweep.Config(128, 64, 8, 3)
     assert over == pytest.approx(0.95)
-    assert found["column"][128][1] == 0.7
+    assert results["column"][128][1] == 0.7
     loop = [row("loop", 64, 1.5, "forward_loop"), row("loop", 32, 0.3, "forward_loop")]
-    found = sweep.best(rows + loop)
-    assert found["forward"] == found["forward_loop"]
-    assert found["forward"][128] == (sweep.Config(128, 32, 8, 3), pytest.approx((0.8 + 1.2 + 0.3) / 3))
+    results = sweep.best(rows + loop)
+    assert results["forward"] == results["forward_loop"]
+    assert results["forward"][128] == (sweep.Config(128, 32, 8, 3), pytest.approx((0.8 + 1.2 + 0.3) / 3))
 
 
 def test_correctness_covers_kernels_dtypes_and_features():

@@ -18,8 +18,8 @@ def test_bands_of_many_blocks(group, is_causal, device):
 
 def test_a_band_wider_than_the_sequence_and_one_row(device):
     query, key, _ = Case(query_length=1, key_length=20, group=1).tensors(device)
-    asked = [WAAD(900), FAI(0, 900)]
-    _, expected = reference.attention(query, key, key, statistics=asked)
-    found = attnstats.statistics_from_lse(query, key, expected.lse, statistics=asked, backend="triton")
-    for s in asked:
-        torch.testing.assert_close(found[s], expected[s], rtol=1e-5, atol=2e-3 if s.name == "waad" else 1e-5)
+    statistics = [WAAD(900), FAI(0, 900)]
+    _, expected = reference.attention(query, key, key, statistics=statistics)
+    results = attnstats.statistics_from_lse(query, key, expected.lse, statistics=statistics, backend="triton")
+    for s in statistics:
+        torch.testing.assert_close(results[s], expected[s], rtol=1e-5, atol=2e-3 if s.name == "waad" else 1e-5)
