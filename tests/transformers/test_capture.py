@@ -2,8 +2,6 @@
 `output_attentions=True` read by definition in float64; bad arguments, gradients, precision, memory."""
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import transformers
 import attnstats
 from attnstats import FAI, WAAD, MeanDistance, Received
 from attnstats.transformers.capture import capture
+from tests.process import python
 from tests.tiny import (
     HEADS,
     LARGEST_FACTOR,
@@ -215,7 +214,7 @@ def test_nothing_of_size_t_by_t_is_allocated():
 
 def test_the_import_does_not_bring_transformers():
     code = "import sys, attnstats.transformers.capture; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    python("-c", code)
 
 
 def test_public_name():
