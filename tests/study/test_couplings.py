@@ -37,7 +37,7 @@ from attnstats.study.couplings import (
 from attnstats.study.reading import pieces
 from attnstats.study.store import Store, begin
 from benchmarks import couplings_control
-from tests.tiny import interrupted_in_pass, save_tiny_model
+from tests.tiny import interrupted_in_pass, run_with, save_tiny_model
 
 QUESTIONS = ["how many rolls", "are w1 w2 w3 w4 left w5 w6 w7", "so", "many w9 w8", "left"]
 FAST = Chance(permutations=50, resamples=50)
@@ -81,14 +81,8 @@ def store(finished):
 
 
 def maps_of(tiny, ids):
-    before = tiny.model.config._attn_implementation
-    tiny.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            output = tiny.model(torch.tensor([ids]), output_attentions=True)
-    finally:
-        tiny.model.set_attn_implementation(before)
-    return torch.stack(output.attentions)[:, 0].double(), output.logits[0].double()
+    output = run_with(tiny.model, "eager", input_ids=torch.tensor([ids]))
+    return torch.cat(output.attentions).double(), output.logits[0].double()
 
 
 @pytest.mark.parametrize("response", [[5, 9, 11, 8, 20, 31, 6, 7, 17, 22, 25, 30, 33, 12, 9, 8], [7], [7, 8]])
