@@ -16,9 +16,9 @@ from torch import Tensor
 
 import attnstats
 from attnstats import Received, reference
-from benchmarks.contenders import STATISTICS
+from benchmarks.contenders import STATISTICS, Answer
 from benchmarks.gpu import contenders, floors, workers
-from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Answer, Contender, Inputs, Packed
+from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Contender, Inputs, Packed
 from benchmarks.gpu.environment import l2_bytes
 from benchmarks.gpu.floors import Shape
 from benchmarks.gpu.measure import Entrant, race

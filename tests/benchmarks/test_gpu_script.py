@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from attnstats import Received, reference
-from benchmarks.contenders import STATISTICS
+from benchmarks.contenders import STATISTICS, Answer
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import (
     contenders,
@@ -28,7 +28,7 @@ from benchmarks.gpu import (
     timing,
     workers,
 )  # fmt: skip
-from benchmarks.gpu.contenders import CONTENDERS, PACKED, Answer, Inputs
+from benchmarks.gpu.contenders import CONTENDERS, PACKED, Inputs
 from benchmarks.gpu.floors import Ceilings, Shape
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import OUT_OF_MEMORY, Part, in_flight

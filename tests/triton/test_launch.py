@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
 from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
 from tests.cases import Case, check
 from tests.guards import Guarded
@@ -195,15 +195,11 @@ class WithoutKernel(LocalMass):
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_statistics_that_users_define(backend, is_causal, device):
-    query, key, value = Case(group=1).tensors(device if backend == "triton" else "cpu")
-    statistics = [SquaredDistance(), EveryOther(), WAAD(3)]
-    results = attnstats.attention(query, key, value, statistics=statistics, is_causal=is_causal, backend=backend)
-    wide = (x.double() for x in (query, key, value))
-    expected = reference.attention(*wide, statistics=statistics, is_causal=is_causal)
-    for s in statistics:
-        torch.testing.assert_close(results.statistics[s].double(), expected.statistics[s], rtol=1e-5, atol=1e-4)
-    assert results.statistics["squared_distance"] is results.statistics[SquaredDistance()]
+def test_statistics_that_users_define(backend, is_causal, where):
+    case, statistics = Case(group=1, is_causal=is_causal), [SquaredDistance(), EveryOther(), WAAD(3)]
+    check(case, backend, where, statistics=statistics)
+    results = case.call(attnstats, case.tensors(where), statistics=statistics, backend=backend).statistics
+    assert results["squared_distance"] is results[SquaredDistance()]
 
 
 def test_a_statistic_without_a_device_weight_says_so(device):
