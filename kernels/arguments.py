@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """The keys that a query may see, from `left` positions behind it to `right` ahead of it; None: no limit."""
+    """A query may see the keys from `left` positions behind it to `right` ahead of it; None: no limit."""
 
     left: Any
     right: Any
@@ -83,7 +83,7 @@ class StatisticGradients(NamedTuple):
 
 
 class Near(NamedTuple):
-    """The distances that weights with a band reach from the diagonal. Without: there are none."""
+    """The distances from the diagonal that weights with a band reach. Without: there are none."""
 
     behind: Any
     ahead: Any
@@ -156,7 +156,7 @@ class Stack(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The buffer of band columns [COLUMNS, slots, n_batch, n_heads, n_keys] float32, and a query tile's place in it."""
+    """The buffer to which a query tile writes band columns, [COLUMNS, slots, n_batch, n_heads, n_keys] float32."""
 
     pointer: Any
     i_head: Any  # the tile's first head, n_packed of which exist

@@ -14,7 +14,7 @@ accumulator per row statistic, stored at the end as [ROWS, B, heads, Tq] float32
 import triton
 import triton.language as tl
 
-from .arguments import Band, Slots, Tile
+from .arguments import Band, Slots, Strides, Tile
 from .tiles import FIELDS, band_sweep, head_of, load_flags, load_packed, packed_rows, row_mass, sequence_of, wide
 
 
@@ -24,6 +24,7 @@ def band(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     group, n_heads = sizes.group, sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
@@ -54,7 +55,9 @@ def band(
     b_q = load_packed(head_of(query, strides.query, i_batch, i_head, q_begin), q_rows, DIM, BLOCK_DIM)
     o_lse = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row
     b_lse2 = tl.load(lse2 + o_lse, mask=m_row, other=float("inf"))
-    m_query = load_flags(query_mask, wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+    m_query = None
+    if query_mask is not None:
+        m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
     sums = band_sweep(
         b_q, b_lse2, m_query, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
         sequence.offset + i_block * BM, behind,

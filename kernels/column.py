@@ -20,8 +20,8 @@ keys pieces[first_piece[b] + i] .. of the next one, and [pieces, B, heads, n_seg
 import triton
 import triton.language as tl
 
-from .arguments import Tile
-from .tiles import FIELDS, head_of, hide, inside, keys_present, load_tile, query_range, scores, sequence_of, weigh, wide
+from .arguments import Strides, Tile
+from .tiles import FIELDS, head_of, hide, keys_present, load_tile, query_range, scores, sequence_of, weigh, wide
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def near(
         b_lse2 = tl.load(p_lse2 + o_row, mask=o_row < last, other=float("inf"))
         b_x = scores(b_q, b_kt, score) - b_lse2[:, None]  # [BM, BN]
         distance = offset + o_row[:, None] - o_key[None, :]
-        b_a = tl.exp2(hide(b_x, inside((b_lse2 < float("inf"))[:, None], distance, 0, visible)))
+        b_a = tl.exp2(hide(b_x, (b_lse2 < float("inf"))[:, None], distance, 0, visible))
         b_sum += tl.sum(b_a * weigh(distance.to(tl.float32), COLUMNS, J), 0)
     return b_sum
 
@@ -49,7 +49,7 @@ def far(b_sum, b_kt, queries, p_lse2, first, last, score, COUNTED: tl.constexpr,
         b_lse2 = tl.load(p_lse2 + start + tl.arange(0, TILE.BM))
         b_x = scores(b_q, b_kt, score) - b_lse2[:, None]
         if COUNTED:
-            b_x = hide(b_x, (b_lse2 < float("inf"))[:, None])
+            b_x = tl.where((b_lse2 < float("inf"))[:, None], b_x, float("-inf"))
         b_sum += tl.exp2(b_x)
     return b_sum
 
@@ -63,6 +63,7 @@ def column(
     """FAR: from this distance on statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest
     distance at which any weight is not 0; None: there is none."""
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM)
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_heads = sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BN)
     i_program = tl.program_id(0)

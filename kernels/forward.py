@@ -6,26 +6,25 @@
         [HEADS x BM, D]        [ tile ][ tile ]       | [ tile ][ tile ][ tile ][ tile ]        | [ tile ][ tile ]
                                                                      <-- epilogue: the band once more, tiles in L2
 
-One program owns BM rows of one head and streams the keys past them with an online softmax. What stays in
-registers: the query tile, the output accumulator, the running maximum and sum, and one accumulator per
-statistic of the loop (MeanDistance, Entropy; MaxLogit is the maximum itself). Band statistics cost the loop
-nothing: when it is done the lse is known, and `tiles.band_sweep` revisits the keys near the diagonal.
+One program owns BM rows of HEADS heads that share a key head, and streams the keys past them with an online softmax. In
+registers stay the query tile, the output accumulator, the running maximum and sum, and one accumulator per statistic of
+the loop (MeanDistance, Entropy; MaxLogit is the maximum itself). Written are output, lse and row statistics. Band
+statistics cost the loop nothing: after it the lse is known, and `tiles.band_sweep` revisits the keys near the diagonal.
 
-A few queries before many keys (decoding) pack HEADS heads of a group into the rows, so that a key tile is read once
-for all of them, and cut the keys into splits of SPLIT_KEYS: each program leaves the normalised results of its split,
-combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
+When decoding (a few queries, many keys) the keys are cut into splits of SPLIT_KEYS: each program writes the normalised
+results of its split, combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
 
 MOMENT is MeanDistance under a causal mask: a first moment of the positions, one FMA per element. All row sums of the
 loop are kept in CHUNK columns and reduced after it.
 
-With FROM_LSE there is no value, no maximum and no output: the pivot of exp2 is the given lse.
+With FROM_LSE there is no value, no maximum and no output: `lse` is lse2, which is the pivot of exp2.
 Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
 """
 
 import triton
 import triton.language as tl
 
-from .arguments import Band, Loop, Slots, Softmax, Tile, Visibility
+from .arguments import Band, Loop, Slots, Softmax, Strides, Tile, Visibility
 from .tiles import (
     FIELDS,
     LN2,
@@ -34,7 +33,6 @@ from .tiles import (
     dot,
     head_of,
     hide,
-    inside,
     kept,
     key_range,
     keys_present,
@@ -118,10 +116,11 @@ def visit(
         b_score, unit = softcapped(dot(b_q, tl.trans(b_k)), score)  # [rows, BN]
         distance = o_position[:, None] - o_key[None, :]
         if EDGE or visible.key_mask is not None:
-            m_seen = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)[None, :]
+            m_key = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)[None, :]
             if EDGE:
-                m_seen = inside(m_seen, distance, 0, visible)
-            b_score = hide(b_score, m_seen)
+                b_score = hide(b_score, m_key, distance, 0, visible)
+            else:
+                b_score = tl.where(m_key, b_score, float("-inf"))
         if LOOP.FROM_LSE:
             b_pivot = b_max
         else:
@@ -182,6 +181,7 @@ def forward(
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
     LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
     TILE: tl.constexpr = Tile(HEADS, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BM)
     parts = tl.cdiv(sizes.group, HEADS)
     n_key_heads = sizes.n_query_heads // sizes.group
@@ -304,7 +304,9 @@ def forward(
             behind = tl.max(tl.load(reach + i_head + o_place, mask=o_place < n_packed, other=-1), 0)
         if sequences is not None:
             behind = tl.where(n_keys > 0, behind, -1)
-        m_query = load_flags(query_mask, wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+        m_query = None
+        if query_mask is not None:
+            m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
             b_q, b_lse2, m_query, keys, sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),

@@ -54,7 +54,7 @@ def clocks() -> dict[str, str] | None:
         return None
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
     command += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"]
-    told = _output(command)
+    told = output_of(command)
     return dict(zip(SMI, map(str.strip, told.split(",")), strict=False)) if told else None
 
 
@@ -74,19 +74,19 @@ def ptxas_version() -> str | None:
         except ImportError:
             return None
         path = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
-    told = _output([path, "--version"])
+    told = output_of([path, "--version"])
     return told.strip().splitlines()[-1] if told else None
 
 
 def commit() -> str | None:
     """The checked-out commit, with "+changes" where files differ from it."""
-    if not (told := _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])):
+    if not (told := output_of(["git", "-C", str(ROOT), "rev-parse", "HEAD"])):
         return None
-    dirty = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    dirty = output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return told.strip() + ("+changes" if dirty else "")
 
 
-def _output(command: list[str]) -> str:
+def output_of(command: list[str]) -> str:
     """Standard output, or nothing where the command can't run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

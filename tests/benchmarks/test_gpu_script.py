@@ -72,10 +72,10 @@ def test_smoke_leaves_no_section_empty(smoke):
     assert sections["correctness"]["passed"] == len(correctness.tasks(smoke=True)) >= 10
     for case in timing.cases(smoke=True):
         rows = {row["contender"]: row for row in sections["timing"]["rows"] if row["case"] == case.name}
-        assert set(rows) == set(timing._members(case))
+        assert set(rows) == set(timing.members(case))
         for name, row in rows.items():
             if row.get("failure"):
-                assert timing._members(case)[name].needs_cuda, (name, row["failure"])
+                assert timing.members(case)[name].needs_cuda, (name, row["failure"])
             else:
                 assert row["ms"] > 0
                 assert row["floor_ms"] > 0
@@ -258,7 +258,7 @@ RUNNABLE = [name for name, c in CONTENDERS.items() if not c.needs_cuda and "with
 def test_every_rival_equals_the_reference(name):
     """Over several blocks and chunks, the last one not whole."""
     inputs, case = inputs_for(300), timing.Case("", Shape(300, 4, 2, 16))
-    errors, against = timing._answer(CONTENDERS[name], inputs, timing._truth(case, inputs), case)
+    errors, against = timing.errors_of(CONTENDERS[name], inputs, timing.truth_of(case, inputs), case)
     assert against == "float64"
     assert errors
     assert max(errors.values()) < 1e-4, errors
@@ -286,12 +286,12 @@ def test_counts_of_decoding_are_of_the_queries_there_are():
 
 def test_a_wrong_contender_is_noticed():
     inputs, case = inputs_for(60), timing.Case("", Shape(60, 4, 2, 16))
-    truth = timing._truth(case, inputs)
+    truth = timing.truth_of(case, inputs)
     right = contenders.chunked(inputs)
     assert right.fai is not None
     for broken in (right._replace(fai=right.fai * 1.1), right._replace(output=right.output * torch.nan)):
         liar = contenders.Contender("statistics", lambda _, broken=broken: broken)
-        errors, _ = timing._answer(liar, inputs, truth, case)
+        errors, _ = timing.errors_of(liar, inputs, truth, case)
         assert any(not error <= timing.TOLERANCE[name] for name, error in errors.items())
 
 
@@ -301,17 +301,17 @@ def test_what_cannot_be_is_not_tried(part):
         shared | {"case": "T = 4k", "length": 4096, "ms": 100.0},
         shared | {"case": "T = 8k", "length": 8192, "failure": OUT_OF_MEMORY},
     ]
-    reasons = {n: timing._hopeless(part, timing.Case("", Shape(n)), "eager") for n in (2048, 4096, 8192, 16384)}
+    reasons = {n: timing.reason_to_skip(part, timing.Case("", Shape(n)), "eager") for n in (2048, 4096, 8192, 16384)}
     assert reasons == {2048: None, 4096: None, 8192: None, 16384: "out of memory at T = 8k already"}
-    assert timing._hopeless(part, timing.Case("", Shape(32768)), "another") is None
+    assert timing.reason_to_skip(part, timing.Case("", Shape(32768)), "another") is None
     part.section["rows"] = part.section["rows"][:1]
-    assert timing._hopeless(part, timing.Case("", Shape(32768)), "eager") == "over 3 s a call"
+    assert timing.reason_to_skip(part, timing.Case("", Shape(32768)), "eager") == "over 3 s a call"
 
 
 def test_packed_answers_are_compared_by_sequence():
     case = timing.Case("", Shape(30, 2, 1, 16), False, sequences=2)
-    inputs = timing._inputs(case, torch.device("cpu"), 1)[0]
-    errors, _ = timing._answer(PACKED[contenders.AUTO], inputs, timing._truth(case, inputs), case)
+    inputs = timing.inputs_of(case, torch.device("cpu"), 1)[0]
+    errors, _ = timing.errors_of(PACKED[contenders.AUTO], inputs, timing.truth_of(case, inputs), case)
     assert set(errors) == {"output", "waad", "fai"}
     assert max(errors.values()) < 1e-2  # in half precision
 
@@ -414,7 +414,7 @@ def test_conditions_of_a_card(monkeypatch):
         "git": "abc",
         "ptxas": "ptxas\nV12.9",
     }
-    monkeypatch.setattr(environment, "_output", lambda command: told[Path(command[0]).name])
+    monkeypatch.setattr(environment, "output_of", lambda command: told[Path(command[0]).name])
     results = environment.conditions(torch.device("cuda"))
     assert results["device"] == "NVIDIA H100 80GB HBM3"
     assert results["clocks"]["driver_version"] == "580.1"
@@ -422,8 +422,8 @@ def test_conditions_of_a_card(monkeypatch):
     assert results["commit"] == "abc+changes"
     assert results["ptxas"] == "V12.9"
     json.dumps(results)
-    assert timing._sets(Shape(1024), torch.device("cuda")) == 9
-    assert timing._sets(Shape(131072), torch.device("cuda")) == 2
+    assert timing.input_sets(Shape(1024), torch.device("cuda")) == 9
+    assert timing.input_sets(Shape(131072), torch.device("cuda")) == 2
 
 
 # Processes
@@ -467,15 +467,15 @@ def test_what_the_sanitizer_says(says, status, verdict, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     if verdict == "error":
         with pytest.raises(AssertionError, match=r"memcheck: .*2 errors"):
-            correctness._sanitize("memcheck")
+            correctness.sanitize("memcheck")
     else:
-        assert says in correctness._sanitize("memcheck")[verdict]
-        assert "--error-exitcode 99" in correctness._sanitize("memcheck")[verdict]
+        assert says in correctness.sanitize("memcheck")[verdict]
+        assert "--error-exitcode 99" in correctness.sanitize("memcheck")[verdict]
 
 
 def test_without_a_sanitizer_it_is_left_out(monkeypatch):
     monkeypatch.setattr(correctness.shutil, "which", lambda *_, **__: None)
-    assert "not installed" in correctness._sanitize("memcheck")["left_out"]
+    assert "not installed" in correctness.sanitize("memcheck")["left_out"]
 
 
 CHILD = """
@@ -497,7 +497,7 @@ file.write_text(json.dumps(section))
 
 def test_a_part_that_dies_goes_on_without_what_it_died_of(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "_command", lambda name, file, *_: [sys.executable, "-c", CHILD, str(file)])
-    section = list(script._sections("timing", tmp_path / "section.json", 30.0, smoke=True))[-1]
+    section = list(script.sections_of("timing", tmp_path / "section.json", 30.0, smoke=True))[-1]
     assert section["finished"]
     assert section["runs"] == 2
     assert section["failures"] == {"case: culprit": "its process died with status 7: illegal access"}
@@ -506,7 +506,7 @@ def test_a_part_that_dies_goes_on_without_what_it_died_of(monkeypatch, tmp_path)
 def test_a_part_without_an_end_is_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "GRACE", 0.2)
     monkeypatch.setattr(script, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    section = list(script._sections("timing", tmp_path / "section.json", 0.3, smoke=False))[-1]
+    section = list(script.sections_of("timing", tmp_path / "section.json", 0.3, smoke=False))[-1]
     assert "ended after" in section["error"]
     assert "finished" not in section
 
@@ -556,7 +556,7 @@ def test_the_papers_heads_are_thirty_per_cent_each_and_apart():
 
 def test_means_are_over_heads_of_all_layers():
     results = [("waad", torch.ones(1, 3, 5)), ("fai", torch.zeros(1, 1, 5)), ("waad", torch.full((1, 1, 5), 5.0))]
-    means = end_to_end._means(results)
+    means = end_to_end.means_of(results)
     assert torch.equal(means["waad"], torch.full((1, 5), 2.0))
 
 
@@ -568,8 +568,8 @@ def test_the_sweep_knows_the_middle_and_stays_on_the_chip():
 
 
 def test_the_sweep_tries_the_common_head_size_first_and_every_kernel_of_it():
-    tasks = sweep._tasks(smoke=False)
-    order = sweep._in_order(tasks)
+    tasks = sweep.all_tasks(smoke=False)
+    order = sweep.in_order(tasks)
     assert sorted(order) == sorted(tasks)
     dims = [tasks[name][0].head_dim for name in order]
     assert dims == sorted(dims, key=[128, 64, 256].index)

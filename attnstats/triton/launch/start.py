@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The arguments and the launch that calls of one geometry share."""
+    """The parts of a launch that calls of one geometry share."""
 
     launch: Launch
     sizes: Sizes
