@@ -2,15 +2,15 @@
 
 An `AttentionCall` joins the tensors with the `MaskDescription` of masks.py in one `Options`: windows and padding are
 set there, packed rows and chunks become packed sequences, and a mask that isn't understood is an error or, where that
-is allowed, goes through the eager reference. The observer of a model says which statistics to compute on the way.
+is allowed, goes through the eager reference. The observer of a model makes the `Request` for statistics.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +20,48 @@ from attnstats.core import arguments
 from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
-from attnstats.statistics import SinkMass, Statistic
+from attnstats.statistics import Statistic
 from attnstats.transformers.masks import MaskDescription
 
-NO_HEADS: Mapping[Statistic, tuple[int, ...]] = {}  # every statistic of all heads
+ALL_HEADS: Mapping[Statistic, tuple[int, ...]] = {}
+
+
+class Request(NamedTuple):
+    """The statistics to compute in a call.
+
+    Attributes:
+        query_mask: (B, Tq) bool, the queries that count in column statistics; None: all.
+        heads: of each statistic that is computed for some heads only.
+    """
+
+    statistics: tuple[Statistic, ...] = ()
+    query_mask: Tensor | None = None
+    heads: Mapping[Statistic, tuple[int, ...]] = ALL_HEADS
+
+    def of(self, statistics: Iterable[Statistic]) -> Request:
+        """The request for some of its statistics."""
+        chosen = tuple(statistics)
+        return self._replace(statistics=chosen, heads={s: heads for s, heads in self.heads.items() if s in chosen})
+
+    @property
+    def summed(self) -> Request:
+        """The request for results that add up over parts of the queries: sums in the place of means."""
+        heads = {s.summed: heads for s, heads in self.heads.items()}
+        return self._replace(statistics=tuple(s.summed for s in self.statistics), heads=heads)
+
+
+NOTHING = Request()
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """The tensors (B, H, T, D) of one call, its mask, and what else goes into a score.
+    """The tensors (B, H, T, D) of one call, its mask, and the other settings of its scores.
 
     Attributes:
         where: how errors name the call.
         options: scale, softcap, sinks, dropout and backend.
         cross: queries and keys are different sequences, so that distances mean nothing.
-        bias: (1 | B, Hq, Tq, Tk), added to the scores; None: nothing is.
+        bias: (1 | B, Hq, Tq, Tk), added to the scores; None: no bias.
         real_queries: (B, Tq) bool, the queries of cross-attention that aren't padding; None: all.
     """
 
@@ -51,7 +78,7 @@ class AttentionCall:
 
     @property
     def begin(self) -> int:
-        """Position of the first query, which is also how many came before it."""
+        """Position of the first query, which is the number of tokens before it."""
         return self.mask.query_offset
 
     @property
@@ -60,15 +87,10 @@ class AttentionCall:
 
     @property
     def first_key(self) -> int:
-        """Position of the first key that is there; a sliding cache has dropped those before."""
+        """Position of the first key; a sliding cache has dropped those before."""
         return self.mask.key_offset
 
-    def attend(
-        self,
-        statistics: tuple[Statistic, ...] = (),
-        query_mask: Tensor | None = None,
-        heads: Mapping[Statistic, tuple[int, ...]] = NO_HEADS,
-    ) -> AttentionResult:
+    def attend(self, request: Request = NOTHING) -> AttentionResult:
         """Output (B, Hq, Tq, Dv) and statistics, columns over the keys `first_key .. end`."""
         mask = self.mask
         if (mask.query_length, mask.key_length) != (self.query.shape[2], self.key.shape[2]):
@@ -78,12 +100,12 @@ class AttentionCall:
                 "new tokens together"
             )
         if mask.chunks is not None or mask.key_offset > 0:
-            self._check(statistics)
-        options = self._options(statistics, query_mask, heads)
+            self._check(request.statistics)
+        options = self._options(request)
         if self.bias is not None or mask.unknown:
             return self._attend_dense(options)
         if mask.segments is not None or mask.chunks is not None:
-            return self._attend_packed(statistics, heads, options)
+            return self._attend_packed(request, options)
         return functional.attend(self.query, *self._used(), options)
 
     def last(self, rows: int) -> AttentionCall:
@@ -114,18 +136,11 @@ class AttentionCall:
         plain = self.bias is None and not mask.unknown and mask.segments is None and mask.chunks is None
         return plain and not self.cross and self.end - self.first_key > reach + self.query.shape[2]
 
-    def near(
-        self,
-        lse: Tensor,
-        statistics: tuple[Statistic, ...],
-        reach: int,
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> tuple[int, Statistics]:
-        """Band statistics off the last keys alone, and the position of the first of these keys."""
+    def near(self, request: Request, lse: Tensor) -> tuple[int, Statistics]:
+        """Band statistics from the last keys alone, and the position of the first of these keys."""
         key, _ = self._used()
-        skipped = max(0, self.begin - reach - self.first_key)
-        options = self._options(statistics, query_mask, heads)
+        skipped = max(0, self.begin - reach_of(request.statistics) - self.first_key)
+        options = self._options(request)
         key_mask = options.key_padding_mask
         options = options._replace(
             query_offset=self.begin - self.first_key - skipped,
@@ -137,12 +152,12 @@ class AttentionCall:
     def _check(self, statistics: tuple[Statistic, ...]) -> None:
         """Raise InputError for statistics of first or last tokens that chunks or a sliding cache hide."""
         for s in statistics:
-            if self.mask.chunks is not None and (isinstance(s, SinkMass) or s.last_queries is not None):
+            if self.mask.chunks is not None and (s.method == "first_keys" or s.last_queries is not None):
                 raise InputError(
                     f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of "
                     "full attention, or leave it out"
                 )
-            if self.first_key > 0 and isinstance(s, SinkMass):
+            if self.first_key > 0 and s.method == "first_keys":
                 raise InputError(
                     f"{self.where} has a sliding cache that has dropped the first keys, which SinkMass looks at; leave "
                     "SinkMass out, or run the whole sequence in one pass"
@@ -155,17 +170,13 @@ class AttentionCall:
             return self.key, self.value
         return self.key[:, :, :used], self.value[:, :, :used]
 
-    def _options(
-        self,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> Options:
+    def _options(self, request: Request) -> Options:
         """The options with those of the mask, which are made once for all layers that share it."""
         key = self.cross, self.key.device
         of_mask = self.mask.memo.get(key)
         if of_mask is None:
             of_mask = self.mask.memo[key] = _options_of(self.mask, *key)
+        statistics, query_mask, heads = request
         return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads or None, **of_mask)
 
     def _attend_dense(self, options: Options) -> AttentionResult:
@@ -208,9 +219,7 @@ class AttentionCall:
 
     # Packed rows and chunks
 
-    def _attend_packed(
-        self, statistics: tuple[Statistic, ...], heads: Mapping[Statistic, tuple[int, ...]], options: Options
-    ) -> AttentionResult:
+    def _attend_packed(self, request: Request, options: Options) -> AttentionResult:
         if self.cross:
             raise InputError(f"{self.where} is cross-attention in blocks, which cannot be computed")
         batch, _, length, _ = self.query.shape
@@ -220,10 +229,10 @@ class AttentionCall:
             options = options._replace(query_mask=self.mask.real_queries)
         chunked = self.mask.chunks is not None
         # A chunk hides keys from queries, but these queries still count: the mean over T(s) is taken afterwards.
-        sums = {s: s.summed if chunked else s for s in statistics}
+        sums = request.summed if chunked else request
         packed = options._replace(
-            statistics=tuple(sums.values()),
-            heads={sums[s]: of_s for s, of_s in heads.items()} or None,
+            statistics=sums.statistics,
+            heads=sums.heads or None,
             query_mask=None if options.query_mask is None else options.query_mask.flatten(),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
@@ -232,21 +241,16 @@ class AttentionCall:
         )
         output, results = functional.attend(query, key, value, packed)
 
-        def rows(x: Tensor) -> Tensor:  # (H, B * T) to (B, H, T)
-            return x.unflatten(-1, (batch, -1)).movedim(-2, 0)
-
-        def facts(x: Tensor) -> Tensor:  # (B * T) to (B, T)
-            return x.unflatten(-1, (batch, -1))
-
-        tensors = {s: rows(results[sums[s]]) for s in statistics}
-        lse, output = rows(results.lse), output.unflatten(0, (batch, length)).transpose(1, 2)
+        # (H, B * T) to (B, H, T), and without heads (B * T) to (B, T); movedim leaves the latter as it is.
+        results = results.changed(lambda s, x: x.unflatten(-1, (batch, -1)).movedim(-2, 0))
+        output = output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
-            unpacked = Statistics(tensors, lambda s: facts(results.valid[s]), lambda s: facts(results.counts[s]), lse)
-            return AttentionResult(output, unpacked)
+            return AttentionResult(output, results)
         used, _ = self._used()
         whole = arguments.resolve(self.query, used, None, options._replace(heads=None, dropout_p=0.0))
+        tensors = {s: results[s.summed] for s in request.statistics}
         tensors = {s: whole.finish(s, x) if s.is_mean else x for s, x in tensors.items()}
-        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, lse))
+        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, results.lse))
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""
@@ -301,5 +305,5 @@ def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, 
 
 
 def reach_of(statistics: tuple[Statistic, ...]) -> int:
-    """How far behind a query these band statistics look."""
+    """The number of keys behind a query that these band statistics read."""
     return max((s.band[1] for s in statistics if s.band is not None), default=0)

@@ -6,14 +6,14 @@ rejected tokens all give the results of one teacher-forced pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnstats.statistics import Statistic
-from attnstats.transformers.calls import AttentionCall, reach_of
+from attnstats.transformers.calls import AttentionCall, Request, reach_of
 from attnstats.transformers.recording import Recording, Sums
 
 UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
@@ -31,7 +31,7 @@ class GrowingTensor:
         return self._buffer[..., : self.length]
 
     def add(self, start: int, x: Tensor) -> None:
-        """Add x from `start` on; elements that nothing was added to are 0 (False)."""
+        """Add x from index `start` on. All elements start at 0 (False)."""
         end = start + x.shape[-1]
         if end > self._buffer.shape[-1]:
             larger = _zeros(self._buffer, max(end, 2 * self._buffer.shape[-1]))
@@ -50,7 +50,7 @@ class GrowingTensor:
         self.length = min(self.length, length)
 
     def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Let `change` choose or repeat batch rows, the first dimension."""
+        """Select or repeat batch rows, the first dimension, by `change`."""
         self._buffer = change(self._buffer)
 
 
@@ -63,12 +63,10 @@ def _zeros(like: Tensor, length: int) -> Tensor:
 
 
 class LastStep(NamedTuple):
-    """The last queries of a layer's most recent call, to subtract what rejected tokens gave to the keys before them."""
+    """The last queries of a layer's most recent call, from which the column sums of rejected tokens are recomputed."""
 
     call: AttentionCall
-    statistics: tuple[Statistic, ...]
-    query_mask: Tensor | None
-    heads: dict[Statistic, tuple[int, ...]]
+    request: Request  # for column statistics
 
 
 class GenerationRecording(Recording):
@@ -76,7 +74,7 @@ class GenerationRecording(Recording):
 
     Attributes:
         length: tokens that went through the model.
-        tokens: (B, length) their ids, where the model was called with ids.
+        tokens: (B, length) their ids; None: the model was called without ids.
     """
 
     def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
@@ -89,40 +87,34 @@ class GenerationRecording(Recording):
         self._last_steps: dict[int, LastStep] = {}  # by layer
         self._begin = 0
 
-    def attend(
-        self,
-        layer: int,
-        call: AttentionCall,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> Tensor:
+    def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
-        sum_of = {s: s.summed for s in statistics}
-        heads_of_sums = {sum_of[s]: chosen for s, chosen in heads.items()}
-        narrow = tuple(sum_of[s] for s in statistics if s.band is not None)
-        reach = reach_of(narrow)
-        if not call.can_skip_keys(reach):
+        summed = request.summed
+        narrow = tuple(s for s in summed.statistics if s.band is not None)
+        if not call.can_skip_keys(reach_of(narrow)):
             narrow = ()
-        full = tuple(s for s in sum_of.values() if s not in narrow)
-        output, in_full = call.attend(full, query_mask, {s: h for s, h in heads_of_sums.items() if s in full})
+        full = tuple(s for s in summed.statistics if s not in narrow)
+        output, in_full = call.attend(summed.of(full))
         results, starts = dict(in_full), dict.fromkeys(full, call.first_key)
         if narrow:
-            heads_of_narrow = {s: h for s, h in heads_of_sums.items() if s in narrow}
             with torch.no_grad():
-                start, near = call.near(in_full.lse.detach(), narrow, reach, query_mask, heads_of_narrow)
+                start, near = call.near(summed.of(narrow), in_full.lse.detach())
             results |= dict(near)
             starts |= dict.fromkeys(narrow, start)
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results[sum_of[s]] for s in statistics}).items():
+        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
             sums = self._sums.setdefault(s, {})
             if key not in sums:
                 sums[key] = GrowingTensor(x)
-            sums[key].add(starts[sum_of[s]] if s.axis == "column" else call.begin, x)
+            sums[key].add(starts[s.summed] if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
-            self._add_masks(call, query_mask)
-        self._remember(layer, call, statistics, query_mask, heads)
+            self._add_masks(call, request.query_mask)
+        columns = request.of(s for s in request.statistics if s.axis == "column")
+        if columns.statistics:  # `truncate` needs the last queries
+            rows = min(UNDOABLE_ROWS, call.query.shape[2])
+            mask = None if columns.query_mask is None else columns.query_mask[:, -rows:]
+            self._last_steps[layer] = LastStep(call.last(rows), columns._replace(query_mask=mask))
         return output
 
     def add_tokens(self, start: int, ids: Tensor | None) -> None:
@@ -135,7 +127,7 @@ class GenerationRecording(Recording):
         self.tokens.add(start, ids)
 
     def release(self) -> None:
-        """Let go of the last step's tensors, among them the cache: nothing will be taken back any more."""
+        """Drop the last step's tensors, among them the cache: no token can be taken back any more."""
         self._last_steps.clear()
 
     def finish(self) -> None:
@@ -180,10 +172,10 @@ class GenerationRecording(Recording):
         self._key_mask.add(call.begin, real)
         self.length = call.end
 
-    # Rows that move, tokens that are taken back
+    # Batch rows that are reordered, tokens that are taken back
 
     def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """The cache's batch rows were chosen anew: `change` does the same to a tensor with the batch in front."""
+        """The cache's batch rows were selected or repeated by `change`, which does it to a tensor's first dimension."""
         for tensor in self._tensors():
             tensor.select_rows(change)
         self._last_steps.clear()
@@ -209,33 +201,15 @@ class GenerationRecording(Recording):
         sums = [x for by_layer in self._sums.values() for x in by_layer.values()]
         return sums + [x for x in (self._query_mask, self._key_mask, self.tokens) if x is not None]
 
-    def _remember(
-        self,
-        layer: int,
-        call: AttentionCall,
-        statistics: tuple[Statistic, ...],
-        query_mask: Tensor | None,
-        heads: Mapping[Statistic, tuple[int, ...]],
-    ) -> None:
-        """Keep the last queries for `truncate`, where columns depend on them."""
-        columns: tuple[Statistic, ...] = tuple(s for s in statistics if s.axis == "column")
-        if columns:
-            rows = min(UNDOABLE_ROWS, call.query.shape[2])
-            mask = None if query_mask is None else query_mask[:, -rows:]
-            of_columns = {s: chosen for s, chosen in heads.items() if s in columns}
-            self._last_steps[layer] = LastStep(call.last(rows), columns, mask, of_columns)
-
     def _subtract(self, layer: int, step: LastStep, length: int) -> None:
-        """Take off the sums what the tokens from `length` on gave to keys."""
-        call = step.call
+        """Subtract from the column sums the attention of the tokens from position `length` on."""
+        call, request = step
         rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
         rejected = rejected.expand(call.query.shape[0], -1)
-        if step.query_mask is not None:
-            rejected = rejected & step.query_mask.to(rejected.device)
-        sum_of = {s: s.summed for s in step.statistics}
-        heads = {sum_of[s]: chosen for s, chosen in step.heads.items()}
+        if request.query_mask is not None:
+            rejected = rejected & request.query_mask.to(rejected.device)
         with torch.no_grad():
-            results = call.attend(tuple(sum_of.values()), rejected, heads).statistics
+            results = call.attend(request.summed._replace(query_mask=rejected)).statistics
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results[sum_of[s]] for s in step.statistics}).items():
+        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
             self._sums[s][key].add(call.first_key, -x)

@@ -96,7 +96,7 @@ def _shared_arguments(geometry: Geometry, of_map: MapGradients, prepared: Prepar
     """The other arguments of both kernels."""
     return {
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
-        "query_mask": flags(geometry.counted()) if of_map.plan.columns else None,
+        "query_mask": flags(geometry.query_mask) if of_map.plan.columns else None,
         "sequences": arguments.sequences(geometry),
         "sizes": prepared.sizes,
         "visible": arguments.visibility(prepared.visible, geometry),

@@ -73,7 +73,7 @@ def _band(
         lse2=divisor_of(lse) * LOG2E,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.counted()),
+        query_mask=flags(geometry.query_mask),
         sinks=arguments.sinks2(geometry),
         sequences=arguments.sequences(geometry),
         heads=prepared.heads,

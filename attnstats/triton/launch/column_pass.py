@@ -66,7 +66,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
         pieces = _pieces(key_bounds, config.BN, geometry.device)
         sums = empty(geometry, (pieces.total, geometry.batch, head_count(geometry, heads), segments))
         cuts = Segments(on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
-        _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cuts, config)
+        _column(query, key, lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
     return fitting("pooled", geometry, geometry.head_dim, run)

@@ -98,7 +98,7 @@ def _forward(
         lse=lse,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.counted()),
+        query_mask=flags(geometry.query_mask),
         sinks=None if parts else sinks2,
         sequences=arguments.sequences(geometry),
         reach=on_device(plan.reach_of_heads(geometry), geometry.device),
