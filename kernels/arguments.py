@@ -1,6 +1,6 @@
 """Kernel arguments and device values that belong together, as NamedTuples.
 
-The first nine are arguments of kernels, filled by the launcher. Triton passes the fields one by one: a field, or a
+The first eight are arguments of kernels, filled by the launcher. Triton passes the fields one by one: a field, or a
 whole group, that is None switches its feature off when the kernel is compiled, and a number 1 is compiled in. The
 others are made on the device. Names are those of the Python side; `n_` is a count, `i_` an index, and capitals are
 constants.
@@ -9,11 +9,20 @@ constants.
 from typing import Any, NamedTuple
 
 
-class Strided(NamedTuple):
-    """A tensor (B, heads, T, head size), or on the device one head of one sequence of it."""
+class Strides(NamedTuple):
+    """The strides of tensors (B, heads, T, head size), each in elements of all four dimensions.
 
-    pointer: Any
-    strides: Any  # in elements, of all four dimensions
+    All in one group behind the pointers: with each tensor's beside its pointer ptxas assigns other registers.
+    """
+
+    query: Any
+    key: Any
+    value: Any = None
+    output: Any = None
+    d_output: Any = None
+    d_query: Any = None
+    d_key: Any = None
+    d_value: Any = None
 
 
 class Sequences(NamedTuple):
@@ -25,17 +34,18 @@ class Sequences(NamedTuple):
 
 class Sizes(NamedTuple):
     n_batch: Any
+    n_sequences: Any  # None but for `forward`, which alone reads it
     n_query_heads: Any
+    n_heads: Any  # that `band` and `column` compute; None for the others
     group: Any  # query heads per key head
     query_offset: Any  # position of the first query
     n_queries: Any  # of a batch row
     n_keys: Any
     longest: Any  # queries, or keys in a key-stationary kernel, of the longest sequence: blocks per head
-    n_sequences: Any = None  # read by `forward` alone
 
 
 class Visibility(NamedTuple):
-    """The keys that a query may see, from `left` positions behind it to `right` ahead of it; None: no limit."""
+    """A query may see the keys from `left` positions behind it to `right` ahead of it; None: no limit."""
 
     left: Any
     right: Any
@@ -45,7 +55,7 @@ class Visibility(NamedTuple):
 class Score(NamedTuple):
     """Factors of a score; scale2 and cap2 are the scale and the softcap times log2(e)."""
 
-    scale: Any
+    scale: Any  # None but for the backward kernels, which alone read it
     scale2: Any
     cap2: Any  # None: no softcap
 
@@ -53,13 +63,6 @@ class Score(NamedTuple):
 class Dropout(NamedTuple):
     seed: Any  # (1,) int64
     p: Any
-
-
-class HeadSubset(NamedTuple):
-    """The query heads that a kernel computes."""
-
-    numbers: Any  # (n_heads,) int32; None: all
-    n_heads: Any
 
 
 class Segments(NamedTuple):
@@ -80,10 +83,17 @@ class StatisticGradients(NamedTuple):
 
 
 class Near(NamedTuple):
-    """The distances that weights with a band reach from the diagonal. Without: there are none."""
+    """The distances from the diagonal that weights with a band reach. Without: there are none."""
 
     behind: Any
     ahead: Any
+
+
+class Head(NamedTuple):
+    """One head of one sequence of a tensor."""
+
+    pointer: Any
+    strides: Any
 
 
 class Sequence(NamedTuple):
@@ -106,14 +116,14 @@ class Rows(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """The online softmax of a query tile so far; the three in the middle in CHUNKs of columns."""
+    """The online softmax of a query tile so far."""
 
     b_out: Any  # [rows, BLOCK_VALUE_DIM]
-    b_max: Any  # [rows]
     b_sum: Any  # [rows, CHUNK] sum of a = exp2(score - maximum)
     b_log: Any  # [rows, CHUNK] sum of a * log2(a)
     b_moment: Any  # [rows, CHUNK] sum of a * distance
     sums: Any  # [rows] per row statistic of the loop
+    b_max: Any  # [rows]
 
 
 class QueryBlock(NamedTuple):
@@ -146,7 +156,7 @@ class Stack(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The buffer of band columns [COLUMNS, slots, n_batch, n_heads, n_keys] float32, and a query tile's place in it."""
+    """The buffer to which a query tile writes band columns, [COLUMNS, slots, n_batch, n_heads, n_keys] float32."""
 
     pointer: Any
     i_head: Any  # the tile's first head, n_packed of which exist

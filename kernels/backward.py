@@ -6,6 +6,8 @@
     program (i_sequence, i_key_head, i_block) of `backward_keys`: dK, dV
         keys [BN, D], resident        queries of the group's heads, one head after the other
 
+In registers stay the resident tiles and the accumulators of their gradients, which are written at the end.
+
 With A = exp2(scores - lse2) and dA = dO V^T + the gradients that statistics have for A: dS = A * (dA - rowsum(A dA)),
 dQ = dS K, dK = dS^T Q, dV = A^T dO. Both kernels take A and dS of a tile from `step`; `backward_keys` computes them
 transposed, so that no result of a matmul is transposed to be an operand. No atomics: one program adds up a gradient.
@@ -20,7 +22,7 @@ sums of columns take a pass over their keys before dQ's. Without gradients of st
 import triton
 import triton.language as tl
 
-from .arguments import KeyBlock, QueryBlock, Stack, Tile, Weights
+from .arguments import KeyBlock, QueryBlock, Stack, Strides, Tile, Weights
 from .tiles import (
     FIELDS,
     LN2,
@@ -28,7 +30,6 @@ from .tiles import (
     dot,
     head_of,
     hide,
-    inside,
     kept,
     key_range,
     keys_present,
@@ -66,10 +67,7 @@ def of_keys(b_x, TRANSPOSED: tl.constexpr):
 @triton.jit
 def stack_of(p_grads, i_flat_head, begin, n_rows, sizes):
     """The Stack of a head of [statistics, B, Hq, n_rows] gradients, from row `begin` on."""
-    if p_grads is None:
-        return Stack(None, None)
-    else:
-        return Stack(p_grads + wide(i_flat_head) * n_rows + begin, wide(sizes.n_batch) * sizes.n_query_heads * n_rows)
+    return Stack(p_grads + wide(i_flat_head) * n_rows + begin, wide(sizes.n_batch) * sizes.n_query_heads * n_rows)
 
 
 @triton.jit
@@ -103,12 +101,15 @@ def log2_a(b_q, b_k, b_lse2, m_key, o_position, o_key, visible, score, EDGE: tl.
         b_x = scores(b_k, tl.trans(b_q), score)  # [BN, BM]
     else:
         b_x = scores(b_q, tl.trans(b_k), score)  # [BM, BN]
+    b_log = b_x - of_queries(b_lse2, TRANSPOSED)
     m_seen = None
     if m_key is not None:
         m_seen = of_keys(m_key, TRANSPOSED)
     if EDGE:
-        m_seen = inside(m_seen, of_queries(o_position, TRANSPOSED), of_keys(o_key, TRANSPOSED), visible)
-    return b_x, hide(b_x - of_queries(b_lse2, TRANSPOSED), m_seen)
+        b_log = hide(b_log, m_seen, of_queries(o_position, TRANSPOSED), of_keys(o_key, TRANSPOSED), visible)
+    elif m_seen is not None:
+        b_log = tl.where(m_seen, b_log, float("-inf"))
+    return b_x, b_log
 
 
 @triton.jit
@@ -195,13 +196,14 @@ def over_keys(
 @triton.jit
 def backward_queries(
     query, key, value, output, d_output, d_query, lse, delta, grads, query_mask, sequences,
-    sizes, visible, score, dropout, near,
+    sizes, visible, near, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
     i_block = n_blocks - 1 - i_program % n_blocks  # under a causal mask the longest rows first
@@ -215,24 +217,31 @@ def backward_queries(
     m_row = o_row < n_queries
     o_position = sequence.offset + o_row
     o_flat = wide(i_flat_head) * sizes.n_queries + q_begin + o_row  # in [B, Hq, Tq]
-    keys = head_of(key, i_batch, i_head // sizes.group, sequence.k_begin)
-    values = head_of(value, i_batch, i_head // sizes.group, sequence.k_begin)
-    b_q = load_tile(head_of(query, i_batch, i_head, q_begin), q_start, n_queries, BM, DIM, BLOCK_DIM, True)
-    d_out, out = head_of(d_output, i_batch, i_head, q_begin), head_of(output, i_batch, i_head, q_begin)
-    b_do = load_tile(d_out, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
-    b_out = load_tile(out, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
+    keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
+    values = head_of(value, strides.value, i_batch, i_head // sizes.group, sequence.k_begin)
+    head = head_of(query, strides.query, i_batch, i_head, q_begin)
+    b_q = load_tile(head, q_start, n_queries, BM, DIM, BLOCK_DIM, True)
+    head = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
+    b_do = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
+    head = head_of(output, strides.output, i_batch, i_head, q_begin)
+    b_out = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
     b_lse2 = load_lse2(lse + o_flat, m_row)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if grads.shift is not None:
         b_delta += tl.load(grads.shift + o_flat, mask=m_row, other=0.0)
-    N_ROWS: tl.constexpr = (len(ROWS) + len(NEAR_ROWS)) // FIELDS + ENTROPY
-    row_grads = load_each(stack_of(grads.rows, 0, 0, sizes.n_queries, sizes), o_flat, m_row, N_ROWS)
-    m_query = load_flags(query_mask, wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+    row_grads = ()
+    if grads.rows is not None:
+        N_ROWS: tl.constexpr = (len(ROWS) + len(NEAR_ROWS)) // FIELDS + ENTROPY
+        row_grads = load_each(stack_of(grads.rows, 0, 0, sizes.n_queries, sizes), o_flat, m_row, N_ROWS)
+    m_query = None
+    if query_mask is not None:
+        m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
 
     position = sequence.offset + q_start
     first, whole, edge, end = key_range(position, 0, sequence.n_keys, visible, BM, BN)
-    column_grads = stack_of(grads.columns, i_flat_head, sequence.k_begin, sizes.n_keys, sizes)
-    if len(COLUMNS) + len(NEAR_COLUMNS) > 0:
+    column_grads = None
+    if grads.columns is not None:
+        column_grads = stack_of(grads.columns, i_flat_head, sequence.k_begin, sizes.n_keys, sizes)
         near_first, near_end = first, end
         if len(COLUMNS) == 0:
             near_first = tl.maximum(first, (position - near.behind) // BN * BN)
@@ -265,7 +274,7 @@ def backward_queries(
             b_dq, queries, keys, values, column_grads, i_flat_head, edge, end,
             sequence, visible, score, dropout, True, WEIGHTS, TILE,
         )  # fmt: skip
-    d_q = head_of(d_query, i_batch, i_head, q_begin)
+    d_q = head_of(d_query, strides.d_query, i_batch, i_head, q_begin)
     store_tile(d_q, q_start, n_queries, b_dq * score.scale, BM, DIM, BLOCK_DIM)
 
 
@@ -290,7 +299,9 @@ def over_queries(
         b_lse2 = load_lse2(p_lse + o_row, m_row)
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
         grads = load_each(row_grads, o_row, m_row, N_ROWS)
-        m_query = load_flags(p_query_mask, o_row, m_row)
+        m_query = None
+        if p_query_mask is not None:
+            m_query = load_flags(p_query_mask + o_row, m_row)
         query_block = QueryBlock(b_q, b_do, b_lse2, b_delta, grads, m_query, sequence.offset + o_row)
         key_block = KeyBlock(b_k, b_v, column_grads, None, o_key)
         b_met, b_ds = step(query_block, key_block, i_flat_head, sequence, visible, score, dropout, True, WEIGHTS, True)
@@ -302,13 +313,14 @@ def over_queries(
 @triton.jit
 def backward_keys(
     query, key, value, d_output, d_key, d_value, lse, delta, grads, query_mask, sequences,
-    sizes, visible, score, dropout,
+    sizes, visible, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BN)
     n_key_heads = sizes.n_query_heads // sizes.group
     i_program = tl.program_id(0)
@@ -319,7 +331,8 @@ def backward_keys(
     sequence = sequence_of(i_sequence, sequences, sizes, None, k_start)
     i_batch, q_begin, k_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.k_begin, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)
-    keys, values = head_of(key, i_batch, i_key_head, k_begin), head_of(value, i_batch, i_key_head, k_begin)
+    keys = head_of(key, strides.key, i_batch, i_key_head, k_begin)
+    values = head_of(value, strides.value, i_batch, i_key_head, k_begin)
     b_k = load_tile(keys, k_start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
     b_v = load_tile(values, k_start, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, True)
     first, last = query_range(k_start - sequence.offset, sequence.n_queries * 0, sequence.n_queries, visible, BN)
@@ -333,18 +346,25 @@ def backward_keys(
         i_head = i_key_head * sizes.group + i_member
         i_flat_head = i_batch * sizes.n_query_heads + i_head
         o_head = wide(i_flat_head) * sizes.n_queries + q_begin
-        row_grads = stack_of(grads.rows, i_flat_head, q_begin, sizes.n_queries, sizes)
-        column_stack = stack_of(grads.columns, i_flat_head, k_begin, sizes.n_keys, sizes)
-        column_grads = load_each(column_stack, o_key, o_key < n_keys, (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS)
+        queries = head_of(query, strides.query, i_batch, i_head, q_begin)
+        d_out = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
+        row_grads = None
+        if grads.rows is not None:
+            row_grads = stack_of(grads.rows, i_flat_head, q_begin, sizes.n_queries, sizes)
+        column_grads = ()
+        if grads.columns is not None:
+            N_COLUMNS: tl.constexpr = (len(COLUMNS) + len(NEAR_COLUMNS)) // FIELDS
+            column_stack = stack_of(grads.columns, i_flat_head, k_begin, sizes.n_keys, sizes)
+            column_grads = load_each(column_stack, o_key, o_key < n_keys, N_COLUMNS)
         if first < last:
             b_dk, b_dv = over_queries(
-                b_dk, b_dv, b_k, b_v, column_grads, o_key,
-                head_of(query, i_batch, i_head, q_begin), head_of(d_output, i_batch, i_head, q_begin),
-                lse + o_head, delta + o_head, row_grads, p_query_mask, i_flat_head, first, last,
-                sequence, visible, score, dropout, WEIGHTS, TILE,
+                b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, lse + o_head, delta + o_head,
+                row_grads, p_query_mask, i_flat_head, first, last, sequence, visible, score, dropout, WEIGHTS, TILE,
             )  # fmt: skip
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)[:, None]
+    d_k = head_of(d_key, strides.d_key, i_batch, i_key_head, k_begin)
+    d_v = head_of(d_value, strides.d_value, i_batch, i_key_head, k_begin)
     b_dk = tl.where(m_key, b_dk * score.scale, 0.0)
     b_dv = tl.where(m_key, b_dv, 0.0)
-    store_tile(head_of(d_key, i_batch, i_key_head, k_begin), k_start, n_keys, b_dk, BN, DIM, BLOCK_DIM)
-    store_tile(head_of(d_value, i_batch, i_key_head, k_begin), k_start, n_keys, b_dv, BN, VALUE_DIM, BLOCK_VALUE_DIM)
+    store_tile(d_k, k_start, n_keys, b_dk, BN, DIM, BLOCK_DIM)
+    store_tile(d_v, k_start, n_keys, b_dv, BN, VALUE_DIM, BLOCK_VALUE_DIM)

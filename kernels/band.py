@@ -14,21 +14,22 @@ accumulator per row statistic, stored at the end as [ROWS, B, heads, Tq] float32
 import triton
 import triton.language as tl
 
-from .arguments import Band, Slots, Tile
+from .arguments import Band, Slots, Strides, Tile
 from .tiles import FIELDS, band_sweep, head_of, load_flags, load_packed, packed_rows, row_mass, sequence_of, wide
 
 
 @triton.jit
 def band(
-    query, key, lse2, rows, columns, query_mask, sinks, sequences, heads, sizes, visible, score,
+    query, key, lse2, rows, columns, query_mask, sinks, sequences, heads, sizes, visible, score, strides,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    group, n_heads = sizes.group, heads.n_heads
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
+    group, n_heads = sizes.group, sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks
-    if heads.numbers is None:
+    if heads is None:
         parts = tl.cdiv(group, HEADS)
         i_part = i_program // n_blocks % parts
         i_key_head = i_program // (n_blocks * parts) % (n_heads // group)
@@ -39,28 +40,31 @@ def band(
     else:
         i_place = i_program // n_blocks % n_heads
         i_sequence = i_program // (n_blocks * n_heads)
-        i_head = tl.load(heads.numbers + i_place)
+        i_head = tl.load(heads + i_place)
         i_key_head = i_head // group
         n_packed = 1
     sequence = sequence_of(i_sequence, sequences, sizes, i_block * BM, None)
     behind = BEHIND
     if sequences is not None:
         behind = tl.where(sequence.n_keys > 0, BEHIND, -1)
+    i_batch, q_begin = sequence.i_batch, sequence.q_begin
     q_rows = packed_rows(i_block, n_packed, sequence.n_queries, HEADS, BM)
-    b_q = load_packed(head_of(query, sequence.i_batch, i_head, sequence.q_begin), q_rows, DIM, BLOCK_DIM)
+    o_head, o_row, m_row = q_rows
     # 64 bits: (B * Hq) * Tq passes 2^31 at a million positions
-    o_query = sequence.q_begin + q_rows.o_row
-    o_lse = (wide(sequence.i_batch) * sizes.n_query_heads + i_head + q_rows.o_head) * sizes.n_queries + o_query
-    b_lse2 = tl.load(lse2 + o_lse, mask=q_rows.m_row, other=float("inf"))
-    m_query = load_flags(query_mask, wide(sequence.i_batch) * sizes.n_queries + o_query, q_rows.m_row)
+    o_flat = (wide(i_batch) * n_heads + i_place + o_head) * sizes.n_queries + q_begin + o_row
+    b_q = load_packed(head_of(query, strides.query, i_batch, i_head, q_begin), q_rows, DIM, BLOCK_DIM)
+    o_lse = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row
+    b_lse2 = tl.load(lse2 + o_lse, mask=m_row, other=float("inf"))
+    m_query = None
+    if query_mask is not None:
+        m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
     sums = band_sweep(
-        b_q, b_lse2, m_query, sequence.offset + i_block * BM, behind,
-        head_of(key, sequence.i_batch, i_key_head, sequence.k_begin), sequence,
+        b_q, b_lse2, m_query, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
+        sequence.offset + i_block * BM, behind,
         Slots(columns, i_place, n_packed, sizes.n_batch, n_heads, sizes.n_keys), visible, score,
         Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM),
     )  # fmt: skip
     b_mass = row_mass(b_lse2, sinks, i_head, q_rows)
-    o_flat = (wide(sequence.i_batch) * n_heads + i_place + q_rows.o_head) * sizes.n_queries + o_query
     for j in tl.static_range(len(ROWS) // FIELDS):
         p_row = rows + wide(j) * sizes.n_batch * n_heads * sizes.n_queries
-        tl.store(p_row + o_flat, sums[j] + ROWS[FIELDS * j + 3] * b_mass, mask=q_rows.m_row)
+        tl.store(p_row + o_flat, sums[j] + ROWS[FIELDS * j + 3] * b_mass, mask=m_row)

@@ -20,8 +20,8 @@ keys pieces[first_piece[b] + i] .. of the next one, and [pieces, B, heads, n_seg
 import triton
 import triton.language as tl
 
-from .arguments import Tile
-from .tiles import FIELDS, head_of, hide, inside, keys_present, load_tile, query_range, scores, sequence_of, weigh, wide
+from .arguments import Strides, Tile
+from .tiles import FIELDS, head_of, hide, keys_present, load_tile, query_range, scores, sequence_of, weigh, wide
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def near(
         b_lse2 = tl.load(p_lse2 + o_row, mask=o_row < last, other=float("inf"))
         b_x = scores(b_q, b_kt, score) - b_lse2[:, None]  # [BM, BN]
         distance = offset + o_row[:, None] - o_key[None, :]
-        b_a = tl.exp2(hide(b_x, inside((b_lse2 < float("inf"))[:, None], distance, 0, visible)))
+        b_a = tl.exp2(hide(b_x, (b_lse2 < float("inf"))[:, None], distance, 0, visible))
         b_sum += tl.sum(b_a * weigh(distance.to(tl.float32), COLUMNS, J), 0)
     return b_sum
 
@@ -49,35 +49,36 @@ def far(b_sum, b_kt, queries, p_lse2, first, last, score, COUNTED: tl.constexpr,
         b_lse2 = tl.load(p_lse2 + start + tl.arange(0, TILE.BM))
         b_x = scores(b_q, b_kt, score) - b_lse2[:, None]
         if COUNTED:
-            b_x = hide(b_x, (b_lse2 < float("inf"))[:, None])
+            b_x = tl.where((b_lse2 < float("inf"))[:, None], b_x, float("-inf"))
         b_sum += tl.exp2(b_x)
     return b_sum
 
 
 @triton.jit
 def column(
-    query, key, lse2, columns, sequences, heads, segments, sizes, visible, reach, score,
+    query, key, lse2, columns, sequences, heads, sizes, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """FAR: from this distance on statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest
     distance at which any weight is not 0; None: there is none."""
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM)
-    n_heads = heads.n_heads
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
+    n_heads = sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BN)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks  # under a causal mask the first keys have the most queries
     i_place = i_program // n_blocks % n_heads  # among the heads of what is stored
     i_sequence = i_program // (n_blocks * n_heads)
     i_head = i_place
-    if heads.numbers is not None:
-        i_head = tl.load(heads.numbers + i_place)
+    if heads is not None:
+        i_head = tl.load(heads + i_place)
     k_start = i_block * BN
     sequence = sequence_of(i_sequence, sequences, sizes, None, k_start)
     i_batch, n_keys = sequence.i_batch, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)
-    keys = head_of(key, i_batch, i_head // sizes.group, sequence.k_begin)
-    queries = head_of(query, i_batch, i_head, sequence.q_begin)
+    keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
+    queries = head_of(query, strides.query, i_batch, i_head, sequence.q_begin)
     p_lse2 = lse2 + (wide(i_batch) * sizes.n_query_heads + i_head) * sizes.n_queries + sequence.q_begin
     # Transposed here, not in the loop: there it would go through shared memory again and again.
     b_kt = tl.trans(load_tile(keys, k_start, n_keys, BN, DIM, BLOCK_DIM, True))  # [BLOCK_DIM, BN]

@@ -1,6 +1,8 @@
-"""Adds up what forward.py left for each split of the keys.
+"""Adds up the results that forward.py wrote for each split of the keys.
 
-    program (i_block):    rows [BM] of all (B, Hq, Tq), one split after the other
+    program (i_block):
+
+        rows [BM] of all (B, Hq, Tq)      split 0 | split 1 | ...      once for lse, output and each statistic
 
 With w_i = exp(lse_i - lse) and lse = log sum_i exp(lse_i): output and distance statistics are sum_i w_i x_i, the
 entropy is sum_i w_i (H_i - ln w_i), the maximum is the largest. A sink is one more term of the sum for lse.

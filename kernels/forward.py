@@ -6,26 +6,25 @@
         [HEADS x BM, D]        [ tile ][ tile ]       | [ tile ][ tile ][ tile ][ tile ]        | [ tile ][ tile ]
                                                                      <-- epilogue: the band once more, tiles in L2
 
-One program owns BM rows of one head and streams the keys past them with an online softmax. What stays in
-registers: the query tile, the output accumulator, the running maximum and sum, and one accumulator per
-statistic of the loop (MeanDistance, Entropy; MaxLogit is the maximum itself). Band statistics cost the loop
-nothing: when it is done the lse is known, and `tiles.band_sweep` revisits the keys near the diagonal.
+One program owns BM rows of HEADS heads that share a key head, and streams the keys past them with an online softmax. In
+registers stay the query tile, the output accumulator, the running maximum and sum, and one accumulator per statistic of
+the loop (MeanDistance, Entropy; MaxLogit is the maximum itself). Written are output, lse and row statistics. Band
+statistics cost the loop nothing: after it the lse is known, and `tiles.band_sweep` revisits the keys near the diagonal.
 
-A few queries before many keys (decoding) pack HEADS heads of a group into the rows, so that a key tile is read once
-for all of them, and cut the keys into splits of SPLIT_KEYS: each program leaves the normalised results of its split,
-combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
+When decoding (a few queries, many keys) the keys are cut into splits of SPLIT_KEYS: each program writes the normalised
+results of its split, combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
 
 MOMENT is MeanDistance under a causal mask: a first moment of the positions, one FMA per element. All row sums of the
 loop are kept in CHUNK columns and reduced after it.
 
-With FROM_LSE there is no value, no maximum and no output: the pivot of exp2 is the given lse.
+With FROM_LSE there is no value, no maximum and no output: `lse` is lse2, which is the pivot of exp2.
 Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
 """
 
 import triton
 import triton.language as tl
 
-from .arguments import Band, Loop, Slots, Softmax, Tile, Visibility
+from .arguments import Band, Loop, Slots, Softmax, Strides, Tile, Visibility
 from .tiles import (
     FIELDS,
     LN2,
@@ -34,7 +33,6 @@ from .tiles import (
     dot,
     head_of,
     hide,
-    inside,
     kept,
     key_range,
     keys_present,
@@ -110,17 +108,19 @@ def visit(
     ROWS: tl.constexpr = TILE.HEADS * TILE.BM
     BN: tl.constexpr = TILE.BN
     CHUNK: tl.constexpr = LOOP.CHUNK
-    b_out, b_max, b_sum, b_log, b_moment, sums = state
+    b_out, b_max = state.b_out, state.b_max
+    b_sum, b_log, b_moment, sums = state.b_sum, state.b_log, state.b_moment, state.sums
     for start in range(first, last, BN):
         o_key = start + tl.arange(0, BN)
         b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
         b_score, unit = softcapped(dot(b_q, tl.trans(b_k)), score)  # [rows, BN]
         distance = o_position[:, None] - o_key[None, :]
         if EDGE or visible.key_mask is not None:
-            m_seen = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)[None, :]
+            m_key = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)[None, :]
             if EDGE:
-                m_seen = inside(m_seen, distance, 0, visible)
-            b_score = hide(b_score, m_seen)
+                b_score = hide(b_score, m_key, distance, 0, visible)
+            else:
+                b_score = tl.where(m_key, b_score, float("-inf"))
         if LOOP.FROM_LSE:
             b_pivot = b_max
         else:
@@ -164,12 +164,13 @@ def visit(
             b_v = load_tile(values, start, sequence.n_keys, BN, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
-    return Softmax(b_out, b_max, b_sum, b_log, b_moment, sums)
+    return Softmax(b_out, b_sum, b_log, b_moment, sums, b_max)
 
 
 @triton.jit
 def forward(
-    query, key, value, output, lse, rows, columns, query_mask, sinks, sequences, reach, sizes, visible, score, dropout,
+    query, key, value, output, lse, rows, columns, query_mask, sinks, sequences, reach,
+    sizes, visible, score, dropout, strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
     BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr, BAND_BOUND: tl.constexpr,
@@ -180,6 +181,7 @@ def forward(
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
     LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
     TILE: tl.constexpr = Tile(HEADS, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BM)
     parts = tl.cdiv(sizes.group, HEADS)
     n_key_heads = sizes.n_query_heads // sizes.group
@@ -199,11 +201,11 @@ def forward(
     o_flat_head = i_batch * sizes.n_query_heads + i_head + o_head
     o_flat = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row  # [B, Hq, Tq]
     n_flat = wide(sizes.n_batch) * sizes.n_query_heads * sizes.n_queries
-    queries = head_of(query, i_batch, i_head, q_begin)
-    keys = head_of(key, i_batch, i_key_head, sequence.k_begin)
+    queries = head_of(query, strides.query, i_batch, i_head, q_begin)
+    keys = head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin)
     values = keys  # not read with FROM_LSE
     if not FROM_LSE:
-        values = head_of(value, i_batch, i_key_head, sequence.k_begin)
+        values = head_of(value, strides.value, i_batch, i_key_head, sequence.k_begin)
     if HEADS == 1:
         b_q = load_tile(queries, i_block * BM, sequence.n_queries, BM, DIM, BLOCK_DIM, True)
     else:
@@ -223,7 +225,7 @@ def forward(
     else:
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
-    state = Softmax(b_out, b_max, b_zero, b_zero, b_zero, zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,)))
+    state = Softmax(b_out, b_zero, b_zero, b_zero, zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,)), b_max)
     if visible.left is not None:
         # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
@@ -242,7 +244,7 @@ def forward(
             sequence, visible, score, dropout, True, LOOP, TILE,
         )  # fmt: skip
 
-    b_out, b_max, b_sum, b_log, b_moment, sums = state
+    b_out, b_sum, b_log, b_moment, sums, b_max = state
     b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
     b_lse2 = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
@@ -265,12 +267,13 @@ def forward(
         tl.store(p_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
         b_lse2 = tl.where(m_live & m_row, b_lse2, float("inf"))
         o_dim = tl.arange(0, BLOCK_VALUE_DIM)
-        out = head_of(output, i_batch, i_head, q_begin)
+        out = head_of(output, strides.output, i_batch, i_head, q_begin)
+        p_out = out.pointer + i_split * n_flat * VALUE_DIM
         o_element = o_head.to(tl.int64) * out.strides[1] + o_row.to(tl.int64) * out.strides[2]
-        pointers = out.pointer + i_split * n_flat * VALUE_DIM + o_element[:, None] + o_dim[None, :] * out.strides[3]
+        pointers = p_out + o_element[:, None] + o_dim[None, :] * out.strides[3]
         if dropout is not None:
             b_out *= 1.0 / (1.0 - dropout.p)
-        b_out = (b_out * b_inverse[:, None]).to(output.pointer.dtype.element_ty)
+        b_out = (b_out * b_inverse[:, None]).to(output.dtype.element_ty)
         tl.store(pointers, b_out, mask=m_row[:, None] & (o_dim < VALUE_DIM)[None, :])
 
     N_LOOP: tl.constexpr = len(LOOP_ROWS) // FIELDS
@@ -301,9 +304,11 @@ def forward(
             behind = tl.max(tl.load(reach + i_head + o_place, mask=o_place < n_packed, other=-1), 0)
         if sequences is not None:
             behind = tl.where(n_keys > 0, behind, -1)
-        m_query = load_flags(query_mask, wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+        m_query = None
+        if query_mask is not None:
+            m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_lse2, m_query, position, behind, keys, sequence,
+            b_q, b_lse2, m_query, keys, sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
             Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,
             Band(BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BAND_BN, DIM, BLOCK_DIM),

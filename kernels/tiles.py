@@ -1,16 +1,17 @@
 """Device functions that the kernels share: loading a tile, scores, visibility, and the step along the band.
 
-Conventions, here and in every kernel: `i_` is a program's index, `o_` a vector of positions or offsets, `p_` a
-pointer, `b_` a block held in registers, `m_` a mask, `n_` a count. Groups of arguments are defined in arguments.py; a
-pointer or bound that is None switches its feature off when the kernel is compiled. Scores live in the exp2 domain:
-`b_x` is score * log2(e), so that A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of weights arrives as one flat
-constexpr tuple, FIELDS values per statistic: function, two parameters, tail, digest of the function's source.
+Conventions, here and in every kernel: `i_` is an index, `o_` a vector of positions or offsets, `p_` a pointer, `b_` a
+block held in registers, `m_` a mask, `n_` a count. A kernel's arguments have the names of the Python side; groups of
+them are defined in arguments.py. An argument that is None switches its feature off when the kernel is compiled. Scores
+live in the exp2 domain: `b_x` is score * log2(e), so that A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of
+weights is one flat constexpr tuple, FIELDS values per statistic: function, two parameters, tail, digest of the
+function's source.
 """
 
 import triton
 import triton.language as tl
 
-from .arguments import Rows, Sequence, Strided
+from .arguments import Head, Rows, Sequence
 
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
@@ -57,11 +58,10 @@ def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
 
 
 @triton.jit
-def head_of(tensor, i_batch, i_head, begin):
-    """A head of a Strided tensor from row `begin` on. In 64 bits: B * H * T * D passes 2^31."""
-    strides = tensor.strides
-    pointer = tensor.pointer + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
-    return Strided(pointer, strides)
+def head_of(p_tensor, strides, i_batch, i_head, begin):
+    """The Head of a tensor from row `begin` on. In 64 bits: B * H * T * D passes 2^31."""
+    p_head = p_tensor + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
+    return Head(p_head, strides)
 
 
 @triton.jit
@@ -111,12 +111,9 @@ def load_lse2(pointers, m_row):
 
 
 @triton.jit
-def load_flags(p_flags, o_flat, m_row):
-    """Bool vector of a uint8 mask, such as the query mask; None where there is no mask."""
-    if p_flags is None:
-        return None
-    else:
-        return tl.load(p_flags + o_flat, mask=m_row, other=0) != 0
+def load_flags(pointers, m_row):
+    """Bools of a uint8 mask, such as the query mask."""
+    return tl.load(pointers, mask=m_row, other=0) != 0
 
 
 @triton.jit
@@ -182,8 +179,8 @@ def keys_present(key_mask, i_batch, o_key, n_keys):
 
 
 @triton.jit
-def inside(m_seen, o_query, o_key, visible):
-    """m_seen where the key is also inside the query's window. None stands for a mask that hides nothing.
+def hide(b_x, m_seen, o_query, o_key, visible):
+    """Scores, -inf where m_seen is False or the key is outside the query's window. m_seen None: True everywhere.
 
     Positions broadcast to the tile; a distance t - s passes as `distance, 0`.
     """
@@ -193,16 +190,9 @@ def inside(m_seen, o_query, o_key, visible):
     if visible.right is not None:
         m_near = o_query >= o_key - visible.right
         m_seen = m_near if m_seen is None else m_seen & m_near
-    return m_seen
-
-
-@triton.jit
-def hide(b_x, m_seen):
-    """Scores, -inf where a key is hidden."""
-    if m_seen is None:
-        return b_x
-    else:
-        return tl.where(m_seen, b_x, float("-inf"))
+    if m_seen is not None:
+        b_x = tl.where(m_seen, b_x, float("-inf"))
+    return b_x
 
 
 @triton.jit
@@ -284,7 +274,7 @@ def band_step(
     if EDGE:
         m_exists = m_key[:, None] if visible.right is None else None
         # Hidden before exp2: a padded score of 0 less an lse of -90 would overflow.
-        b_x = hide(b_x, inside(m_exists, distance, 0, visible))
+        b_x = hide(b_x, m_exists, distance, 0, visible)
     b_a = tl.exp2(b_x)
     updated = ()
     for j in tl.static_range(len(sums)):
@@ -307,7 +297,7 @@ def band_step(
 
 @triton.jit
 def band_sweep(
-    b_q, b_lse2, m_query, block_start, behind, keys, sequence, slots, visible, score,
+    b_q, b_lse2, m_query, keys, sequence, block_start, behind, slots, visible, score,
     BAND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.

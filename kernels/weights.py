@@ -2,7 +2,7 @@
 
 A weight maps the signed distance d = t - s (float32, exact up to 2^24, any shape) and at most two integers, the
 statistic's `parameters`, to float32. Its name is the statistic's `name` in attnstats/statistics.py, where the same
-weight stands as plain PyTorch. Called from the band, forward and column kernels with `tiles.weigh`.
+weight is plain PyTorch. Kernels evaluate it with `tiles.weigh`.
 """
 
 import triton

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -108,6 +109,16 @@ class Case:
         dtype = getattr(torch, self.dtype)
         return tuple(self._lay_out(x.to(dtype).to(device)) for x in drawn)  # type: ignore[return-value]
 
+    def call(self, module: Any, tensors: Sequence[Tensor], **changed: Any) -> Any:
+        """The result of `attention`, or `varlen_attention` if packed, of a module: attnstats or its reference."""
+        arguments = self.arguments(tensors[0].device) | changed
+        function = module.varlen_attention if self.packed else module.attention
+        return function(*self.views(tensors), **arguments)
+
+    def views(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors as a call takes them: packed ones without a batch, tokens first."""
+        return [x[0].transpose(0, 1) if self.packed else x for x in tensors]
+
     def _lay_out(self, x: Tensor) -> Tensor:
         if self.layout == "bthd":
             return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -202,28 +213,31 @@ def allowed_gradient(case: Case, truth: Tensor, eager: Tensor, lse: Tensor) -> f
     return 3 * float((eager.double() - truth).abs().max()) + floor
 
 
-def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse: bool = False) -> None:
-    """Compare output, lse, every statistic and validity with the float64 reference; assert on the worst element."""
-    statistics = tuple(dict.fromkeys(s for s in case.statistics() if not (from_lse and isinstance(s, MaxLogit))))
-    query, key, value = case.tensors(device)
-    arguments = case.arguments(device)
+def check(
+    case: Case,
+    backend: Any,
+    device: torch.device | str = "cpu",
+    from_lse: bool = False,
+    statistics: Iterable[Statistic] = (),
+) -> None:
+    """Compare output, lse, statistics and validity with the float64 reference; assert on the worst element.
+
+    The statistics are the case's unless others are given.
+    """
+    statistics = [s for s in statistics or case.statistics() if not (from_lse and isinstance(s, MaxLogit))]
+    statistics = tuple(dict.fromkeys(statistics))
+    tensors = case.tensors(device)
+    arguments = case.arguments(device) | {"statistics": statistics}
     if isinstance(arguments["heads"], dict):
         arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
-    wide = [x.double() for x in (query, key, value)]
-    attention: Any = attnstats.attention
-    eager_attention: Any = reference.attention
-    if case.packed:
-        attention, eager_attention = attnstats.varlen_attention, reference.varlen_attention
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        wide = [x.double() for x in (query, key, value)]
-    truth_output, truth = eager_attention(*wide, statistics=statistics, **arguments)
-    eager_output, eager = eager_attention(query, key, value, statistics=statistics, **arguments)
+    truth_output, truth = case.call(reference, [x.double() for x in tensors], **arguments)
+    eager_output, eager = case.call(reference, tensors, **arguments)
     if from_lse:
-        lse = truth.lse.float()
-        found = attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend=backend, **arguments)
+        query, key, _ = case.views(tensors)
+        found = attnstats.statistics_from_lse(query, key, truth.lse.float(), backend=backend, **arguments)
     else:
-        output, found = attention(query, key, value, statistics=statistics, backend=backend, **arguments)
-        assert output.dtype == query.dtype
+        output, found = case.call(attnstats, tensors, backend=backend, **arguments)
+        assert output.dtype == tensors[0].dtype
         error = float((output.double() - truth_output).abs().max())
         limit = allowed(None, case, backend, truth_output, eager_output, truth.lse)
         assert error <= limit, f"output: {error:.2e} > {limit:.2e}"

@@ -1,4 +1,4 @@
-"""Allocations that betray a kernel: filled with NaN, and with NaN before and after what was asked for."""
+"""Allocations filled with NaN and between bands of NaN, so that a kernel's stray reads and writes show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAKERS = {
 
 
 class Guarded(TorchDispatchMode):
-    """Inside, every new float tensor is poisoned and stands between NaN; `check` looks for writes outside of it."""
+    """Inside, every new float tensor is filled with NaN and lies between NaN; `check` looks for writes around it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def shorter(case, backend):
 
 def tensors_of(case):
     tensors = case.tensors()
-    return [x[0].transpose(0, 1) for x in tensors] if case.packed else list(tensors)
+    return case.views(tensors)
 
 
 def flat(result, asked):

@@ -8,7 +8,6 @@ is allowed, goes through the eager reference. The observer of a model makes the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,34 +22,31 @@ from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic
 from attnstats.transformers.masks import MaskDescription
 
-ALL_HEADS: Mapping[Statistic, tuple[int, ...]] = {}
-
 
 class Request(NamedTuple):
-    """The statistics to compute in a call.
+    """The statistics that a call computes beside its output.
 
     Attributes:
         query_mask: (B, Tq) bool, the queries that count in column statistics; None: all.
-        heads: of each statistic that is computed for some heads only.
+        heads: of each statistic that is computed for some heads only; None: there is none.
     """
 
     statistics: tuple[Statistic, ...] = ()
     query_mask: Tensor | None = None
-    heads: Mapping[Statistic, tuple[int, ...]] = ALL_HEADS
+    heads: dict[Statistic, tuple[int, ...]] | None = None
 
-    def of(self, statistics: Iterable[Statistic]) -> Request:
+    def only(self, statistics: tuple[Statistic, ...]) -> Request:
         """The request for some of its statistics."""
-        chosen = tuple(statistics)
-        return self._replace(statistics=chosen, heads={s: heads for s, heads in self.heads.items() if s in chosen})
+        heads = {s: heads for s, heads in (self.heads or {}).items() if s in statistics}
+        return self._replace(statistics=statistics, heads=heads or None)
 
-    @property
     def summed(self) -> Request:
-        """The request for results that add up over parts of the queries: sums in the place of means."""
-        heads = {s.summed: heads for s, heads in self.heads.items()}
-        return self._replace(statistics=tuple(s.summed for s in self.statistics), heads=heads)
+        """The request for the sums of means, which add up over parts of the queries."""
+        heads = {s.summed: heads for s, heads in (self.heads or {}).items()}
+        return self._replace(statistics=tuple([s.summed for s in self.statistics]), heads=heads or None)
 
 
-NOTHING = Request()
+NO_STATISTICS = Request()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +86,7 @@ class AttentionCall:
         """Position of the first key; a sliding cache has dropped those before."""
         return self.mask.key_offset
 
-    def attend(self, request: Request = NOTHING) -> AttentionResult:
+    def attend(self, request: Request = NO_STATISTICS) -> AttentionResult:
         """Output (B, Hq, Tq, Dv) and statistics, columns over the keys `first_key .. end`."""
         mask = self.mask
         if (mask.query_length, mask.key_length) != (self.query.shape[2], self.key.shape[2]):
@@ -136,10 +132,10 @@ class AttentionCall:
         plain = self.bias is None and not mask.unknown and mask.segments is None and mask.chunks is None
         return plain and not self.cross and self.end - self.first_key > reach + self.query.shape[2]
 
-    def near(self, request: Request, lse: Tensor) -> tuple[int, Statistics]:
-        """Band statistics from the last keys alone, and the position of the first of these keys."""
+    def near(self, lse: Tensor, request: Request, reach: int) -> tuple[int, Statistics]:
+        """Band statistics off the last keys alone, and the position of the first of these keys."""
         key, _ = self._used()
-        skipped = max(0, self.begin - reach_of(request.statistics) - self.first_key)
+        skipped = max(0, self.begin - reach - self.first_key)
         options = self._options(request)
         key_mask = options.key_padding_mask
         options = options._replace(
@@ -171,13 +167,13 @@ class AttentionCall:
         return self.key[:, :, :used], self.value[:, :, :used]
 
     def _options(self, request: Request) -> Options:
-        """The options with those of the mask, which are made once for all layers that share it."""
+        """The options with the request and those of the mask, which are made once for all layers that share it."""
         key = self.cross, self.key.device
         of_mask = self.mask.memo.get(key)
         if of_mask is None:
             of_mask = self.mask.memo[key] = _options_of(self.mask, *key)
         statistics, query_mask, heads = request
-        return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads or None, **of_mask)
+        return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads, **of_mask)
 
     def _attend_dense(self, options: Options) -> AttentionResult:
         """Through the eager reference, which holds the map."""
@@ -229,10 +225,10 @@ class AttentionCall:
             options = options._replace(query_mask=self.mask.real_queries)
         chunked = self.mask.chunks is not None
         # A chunk hides keys from queries, but these queries still count: the mean over T(s) is taken afterwards.
-        sums = request.summed if chunked else request
+        of_blocks = request.summed() if chunked else request
         packed = options._replace(
-            statistics=sums.statistics,
-            heads=sums.heads or None,
+            statistics=of_blocks.statistics,
+            heads=of_blocks.heads,
             query_mask=None if options.query_mask is None else options.query_mask.flatten(),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
@@ -241,7 +237,7 @@ class AttentionCall:
         )
         output, results = functional.attend(query, key, value, packed)
 
-        # (H, B * T) to (B, H, T), and without heads (B * T) to (B, T); movedim leaves the latter as it is.
+        # (H, B * T) to (B, H, T), and without heads (B * T) to (B, T), which movedim leaves as it is.
         results = results.changed(lambda s, x: x.unflatten(-1, (batch, -1)).movedim(-2, 0))
         output = output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
@@ -302,8 +298,3 @@ def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, 
         lengths += [(len(query) - before - int(inside.sum()), 0), (0, len(key) - end)]
     sums = torch.tensor([(0, 0), *lengths]).cumsum(0).int()
     return sums[:, 0].contiguous(), sums[:, 1].contiguous()
-
-
-def reach_of(statistics: tuple[Statistic, ...]) -> int:
-    """The number of keys behind a query that these band statistics read."""
-    return max((s.band[1] for s in statistics if s.band is not None), default=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnstats.statistics import Statistic
-from attnstats.transformers.calls import AttentionCall, Request, reach_of
+from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.recording import Recording, Sums
 
 UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
@@ -89,32 +89,29 @@ class GenerationRecording(Recording):
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
-        summed = request.summed
-        narrow = tuple(s for s in summed.statistics if s.band is not None)
-        if not call.can_skip_keys(reach_of(narrow)):
+        sums = request.summed()
+        narrow = tuple(s for s in sums.statistics if s.band is not None)
+        reach = max((s.band[1] for s in narrow if s.band is not None), default=0)
+        if not call.can_skip_keys(reach):
             narrow = ()
-        full = tuple(s for s in summed.statistics if s not in narrow)
-        output, in_full = call.attend(summed.of(full))
+        full = tuple(s for s in sums.statistics if s not in narrow)
+        output, in_full = call.attend(sums.only(full))
         results, starts = dict(in_full), dict.fromkeys(full, call.first_key)
         if narrow:
             with torch.no_grad():
-                start, near = call.near(summed.of(narrow), in_full.lse.detach())
+                start, near = call.near(in_full.lse.detach(), sums.only(narrow), reach)
             results |= dict(near)
             starts |= dict.fromkeys(narrow, start)
         key = None if self.over_layers else layer
         for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
-            sums = self._sums.setdefault(s, {})
-            if key not in sums:
-                sums[key] = GrowingTensor(x)
-            sums[key].add(starts[s.summed] if s.axis == "column" else call.begin, x)
+            of_layers = self._sums.setdefault(s, {})
+            if key not in of_layers:
+                of_layers[key] = GrowingTensor(x)
+            of_layers[key].add(starts[s.summed] if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
             self._add_masks(call, request.query_mask)
-        columns = request.of(s for s in request.statistics if s.axis == "column")
-        if columns.statistics:  # `truncate` needs the last queries
-            rows = min(UNDOABLE_ROWS, call.query.shape[2])
-            mask = None if columns.query_mask is None else columns.query_mask[:, -rows:]
-            self._last_steps[layer] = LastStep(call.last(rows), columns._replace(query_mask=mask))
+        self._remember(layer, call, request)
         return output
 
     def add_tokens(self, start: int, ids: Tensor | None) -> None:
@@ -201,6 +198,14 @@ class GenerationRecording(Recording):
         sums = [x for by_layer in self._sums.values() for x in by_layer.values()]
         return sums + [x for x in (self._query_mask, self._key_mask, self.tokens) if x is not None]
 
+    def _remember(self, layer: int, call: AttentionCall, request: Request) -> None:
+        """Keep the last queries for `truncate`, where columns depend on them."""
+        columns = tuple(s for s in request.statistics if s.axis == "column")
+        if columns:
+            rows = min(UNDOABLE_ROWS, call.query.shape[2])
+            mask = None if request.query_mask is None else request.query_mask[:, -rows:]
+            self._last_steps[layer] = LastStep(call.last(rows), request.only(columns)._replace(query_mask=mask))
+
     def _subtract(self, layer: int, step: LastStep, length: int) -> None:
         """Subtract from the column sums the attention of the tokens from position `length` on."""
         call, request = step
@@ -209,7 +214,7 @@ class GenerationRecording(Recording):
         if request.query_mask is not None:
             rejected = rejected & request.query_mask.to(rejected.device)
         with torch.no_grad():
-            results = call.attend(request.summed._replace(query_mask=rejected)).statistics
+            results = call.attend(request.summed()._replace(query_mask=rejected)).statistics
         key = None if self.over_layers else layer
         for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
             self._sums[s][key].add(call.first_key, -x)

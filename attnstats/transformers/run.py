@@ -212,12 +212,15 @@ class Capture:
         self._recording.ranks = None if self._head_count in (None, count) else self._ranks(count)
         self._recorded.add(layer)
         self._last_call = layer, call.query
-        request = Request(statistics)
+        heads = None
+        for s in statistics:
+            if self.heads[s][layer] is not None:
+                heads = self._local_heads(statistics, layer, count)
+                break
+        query_mask = None
         if self._query_mask is not None or call.real_queries is not None:
-            request = request._replace(query_mask=self._query_mask_of(call))
-        if any(self.heads[s][layer] is not None for s in statistics):
-            request = request._replace(heads=self._local_heads(statistics, layer, count))
-        output = self._recording.attend(layer, call, request)
+            query_mask = self._query_mask_of(call)
+        output = self._recording.attend(layer, call, Request(statistics, query_mask, heads))
         if layer == self._stop_after:
             raise StopForward(
                 "stop_after_last_layer=True: the model has no output; call run.forward(**inputs), not model(**inputs)"
@@ -329,8 +332,8 @@ class Capture:
 
     def _local_heads(
         self, statistics: tuple[Statistic, ...], layer: int, count: int
-    ) -> dict[Statistic, tuple[int, ...]]:
-        """The chosen heads as they are numbered on this rank; statistics of all `count` heads are left out."""
+    ) -> dict[Statistic, tuple[int, ...]] | None:
+        """The chosen heads as they are numbered on this rank, of statistics that are not of all its heads."""
         local: dict[Statistic, tuple[int, ...]] = {}
         ranks = self._recording.ranks
         for s in statistics:
@@ -342,7 +345,7 @@ class Capture:
             if max(heads) >= count:
                 raise InputError(f"heads: layer {layer} has query heads 0..{count - 1}, got {heads}")
             local[s] = heads
-        return local
+        return local or None
 
     def _check_finite(self, statistic: Statistic, result: Tensor) -> None:
         """Warn of heads that have NaN, by name; raise ValueError where they were averaged with others."""

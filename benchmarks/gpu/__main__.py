@@ -97,7 +97,7 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
         share = left * SHARES[name] / sum(SHARES[other] for other in names[i:])
         print(f"{name}: up to {share:.0f} s", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            for section in _sections(name, Path(folder) / "section.json", share, smoke):
+            for section in sections_of(name, Path(folder) / "section.json", share, smoke):
                 fresh[name] = section
                 if path is None and section.get("conditions"):
                     path = results / f"{'smoke' if smoke else _slug(section['conditions']['device'])}.json"
@@ -127,7 +127,7 @@ def _report(document: dict[str, Any], path: Path, last: bool) -> None:
         traceback.print_exc()
 
 
-def _sections(name: str, file: Path, seconds: float, smoke: bool) -> Any:
+def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
     """Yield the part's section so far, repeatedly while it runs, and at its end."""
     from benchmarks.gpu.part import in_flight
 

@@ -82,7 +82,7 @@ def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
     """Everything that workers perform, by name: what takes longest and what matters most first."""
     found: dict[str, Callable[[], Any]] = {}
     if not smoke:
-        found |= {f"sanitizer: {tool}": functools.partial(_sanitize, tool) for tool in SANITIZERS}
+        found |= {f"sanitizer: {tool}": functools.partial(sanitize, tool) for tool in SANITIZERS}
         found["graph: attention"] = _graph
         found |= {f"memory: {way}": functools.partial(_memory, way == "from lse") for way in ("attention", "from lse")}
     dtypes = {"float16": (16,)} if smoke else REPEATED
@@ -226,7 +226,7 @@ def _graph() -> None:
         assert torch.equal(_bits(mine), _bits(right)), "a captured call replays to other bits"
 
 
-def _sanitize(tool: str) -> dict[str, Any]:
+def sanitize(tool: str) -> dict[str, Any]:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if program is None:
         return {"left_out": "compute-sanitizer is not installed"}

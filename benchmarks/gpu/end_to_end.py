@@ -264,7 +264,7 @@ def _recording(attend: Callable[..., Any], choice: Choice, log_probs: Callable[[
     def call(_: int) -> Any:
         found: list[tuple[Any, Tensor]] = []
         _STATE.update(attend=attend, choice=choice, found=found)
-        return log_probs(), _means(found)
+        return log_probs(), means_of(found)
 
     return call
 
@@ -303,7 +303,7 @@ def _beside_sdpa(
     return output, stats
 
 
-def _means(found: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:
+def means_of(found: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:
     """One mean over all chosen heads of all layers, per statistic."""
     return {s: torch.cat([x for t, x in found if t == s], dim=1).mean(1) for s in dict.fromkeys(s for s, _ in found)}
 
@@ -344,7 +344,7 @@ def _read_map(weights: Tensor, heads: dict[Any, list[int]], counted: Tensor) -> 
 
 def _read_maps(model: Any, ids: Tensor, choice: Choice) -> dict[Any, Tensor]:
     maps = model.model(input_ids=ids, use_cache=False, output_attentions=True).attentions
-    return _means(
+    return means_of(
         [pair for layer in choice.layers for pair in _read_map(maps[layer], choice.heads(layer), choice.counted)]
     )
 
@@ -374,4 +374,4 @@ def _reduce_by_hooks(model: Any, ids: Tensor, choice: Choice) -> dict[Any, Tenso
     finally:
         for handle in handles:
             handle.remove()
-    return _means(found)
+    return means_of(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import attnstats
+from benchmarks.summary import version
 
 ROOT = Path(__file__).parents[2]
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw", "temperature.gpu")
@@ -27,8 +27,8 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "attnstats": attnstats.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
         "ptxas": ptxas_version(),
         "cpu_threads": os.cpu_count(),
         "interpreter": device.type == "cpu",
@@ -54,7 +54,7 @@ def clocks() -> dict[str, str] | None:
         return None
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
     command += ["-i", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"]
-    told = _output(command)
+    told = output_of(command)
     return dict(zip(SMI, map(str.strip, told.split(",")), strict=False)) if told else None
 
 
@@ -74,26 +74,19 @@ def ptxas_version() -> str | None:
         except ImportError:
             return None
         path = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
-    told = _output([path, "--version"])
+    told = output_of([path, "--version"])
     return told.strip().splitlines()[-1] if told else None
 
 
 def commit() -> str | None:
     """The checked-out commit, with "+changes" where files differ from it."""
-    if not (told := _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])):
+    if not (told := output_of(["git", "-C", str(ROOT), "rev-parse", "HEAD"])):
         return None
-    dirty = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    dirty = output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return told.strip() + ("+changes" if dirty else "")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(command: list[str]) -> str:
+def output_of(command: list[str]) -> str:
     """Standard output, or nothing where the command can't run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.part import Part
+from benchmarks.summary import in_turn, over
 
 BATCH_SECONDS = 0.003  # of GPU time between two events, whose resolution is half a microsecond
 MOST_CALLS = 40  # in a batch: a thousand kernels fit the launch queue
@@ -55,8 +56,7 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
     batches: dict[str, list[Batch]] = {name: [] for name in warm}
     names = list(warm)
     for turn in range(max(quota.values(), default=0)):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(names, turn):
             if turn < quota[name] and name not in found:
                 batch = part.attempt(
                     f"{prefix}: {name}", _batch, part, entrants[name], inputs, calls[name], warm[name].host, turn
@@ -73,7 +73,7 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
 
 def ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Median over rounds of one's time divided by the other's in the same round."""
-    return statistics.median(a / b for a, b in zip(one["rounds"], other["rounds"], strict=False))
+    return over(one["rounds"], other["rounds"])
 
 
 def single(part: Part, call: Callable[[], Any], seconds: float) -> float:

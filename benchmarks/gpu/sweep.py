@@ -84,8 +84,8 @@ def candidates(job: Job, smoke: bool) -> list[Config]:
 
 def run(part: Part) -> None:
     rows = part.section["rows"] = []
-    by_name = _tasks(part.smoke)
-    tried = workers.perform_all(__name__, _in_order(by_name), WORKERS_SHARE * part.left(), part.smoke)
+    by_name = all_tasks(part.smoke)
+    tried = workers.perform_all(__name__, in_order(by_name), WORKERS_SHARE * part.left(), part.smoke)
     every = jobs(part.smoke)
     for i, job in enumerate(every):
         mine = {name: config for name, (of, config) in by_name.items() if of == job}
@@ -128,7 +128,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[Config, float]
 
 def perform(name: str, smoke: bool) -> None:
     """Compile a candidate and compare it with the shipped configuration, on a short sequence."""
-    job, config = _tasks(smoke)[name]
+    job, config = all_tasks(smoke)[name]
     with torch.no_grad():
         # A multiple of 16, as T = 8k is: Triton compiles others anew. Many keys, or few queries would not be cut into
         # splits.
@@ -194,7 +194,7 @@ def _inputs(job: Job, smoke: bool, length: int, sets: int) -> list[tuple[Tensor,
     return found
 
 
-def _tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
+def all_tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
     return {
         f"{job.name}: {config.BM}x{config.BN}, {config.num_warps} warps, {config.num_stages} stages": (job, config)
         for job in jobs(smoke)
@@ -202,7 +202,7 @@ def _tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
     }
 
 
-def _in_order(tasks: dict[str, tuple[Job, Any]]) -> list[str]:
+def in_order(tasks: dict[str, tuple[Job, Any]]) -> list[str]:
     """Tasks in order: head size by head size, and within one the jobs take turns."""
     by_dim: dict[int, dict[str, list[str]]] = {}
     for name, (job, _) in tasks.items():

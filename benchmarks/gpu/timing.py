@@ -16,9 +16,9 @@ from torch import Tensor
 
 import attnstats
 from attnstats import Received, reference
-from benchmarks.contenders import STATISTICS
+from benchmarks.contenders import STATISTICS, Answer
 from benchmarks.gpu import contenders, floors, workers
-from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Answer, Contender, Inputs, Packed
+from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Contender, Inputs, Packed
 from benchmarks.gpu.environment import l2_bytes
 from benchmarks.gpu.floors import Shape
 from benchmarks.gpu.measure import Entrant, race
@@ -74,8 +74,8 @@ def run(part: Part) -> None:
         if part.out_of_time(case.name, 0.0 if part.smoke else 8.0):
             continue
         share = part.left() * case.weight / (case.weight + sum(other.weight for other in pending))
-        sets = 2 if part.smoke else _sets(case.shape, part.device)
-        outcome = part.attempt(f"{case.name}: inputs", _inputs, case, part.device, sets)
+        sets = 2 if part.smoke else input_sets(case.shape, part.device)
+        outcome = part.attempt(f"{case.name}: inputs", inputs_of, case, part.device, sets)
         if outcome.value is not None:
             rows += _measure(part, case, outcome.value, share, warmed)
         done.append(case.name)
@@ -88,9 +88,9 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
     """One row per contender."""
     entrants: dict[str, Entrant] = {}
     rows: dict[str, dict[str, Any]] = {}
-    expected = part.attempt(f"{case.name}: float64", _truth, case, inputs[0])
+    expected = part.attempt(f"{case.name}: float64", truth_of, case, inputs[0])
     truth: Any = expected.value
-    for name, contender in _members(case).items():
+    for name, contender in members(case).items():
         row = rows[name] = _head(case, name, contender)
         if contender.needs_cuda and part.device.type != "cuda":
             row["failure"] = "needs CUDA"
@@ -98,12 +98,12 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
             row["failure"] = "not for decoding"
         elif case.shape.length > contender.longest:
             row["failure"] = f"left out: over {contender.longest} tokens"
-        elif hopeless := _hopeless(part, case, name):
-            row["failure"] = f"left out: {hopeless}"
+        elif reason := reason_to_skip(part, case, name):
+            row["failure"] = f"left out: {reason}"
         elif contender.compiled and not part.smoke and f"{case.name}: {name}" not in warmed:
             row["failure"] = "left out: not compiled in time, or not at all"
         else:
-            outcome = part.attempt(f"{case.name}: {name}", _answer, contender, inputs[0], truth, case)
+            outcome = part.attempt(f"{case.name}: {name}", errors_of, contender, inputs[0], truth, case)
             if outcome.value is None:
                 row["failure"] = outcome.failure
                 continue
@@ -119,7 +119,7 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
     return list(rows.values())
 
 
-def _members(case: Case) -> dict[str, Contender]:
+def members(case: Case) -> dict[str, Contender]:
     return PACKED if case.sequences else {n: c for n, c in CONTENDERS.items() if case.rivals or c.many}
 
 
@@ -130,7 +130,7 @@ def _warm_caches(part: Part, pending: list[Case]) -> set[str]:
     names = [
         f"{case.name}: {name}"
         for case in pending
-        for name, contender in _members(case).items()
+        for name, contender in members(case).items()
         if (contender.compiled or (contender.ours and case.shape.length <= 8192))
         and case.shape.length <= contender.longest
     ]
@@ -145,9 +145,9 @@ def perform(name: str, smoke: bool) -> None:
     """One call of one contender in one case, for what it leaves in the caches."""
     case_name, _, contender_name = name.partition(": ")
     case = next(case for case in cases(smoke) if case.name == case_name)
-    contender = _members(case)[contender_name]
+    contender = members(case)[contender_name]
     with torch.no_grad(), contender.around():
-        contender.run(_inputs(case, torch.device("cpu" if smoke else "cuda"), 1)[0])
+        contender.run(inputs_of(case, torch.device("cpu" if smoke else "cuda"), 1)[0])
 
 
 def _call(contender: Contender, inputs: list[Any]) -> Callable[[int], Any]:
@@ -167,7 +167,7 @@ def _head(case: Case, name: str, contender: Contender) -> dict[str, Any]:
     return row | ({"bytes": floors.band_bytes(case.shape)} if contender.group == "band" else {})
 
 
-def _hopeless(part: Part, case: Case, name: str) -> str | None:
+def reason_to_skip(part: Part, case: Case, name: str) -> str | None:
     """The reason not to try a contender, by its results at other lengths; time grows quadratically. None: try it."""
     if part.smoke or not case.rivals:
         return None
@@ -181,12 +181,12 @@ def _hopeless(part: Part, case: Case, name: str) -> str | None:
     return None
 
 
-def _sets(shape: Shape, device: torch.device) -> int:
+def input_sets(shape: Shape, device: torch.device) -> int:
     """The number of inputs that together exceed twice the L2 cache."""
     return max(2, min(16, -(-2 * l2_bytes(device) // (shape.query_bytes + 2 * shape.key_bytes))))
 
 
-def _inputs(case: Case, device: torch.device, sets: int) -> list[Any]:
+def inputs_of(case: Case, device: torch.device, sets: int) -> list[Any]:
     shape = case.shape
     dtype = torch.float16 if device.type == "cpu" else torch.bfloat16  # the interpreter's bfloat16 is float32 anyway
     generator = torch.Generator(device).manual_seed(shape.length)
@@ -208,7 +208,7 @@ def _inputs(case: Case, device: torch.device, sets: int) -> list[Any]:
     return found
 
 
-def _truth(case: Case, inputs: Any) -> dict[int, Answer] | Answer:
+def truth_of(case: Case, inputs: Any) -> dict[int, Answer] | Answer:
     """By head, in float64, of the first and the last head; for long sequences our own of all heads."""
     asked = (*STATISTICS, Received())
     if case.sequences:
@@ -229,7 +229,7 @@ def _truth(case: Case, inputs: Any) -> dict[int, Answer] | Answer:
     return found
 
 
-def _answer(contender: Contender, inputs: Any, truth: Any, case: Case) -> tuple[dict[str, float], str]:
+def errors_of(contender: Contender, inputs: Any, truth: Any, case: Case) -> tuple[dict[str, float], str]:
     """The worst errors of a contender's answer, and the answer that they are measured against."""
     with torch.no_grad(), contender.around():
         answer = contender.run(inputs)

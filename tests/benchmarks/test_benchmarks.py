@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
+from benchmarks.summary import Series
 from benchmarks.test_attention import inputs_of, turns, verify
 
 
@@ -60,12 +61,12 @@ def test_turns_interleave_and_rotate() -> None:
 def test_peak_counts_what_a_call_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(16, HEADS)
     monkeypatch.setitem(CONTENDERS, "hog", lambda query, key, value: torch.ones(16 * 2**20))
-    found = memory.peak("hog", case)
+    mib = memory.peak("hog", case)
     if not memory.RESET.exists():  # not Linux
-        assert found is None
+        assert mib is None
     else:
-        assert found is not None
-        assert 60 <= found <= 80  # 64 MiB and the noise of a process that holds more
+        assert mib is not None
+        assert 60 <= mib <= 80  # 64 MiB and the noise of a process that holds more
 
 
 def document(times: dict[str, list[float]], dtype: str = "float32") -> dict[str, Any]:
@@ -92,11 +93,11 @@ TIMES = {"SDPA alone": [1.0, 2.0, 1.0], "attnstats": [1.1, 2.2, 5.0], "eager": [
 
 
 def test_ratios_pair_the_rounds() -> None:
-    found = report.collect(document(TIMES))
-    ours, eager = (found[4096, "MHA", "float32", name] for name in ("attnstats", "eager"))
-    assert ours.over(found[4096, "MHA", "float32", "SDPA alone"]) == pytest.approx(1.1)
+    results = report.collect(document(TIMES))
+    ours, eager = (results[4096, "MHA", "float32", name] for name in ("attnstats", "eager"))
+    assert ours.over(results[4096, "MHA", "float32", "SDPA alone"]) == pytest.approx(1.1)
     assert eager.over(ours) == pytest.approx(10.0)
-    hit, near = report.targets(found)
+    hit, near = report.targets(results)
     assert "1.10x of SDPA alone" in hit
     assert hit.endswith("hit")
     assert "10.0x faster" in near
@@ -117,9 +118,9 @@ def test_report_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_overhead_times_every_call() -> None:
-    found = overhead.measured(rounds=1, count=1)
-    assert list(found) == ["SDPA", *overhead.REQUESTS]
-    assert all(0 < microseconds < 1e6 for microseconds in found.values())
+    results = overhead.measured(rounds=1, count=1)
+    assert list(results) == ["SDPA", *overhead.REQUESTS]
+    assert all(0 < microseconds < 1e6 for microseconds in results.values())
 
 
 @pytest.fixture
@@ -137,15 +138,15 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_whole_model_is_read_rightly_and_timed(tiny_model: Any, tmp_path: Path) -> None:
-    found = {s.contender: s for s in whole_model.measure(2, length=150, prompt=20, new=4)}  # verifies all
-    assert set(found) == {*whole_model.FORWARD, *whole_model.DECODING}
-    assert all(len(series.seconds) == 2 for series in found.values())
+    results = {s.contender: s for s in whole_model.measure(2, length=150, prompt=20, new=4)}  # verifies all
+    assert set(results) == {*whole_model.FORWARD, *whole_model.DECODING}
+    assert all(len(series.seconds) == 2 for series in results.values())
     assert tiny_model.config._attn_implementation == "sdpa"
-    notes = whole_model.targets(found)
-    whole_model.write(found, notes, whole_model.here(), tmp_path)
+    notes = whole_model.targets(results)
+    whole_model.write(results, notes, whole_model.here(), tmp_path)
     kept = json.loads((tmp_path / "model.json").read_text())
     assert kept["targets"] == notes
-    assert len(kept["series"]) == len(found)
+    assert len(kept["series"]) == len(results)
     assert f"| {whole_model.BASE} | " in (tmp_path / "model.md").read_text()
 
 
@@ -159,5 +160,5 @@ def test_a_wrong_reading_of_a_whole_model_is_noticed(tiny_model: Any) -> None:
 
 
 def test_ratios_of_a_whole_model_pair_the_rounds_that_both_have() -> None:
-    base = whole_model.Series("base", [1.0, 2.0, 1.0, 9.0])
-    assert whole_model.Series("eager", [10.0, 22.0, 60.0]).over(base) == pytest.approx(11.0)
+    base = Series("base", None, [1.0, 2.0, 1.0, 9.0])
+    assert Series("eager", None, [10.0, 22.0, 60.0]).over(base) == pytest.approx(11.0)

@@ -130,14 +130,14 @@ def test_tiles_of_the_causal_triangle(bm, bn, queries, keys):
         expected = count(rows, keys, lambda t, s: s < keys and s <= t + offset, bn)
         assert model.forward_tiles(block, queries, keys, offset, bm, bn) == expected
     for block in range(-(-keys // bn)):
-        found = model.column_tiles(block, queries, keys, offset, bm, bn)
+        modelled = model.column_tiles(block, queries, keys, offset, bm, bn)
         first = max(0, block * bn - offset)  # the kernel's tiles begin at the first query that sees the block
         tiles = range(first, queries, bm)
         seen = [
             all(t < queries and s <= t + offset for t in range(m, m + bm) for s in (block * bn + bn - 1,))
             for m in tiles
         ]
-        assert found == (sum(seen), len(seen) - sum(seen))
+        assert modelled == (sum(seen), len(seen) - sum(seen))
 
 
 def test_residency():
@@ -232,9 +232,9 @@ def warm_up(launch, arguments):
     launch.kernel.run(grid=(launch.programs,), warmup=True, **arguments, **launch.constants, **options)
     print(launch.kernel.__name__)
 
-asked = (WAAD(10), FAI(10, 100), Received(), Entropy())
+statistics = (WAAD(10), FAI(10, 100), Received(), Entropy())
 query = torch.empty(1, 8, 512, 128, dtype=torch.bfloat16)
-geometry = resolve(query, query, query, Options(statistics=asked))
+geometry = resolve(query, query, query, Options(statistics=statistics))
 with launching_with(warm_up):
     backend.attend(query, query, query, geometry)
     backend.from_lse(query, query, torch.zeros(1, 8, 512), geometry)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from attnstats import Received, reference
-from benchmarks.contenders import STATISTICS
+from benchmarks.contenders import STATISTICS, Answer
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import (
     contenders,
@@ -28,7 +28,7 @@ from benchmarks.gpu import (
     timing,
     workers,
 )  # fmt: skip
-from benchmarks.gpu.contenders import CONTENDERS, PACKED, Answer, Inputs
+from benchmarks.gpu.contenders import CONTENDERS, PACKED, Inputs
 from benchmarks.gpu.floors import Ceilings, Shape
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import OUT_OF_MEMORY, Part, in_flight
@@ -75,10 +75,10 @@ def test_smoke_leaves_no_section_empty(smoke):
     assert sections["correctness"]["passed"] == len(correctness.tasks(smoke=True)) >= 10
     for case in timing.cases(smoke=True):
         rows = {row["contender"]: row for row in sections["timing"]["rows"] if row["case"] == case.name}
-        assert set(rows) == set(timing._members(case))
+        assert set(rows) == set(timing.members(case))
         for name, row in rows.items():
             if row.get("failure"):
-                assert timing._members(case)[name].needs_cuda, (name, row["failure"])
+                assert timing.members(case)[name].needs_cuda, (name, row["failure"])
             else:
                 assert row["ms"] > 0
                 assert row["floor_ms"] > 0
@@ -132,10 +132,10 @@ def test_floor_of_decoding_is_memory():
 
 def row(case: str, group: str, name: str, rounds: list[float], ours: bool) -> dict[str, Any]:
     shape = Shape({"T = 8k": 8192, "T = 32k": 32768}[case])
-    found = {"case": case, "length": shape.length, "main": True, "group": group, "contender": name, "ours": ours}
-    found |= {"shape": shape._asdict(), "ms": sorted(rounds)[len(rounds) // 2], "rounds": rounds}
-    found |= {"host_us": 50.0, "peak_mib": 10.0}
-    return found | ({"bytes": floors.band_bytes(shape)} if group == "band" else {})
+    results = {"case": case, "length": shape.length, "main": True, "group": group, "contender": name, "ours": ours}
+    results |= {"shape": shape._asdict(), "ms": sorted(rounds)[len(rounds) // 2], "rounds": rounds}
+    results |= {"host_us": 50.0, "peak_mib": 10.0}
+    return results | ({"bytes": floors.band_bytes(shape)} if group == "band" else {})
 
 
 def document(fused: float, band: float, column: float, bare: float, added: float) -> dict[str, Any]:
@@ -171,20 +171,20 @@ def document(fused: float, band: float, column: float, bare: float, added: float
 
 
 def test_targets_that_are_hit():
-    found = report.targets(document(fused=1.01, band=0.034, column=0.7, bare=0.95, added=0.004))
-    verdicts = {target.what: target.verdict for target in found}
+    results = report.targets(document(fused=1.01, band=0.034, column=0.7, bare=0.95, added=0.004))
+    verdicts = {target.what: target.verdict for target in results}
     # The band takes as long at 32k as at 8k in this document: four times the bandwidth.
     assert set(verdicts.values()) == {"hit"}, verdicts
     assert len(verdicts) == 2 + 1 + 2 * 4
-    first = found[0]
+    first = results[0]
     assert first.measured == pytest.approx(0.01)  # paired by rounds, which a ratio of medians would be, too
     assert first.note == f"{contenders.CUDNN_BAND} over {contenders.CUDNN}"
 
 
 def test_targets_that_are_missed():
-    found = report.targets(document(fused=1.06, band=0.2, column=0.9, bare=0.85, added=0.006))
-    assert {target.verdict for target in found} == {"missed"}
-    told = [str(target) for target in found]
+    results = report.targets(document(fused=1.06, band=0.2, column=0.9, bare=0.85, added=0.006))
+    assert {target.verdict for target in results} == {"missed"}
+    told = [str(target) for target in results]
     assert f"{told[0]}".startswith(
         "T = 8k: WAAD + FAI of all heads over the fastest attention: 6.00 %, target <= 5.00 %"
     )
@@ -261,7 +261,7 @@ RUNNABLE = [name for name, c in CONTENDERS.items() if not c.needs_cuda and "with
 def test_every_rival_equals_the_reference(name):
     """Over several blocks and chunks, the last one not whole."""
     inputs, case = inputs_for(300), timing.Case("", Shape(300, 4, 2, 16))
-    errors, against = timing._answer(CONTENDERS[name], inputs, timing._truth(case, inputs), case)
+    errors, against = timing.errors_of(CONTENDERS[name], inputs, timing.truth_of(case, inputs), case)
     assert against == "float64"
     assert errors
     assert max(errors.values()) < 1e-4, errors
@@ -287,14 +287,14 @@ def test_counts_of_decoding_are_of_the_queries_there_are():
     assert torch.equal(counted[0], right > 0)
 
 
-def test_a_wrong_contender_is_found_out():
+def test_a_wrong_contender_is_noticed():
     inputs, case = inputs_for(60), timing.Case("", Shape(60, 4, 2, 16))
-    truth = timing._truth(case, inputs)
+    truth = timing.truth_of(case, inputs)
     right = contenders.chunked(inputs)
     assert right.fai is not None
     for broken in (right._replace(fai=right.fai * 1.1), right._replace(output=right.output * torch.nan)):
         liar = contenders.Contender("statistics", lambda _, broken=broken: broken)
-        errors, _ = timing._answer(liar, inputs, truth, case)
+        errors, _ = timing.errors_of(liar, inputs, truth, case)
         assert any(not error <= timing.TOLERANCE[name] for name, error in errors.items())
 
 
@@ -304,17 +304,17 @@ def test_what_cannot_be_is_not_tried(part):
         shared | {"case": "T = 4k", "length": 4096, "ms": 100.0},
         shared | {"case": "T = 8k", "length": 8192, "failure": OUT_OF_MEMORY},
     ]
-    reasons = {n: timing._hopeless(part, timing.Case("", Shape(n)), "eager") for n in (2048, 4096, 8192, 16384)}
+    reasons = {n: timing.reason_to_skip(part, timing.Case("", Shape(n)), "eager") for n in (2048, 4096, 8192, 16384)}
     assert reasons == {2048: None, 4096: None, 8192: None, 16384: "out of memory at T = 8k already"}
-    assert timing._hopeless(part, timing.Case("", Shape(32768)), "another") is None
+    assert timing.reason_to_skip(part, timing.Case("", Shape(32768)), "another") is None
     part.section["rows"] = part.section["rows"][:1]
-    assert timing._hopeless(part, timing.Case("", Shape(32768)), "eager") == "over 3 s a call"
+    assert timing.reason_to_skip(part, timing.Case("", Shape(32768)), "eager") == "over 3 s a call"
 
 
 def test_packed_answers_are_compared_by_sequence():
     case = timing.Case("", Shape(30, 2, 1, 16), False, sequences=2)
-    inputs = timing._inputs(case, torch.device("cpu"), 1)[0]
-    errors, _ = timing._answer(PACKED[contenders.AUTO], inputs, timing._truth(case, inputs), case)
+    inputs = timing.inputs_of(case, torch.device("cpu"), 1)[0]
+    errors, _ = timing.errors_of(PACKED[contenders.AUTO], inputs, timing.truth_of(case, inputs), case)
     assert set(errors) == {"output", "waad", "fai"}
     assert max(errors.values()) < 1e-2  # in half precision
 
@@ -373,14 +373,14 @@ def test_race_times_in_turns_on_rotating_inputs(card, part):
         raise torch.cuda.OutOfMemoryError("tried to allocate")
 
     entrants = {"fast": contender("fast", 0.001), "none": Entrant(fails), "slow": contender("slow", 0.004)}
-    found = race(part, "case", entrants, 3, 1.0)
-    assert found["none"] == {"failure": OUT_OF_MEMORY}
-    assert list(found) == list(entrants)
-    assert found["fast"]["ms"] == pytest.approx(2.0)
-    assert found["fast"]["host_us"] == pytest.approx(2000)
-    assert found["fast"]["peak_mib"] == 3.0
-    assert found["slow"]["ms"] == pytest.approx(8.0)
-    assert ratio(found["slow"], found["fast"]) == pytest.approx(4.0)
+    results = race(part, "case", entrants, 3, 1.0)
+    assert results["none"] == {"failure": OUT_OF_MEMORY}
+    assert list(results) == list(entrants)
+    assert results["fast"]["ms"] == pytest.approx(2.0)
+    assert results["fast"]["host_us"] == pytest.approx(2000)
+    assert results["fast"]["peak_mib"] == 3.0
+    assert results["slow"]["ms"] == pytest.approx(8.0)
+    assert ratio(results["slow"], results["fast"]) == pytest.approx(4.0)
     for name in ("fast", "slow"):
         assert {i for mine, i in order if mine == name} == {0, 1, 2}
     changes = [name for i, (name, _) in enumerate(order) if not i or order[i - 1][0] != name]
@@ -417,16 +417,16 @@ def test_conditions_of_a_card(monkeypatch):
         "git": "abc",
         "ptxas": "ptxas\nV12.9",
     }
-    monkeypatch.setattr(environment, "_output", lambda command: told[Path(command[0]).name])
-    found = environment.conditions(torch.device("cuda"))
-    assert found["device"] == "NVIDIA H100 80GB HBM3"
-    assert found["clocks"]["driver_version"] == "580.1"
-    assert found["clocks"]["power.limit"] == "700.00 W"
-    assert found["commit"] == "abc+changes"
-    assert found["ptxas"] == "V12.9"
-    json.dumps(found)
-    assert timing._sets(Shape(1024), torch.device("cuda")) == 9
-    assert timing._sets(Shape(131072), torch.device("cuda")) == 2
+    monkeypatch.setattr(environment, "output_of", lambda command: told[Path(command[0]).name])
+    results = environment.conditions(torch.device("cuda"))
+    assert results["device"] == "NVIDIA H100 80GB HBM3"
+    assert results["clocks"]["driver_version"] == "580.1"
+    assert results["clocks"]["power.limit"] == "700.00 W"
+    assert results["commit"] == "abc+changes"
+    assert results["ptxas"] == "V12.9"
+    json.dumps(results)
+    assert timing.input_sets(Shape(1024), torch.device("cuda")) == 9
+    assert timing.input_sets(Shape(131072), torch.device("cuda")) == 2
 
 
 # Processes
@@ -447,12 +447,12 @@ def perform(name: str, smoke: bool) -> str:
 
 
 def test_workers_survive_what_they_perform():
-    found = workers.perform_all(__name__, ["a", "dies", "raises", "b"], 300.0, smoke=True)
-    oks = {name: answer["ok"] for name, answer in found.items()}
+    results = workers.perform_all(__name__, ["a", "dies", "raises", "b"], 300.0, smoke=True)
+    oks = {name: answer["ok"] for name, answer in results.items()}
     assert oks == {"a": True, "dies": False, "raises": False, "b": True}
-    assert found["b"]["value"] == "B"
-    assert found["dies"]["failure"] == "the process died: the last words"
-    assert found["raises"]["failure"] == "RuntimeError: no"
+    assert results["b"]["value"] == "B"
+    assert results["dies"]["failure"] == "the process died: the last words"
+    assert results["raises"]["failure"] == "RuntimeError: no"
 
 
 def test_workers_end_with_their_time():
@@ -470,15 +470,15 @@ def test_what_the_sanitizer_says(says, status, verdict, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     if verdict == "error":
         with pytest.raises(AssertionError, match=r"memcheck: .*2 errors"):
-            correctness._sanitize("memcheck")
+            correctness.sanitize("memcheck")
     else:
-        assert says in correctness._sanitize("memcheck")[verdict]
-        assert "--error-exitcode 99" in correctness._sanitize("memcheck")[verdict]
+        assert says in correctness.sanitize("memcheck")[verdict]
+        assert "--error-exitcode 99" in correctness.sanitize("memcheck")[verdict]
 
 
 def test_without_a_sanitizer_it_is_left_out(monkeypatch):
     monkeypatch.setattr(correctness.shutil, "which", lambda *_, **__: None)
-    assert "not installed" in correctness._sanitize("memcheck")["left_out"]
+    assert "not installed" in correctness.sanitize("memcheck")["left_out"]
 
 
 CHILD = """
@@ -500,7 +500,7 @@ file.write_text(json.dumps(section))
 
 def test_a_part_that_dies_goes_on_without_what_it_died_of(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "_command", lambda name, file, *_: [sys.executable, "-c", CHILD, str(file)])
-    section = list(script._sections("timing", tmp_path / "section.json", 30.0, smoke=True))[-1]
+    section = list(script.sections_of("timing", tmp_path / "section.json", 30.0, smoke=True))[-1]
     assert section["finished"]
     assert section["runs"] == 2
     assert section["failures"] == {"case: culprit": "its process died with status 7: illegal access"}
@@ -509,7 +509,7 @@ def test_a_part_that_dies_goes_on_without_what_it_died_of(monkeypatch, tmp_path)
 def test_a_part_without_an_end_is_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "GRACE", 0.2)
     monkeypatch.setattr(script, "_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
-    section = list(script._sections("timing", tmp_path / "section.json", 0.3, smoke=False))[-1]
+    section = list(script.sections_of("timing", tmp_path / "section.json", 0.3, smoke=False))[-1]
     assert "ended after" in section["error"]
     assert "finished" not in section
 
@@ -558,8 +558,8 @@ def test_the_papers_heads_are_thirty_per_cent_each_and_apart():
 
 
 def test_means_are_over_heads_of_all_layers():
-    found = [("waad", torch.ones(1, 3, 5)), ("fai", torch.zeros(1, 1, 5)), ("waad", torch.full((1, 1, 5), 5.0))]
-    means = end_to_end._means(found)
+    results = [("waad", torch.ones(1, 3, 5)), ("fai", torch.zeros(1, 1, 5)), ("waad", torch.full((1, 1, 5), 5.0))]
+    means = end_to_end.means_of(results)
     assert torch.equal(means["waad"], torch.full((1, 5), 2.0))
 
 
@@ -571,8 +571,8 @@ def test_the_sweep_knows_the_middle_and_stays_on_the_chip():
 
 
 def test_the_sweep_tries_the_common_head_size_first_and_every_kernel_of_it():
-    tasks = sweep._tasks(smoke=False)
-    order = sweep._in_order(tasks)
+    tasks = sweep.all_tasks(smoke=False)
+    order = sweep.in_order(tasks)
     assert sorted(order) == sorted(tasks)
     dims = [tasks[name][0].head_dim for name in order]
     assert dims == sorted(dims, key=[128, 64, 256].index)
@@ -596,15 +596,15 @@ def test_the_best_of_a_sweep_is_the_best_over_all_that_share_an_entry():
         {"job": "column", "shipped": True, "over_shipped": 1.0, "kernel": "column"},
     ]
     rows += [{"job": "bare", "kernel": "forward", "failure": "OutOfResources"}]
-    found = sweep.best(rows)
-    config, over = found["forward"][128]
+    results = sweep.best(rows)
+    config, over = results["forward"][128]
     assert config == sweep.Config(128, 64, 8, 3)
     assert over == pytest.approx(0.95)
-    assert found["column"][128][1] == 0.7
+    assert results["column"][128][1] == 0.7
     loop = [row("loop", 64, 1.5, "forward_loop"), row("loop", 32, 0.3, "forward_loop")]
-    found = sweep.best(rows + loop)
-    assert found["forward"] == found["forward_loop"]
-    assert found["forward"][128] == (sweep.Config(128, 32, 8, 3), pytest.approx((0.8 + 1.2 + 0.3) / 3))
+    results = sweep.best(rows + loop)
+    assert results["forward"] == results["forward_loop"]
+    assert results["forward"][128] == (sweep.Config(128, 32, 8, 3), pytest.approx((0.8 + 1.2 + 0.3) / 3))
 
 
 def test_correctness_covers_kernels_dtypes_and_features():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
 from attnstats.tiled import native
 from tests.cases import Case, check
 
@@ -65,17 +65,11 @@ def test_many_chunks_and_blocks(changed):
 
 
 @compiled
-def test_bands_of_any_reach():
-    asked = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
-    case = Case(batch=1, key_heads=1, query_length=601, key_length=601)
-    query, key, value = case.tensors()
-    wide = [x.double() for x in (query, key, value)]
-    for is_causal in (True, False):
-        _, truth = reference.attention(*wide, statistics=asked, is_causal=is_causal, enable_gqa=True)
-        _, found = attnstats.attention(query, key, value, statistics=asked, is_causal=is_causal, enable_gqa=True)
-        for s in asked:
-            bound = s.window if isinstance(s, WAAD) else 1
-            torch.testing.assert_close(found[s].double(), truth[s], rtol=0, atol=8e-6 * bound)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_bands_of_any_reach(is_causal):
+    bands = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
+    case = Case(batch=1, key_heads=1, query_length=601, key_length=601, is_causal=is_causal)
+    check(case, "tiled", statistics=bands)
 
 
 MEMORY = """

@@ -9,8 +9,8 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, reference
-from attnstats.tiled import sweep
 from attnstats.triton.configs import Config, configured
+from attnstats.triton.launch import launching_with
 from tests.cases import Case, allowed_gradient
 from tests.guards import Guarded
 
@@ -61,36 +61,38 @@ def gradients(function, case, tensors, arguments, dtype, seed=3, **options):
     return torch.autograd.grad(output, inputs, weights.to(output)), stats.lse
 
 
-@pytest.fixture
-def kernels_alone(monkeypatch):
-    monkeypatch.setattr(sweep, "gradients", None)
+def test_gradients_come_from_the_kernels(device):
+    started = []
+    query, key, value = (x.requires_grad_() for x in small().tensors(device))
+    with launching_with(lambda launch, arguments: started.append(launch.kernel.__name__)):
+        attnstats.attention(query, key, value, enable_gqa=True, backend="triton").output.sum().backward()
+    assert started == ["forward", "backward_queries", "backward_keys"]
 
 
-@pytest.mark.usefixtures("kernels_alone")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_gradients_match_the_reference(case, device):
     tensors, arguments = case.tensors(device), case.arguments(device)
     ours, truth = attnstats.attention, reference.attention
     if case.packed:
         ours, truth = attnstats.varlen_attention, reference.varlen_attention
-    found, _ = gradients(ours, case, tensors, arguments, tensors[0].dtype, backend="triton")
+    results, _ = gradients(ours, case, tensors, arguments, tensors[0].dtype, backend="triton")
     eager, _ = gradients(truth, case, tensors, arguments, tensors[0].dtype)
     expected, lse = gradients(truth, case, tensors, arguments, torch.float64)
-    for name, x, by_eager, y in zip(("query", "key", "value", "sinks"), found, eager, expected, strict=False):
+    for name, x, by_eager, y in zip(("query", "key", "value", "sinks"), results, eager, expected, strict=False):
         assert x.shape == y.shape
         limit = allowed_gradient(case, y, by_eager, lse)
         error = float((x.double() - y).abs().max())
         assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"  # also fails on NaN
-    assert all(x.dtype == y.dtype for x, y in zip(found, eager, strict=True))
+    assert all(x.dtype == y.dtype for x, y in zip(results, eager, strict=True))
 
 
 def test_gradients_are_the_same_bits_twice_and_with_statistics(device):
     case = small(query_length=40, key_length=40, window_size=(25, 0), sinks=True)
     tensors, arguments = case.tensors(device), case.arguments(device)
-    asked = [WAAD(10), FAI(5, None), Entropy()]
+    statistics = [WAAD(10), FAI(5, None), Entropy()]
     runs = [
         gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton", statistics=s)[0]
-        for s in ([], asked)
+        for s in ([], statistics)
     ]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
@@ -100,9 +102,9 @@ def test_any_tiles(tiles, device):
     case = small(query_length=45, key_length=70, window_size=(30, 0), group=1)
     tensors, arguments = case.tensors(device), case.arguments(device)
     with configured("backward_queries", tiles), configured("backward_keys", tiles):
-        found, _ = gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton")
+        results, _ = gradients(attnstats.attention, case, tensors, arguments, torch.float32, backend="triton")
     expected, _ = gradients(reference.attention, case, tensors, arguments, torch.float64)
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(results, expected, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
 
 
@@ -127,14 +129,14 @@ def test_nothing_outside_a_buffer_is_read_or_written(name, device):
 
 def test_memory_is_linear_in_the_length(device):
     largest = []
-    asked = (WAAD(4), FAI(3, None), Entropy(), MeanDistance())
+    statistics = (WAAD(4), FAI(3, None), Entropy(), MeanDistance())
     for length in (32, 64, 128):
         case = Case(batch=1, key_heads=1, group=1, query_length=length, key_length=length)
         inputs = [x.requires_grad_() for x in case.tensors(device)]
-        options = {"statistics": asked, "differentiable": True, "backend": "triton"}
+        options = {"statistics": statistics, "differentiable": True, "backend": "triton"}
         with Guarded() as guards:
             output, stats = attnstats.attention(*inputs, **options)
-            (output.sum() + sum(stats[s].sum() for s in asked)).backward()
+            (output.sum() + sum(stats[s].sum() for s in statistics)).backward()
         largest.append(guards.largest)
     assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
 
@@ -146,12 +148,12 @@ room = torch.empty(3 * stride + 2**20, dtype=torch.float16)
 view = room.as_strided((1, 4, 17, 16), (4 * stride, stride, 16, 1))
 view[0, [0, 3]] = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(0)).half()
 view[0, [1, 2]] = 0
-found = []
+results = []
 for x in (view, view[:, 3:].clone()):
     inputs = [x.detach().requires_grad_() for _ in range(3)]
     output, stats = attnstats.attention(*inputs, statistics=["fai"], differentiable=True, backend="triton")
-    found.append(torch.autograd.grad(output[:, -1].sum() + stats["fai"][:, -1].sum(), inputs))
-for far, near in zip(*found):
+    results.append(torch.autograd.grad(output[:, -1].sum() + stats["fai"][:, -1].sum(), inputs))
+for far, near in zip(*results):
     assert torch.equal(far[:, 3:], near) and not far[:, :3].any()
 """
 

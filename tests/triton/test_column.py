@@ -17,7 +17,7 @@ def test_columns_over_blocks(is_causal, queries, keys, device):
     )
     query, key, value = case.tensors(device)
     bounds = (0, 1, queries // 2 + 1, queries)
-    asked = [
+    statistics = [
         Received(),
         Received(2),
         FAI(0, None),
@@ -26,12 +26,12 @@ def test_columns_over_blocks(is_causal, queries, keys, device):
         PooledMap(1, 1),
     ]
     wide = [x.double() for x in (query, key, value)]
-    _, expected = reference.attention(*wide, statistics=asked, **case.arguments(device))
-    found = attnstats.statistics_from_lse(
-        query, key, expected.lse.float(), statistics=asked, backend="triton", **case.arguments(device)
+    _, expected = reference.attention(*wide, statistics=statistics, **case.arguments(device))
+    results = attnstats.statistics_from_lse(
+        query, key, expected.lse.float(), statistics=statistics, backend="triton", **case.arguments(device)
     )
-    for s in asked:
-        torch.testing.assert_close(found[s].double(), expected[s], rtol=1e-5, atol=2e-5)
+    for s in statistics:
+        torch.testing.assert_close(results[s].double(), expected[s], rtol=1e-5, atol=2e-5)
 
 
 @pytest.fixture(params=["reference", "tiled", "tiled plain", "triton"])
@@ -42,22 +42,22 @@ def backend(request, monkeypatch):
     return name
 
 
-@pytest.mark.parametrize("spoiled", [1e4, torch.nan, torch.inf])
-def test_a_spoiled_query_reaches_only_keys_that_it_sees_and_counts_for(spoiled, backend, device):
-    query, key, _ = Case(batch=1, group=1).tensors(device if backend == "triton" else "cpu")
-    counted = torch.ones(1, 37, dtype=torch.bool, device=query.device)
+@pytest.mark.parametrize("number", [1e4, torch.nan, torch.inf])
+def test_a_bad_query_reaches_only_keys_that_it_sees_and_counts_for(number, backend, where):
+    query, key, _ = Case(batch=1, group=1).tensors(where)
+    query_mask = torch.ones(1, 37, dtype=torch.bool, device=where)
     overwritten = query.clone()
-    overwritten[:, :, 20] = spoiled
-    asked = [Received(), FAI(0, None), FAI(3, 9), PooledMap(37, 37)]
+    overwritten[:, :, 20] = number
+    statistics = [Received(), FAI(0, None), FAI(3, 9), PooledMap(37, 37)]
 
-    def statistics(query):
-        arguments = {"statistics": asked, "query_mask": counted, "backend": backend}
+    def compute(query):
+        arguments = {"statistics": statistics, "query_mask": query_mask, "backend": backend}
         return attnstats.attention(query, key, key, **arguments).statistics
 
-    before, after = statistics(query), statistics(overwritten)
-    for s in asked:
+    before, after = compute(query), compute(overwritten)
+    for s in statistics:
         assert torch.equal(before[s][..., 21:], after[s][..., 21:]), s  # keys in its future
-    counted[:, 20] = False
-    before, after = statistics(query), statistics(overwritten)
-    for s in asked:
+    query_mask[:, 20] = False
+    before, after = compute(query), compute(overwritten)
+    for s in statistics:
         assert torch.equal(before[s], after[s]), s

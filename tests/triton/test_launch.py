@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
 from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
 from tests.cases import Case, check
 from tests.guards import Guarded
@@ -39,13 +39,13 @@ def test_memory_is_linear_in_the_length(from_lse, device):
     for length in (64, 128, 256):
         case = Case(batch=1, key_heads=1, group=1, query_length=length, key_length=length)
         query, key, value = case.tensors(device)
-        asked = [s for s in case.statistics() if not isinstance(s, MaxLogit)]
+        statistics = [s for s in case.statistics() if not isinstance(s, MaxLogit)]
         with Guarded() as guards:
             if from_lse:
                 lse = torch.zeros(1, 1, length, device=device)
-                attnstats.statistics_from_lse(query, key, lse, statistics=asked, backend="triton")
+                attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend="triton")
             else:
-                attnstats.attention(query, key, value, statistics=asked, backend="triton")
+                attnstats.attention(query, key, value, statistics=statistics, backend="triton")
         largest.append(guards.largest)
     assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
 
@@ -57,12 +57,12 @@ room = torch.empty(3 * stride + 2**20, dtype=torch.float16)
 view = room.as_strided((1, 4, 33, 16), (4 * stride, stride, 16, 1))
 view[0, [0, 3]] = torch.randn(2, 33, 16, generator=torch.Generator().manual_seed(0)).half()
 view[0, [1, 2]] = 0
-asked = ["waad", "received", "entropy"]
-far = attnstats.attention(view, view, view, statistics=asked, backend="triton")
+statistics = ["waad", "received", "entropy"]
+far = attnstats.attention(view, view, view, statistics=statistics, backend="triton")
 near = view[:, 3:].clone()
-expected = attnstats.attention(near, near, near, statistics=asked, backend="triton")
+expected = attnstats.attention(near, near, near, statistics=statistics, backend="triton")
 assert torch.equal(far.output[:, 3:], expected.output)
-for s in asked:
+for s in statistics:
     assert torch.equal(far.statistics[s][:, 3:], expected.statistics[s]), s
 """
 
@@ -83,6 +83,7 @@ SMALLER = """
 import torch
 from triton.runtime.errors import OutOfResources
 from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
 from attnstats.triton import backend
 from attnstats.triton.launch import launching_with
 
@@ -93,13 +94,13 @@ def start(launch, arguments):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
 query = torch.zeros(1, 2, 512, 128, dtype=torch.float16)
-geometry = resolve(query, query, query, ())
+geometry = resolve(query, query, query, Options())
 with launching_with(start):
-    backend.attend(query, query, query, geometry, ())
-    backend.attend(query, query, query, geometry, ())
+    backend.attend(query, query, query, geometry)
+    backend.attend(query, query, query, geometry)
     fits = 0
     try:
-        backend.attend(query, query, query, geometry, ())
+        backend.attend(query, query, query, geometry)
     except ValueError as error:
         print(error)
 """
@@ -194,14 +195,11 @@ class WithoutKernel(LocalMass):
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_statistics_that_users_define(backend, is_causal, device):
-    query, key, value = Case(group=1).tensors(device if backend == "triton" else "cpu")
-    asked = [SquaredDistance(), EveryOther(), WAAD(3)]
-    found = attnstats.attention(query, key, value, statistics=asked, is_causal=is_causal, backend=backend)
-    expected = reference.attention(query.double(), key.double(), value.double(), statistics=asked, is_causal=is_causal)
-    for s in asked:
-        torch.testing.assert_close(found.statistics[s].double(), expected.statistics[s], rtol=1e-5, atol=1e-4)
-    assert found.statistics["squared_distance"] is found.statistics[SquaredDistance()]
+def test_statistics_that_users_define(backend, is_causal, where):
+    case, statistics = Case(group=1, is_causal=is_causal), [SquaredDistance(), EveryOther(), WAAD(3)]
+    check(case, backend, where, statistics=statistics)
+    results = case.call(attnstats, case.tensors(where), statistics=statistics, backend=backend).statistics
+    assert results["squared_distance"] is results[SquaredDistance()]
 
 
 def test_a_statistic_without_a_device_weight_says_so(device):
@@ -224,8 +222,8 @@ def test_a_namesake_of_ours_does_not_get_our_device_weight(device):
     with pytest.raises(ValueError, match=r"WAAD has no device weight.*backend='tiled'"):
         attnstats.attention(query, key, value, statistics=[WAAD()], backend="triton")
     query, key, value = (x.cpu() for x in (query, key, value))
-    found = attnstats.attention(query, key, value, statistics=[WAAD(), "mean_distance"], backend="tiled").statistics
-    torch.testing.assert_close(found["waad"], 2 * found["mean_distance"])
+    results = attnstats.attention(query, key, value, statistics=[WAAD(), "mean_distance"], backend="tiled").statistics
+    torch.testing.assert_close(results["waad"], 2 * results["mean_distance"])
 
 
 def test_explain_names_kernels_tiles_and_costs(device):

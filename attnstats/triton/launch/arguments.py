@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.geometry import Geometry
-from attnstats.kernels.arguments import Dropout, HeadSubset, Score, Sequences, Sizes, Strided, Visibility
+from attnstats.kernels.arguments import Dropout, Score, Sequences, Sizes, Visibility
 from attnstats.statistics import CATALOGUE, Statistic, Summed
 from attnstats.triton.configs import interpreted
 from attnstats.triton.plan import Heads
@@ -44,10 +44,6 @@ def as_input(x: Tensor) -> Tensor:
     return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
 
 
-def strided(x: Tensor) -> Strided:
-    return Strided(x, x.stride())
-
-
 def flags(mask: Tensor | None) -> Tensor | None:
     """A bool mask as contiguous uint8."""
     return None if mask is None else mask.to(torch.uint8, memory_format=torch.contiguous_format)
@@ -72,7 +68,9 @@ def sizes(geometry: Geometry, by_keys: bool = False) -> Sizes:
     """by_keys: the kernel's programs own blocks of keys."""
     return Sizes(
         geometry.batch,
+        None,
         geometry.query_heads,
+        None,
         geometry.group,
         geometry.offset,
         geometry.query_length,
@@ -94,7 +92,7 @@ def visibility(window: Visibility, geometry: Geometry) -> Visibility:
 
 def score(geometry: Geometry) -> Score:
     cap2 = None if geometry.softcap is None else geometry.softcap * LOG2E
-    return Score(geometry.scale, geometry.scale * LOG2E, cap2)
+    return Score(None, geometry.scale * LOG2E, cap2)
 
 
 def dropout(geometry: Geometry) -> Dropout | None:
@@ -108,10 +106,6 @@ def sinks2(geometry: Geometry) -> Tensor | None:
 
 def head_count(geometry: Geometry, heads: Heads) -> int:
     return geometry.query_heads if heads is None else len(heads)
-
-
-def head_subset(geometry: Geometry, heads: Heads) -> HeadSubset:
-    return HeadSubset(on_device(heads, geometry.device), head_count(geometry, heads))
 
 
 def empty(geometry: Geometry, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from attnstats.core.autograd import Residuals
 from attnstats.core.geometry import Geometry
-from attnstats.kernels.arguments import Near, StatisticGradients
+from attnstats.kernels.arguments import Near, StatisticGradients, Strides
 from attnstats.triton.configs import Config, Kernel
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import as_input, bounded, dims, empty, flags, sequence_count, strided, weights
+from attnstats.triton.launch.arguments import as_input, bounded, dims, empty, flags, sequence_count, weights
 from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
 from attnstats.triton.plan import GradientPlan
 
@@ -56,15 +56,16 @@ def _queries(
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
     start(
         prepared.launch,
-        query=strided(query),
-        key=strided(key),
-        value=strided(value),
-        output=strided(output),
-        d_output=strided(grad_output),
-        d_query=strided(grad_query),
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        d_output=grad_output,
+        d_query=grad_query,
         lse=lse.contiguous(),
         delta=delta,
         near=prepared.reach,
+        strides=Strides(*(x.stride() for x in (query, key, value, output, grad_output, grad_query))),
         **_shared_arguments(geometry, of_map, prepared),
     )
     return grad_query.to(dtype), delta
@@ -79,14 +80,22 @@ def _keys(
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
     start(
         prepared.launch,
-        query=strided(query),
-        key=strided(key),
-        value=strided(value),
-        d_output=strided(grad_output),
-        d_key=strided(grad_key),
-        d_value=strided(grad_value),
+        query=query,
+        key=key,
+        value=value,
+        d_output=grad_output,
+        d_key=grad_key,
+        d_value=grad_value,
         lse=lse.contiguous(),
         delta=delta,
+        strides=Strides(
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            d_output=grad_output.stride(),
+            d_key=grad_key.stride(),
+            d_value=grad_value.stride(),
+        ),
         **_shared_arguments(geometry, of_map, prepared),
     )
     return grad_key.to(dtype), grad_value.to(dtype)
@@ -124,7 +133,8 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
     kernel = backward_keys if by_keys else backward_queries
     launch = Launch(kernel, blocks * heads * sequence_count(geometry), geometry.device, constants, config)
     near = Near(*map(bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
-    return Prepared(launch, sizes, arguments.window(geometry), arguments.score(geometry), reach=near)
+    score = arguments.score(geometry)._replace(scale=geometry.scale)
+    return Prepared(launch, sizes, arguments.window(geometry), score, reach=near)
 
 
 def _like(x: Tensor, geometry: Geometry) -> Tensor:

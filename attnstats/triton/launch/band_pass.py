@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.kernels.arguments import Strides
 from attnstats.statistics import Statistic
 from attnstats.triton.configs import MAX_PACKED_HEADS, Config, interpreted
 from attnstats.triton.launch import arguments
@@ -16,9 +17,9 @@ from attnstats.triton.launch.arguments import (
     empty,
     flags,
     head_count,
+    on_device,
     power_of_two,
     sequence_count,
-    strided,
     weights,
 )
 from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
@@ -63,23 +64,25 @@ def _band(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads, config: Config
 ) -> dict[Statistic, Tensor]:
     prepared = remembered(geometry, _prepare_band, plan, config, heads)
+    query, key = as_input(query), as_input(key)
     count = head_count(geometry, heads)
     rows = empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
     columns = column_slots(geometry, plan, prepared.slots, count)
     start(
         prepared.launch,
-        query=strided(as_input(query)),
-        key=strided(as_input(key)),
+        query=query,
+        key=key,
         lse2=divisor_of(lse) * LOG2E,
         rows=rows,
         columns=columns,
         query_mask=flags(geometry.query_mask),
         sinks=arguments.sinks2(geometry),
         sequences=arguments.sequences(geometry),
-        heads=prepared.heads,
+        heads=on_device(heads, geometry.device),
         sizes=prepared.sizes,
         visible=arguments.visibility(prepared.visible, geometry),
         score=prepared.score,
+        strides=Strides(query.stride(), key.stride()),
     )
     results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
     if plan.band_columns:
@@ -100,8 +103,9 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
         **band_reach(geometry, plan),
         **dims(geometry, with_value=False),
     }
-    sizes = arguments.sizes(geometry)
-    of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else len(heads)
+    count = head_count(geometry, heads)
+    sizes = arguments.sizes(geometry)._replace(n_heads=count)
+    of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
     programs = -(-sizes.longest // config.BM) * of_sequence * sequence_count(geometry)
     launch = Launch(kernel, programs, geometry.device, constants, config)
     window = arguments.window(geometry)
@@ -110,6 +114,5 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
         sizes,
         window if plan.bound(geometry) else window._replace(left=None),
         arguments.score(geometry),
-        arguments.head_subset(geometry, heads),
-        slot_count(*plan.reach(geometry), config.BM),
+        slots=slot_count(*plan.reach(geometry), config.BM),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.geometry import Geometry, divisor_of
-from attnstats.kernels.arguments import Segments
+from attnstats.kernels.arguments import Segments, Strides
 from attnstats.statistics import PooledMap, Received, Statistic
 from attnstats.triton.configs import Config
 from attnstats.triton.launch import arguments
@@ -25,7 +25,6 @@ from attnstats.triton.launch.arguments import (
     on_device,
     power_of_two,
     sequence_count,
-    strided,
     weights,
 )
 from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
@@ -85,23 +84,25 @@ def _column(
     config: Config,
 ) -> None:
     """Fills `sums`."""
+    query, key = as_input(query), as_input(key)
     lse2 = divisor_of(lse) * LOG2E
     if query_mask is not None:
         lse2 = lse2.masked_fill(~query_mask[:, None], torch.inf)
     prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
     start(
         prepared.launch,
-        query=strided(as_input(query)),
-        key=strided(as_input(key)),
+        query=query,
+        key=key,
         lse2=lse2,
         columns=sums,
         sequences=arguments.sequences(geometry),
-        heads=prepared.heads,
+        heads=on_device(heads, geometry.device),
         segments=segments,
         sizes=prepared.sizes,
         visible=arguments.visibility(prepared.visible, geometry),
         reach=prepared.reach,
         score=prepared.score,
+        strides=Strides(query.stride(), key.stride()),
     )
 
 
@@ -120,15 +121,15 @@ def _prepare_column(
         "BN": config.BN,
         **dims(geometry, with_value=False),
     }
-    sizes = arguments.sizes(geometry, by_keys=True)
-    programs = -(-sizes.longest // config.BN) * head_count(geometry, heads) * sequence_count(geometry)
+    count = head_count(geometry, heads)
+    sizes = arguments.sizes(geometry, by_keys=True)._replace(n_heads=count)
+    programs = -(-sizes.longest // config.BN) * count * sequence_count(geometry)
     launch = Launch(kernel, programs, geometry.device, constants, config)
     return Prepared(
         launch,
         sizes,
         arguments.window(geometry),
         arguments.score(geometry),
-        arguments.head_subset(geometry, heads),
         reach=_farthest(statistics),
     )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.geometry import Evaluation, Geometry, divisor_of
+from attnstats.kernels.arguments import Strides
 from attnstats.statistics import Statistic
 from attnstats.triton.configs import (
     INTERPRETED_SPLIT_KEYS,
@@ -28,7 +29,6 @@ from attnstats.triton.launch.arguments import (
     on_device,
     power_of_two,
     sequence_count,
-    strided,
     weights,
 )
 from attnstats.triton.launch.band_pass import band_reach, column_slots, slot_count
@@ -88,13 +88,15 @@ def _forward(
     rows = empty(geometry, (len(plan.in_rows), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
     sinks2 = arguments.sinks2(geometry)
-    written = output[0] if parts and output is not None else output
+    strides = Strides(query.stride(), key.stride())
+    if value is not None and output is not None:
+        strides = Strides(*strides[:2], value.stride(), (output[0] if parts else output).stride())
     start(
         prepared.launch,
-        query=strided(query),
-        key=strided(key),
-        value=None if value is None else strided(value),
-        output=None if written is None else strided(written),
+        query=query,
+        key=key,
+        value=value,
+        output=output,
         lse=lse,
         rows=rows,
         columns=columns,
@@ -106,6 +108,7 @@ def _forward(
         visible=arguments.visibility(prepared.visible, geometry),
         score=prepared.score,
         dropout=arguments.dropout(geometry),
+        strides=strides,
     )
     if parts and output is not None:
         output, lse, rows = _combine(output, lse, rows, sinks2, plan, geometry, query.dtype)

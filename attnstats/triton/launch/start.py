@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from attnstats.core.geometry import Geometry
-from attnstats.kernels.arguments import HeadSubset, Near, Score, Sizes, Visibility
+from attnstats.kernels.arguments import Near, Score, Sizes, Visibility
 from attnstats.triton.configs import Config, Kernel, candidates, table_version
 from attnstats.triton.launch.arguments import block_dim
 
@@ -26,13 +26,12 @@ class Launch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The arguments and the launch that calls of one geometry share."""
+    """The parts of a launch that calls of one geometry share."""
 
     launch: Launch
     sizes: Sizes
     visible: Visibility  # without the key mask
     score: Score
-    heads: HeadSubset | None = None
     slots: int = 0  # of each band column
     reach: Near | int | None = None  # how far from the diagonal weights are not 0; None: no limit
 
