@@ -2,14 +2,14 @@
 
 A traced call is one node of the graph: `attnstats::attention` or `attnstats::statistics_from_lse`. Its body validates,
 picks a backend and computes when the graph runs, on real tensors, exactly as a call outside of a graph does; tracing
-only makes shapes. So lengths are symbols, nothing is specialised to them, and a bad argument raises the same error as
-ever. core/wire.py puts the options into the operator's schema.
+only makes shapes. So lengths are symbols, nothing is specialised to them, and a bad argument raises the error of
+an untraced call. core/wire.py puts the options into the operator's schema.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from attnstats.core.geometry import Geometry
 from attnstats.core.lse import check_lse
 from attnstats.core.options import Options
 from attnstats.results import AttentionResult, Statistics
-from attnstats.statistics import PooledMap, Statistic, resolve
+from attnstats.statistics import Statistic, resolve
 
 NO_HEADS = "null"  # the heads of a call, as core.wire writes them, that names none
 
@@ -34,7 +34,7 @@ _is_batched, _modes = torch._C._functorch.is_batchedtensor, torch._C._len_torch_
 
 
 def is_tracing(x: Any) -> bool:
-    """True if the tensors are stand-ins: the call is being traced, or torch.vmap hides a dimension."""
+    """True if x is no real tensor: the call is being traced, or torch.vmap hides a dimension."""
     if _in_dynamo() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and _is_batched(x)):
         return True
     return _modes() > 0 and any(
@@ -43,7 +43,7 @@ def is_tracing(x: Any) -> bool:
     )
 
 
-# What dynamo traces: no numbers, no sizes, and errors only as text.
+# Traced by dynamo: nothing may depend on numbers or sizes, and errors are kept as text.
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
@@ -65,14 +65,15 @@ def _results(tensors: list[Tensor], lse: Tensor, key: Tensor, options: Options) 
     keys = key.shape[0] if options.is_packed else key.shape[-2]
     options = options._replace(heads=None, scale=None, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None)
     values = dict(zip(_statistics(options), tensors, strict=False))
-    return Statistics(values, _Deferred(lse, keys, options, "valid"), _Deferred(lse, keys, options, "counts"), lse)
+    deferred = lse, keys, options
+    return Statistics(values, _Deferred("valid", *deferred), _Deferred("counts", *deferred), lse)
 
 
 class _Deferred:
     """`Statistics.valid` or `.counts` of a statistic, computed when it is read, in a graph or after it."""
 
-    def __init__(self, lse: Tensor, keys: int, options: Options, operator: str):
-        self.lse, self.keys, self.options, self.operator = lse, keys, options, operator
+    def __init__(self, operator: str, lse: Tensor, keys: int, options: Options):
+        self.operator, self.lse, self.keys, self.options = operator, lse, keys, options
 
     def __call__(self, statistic: Statistic) -> Tensor:
         values = wire.encode(self.options._replace(statistics=(statistic,)))
@@ -101,7 +102,7 @@ def _checked(options: Options, **tensors: Tensor) -> Options:
 
 
 def _check(options: Options) -> None:
-    """Raise for what a schema would refuse in words of its own, and for what the graph no longer shows."""
+    """Raise for arguments that a schema would refuse with an error of its own, or that the graph would convert."""
     for name in wire.TENSORS:
         x = getattr(options, name)
         if x is not None and not isinstance(x, Tensor):
@@ -113,7 +114,7 @@ def _check(options: Options) -> None:
     wire.encode(options)
 
 
-# The bodies, which run when the graph does.
+# The operators' bodies, which run when the graph does, and their shapes for tracing.
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -152,41 +153,26 @@ def _fake_statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, *settings
     return natural, tensors
 
 
-def _valid(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
-    geometry = _geometry(lse, keys, settings)
-    values = [geometry.validity(s) for s in geometry.statistics]
-    return _apart([x[0] for x in values] if geometry.packing is not None else values, (lse, *settings))
+def _define_deferred(name: str, compute: Callable[[Geometry, Statistic], Tensor], dtype: torch.dtype) -> None:
+    """Define the operator of `Statistics.valid` or `.counts`."""
 
+    def body(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
+        options = _decode(settings)
+        if options.is_packed:  # views that have the shapes of the call's query and key
+            query, key = lse.detach().T[..., None], lse.new_zeros(()).expand(keys, len(lse), 1)
+        else:
+            query, key = lse.detach()[..., None], lse.new_zeros(()).expand(*lse.shape[:2], keys, 1)
+        geometry = _dispatch.geometry_of(query, key, options)
+        results = [compute(geometry, s) for s in geometry.statistics]
+        return _apart(_unbatched(options, results), (lse, *settings))
 
-def _counts(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
-    geometry = _geometry(lse, keys, settings)
-    values = [geometry.counts(s) for s in geometry.statistics]
-    return _apart([x[0] for x in values] if geometry.packing is not None else values, (lse, *settings))
+    def fake(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
+        options = wire.decode(settings)
+        batch = () if options.is_packed else lse.shape[:1]
+        shapes = [(*batch, *s.shape(lse.shape[-1], keys)) for s in _statistics(options)]
+        return [lse.new_empty(shape, dtype=dtype) for shape in shapes]
 
-
-def _geometry(lse: Tensor, keys: int, settings: tuple[Any, ...]) -> Geometry:
-    """The geometry of the call, from views that have the shapes of its query and key."""
-    options = _decode(settings)
-    if options.is_packed:
-        query, key = lse.detach().T[..., None], lse.new_zeros(()).expand(keys, len(lse), 1)
-    else:
-        query, key = lse.detach()[..., None], lse.new_zeros(()).expand(*lse.shape[:2], keys, 1)
-    return _dispatch.geometry_of(query, key, options)
-
-
-def _fake_valid(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
-    return _fake_deferred(lse, keys, settings, torch.bool)
-
-
-def _fake_counts(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
-    return _fake_deferred(lse, keys, settings, torch.int64)
-
-
-def _fake_deferred(lse: Tensor, keys: int, settings: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    options = wire.decode(settings)
-    batch = () if options.is_packed else lse.shape[:1]
-    shapes = [(*batch, *_shape_of(s, lse.shape[-1], keys)) for s in _statistics(options)]
-    return [lse.new_empty(shape, dtype=dtype) for shape in shapes]
+    _define(name, body, fake, "Tensor lse, SymInt keys", "Tensor[]")
 
 
 def _attention_backward(
@@ -253,7 +239,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: None, grads: list[Tensor 
 
 
 def _decode(settings: Sequence[Any]) -> Options:
-    """The options of a body. Raises the error that was found while the call was traced."""
+    """The options of a body. Raises the error of the call that was traced, if it has one."""
     options = wire.decode(settings)
     wire.raise_refusal(options)
     return options
@@ -289,14 +275,8 @@ def _shapes(query: Tensor, key: Tensor, options: Options) -> list[tuple[Any, ...
         if isinstance(of_s, dict):
             of_s = of_s.get(s, of_s.get(s.name))
         count = len(of_s) if isinstance(of_s, tuple) else heads
-        shapes.append((*batch, count, *_shape_of(s, length, keys)))
+        shapes.append((*batch, count, *s.shape(length, keys)))
     return shapes
-
-
-def _shape_of(s: Statistic, length: Any, keys: Any) -> tuple[Any, ...]:
-    if isinstance(s, PooledMap):
-        return s.segment_counts
-    return (keys,) if s.axis == "column" else (length,)
 
 
 def _new(query: Tensor, shape: tuple[Any, ...]) -> Tensor:
@@ -304,7 +284,7 @@ def _new(query: Tensor, shape: tuple[Any, ...]) -> Tensor:
 
 
 def _apart(tensors: list[Tensor], inputs: Iterable[Any]) -> list[Tensor]:
-    """The tensors, contiguous and none a view of an input or of another, on which a graph relies."""
+    """The tensors, contiguous and none a view of an input or of another: a graph relies on it."""
     taken = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
     apart = []
     for x in tensors:
@@ -363,5 +343,5 @@ _define(
     "Tensor query, Tensor key, Tensor lse",
     "(Tensor, Tensor[])",
 )
-_define("valid", _valid, _fake_valid, "Tensor lse, SymInt keys", "Tensor[]")
-_define("counts", _counts, _fake_counts, "Tensor lse, SymInt keys", "Tensor[]")
+_define_deferred("valid", Geometry.validity, torch.bool)
+_define_deferred("counts", Geometry.counts, torch.int64)

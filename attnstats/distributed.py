@@ -80,7 +80,7 @@ def reduce_columns(
                 "query_mask that is True for the last queries of the sequence"
             )
         if statistic.axis == "map" and len(parts) > 1:
-            raise ValueError(f"parts: {statistic} of several pieces is no map; ask for it piece by piece")
+            raise ValueError(f"parts: the {statistic} of several pieces cannot be joined; reduce each piece alone")
     if not columns:
         return _joined(parts, {}, {}, {})
 

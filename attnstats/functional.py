@@ -71,9 +71,9 @@ def attention(
         key_padding_mask: (B, Tk) bool, True for real tokens. In self-attention (is_causal, or Tq = Tk) padding
             positions are no queries either: their statistics are 0 and they don't count.
         query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
-        heads: the query heads whose statistics are wanted, `[0, 5]`, or such lists by statistic or name,
+        heads: the query heads to compute statistics of, `[0, 5]`, or such lists by statistic or name,
             `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
-        differentiable: whether statistics carry gradients into query, key and sinks, for a loss on the map's shape:
+        differentiable: statistics carry gradients into query, key and sinks, for a loss on the map's shape:
             all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
             pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
         backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
@@ -165,8 +165,8 @@ def varlen_attention(
         >>> import torch, attnstats
         >>> query, key, value = torch.zeros(3, 5, 1, 16)
         >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-        >>> asked = [attnstats.MeanDistance()]
-        >>> _, stats = attnstats.varlen_attention(query, key, value, cu_seqlens_q=cu_seqlens, statistics=asked)
+        >>> inputs = dict(query=query, key=key, value=value, cu_seqlens_q=cu_seqlens)
+        >>> _, stats = attnstats.varlen_attention(**inputs, statistics=["mean_distance"])
         >>> stats["mean_distance"]
         tensor([[0.0000, 0.5000, 0.0000, 0.5000, 1.0000]])
 
@@ -209,14 +209,14 @@ def statistics_from_lse(
 
     All but MaxLogit, which isn't a function of the lse. Masks, scale, softcap and sinks must be those the kernel used:
     with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that
-    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight ends in 0 are of
-    what is there.
+    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight is 0 far away are
+    those of the keys that are passed.
 
     Args:
         query, key: as `attention` takes them, or with cu_seqlens_q as `varlen_attention` does.
         lse: (B, Hq, Tq), packed (Hq, total_q) or (total_q, Hq), a last dimension of 1 is dropped; float32 or float64:
-            the log of the row sums of exp(score). What stands in rows that see no key is ignored (kernels disagree:
-            -inf, +inf and 0 all occur).
+            the log of the row sums of exp(score). Its value in rows that see no key is ignored (kernels give -inf, +inf
+            or 0 there).
         lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
         lse_layout: of a packed lse, "HT" for (Hq, total_q) or "TH"; needed only where both are the same number.
         cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.

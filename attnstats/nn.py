@@ -7,7 +7,7 @@ attention is ours. `replace_attention` puts it into a model that was built with 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attnstats.core.arguments import refuse_distances
 from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise, visible_elements
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
-from attnstats.statistics import (
-    Statistic,
-    resolve,
-)
+from attnstats.statistics import Statistic, resolve
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -98,23 +96,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._set(statistics, heads, backend, allow_dense, differentiable)
+        self.__dict__.update(
+            _settings(statistics, heads=heads, backend=backend, allow_dense=allow_dense, differentiable=differentiable)
+        )
         self.register_forward_hook(_no_fast_path)
-
-    def _set(
-        self,
-        statistics: Iterable[Statistic | str],
-        heads: Heads | None,
-        backend: Backend,
-        allow_dense: bool,
-        differentiable: bool,
-    ) -> None:
-        self.requested = resolve(statistics)
-        self.heads = heads
-        self.backend = backend
-        self.allow_dense = allow_dense
-        self.differentiable = differentiable
-        self.statistics = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"statistics": None}  # results are not part of a module that is copied or saved
@@ -209,17 +194,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
         output, results = attend(q, k, v, options)
         if self.bias_k is not None:
-            results = _each(results, lambda s, x: x[..., 1:] if s.axis == "column" else x)
+            results = results.changed(lambda s, x: x[..., 1:] if s.axis == "column" else x)
         output = functional.linear(output.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if query.dim() == 2:
-            return output[0], _each(results, lambda s, x: x[0])
+            return output[0], results.changed(lambda s, x: x[0])
         return (output if self.batch_first else output.transpose(0, 1)), results
 
     def _check_statistics(self, statistics: tuple[Statistic, ...], query_offset: int | None) -> None:
-        for statistic in (s for s in statistics if s.uses_distance and query_offset is None):
-            raise ValueError(
-                f"statistics: {statistic} needs distances, and in cross-attention of different lengths queries and "
-                "keys share no positions; ask for others, such as 'entropy' or 'received'"
+        if query_offset is None:
+            refuse_distances(
+                statistics,
+                "in cross-attention of different lengths queries and keys share no positions; ask for others, such as "
+                "'entropy' or 'received'",
             )
         for statistic in statistics if self.bias_k is not None else ():
             if statistic.axis != "column" and statistic.method not in ("row", "lse"):
@@ -264,9 +250,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         query: Tensor,
         key: Tensor,
     ) -> tuple[MaskPattern, Tensor | None]:
-        """The pattern of both masks with its key mask (N, S), and what is more as a float bias (N, H | 1, L | 1, S)."""
-        batch, heads, length, key_length = *query.shape[:3], key.shape[2]
-        self._check_masks(key_padding_mask, attn_mask, is_causal, query, key)
+        """The pattern of both masks with a key mask (N, S), and as a float bias (N, H | 1, L | 1, S) what has none."""
+        batch, heads, length, key_length = shape = (*query.shape[:3], key.shape[2])
+        self._check_masks(key_padding_mask, attn_mask, is_causal, shape)
         pattern = CAUSAL if is_causal else MaskPattern()
         key_mask = bias = None
         if key_padding_mask is not None:
@@ -282,8 +268,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 raise ValueError(
                     "is_causal=True says that attn_mask is the causal mask, and it is another one; pass is_causal=False"
                 )
-            if recognised is not None and self.bias_k is not None and _has_window(recognised):
-                recognised = None  # every query sees the added key, however far
+            if recognised is not None and self.bias_k is not None and (recognised.left is not None or recognised.right):
+                recognised = None  # a window, but every query sees the added key, however far
             if recognised is None:
                 of_mask = self._as_bias("attn_mask", attn_mask, query.dtype)
                 bias = of_mask if bias is None else bias + of_mask
@@ -301,10 +287,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        query: Tensor,
-        key: Tensor,
+        shape: tuple[int, int, int, int],
     ) -> None:
-        batch, heads, length, key_length = *query.shape[:3], key.shape[2]
+        batch, heads, length, key_length = shape
         shapes = {
             "key_padding_mask": (key_padding_mask, ((batch, key_length), *([(key_length,)] if batch == 1 else []))),
             "attn_mask": (attn_mask, ((length, key_length), (batch * heads, length, key_length))),
@@ -327,7 +312,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
 
     def _causal_mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """Torch's own attention needs one."""
+        """The mask that torch's own attention needs for is_causal=True."""
         axis = 1 if self.batch_first and query.dim() == 3 else 0
         square = torch.ones(query.shape[axis], key.shape[axis], dtype=torch.bool, device=query.device)
         return square.triu(1)
@@ -367,7 +352,9 @@ def replace_attention(
         >>> list(run), run["layers.0.self_attn"]["entropy"].shape
         (['layers.0.self_attn', 'layers.1.self_attn'], torch.Size([1, 4, 12]))
     """
-    resolve(statistics := list(statistics))
+    settings = _settings(
+        statistics, heads=heads, backend=backend, allow_dense=allow_dense, differentiable=differentiable
+    )
     theirs = {name: m for name, m in model.named_modules() if type(m) is torch.nn.MultiheadAttention}
     if not theirs:
         raise ValueError(
@@ -380,8 +367,7 @@ def replace_attention(
     try:
         for name, module in theirs.items():
             module.__class__ = MultiheadAttention
-            assert isinstance(module, MultiheadAttention)
-            module._set(statistics, heads, backend, allow_dense, differentiable)
+            module.__dict__.update(settings)
             hooks.append(module.register_forward_hook(partial(_keep, results, name)))
         for encoder in encoders:
             encoder.use_nested_tensor = False
@@ -393,8 +379,13 @@ def replace_attention(
             hook.remove()
         for module in theirs.values():
             module.__class__ = torch.nn.MultiheadAttention
-            for attribute in ("requested", "heads", "backend", "allow_dense", "differentiable", "statistics"):
+            for attribute in settings:
                 module.__dict__.pop(attribute, None)
+
+
+def _settings(statistics: Iterable[Statistic | str], **settings: Any) -> dict[str, Any]:
+    """The attributes of a `MultiheadAttention` that torch's module does not have."""
+    return {"requested": resolve(statistics), "statistics": None, **settings}
 
 
 def _no_fast_path(module: torch.nn.Module, args: Any, output: Any) -> None:
@@ -405,11 +396,3 @@ def _keep(results: dict[str, Statistics], name: str, module: torch.nn.Module, ar
     assert isinstance(module, MultiheadAttention)
     assert module.statistics is not None
     results[name] = module.statistics
-
-
-def _has_window(pattern: MaskPattern) -> bool:
-    return pattern.left is not None or bool(pattern.right)
-
-
-def _each(results: Statistics, change: Callable[[Statistic, Tensor], Tensor]) -> Statistics:
-    return results.changed(change, change)

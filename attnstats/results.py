@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,17 +16,12 @@ class ByStatistic(Mapping[Statistic, Tensor]):
 
     def __init__(self, tensors: Mapping[Statistic, Tensor]):
         self._tensors = dict(tensors)
-        self._statistics = tuple(self._tensors)  # torch.compile can return keys that are elsewhere too
+        self._statistics = tuple(self._tensors)  # torch.compile can only return keys that something else holds too
 
     def __getitem__(self, key: Statistic | str) -> Tensor:
-        if isinstance(key, Statistic):
-            matches = [key] if key in self._tensors else []
-        else:
-            matches = [statistic for statistic in self._tensors if statistic.name == key]
-        if len(matches) != 1:
-            found = ", ".join(map(str, matches or self._tensors)) or "none"
-            raise KeyError(f"{key!r} is {'ambiguous' if matches else 'not among the statistics computed'}: {found}")
-        return self._tensors[matches[0]]
+        if isinstance(key, Statistic) and key in self._tensors:
+            return self._tensors[key]
+        return self._tensors[find(key, self._tensors, "computed")]
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors or any(statistic.name == key for statistic in self._tensors)
@@ -39,6 +34,18 @@ class ByStatistic(Mapping[Statistic, Tensor]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{s}: {tuple(x.shape)}' for s, x in self._tensors.items())})"
+
+
+def find(key: Statistic | str, statistics: Collection[Statistic], participle: str) -> Statistic:
+    """The statistic that `key` is or names. Raises KeyError, with the participle, where it is none or several."""
+    if isinstance(key, Statistic):
+        matches = [key] if key in statistics else []
+    else:
+        matches = [statistic for statistic in statistics if statistic.name == key]
+    if len(matches) != 1:
+        fault = "ambiguous" if matches else f"not among the statistics {participle}"
+        raise KeyError(f"{key!r} is {fault}: {', '.join(map(str, matches or statistics)) or 'none'}")
+    return matches[0]
 
 
 class Statistics(ByStatistic):
@@ -80,17 +87,20 @@ class Statistics(ByStatistic):
         return self._counts
 
     def changed(
-        self, values: Callable[[Statistic, Tensor], Tensor], facts: Callable[[Statistic, Tensor], Tensor]
+        self,
+        change: Callable[[Statistic, Tensor], Tensor],
+        without_heads: Callable[[Statistic, Tensor], Tensor] | None = None,
     ) -> Statistics:
-        """The same with every tensor, the lse as that of `LSE()`, put through `values`, and valid and counts through
-        `facts`. Keeps nothing of the tensors that were there before.
+        """The same with `change` applied to every tensor, and to the lse as that of `LSE()`.
+
+        `without_heads` is applied to valid and counts; default: `change`. Holds none of the unchanged tensors.
         """
-        validity, counting = self._validity, self._counting
+        validity, counting, of_counts = self._validity, self._counting, without_heads or change
         return Statistics(
-            {statistic: values(statistic, tensor) for statistic, tensor in self.items()},
-            lambda s: facts(s, validity(s)),
-            lambda s: facts(s, counting(s)),
-            values(LSE(), self.lse),
+            {statistic: change(statistic, tensor) for statistic, tensor in self.items()},
+            lambda s: of_counts(s, validity(s)),
+            lambda s: of_counts(s, counting(s)),
+            change(LSE(), self.lse),
         )
 
 
@@ -103,11 +113,11 @@ class AttentionResult(NamedTuple):
 
 @dataclass(frozen=True)
 class PassCost:
-    """One pass over the inputs, as a call makes it.
+    """One pass of a call over its inputs.
 
     Attributes:
         run: the loop or kernel, such as "cpu_flash", "band" or "forward".
-        description: the same in words, with its tiles.
+        description: the loop or kernel in words, with its tiles.
         computes: "output", "lse" and names of statistics.
         heads: the query heads that it looks at; None: all.
         flops: floating-point operations over all heads.

@@ -1,7 +1,8 @@
-"""Recording statistics of whatever calls `torch.nn.functional.scaled_dot_product_attention`.
+"""Recording statistics of calls of `torch.nn.functional.scaled_dot_product_attention`.
 
-For models outside transformers: `patch_sdpa` puts `attnstats.attention` in that function's place for the duration
-of a `with`. Calls are numbered; the caller knows which layer made which. For transformers models there is `capture`.
+For models outside transformers: inside the `with`, `patch_sdpa` replaces that function by one that calls
+`attnstats.attention`. Calls are numbered; the caller knows which layer made which. `capture` is for transformers
+models.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from attnstats.core.arguments import refuse_distances
 from attnstats.core.geometry import as_autocast
 from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise
@@ -139,9 +141,9 @@ def patch_sdpa(
         """As torch has it, and recorded by `attnstats.patch_sdpa`."""
         nonlocal called
         called = True
-        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: checkpointing repeats the forward
-        index = None if again else run.calls
-        run.calls += not again
+        repeated = torch._C._current_graph_task_id() != -1  # in a backward pass, by gradient checkpointing
+        index = None if repeated else run.calls
+        run.calls += not repeated
         if not is_recorded(index, query, key):
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         output, results = _attend(
@@ -151,8 +153,8 @@ def patch_sdpa(
             attn_mask,
             is_causal,
             Options(
-                statistics=() if again else run.statistics,
-                heads=None if again else heads,
+                statistics=() if repeated else run.statistics,
+                heads=None if repeated else heads,
                 dropout_p=dropout_p,
                 scale=scale,
                 enable_gqa=enable_gqa,
@@ -192,12 +194,12 @@ def _selection(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bo
     if callable(calls):
         return lambda index, query, key: bool(calls(query, key))
     numbers: Any = calls
-    listed = None if isinstance(numbers, str) or not isinstance(numbers, Iterable) else list(numbers)
+    listed = list(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else None
     if listed is None or not all(hasattr(i, "__index__") and not isinstance(i, bool) and i >= 0 for i in listed):
         raise TypeError(f"calls must be None, numbers from 0 or a function of (query, key), got {calls!r}")
     indices = set(map(operator.index, listed))
 
-    def listed_here(index: int | None, query: Tensor, key: Tensor) -> bool:
+    def is_listed(index: int | None, query: Tensor, key: Tensor) -> bool:
         if index is None:
             raise RuntimeError(
                 "calls: a backward pass repeats calls (gradient checkpointing), and their numbers are not known then; "
@@ -205,7 +207,7 @@ def _selection(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bo
             )
         return index in indices
 
-    return listed_here
+    return is_listed
 
 
 def _attend(
@@ -236,9 +238,13 @@ def _attend(
 
     pattern, dense_mask = CAUSAL if is_causal else MaskPattern(), None
     if attn_mask is not None:
-        pattern, dense_mask = _read_mask(attn_mask, query, key_length, pattern, batch, allow_dense)
+        pattern, dense_mask = _read_mask(attn_mask, flat[0], key_length, pattern, batch, allow_dense)
     if pattern.query_offset is None and query_length != key_length:
-        _refuse_distances(statistics, query_length, key_length)
+        refuse_distances(
+            statistics,
+            f"in this call Tq={query_length}, Tk={key_length} without a causal mask, as in cross-attention, share no "
+            "positions; leave such calls out with calls=lambda query, key: query.shape[-2] == key.shape[-2]",
+        )
     options = options._replace(
         attn_mask=dense_mask,
         key_padding_mask=pattern.key_mask,
@@ -249,14 +255,9 @@ def _attend(
     )
     output, results = attend(*flat, options)
 
-    # SDPA's leading dimensions, and none for heads where the call had none.
-    lead = batch if query.dim() > 2 else ()
-    drop_heads = query.dim() == 2
-    results = results.changed(
-        lambda s, x: x[0, 0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
-        lambda s, x: x[0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
-    )
-    return output.reshape(*lead, *(output.shape[2:] if drop_heads else output.shape[1:])), results
+    if max(query.dim(), key.dim(), value.dim()) == 2:  # neither batch dimensions nor heads
+        return output[0, 0], results.changed(lambda s, x: x[0, 0], lambda s, x: x[0])
+    return output.reshape(*batch, *output.shape[1:]), results.changed(lambda s, x: x.reshape(*batch, *x.shape[1:]))
 
 
 def _flatten(
@@ -283,11 +284,11 @@ def _read_mask(
         raise ValueError(f"attn_mask must broadcast to (..., heads, Tq, Tk), got {tuple(mask.shape)}")
     while mask.dim() < len(batch) + 3:
         mask = mask[None]
-    shape = (*batch, query.shape[-3] if query.dim() > 2 else 1, query.shape[-2], key_length)
+    shape = (*batch, *query.shape[1:3], key_length)
     if mask.dim() > len(shape) or any(a not in (1, b) for a, b in zip(mask.shape, shape, strict=True)):
         raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
     mask = mask.expand(*mask.shape[:-1], key_length)
-    recognised = recognise(mask, query.shape[-2])
+    recognised = recognise(mask, query.shape[2])
     if recognised is not None and pattern.query_offset is not None:
         if recognised.query_offset in (None, pattern.query_offset):
             # The limits of both hold.
@@ -304,29 +305,20 @@ def _read_mask(
     return pattern, mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
-def _refuse_distances(statistics: tuple[Statistic, ...], query_length: int, key_length: int) -> None:
-    for statistic in (s for s in statistics if s.uses_distance):
-        raise ValueError(
-            f"statistics: {statistic} needs distances, and in this call Tq={query_length}, Tk={key_length} without "
-            "a causal mask, as in cross-attention, share no positions; leave such calls out with "
-            "calls=lambda query, key: query.shape[-2] == key.shape[-2]"
-        )
-
-
 def _empty(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -> Statistics:
     """The statistics of a call without queries, keys or batch rows."""
     lead, query_length = output.shape[:-2], output.shape[-2]
-    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+    accumulator = torch.float64 if output.dtype == torch.float64 else torch.float32
+    for statistic in statistics:
+        if isinstance(statistic, PooledMap):
+            statistic.boundaries(query_length, key_length)
 
     def zeros(statistic: Statistic, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        lengths: tuple[int, ...] = (key_length if statistic.axis == "column" else query_length,)
-        if isinstance(statistic, PooledMap):
-            lengths = tuple(len(bounds) - 1 for bounds in statistic.boundaries(query_length, key_length))
-        return torch.zeros(*lead, *lengths, dtype=dtype, device=output.device)
+        return torch.zeros(*lead, *statistic.shape(query_length, key_length), dtype=dtype, device=output.device)
 
-    lse = zeros(LSE(), lead, wide) - torch.inf
+    lse = zeros(LSE(), lead, accumulator) - torch.inf
     return Statistics(
-        {s: lse if isinstance(s, LSE) else zeros(s, lead, wide) for s in statistics},
+        {s: lse if s.method == "lse" else zeros(s, lead, accumulator) for s in statistics},
         lambda s: zeros(s, lead[:-1], torch.bool),
         lambda s: zeros(s, lead[:-1], torch.int64),
         lse,
@@ -334,10 +326,10 @@ def _empty(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -
 
 
 def _reduced(results: Statistics, over_heads: bool, device: torch.device | str | None) -> Statistics:
-    """The results as they are recorded: their mean over heads, on that device, where asked for."""
+    """The results as they are recorded: if over_heads their mean over heads, and on the device."""
 
-    def value(statistic: Statistic, x: Tensor) -> Tensor:
+    def reduced(statistic: Statistic, x: Tensor) -> Tensor:
         heads = -3 if statistic.axis == "map" else -2
         return (x.mean(heads) if over_heads and x.dim() >= -heads else x).to(device)
 
-    return results.changed(value, lambda s, x: x.to(device)) if over_heads or device is not None else results
+    return results.changed(reduced, lambda s, x: x.to(device)) if over_heads or device is not None else results

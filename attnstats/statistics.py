@@ -1,9 +1,8 @@
 """The catalogue: every statistic as data.
 
 A statistic says how the map A is weighted and over which distances that weight varies; it computes nothing.
-`reference` makes the formula executable, `tiled/` and `kernels/` evaluate it in O(T) memory. What code has to know
-about a statistic is one of its traits, an attribute that every statistic has (`Statistic`). docs/statistics.md has the
-recipes for new ones.
+`reference` makes the formula executable, `tiled/` and `kernels/` evaluate it in O(T) memory. They read the traits of a
+statistic (`Statistic`), attributes that every one has. docs/statistics.md has the recipes for new ones.
 
 Notation: `A[t, s]` is the softmaxed attention of query position t to key position s, `d = t - s` their
 distance, `c[t]` is 1 where query t counts (`query_mask`). Equations: Li et al., arXiv 2510.13554v2.
@@ -40,7 +39,7 @@ __all__ = [
     "WholeRowStatistic",
 ]
 
-# Every class of statistics in this process by its key, by which a compiled graph, which holds no objects, names it.
+# Every class of statistics in this process by its key. A compiled graph holds no objects and names a class by its key.
 DEFINED: WeakValueDictionary[str, type[Statistic]] = WeakValueDictionary()
 
 OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"; every setting is below it
@@ -52,13 +51,13 @@ Method = Literal["weight", "row", "first_keys", "pooled", "lse"]
 
 @dataclass(frozen=True)
 class Statistic:
-    """Base of all statistics. Frozen and hashable: a statistic is the key under which its result is found.
+    """Base of all statistics. Frozen and hashable: results are keyed by statistic.
 
     Traits, which subclasses override:
         axis: "row" for a value per query, (B, Hq, Tq); "column" for one per key, (B, Hq, Tk); "map" for (B, Hq, I, J).
         method: how it is computed: "weight", a sum of A weighted by distance; "row", a function of whole rows;
-            "first_keys", the mass on the first keys; "pooled", sums over segments; "lse". None: no backend knows.
-        uses_distance: it means nothing where queries and keys share no positions (cross-attention).
+            "first_keys", the mass on the first keys; "pooled", sums over segments; "lse". None: no backend computes it.
+        uses_distance: it is not defined where queries and keys share no positions (cross-attention).
         from_lse: it is a function of (query, key, lse).
         differentiable: it can carry gradients.
         grows: it can be kept up to date while the sequence grows; False where it depends on the end.
@@ -67,8 +66,8 @@ class Statistic:
         horizon: (lo, hi) of a column mean: its value is divided by the counted queries at these distances; hi None: all
             from lo on; None: a sum.
         last_queries: only the last so many counted queries of each sequence count; None: all.
-        far: (distance, weight) of a column statistic whose weight is constant and not 0 from that distance on, which
-            saves the kernels work; None: it isn't.
+        far: (distance, weight) where a column statistic has this one weight, not 0, from that distance on, so that the
+            kernels need not evaluate it; None: it varies, or is 0.
         kernel_weight: the weight as a `@triton.jit` function; None: the function of this name in kernels/weights.py.
     """
 
@@ -130,7 +129,11 @@ class Statistic:
     @property
     def summed(self) -> Statistic:
         """The statistic whose results add up over parts of the queries: the sum of a mean, else itself."""
-        return Summed(self) if isinstance(self, ColumnStatistic) and self.is_mean else self
+        return Summed(self) if self.is_mean else self
+
+    def shape(self, query_length: Any, key_length: Any) -> tuple[Any, ...]:
+        """The shape of a result behind its heads."""
+        return (key_length if self.axis == "column" else query_length,)
 
     def weight(self, distance: Tensor) -> Tensor:
         """The weight at each signed distance (integer tensor of any shape), elementwise."""
@@ -206,7 +209,7 @@ class WholeRowStatistic(Statistic):
 class Summed(ColumnStatistic):
     """The sum that a column mean divides, so that parts of a sequence can be added up; not in the catalogue."""
 
-    of: ColumnStatistic
+    of: Any
 
     @property
     def kernel_weight(self) -> Any:
@@ -350,9 +353,7 @@ class Received(ColumnStatistic):
 class Entropy(WholeRowStatistic):
     """Entropy of a row in nats: `-sum_s A[t, s] * ln A[t, s]`, shape (B, Hq, Tq)."""
 
-    @property
-    def differentiable(self) -> bool:
-        return True
+    differentiable: ClassVar[bool] = True
 
     def row(self, weights: Tensor, scores: Tensor) -> Tensor:
         # entr's derivative at 0 is infinite, and what reaches a score through it is A times that: 0.
@@ -374,10 +375,7 @@ class LSE(Statistic):
     """Natural log of the sum of exp(score) over a row, shape (B, Hq, Tq); -inf for a row that sees no key."""
 
     method: ClassVar[Method | None] = "lse"
-
-    @property
-    def differentiable(self) -> bool:
-        return True
+    differentiable: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -402,6 +400,7 @@ class PooledMap(Statistic):
 
     axis: ClassVar[Axis] = "map"
     method: ClassVar[Method | None] = "pooled"
+    grows: ClassVar[bool] = False
 
     query_segments: int | tuple[int, ...] = 64
     key_segments: int | tuple[int, ...] = 64
@@ -419,22 +418,12 @@ class PooledMap(Statistic):
             elif len(value) < 2 or value[0] != 0 or any(a >= b for a, b in pairwise(value)):
                 raise ValueError(f"PooledMap: {field} must increase from 0 to the length, got {value}")
 
-    @property
-    def grows(self) -> bool:
-        return False
-
     def boundaries(self, query_length: int, key_length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The boundaries of the query and of the key segments. Raises ValueError where they don't fit the lengths."""
-        return (
-            self._boundaries("query_segments", query_length),
-            self._boundaries("key_segments", key_length),
-        )
+        return self._boundaries("query_segments", query_length), self._boundaries("key_segments", key_length)
 
-    @property
-    def segment_counts(self) -> tuple[int, int]:
-        """The numbers I and J of query and of key segments."""
-        counts = (x if isinstance(x, int) else len(x) - 1 for x in (self.query_segments, self.key_segments))
-        return next(counts), next(counts)
+    def shape(self, query_length: Any, key_length: Any) -> tuple[Any, ...]:
+        return tuple(x if isinstance(x, int) else len(x) - 1 for x in (self.query_segments, self.key_segments))
 
     def _boundaries(self, field: str, length: int) -> tuple[int, ...]:
         segments = getattr(self, field)

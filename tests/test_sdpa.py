@@ -77,6 +77,8 @@ CALLS = {
     ),
     "3-D": ((4, 9, 8), (4, 9, 8), {"is_causal": True}),
     "2-D": ((9, 8), (9, 8), {"attn_mask": KEYS[1:]}),
+    "2-D query": ((9, 8), (4, 9, 8), {"is_causal": True}),
+    "2-D query, 4-D keys": ((9, 8), (2, 1, 9, 8), {"attn_mask": KEYS[:, None, None]}),
     "6-D": ((2, 1, 3, 4, 9, 8), (2, 1, 3, 4, 9, 8), {"attn_mask": KEYS[:, None, None, None, None, :]}),
     "broadcast batch": ((2, 4, 9, 8), (1, 4, 9, 8), {}),
     "broadcast heads": ((2, 4, 9, 8), (2, 1, 9, 8), {}),

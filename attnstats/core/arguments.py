@@ -64,7 +64,7 @@ def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
 
 
 def with_dropout_seed(geometry: Geometry, seed: Tensor | None = None) -> Geometry:
-    """The same call with a seed for its dropout, if it has any: the given one, or one that is drawn."""
+    """The same call with a seed for its dropout, if it has any; seed None: one is drawn."""
     if geometry.dropout_p == 0:
         return geometry
     return dataclasses.replace(geometry, dropout_seed=draw_seed(geometry.device) if seed is None else seed)
@@ -143,7 +143,7 @@ def _check_differentiable(statistics: tuple[Statistic, ...], differentiable: boo
 
 
 def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], options: Options) -> dict[str, Any]:
-    """The fields of a dense call's geometry that say who sees whom and which queries count."""
+    """The fields of a dense call's geometry that say which keys a query sees and which queries count."""
     batch, query_length, key_length = query.shape[0], query.shape[2], key.shape[2]
     window_size, is_causal, query_offset = options.window_size, options.is_causal, options.query_offset
     left, right = _window(window_size, is_causal)
@@ -159,7 +159,7 @@ def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], op
         packing.check_length("query_offset", query_offset)
     if query_offset is None:
         across = f"Tq={query_length} != Tk={key_length} with is_causal=False is taken as cross-attention"
-        _refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
+        refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
         if (left, right) != (None, None):
             raise ValueError(f"window_size {window_size} needs positions, and {across}. Pass query_offset")
     for statistic in statistics:
@@ -168,24 +168,27 @@ def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], op
 
     _check_mask("query_mask", options.query_mask, (batch, query_length), query.device)
     _check_mask("key_padding_mask", options.key_padding_mask, (batch, key_length), query.device)
-    padding, real_queries = options.key_padding_mask, None
-    if padding is not None and query_offset is not None:  # padding positions aren't queries either
+    real_keys, real_queries = options.key_padding_mask, None
+    if real_keys is not None and query_offset is not None:  # padding positions aren't queries either
         position = torch.arange(query_length, device=query.device) + query_offset
-        real_queries = padding[:, position.clamp(max=key_length - 1)] | (position >= key_length)
+        real_queries = real_keys[:, position.clamp(max=key_length - 1)] | (position >= key_length)
     key_mask, dense_mask = _split_mask(options.attn_mask, query, key_length)
-    if key_mask is None:
-        key_mask = padding
-    elif padding is not None:
-        key_mask = key_mask & padding
     return {
         "query_offset": query_offset,
         "left": left,
         "right": right,
-        "key_mask": key_mask,
+        "key_mask": _both(key_mask, real_keys),
         "real_queries": real_queries,
-        "query_mask": options.query_mask,
+        "query_mask": _both(options.query_mask, real_queries),
         "dense_mask": dense_mask,
     }
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """True where both masks are; None: everywhere."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
 
 
 def _packed_positions(
@@ -197,7 +200,7 @@ def _packed_positions(
     left, right = _window(window_size, options.is_causal)
     if not (options.is_causal or shared):
         across = "cu_seqlens_k that differ from cu_seqlens_q with is_causal=False are taken as cross-attention"
-        _refuse_distances(statistics, across)
+        refuse_distances(statistics, across)
         if (left, right) != (None, None):
             raise ValueError(f"window_size {window_size} needs positions, and {across}")
     if any(statistic.axis == "map" for statistic in statistics):
@@ -209,7 +212,8 @@ def _packed_positions(
     return {"query_offset": 0, "left": left, "right": right, "query_mask": query_mask, "packing": sequences}
 
 
-def _refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
+def refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
+    """Raise ValueError, with the reason, for statistics that need positions of queries and keys."""
     for statistic in statistics:
         if statistic.uses_distance:
             raise ValueError(f"statistics: {statistic} needs distances, and {reason}")
@@ -232,12 +236,12 @@ def _softcap(softcap: float | None) -> float | None:
 
 
 def _window(window_size: Window | None, is_causal: bool) -> Window:
-    """`left` and `right`, the distances that a query sees behind and ahead of itself; None: all the way."""
+    """`left` and `right`, how far behind and ahead of itself a query sees; None: no limit."""
     if window_size is None:
         return None, 0 if is_causal else None
     sides = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
-    whole = all(side is None or (isinstance(side, INTEGERS) and not isinstance(side, bool)) for side in sides)
-    if len(sides) != 2 or not whole or any(side is not None and not -1 <= side < 2**31 - 1 for side in sides):
+    integers = all(side is None or (isinstance(side, INTEGERS) and not isinstance(side, bool)) for side in sides)
+    if len(sides) != 2 or not integers or any(side is not None and not -1 <= side < 2**31 - 1 for side in sides):
         raise ValueError(
             f"window_size must be (left, right), integers >= 0, or None or -1 for no limit; got {window_size!r}. "
             "A sliding window of w tokens is (w - 1, 0)"
@@ -263,7 +267,7 @@ def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
 def _heads(
     heads: Heads | None, statistics: tuple[Statistic, ...], query_heads: int
 ) -> dict[Statistic, tuple[int, ...]]:
-    """The heads of each statistic that isn't asked of all."""
+    """The heads of each statistic that is computed for some heads only."""
     if heads is None:
         return {}
     if not isinstance(heads, Mapping):
@@ -290,8 +294,8 @@ def _head_list(name: str, heads: Sequence[int], query_heads: int) -> tuple[int, 
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
-    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    for name, x in tensors.items():
+    tensors = [("query", query), ("key", key), *([] if value is None else [("value", value)])]
+    for name, x in tensors:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:

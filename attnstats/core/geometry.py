@@ -37,12 +37,13 @@ class Geometry:
         sinks: (Hq,) float, one more logit per head in every row's softmax that belongs to no key; None: none.
         key_mask: (B, Tk) bool, True where a key may be seen; None: all.
         real_queries: (B, Tq) bool, True where a query isn't padding; None: all.
-        query_mask: (B, Tq) bool, True where a query counts (the paper's response R); None: all.
+        query_mask: (B, Tq) bool, True where a query counts in columns (the paper's response R); padding does not.
+            None: all.
         dense_mask: the caller's attn_mask where it depends on the query, (B|1, Hq|1, Tq|1, Tk), bool (True: may
             be seen) or additive. Only `reference` takes it.
         packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
             every batch row is one sequence.
-        heads: the query heads of statistics that were not asked of all heads.
+        heads: the query heads of each statistic that is computed for some heads only.
         dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
         dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
         differentiable: statistics carry gradients.
@@ -110,18 +111,16 @@ class Geometry:
         before = _before(self.key_mask)
         return before[:, end] > before[:, first]
 
-    def counted(self, last: int | None = None) -> Tensor | None:
-        """(B, Tq) bool: the query counts in column statistics, only the `last` of each sequence if given; None: all."""
-        counted = self.real_queries if self.query_mask is None else self.query_mask
-        if counted is not None and self.query_mask is not None and self.real_queries is not None:
-            counted = self.query_mask & self.real_queries
-        if last is None:
-            return counted
-        if counted is None:
-            counted = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
-        before = _before(counted)
+    def query_mask_of(self, last_queries: int | None) -> Tensor | None:
+        """`query_mask`, of each sequence only so many of the last queries that count; None: no limit."""
+        query_mask = self.query_mask
+        if last_queries is None:
+            return query_mask
+        if query_mask is None:
+            query_mask = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
+        before = _before(query_mask)
         own_end = self._along_queries().own_end.expand(self.query_length)
-        return counted & (before[:, own_end] - before[:, :-1] <= last)
+        return query_mask & (before[:, own_end] - before[:, :-1] <= last_queries)
 
     def queries_at_distance(self, lo: int, hi: int | None) -> Tensor:
         """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10)."""
@@ -132,10 +131,9 @@ class Geometry:
             hi = min(hi, abs(self.offset) + self.query_length + self.key_length)  # int64 holds position + hi
             end = torch.minimum((position + hi + 1).clamp(min=0), length)
         end = torch.maximum(first, end)
-        counted = self.counted()
-        if counted is None:
+        if self.query_mask is None:
             return (end - first).expand(self.batch, -1)
-        before = _before(counted)
+        before = _before(self.query_mask)
         return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
@@ -143,8 +141,7 @@ class Geometry:
         real_keys = self._real_keys()
         if statistic.axis == "column":
             return real_keys if statistic.horizon is None else self.counts(statistic) > 0
-        counted = self.counted()
-        rows = self.live() if counted is None else self.live() & counted
+        rows = self.live() if self.query_mask is None else self.live() & self.query_mask
         if not isinstance(statistic, PooledMap):
             return rows
         query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
@@ -158,9 +155,7 @@ class Geometry:
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
         heads = len(self.heads.get(statistic, range(self.query_heads)))
-        if isinstance(statistic, PooledMap):
-            return self.batch, heads, *statistic.segment_counts
-        return self.batch, heads, self.key_length if statistic.axis == "column" else self.query_length
+        return self.batch, heads, *statistic.shape(self.query_length, self.key_length)
 
     def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
         """The returned value of a backend's sums: means over counted queries, zeros for padding."""
@@ -169,14 +164,15 @@ class Geometry:
         if statistic.axis == "column":
             if self.key_mask is not None:
                 tensor = tensor.masked_fill(~self.key_mask[:, None], 0.0)
-            if statistic.horizon is None:
+            horizon = statistic.horizon
+            if horizon is None:
                 return tensor
-            counts = self.memo.get(statistic.horizon)
+            counts = self.memo.get(horizon)
             if counts is None:
-                counts = self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+                counts = self.queries_at_distance(*horizon).clamp(min=1)[:, None]
                 # A tensor made while a CUDA graph is captured is only there when the graph runs.
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-                    self.memo[statistic.horizon] = counts
+                    self.memo[horizon] = counts
             return tensor / counts
         if self.all_live and self.real_queries is None:
             return tensor
@@ -202,13 +198,13 @@ class Geometry:
         """(B, Hq, T): x in the statistic's heads, 0 in the others."""
         if statistic not in self.heads:
             return x
-        every = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
-        for i, head in enumerate(self.heads[statistic]):  # not every[:, heads], which copies a list to the device
-            every[:, head] = x[:, i]
-        return every
+        in_all = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
+        for i, head in enumerate(self.heads[statistic]):  # not in_all[:, heads], which copies a list to the device
+            in_all[:, head] = x[:, i]
+        return in_all
 
     def row_mass(self, lse: Tensor) -> Tensor:
-        """(B, 1 | Hq, Tq): the sum of a row of A: 1, less the sink's share, and 0 where nothing is seen."""
+        """(B, 1 | Hq, Tq): the sums of the rows of A: 1 less the sink's share, 0 for rows that see no key."""
         live = self.live()[:, None].to(lse.dtype)
         return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
 
@@ -233,20 +229,17 @@ class Geometry:
         for queries, keys in self.packing.slices():
             if queries.start < queries.stop and keys.start < keys.stop:
                 length, key_length = queries.stop - queries.start, keys.stop - keys.start
-                yield (
-                    queries,
-                    keys,
-                    dataclasses.replace(
-                        self,
-                        query_length=length,
-                        key_length=key_length,
-                        query_offset=key_length - length,
-                        query_mask=None if self.query_mask is None else self.query_mask[:, queries],
-                        dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
-                        packing=None,
-                        memo={},
-                    ),
+                alone = dataclasses.replace(
+                    self,
+                    query_length=length,
+                    key_length=key_length,
+                    query_offset=key_length - length,
+                    query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                    dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
+                    packing=None,
+                    memo={},
                 )
+                yield queries, keys, alone
 
     def _real_keys(self) -> Tensor:
         """(B, Tk) bool: not padding, and of a sequence."""
@@ -264,14 +257,14 @@ class Geometry:
         return Line(position, *(position.new_full((), n) for n in (self.query_length, 0, self.key_length)))
 
     def _along_keys(self) -> Line:
-        """Positions are counted from the first query of the sequence, so that query i stands at i."""
+        """Here positions count from the first query of the sequence: query i stands at i."""
         if self.packing is not None:
             return self.packing.along_keys(self.key_length)
         position = torch.arange(self.key_length, device=self.device) - self.offset
         return Line(position, *(position.new_full((), n) for n in (self.key_length, 0, self.query_length)))
 
     def _seen(self) -> tuple[Tensor, Tensor]:
-        """[Tq] int64 twice: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
+        """[Tq] int64 `first` and `end`: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
         position, _, begin, length = self._along_queries()
         first, end = torch.zeros_like(position), length
         if self.left is not None:
@@ -329,12 +322,12 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    kept = (torch.float64, torch.bool)
-    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)
+    not_cast = (torch.float64, torch.bool)
+    return tuple(x if x is None or x.dtype in not_cast else x.to(dtype) for x in tensors)
 
 
 def divisor_of(lse: Tensor) -> Tensor:
-    """The lse with +inf for rows that see nothing, so that exp(score - lse) is exactly 0 there, not NaN."""
+    """The lse with +inf for rows that see no key, so that exp(score - lse) is exactly 0 there, not NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 

@@ -61,17 +61,19 @@ class Packing:
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
         """Each sequence's queries and keys. Waits for the device."""
-        for (a, b), (c, d) in zip(_pairs(self.queries), _pairs(self.keys), strict=True):
+        for (a, b), (c, d) in zip(pairwise(self.queries.tolist()), pairwise(self.keys.tolist()), strict=True):
             yield slice(a, b), slice(c, d)
 
 
 def check_length(name: str, length: int | None) -> None:
+    """Raise ValueError for anything but None and an integer >= 0."""
     check_integer(name, length)
     if length is not None and length < 0:
         raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
 def check_integer(name: str, length: int | None) -> None:
+    """Raise ValueError for anything but None and an integer; a traced length has no number to compare."""
     if length is not None and (not isinstance(length, INTEGERS) or isinstance(length, bool)):
         raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
@@ -102,23 +104,23 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
     boundaries: list[list[int]] = []
     longest: list[int] = []
     sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))
-    for side, cu, given, length in sides:
+    for side, cu, max_seqlen, length in sides:
         name = f"cu_seqlens_{side}"
         if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) < 2:
             got = f"{cu.dtype} {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
             raise TypeError(f"{name} must be an int32 or int64 tensor of shape (sequences + 1,), got {got}")
         if cu.device != device:
             raise ValueError(f"{name} must be on query's device {device}, got {cu.device}")
-        if given is not None and device.type != "cpu":
-            longest.append(min(given, length))
+        if max_seqlen is not None and device.type != "cpu":
+            longest.append(min(max_seqlen, length))
             continue
         values = _read(cu)
         steps = [b - a for a, b in pairwise(values)]
         if values[0] != 0 or min(steps) < 0 or values[-1] > length:
             fault = "start at 0" if values[0] else "not decrease" if min(steps) < 0 else f"end at most at {length}"
             raise ValueError(f"{name} must {fault}, got {_short(values)}")
-        if given is not None and given < max(steps):
-            raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {max(steps)}; got {given}")
+        if max_seqlen is not None and max_seqlen < max(steps):
+            raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {max(steps)}; got {max_seqlen}")
         boundaries.append(values)
         longest.append(max(steps))
     if len(cu_seqlens_q) != len(cu_seqlens_k):
@@ -151,8 +153,3 @@ def _line(own: Tensor, other: Tensor, length: int) -> Line:
     # Aligned at the end: query own_end - 1 and key other_end - 1 stand at the same position.
     position = index - own_end + other_end - other[sequence]
     return Line(position, own_end, other[sequence], other_end - other[sequence])
-
-
-def _pairs(boundaries: Tensor) -> Iterator[tuple[int, int]]:
-    values = boundaries.tolist()
-    return pairwise(values)

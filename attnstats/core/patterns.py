@@ -51,11 +51,11 @@ def recognise(
     Queries are the last positions of the keys or, where only that fits, those at which attention is causal.
 
     Args:
-        mask: (..., Hq | 1, Tq | 1, Tk), bool, or float with 0 for visible and `hidden` or less for hidden. One that
-            requires a gradient is a bias that is learned, whatever it is now: None.
+        mask: (..., Hq | 1, Tq | 1, Tk), bool, or float with 0 for visible and `hidden` or less for hidden. A mask that
+            requires a gradient is a learned bias and never recognised.
         query_length: Tq.
         true_hides: True in a bool mask hides a key (nn.MultiheadAttention); else it shows one (SDPA).
-        hidden: what stands for -inf; transformers adds the smallest finite number.
+        hidden: the largest number that counts as -inf; transformers adds the smallest finite number.
     """
     if mask.requires_grad:
         return None
@@ -85,7 +85,7 @@ def allow_whole_map(name: str, mask: Tensor, allow_dense: bool, *, where: str = 
 
 
 def visible_elements(mask: Tensor, *, true_hides: bool, hidden: float = -math.inf) -> Tensor | None:
-    """A mask as bool with True for visible; None where it holds more than 0 and what stands for -inf."""
+    """A mask as bool with True for visible; None where it holds other numbers than 0 and those that count as -inf."""
     if mask.dtype == torch.bool:
         return ~mask if true_hides else mask
     visible = mask == 0
@@ -94,8 +94,8 @@ def visible_elements(mask: Tensor, *, true_hides: bool, hidden: float = -math.in
 
 class _Extent(NamedTuple):
     key_mask: Tensor  # (..., Tk) the keys that any query sees
-    ahead: int  # how far ahead and behind of its index any query sees
-    behind: int
+    ahead: int  # the farthest that any query sees ahead of its index
+    behind: int  # and behind it
 
 
 def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float) -> MaskPattern | None:
@@ -109,7 +109,7 @@ def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float)
         return _compact(pattern) if _equals(mask, pattern, true_hides) else None
     key = torch.arange(key_length, device=mask.device)
     last = max(0, key_length - query_length)
-    # Last, where it is causal (the slots of a cache lie behind it), and first.
+    # Queries at the end of the keys, before the unused slots of a cache (where the mask is causal), or at the start.
     for offset in dict.fromkeys((last, min(max(0, extent.ahead), last), 0)):
         ahead, behind = extent.ahead - offset, extent.behind + offset
         right = None if ahead >= key_length - 1 - offset else ahead
@@ -126,13 +126,13 @@ def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float)
 
 
 def _compact(pattern: MaskPattern) -> MaskPattern:
-    """Without a key mask that hides nothing; a copy of one that does, as a view would keep the mask alive."""
+    """The pattern with a copy of its key mask, as a view would keep the mask alive; without one that hides no key."""
     assert pattern.key_mask is not None
     return pattern._replace(key_mask=None if bool(pattern.key_mask.all()) else pattern.key_mask.clone())
 
 
 def _extent(mask: Tensor, true_hides: bool, hidden: float) -> _Extent | None:
-    """None where the mask holds more than 0 and what stands for -inf."""
+    """The extent of a mask; None where it holds other numbers than 0 and those that count as -inf."""
     key_length = mask.shape[-1]
     key_mask = torch.zeros((*mask.shape[:-3], key_length), dtype=torch.bool, device=mask.device)
     ahead, behind = -mask.shape[-2], -key_length
@@ -152,7 +152,7 @@ def _extent(mask: Tensor, true_hides: bool, hidden: float) -> _Extent | None:
 
 
 def _equals(mask: Tensor, pattern: MaskPattern, true_hides: bool) -> bool:
-    """True if every element of the mask, which holds nothing but 0 and -inf, is that of the pattern."""
+    """True if every element of the mask, which is bool or holds 0 and -inf alone, is as in the pattern."""
     assert pattern.key_mask is not None
     key = torch.arange(mask.shape[-1], device=mask.device)
     for rows in _blocks(mask):

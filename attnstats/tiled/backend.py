@@ -134,7 +134,7 @@ def passes(geometry: Geometry, attends: bool) -> list[Pass]:
 
 def _statistic_passes(geometry: Geometry) -> tuple[Pass, ...]:
     """The passes over (query, key, lse); statistics of the same heads and the same loop go together."""
-    heads = tuple(geometry.heads.get(s) for s in geometry.statistics)
+    heads = tuple(map(geometry.heads.get, geometry.statistics))
     return _passes_of(geometry.statistics, heads, native.takes(geometry))
 
 

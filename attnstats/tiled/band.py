@@ -31,21 +31,21 @@ def evaluate(
     tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
     rows_of = [s for s in band.spans if s.axis == "row"]
     columns_of = [s for s in band.spans if s.axis == "column"]
-    counted = geometry.counted()
-    room = _Workspace.of(geometry, band)
+    query_mask = geometry.query_mask
+    space = _Workspace.of(geometry, band)
     for batch, heads, key_head in heads_of(geometry):
-        hidden = _fill_keys_(room.keys, key[batch, key_head], band, geometry, batch)
+        hidden = _fill_keys_(space.keys, key[batch, key_head], band, geometry, batch)
         for head in range(heads.start, heads.stop):
-            for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, room):
+            for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, space):
                 rows = slice(start, start + len(weights))
                 for s in rows_of:
                     lo, hi = band.spans[s]
                     near = weights[:, band.behind - hi : band.behind - lo + 1]
                     tensors[s][batch, head, rows] = near @ band.weights[s].flip(0)
-                if counted is not None:
-                    weights.masked_fill_(~counted[batch, rows, None], 0.0)
+                if query_mask is not None:
+                    weights.masked_fill_(~query_mask[batch, rows, None], 0.0)
                 for s in columns_of:
-                    _add_columns_(tensors[s][batch, head], room.band, geometry.offset + start, len(weights), band, s)
+                    _add_columns_(tensors[s][batch, head], space.band, geometry.offset + start, len(weights), band, s)
     tails = {s: s.tail for s in statistics if s.axis == "row"}
     if any(tails.values()):
         mass = geometry.row_mass(lse)
@@ -56,7 +56,7 @@ def evaluate(
 class _Workspace(NamedTuple):
     """Buffers that all heads share: fresh ones of this size would be mapped and unmapped for each."""
 
-    keys: Tensor  # [blocks * BAND_ROWS + width - 1, D] from `behind` before the first query on
+    keys: Tensor  # [blocks * BAND_ROWS + width - 1, D], beginning `behind` positions before the first query
     queries: Tensor  # [step, D] scaled
     divisor: Tensor  # [step]
     scores: Tensor  # [step / BAND_ROWS, BAND_ROWS, window]
@@ -68,7 +68,6 @@ class _Workspace(NamedTuple):
         blocks = -(-geometry.query_length // BAND_ROWS)
         together = min(blocks, max(1, BLOCK_ELEMENTS // (BAND_ROWS * window)))
         step = together * BAND_ROWS
-
         shapes = (
             (blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
             (step, geometry.head_dim),
@@ -80,7 +79,10 @@ class _Workspace(NamedTuple):
 
 
 def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batch: int) -> Tensor:
-    """Copy one head's keys to where the band needs them; [len(keys)] bool: which are none or may not be seen."""
+    """Copy one head's keys to the rows where the band reads them.
+
+    Returns [len(keys)] bool, True in rows without a key, or with one that no query may see.
+    """
     first = geometry.offset - band.behind  # the position at index 0
     begin = max(0, -first)
     inside = slice(begin, max(begin, min(len(keys), geometry.key_length - first)))
@@ -92,21 +94,21 @@ def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batc
 
 
 def _band_blocks(
-    query: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry, room: _Workspace
+    query: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry, space: _Workspace
 ) -> Iterator[tuple[int, Tensor]]:
-    """For one head, yield (first row, A as [rows, width]), which stands in `room.band` between rows of zeros."""
+    """For one head, yield the first row and A as [rows, width], a part of `space.band` between rows of zeros."""
     length, dim = query.shape
-    together, _, window = room.scores.shape
+    together, _, window = space.scores.shape
     for start in range(0, length, together * BAND_ROWS):
         rows = min(together * BAND_ROWS, length - start)
         blocks = -(-rows // BAND_ROWS)
-        room.queries[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # cast first, then scale
-        room.divisor.fill_(torch.inf)[:rows] = divisor[start : start + rows]
-        windows = room.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
-        scores = torch.bmm(room.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=room.scores[:blocks])
+        space.queries[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # cast first, then scale
+        space.divisor.fill_(torch.inf)[:rows] = divisor[start : start + rows]
+        windows = space.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
+        scores = torch.bmm(space.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=space.scores[:blocks])
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
-        weights = room.band[band.width : band.width + blocks * BAND_ROWS]
-        divided = room.divisor.view(-1, BAND_ROWS, 1)[:blocks]
+        weights = space.band[band.width : band.width + blocks * BAND_ROWS]
+        divided = space.divisor.view(-1, BAND_ROWS, 1)[:blocks]
         torch.sub(softcap_(diagonals, geometry.softcap), divided, out=weights.view_as(diagonals))
         weights.exp_()  # 0 beyond the last row, whose divisor is +inf
         first = geometry.offset + start
@@ -118,27 +120,19 @@ def _band_blocks(
             if size > 0:
                 outside = hidden[start + edge.start :].as_strided((size, band.width), (1, 1))
                 weights[edge].masked_fill_(outside, 0.0)
-        room.band[band.width + rows :].zero_()
+        space.band[band.width + rows :].zero_()
         yield start, weights[:rows]
 
 
-def _add_columns_(
-    column: Tensor,
-    padded: Tensor,
-    first: int,
-    rows: int,
-    band: _Band,
-    statistic: Statistic,
-) -> None:
-    """Add to `column` [Tk] what it receives from a block of rows, the first of them at position `first`.
+def _add_columns_(column: Tensor, padded: Tensor, first: int, rows: int, band: _Band, statistic: Statistic) -> None:
+    """Add to `column` [Tk] the sums over a block of rows, the first of them at position `first`.
 
-    A key's weights stand on an antidiagonal of the band: one row further down, one column further left.
+    A key's weights lie on an antidiagonal of the band: one row further down, one column further left.
     """
     lo, hi = band.spans[statistic]
     start = (band.width - hi + lo) * band.width + band.behind - lo
     antidiagonals = padded.as_strided((rows + hi - lo, hi - lo + 1), (band.width, band.width - 1), start)
-    mean_of_all = statistic.horizon == statistic.band  # so the weight is 1 throughout
-    received = (antidiagonals if mean_of_all else antidiagonals * band.weights[statistic]).sum(1)
+    received = (antidiagonals if statistic in band.unweighted else antidiagonals * band.weights[statistic]).sum(1)
     skip = max(0, hi - first)
     keys = slice(first - hi + skip, min(first - lo + rows, len(column)))
     if keys.start < keys.stop:
@@ -160,8 +154,9 @@ class _Band(NamedTuple):
 
     Attributes:
         width: the number of distances.
-        spans: (lo, hi), each statistic's own band within this one, of those that have any.
+        spans: (lo, hi), the part of each statistic's band that lies within this one; empty ones are left out.
         weights: [hi - lo + 1] each statistic's weight less its tail, from distance lo upwards.
+        unweighted: column means over the whole band, whose weight is 1 throughout.
     """
 
     behind: int
@@ -169,6 +164,7 @@ class _Band(NamedTuple):
     width: int
     spans: dict[Statistic, tuple[int, int]]
     weights: dict[Statistic, Tensor]
+    unweighted: frozenset[Statistic]
 
     @staticmethod
     def of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Band:
@@ -194,4 +190,5 @@ class _Band(NamedTuple):
             s: s.weight(torch.arange(lo, hi + 1, device=geometry.device)).to(geometry.accumulator) - s.tail
             for s, (lo, hi) in spans.items()
         }
-        return _Band(behind, ahead, behind + ahead + 1, spans, weights)
+        unweighted = frozenset(s for s in spans if s.horizon == s.band)
+        return _Band(behind, ahead, behind + ahead + 1, spans, weights, unweighted)

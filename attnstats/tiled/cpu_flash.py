@@ -28,7 +28,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     """Output and lse."""
     seen, causal, bias = _mask(geometry)
     # It reads the last dimension as contiguous without a look at its stride.
-    inputs = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key[:, :, :seen], value[:, :, :seen]))
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key[:, :, :seen], value[:, :, :seen])]
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *inputs, 0.0, causal, attn_mask=bias, scale=geometry.scale
     )
@@ -59,7 +59,7 @@ def gradients(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> 
 
 
 def _mask(geometry: Geometry) -> tuple[int, bool, Tensor | None]:
-    """The number of keys that the kernel is given, its causal flag and its bias."""
+    """The number of keys to pass to the kernel, its causal flag and its bias."""
     seen, causal = geometry.key_length, geometry.is_causal
     if causal and geometry.query_length == 1:  # the one query sees the keys up to its own position
         seen, causal = min(geometry.offset + 1, geometry.key_length), False

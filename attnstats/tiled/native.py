@@ -22,14 +22,14 @@ from attnstats.core.geometry import Geometry
 from attnstats.statistics import Entropy, MaxLogit, Statistic
 from attnstats.tiled import band
 
-VERSION = 1  # of the interface; a library that says another is not used
+VERSION = 1  # of the interface; a library of another version is not used
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
 WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
 UNBOUNDED = 2**40  # a distance beyond all others
 
 enabled = os.environ.get("ATTNSTATS_NATIVE", "1") != "0"
-lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: what the machine has
+lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: the machine's widest
 
 
 class _Tensor(Structure):
@@ -47,7 +47,7 @@ class _Statistic(Structure):
         ("weights", c_void_p),
         ("farthest", c_int64),
         ("distances", c_int64),
-        ("counted", c_void_p),
+        ("query_mask", c_void_p),
     )
 
 
@@ -77,7 +77,7 @@ class _Call(Structure):
 
 
 def takes(geometry: Geometry) -> bool:
-    """True if the library is there and takes tensors of this device and dtype."""
+    """True if the library is installed and takes tensors of this device and dtype."""
     return enabled and geometry.device.type == "cpu" and geometry.dtype in TYPES and _library() is not None
 
 
@@ -89,12 +89,15 @@ def computes(statistic: Statistic) -> bool:
 def evaluate(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
-    """Statistics that it computes, as sums (`Geometry.finish` divides), all from the same scores."""
+    """Statistics that `computes` is True for, as sums (`Geometry.finish` divides), all from the same scores."""
     library = _library()
     assert library is not None
-    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    query, key = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key)]
     tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
-    counted = {s: _counted(s, geometry) for s in statistics if s.axis == "column"}
+    query_masks = {}
+    for s in statistics:
+        if s.axis == "column" and (query_mask := geometry.query_mask_of(s.last_queries)) is not None:
+            query_masks[s] = query_mask.contiguous()
     key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
     template = geometry.memo.get(("native", statistics))
     if template is None:
@@ -102,8 +105,8 @@ def evaluate(
     requests = type(template.requests).from_buffer_copy(template.requests)
     for s, request in zip(statistics, requests, strict=True):
         request.result = tensors[s].data_ptr()
-        if (queries := counted.get(s)) is not None:
-            request.counted = queries.data_ptr()
+        if s in query_masks:
+            request.query_mask = query_masks[s].data_ptr()
     call = _Call.from_buffer_copy(template.call)
     call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
     call.statistics, call.threads, call.lanes = requests, torch.get_num_threads(), lanes
@@ -207,26 +210,21 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
     tail = _tail(statistic)
     if statistic.band is not None and statistic.tail == tail:
         nearest, farthest = max(nearest, statistic.band[0]), min(farthest, statistic.band[1])
-    if nearest > farthest:  # no key is that near
+    if nearest > farthest:  # no key is within the band
         return _Weights(0, torch.zeros(1))
     weights = statistic.weight(torch.arange(farthest, nearest - 1, -1)).to(torch.float32)
     return _Weights(farthest, (weights - tail if tail else weights).contiguous())
 
 
-def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
-    counted = geometry.counted(statistic.last_queries)
-    return None if counted is None else counted.contiguous()
-
-
 def _path() -> Path | None:
-    """Beside this file, and nowhere else: another installation's library isn't this one's."""
+    """The library beside this file; nowhere else, as another installation's may differ from this one's."""
     beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in beside if path.exists()), None)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """None where setup.py found no compiler, or what it built does not load or fit here."""
+    """None if there is no library, as setup.py found no compiler, or if it does not load or is of another version."""
     path = _path()
     if path is None:
         return None

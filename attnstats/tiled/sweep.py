@@ -168,7 +168,7 @@ def evaluate(
 
 
 def _by_distance(statistics: Iterable[Statistic], geometry: Geometry, block: _Block) -> dict[Statistic, Tensor]:
-    """[rows, keys] the weights of those statistics whose weight varies."""
+    """[rows, keys] the weight of each statistic whose weight varies."""
     varying = [s for s in statistics if s.uses_distance]
     if not varying:
         return {}
@@ -200,16 +200,16 @@ def _segments(statistic: PooledMap, geometry: Geometry) -> tuple[Tensor, Tensor]
 
 def _counts(statistic: Statistic, geometry: Geometry) -> Tensor:
     """[B, Tq] float, c[t] of Eq. 10."""
-    counted = geometry.counted(statistic.last_queries)
-    if counted is None:
-        counted = torch.ones(geometry.batch, geometry.query_length, dtype=torch.bool, device=geometry.device)
-    return counted.to(geometry.accumulator)
+    query_mask = geometry.query_mask_of(statistic.last_queries)
+    if query_mask is None:
+        query_mask = torch.ones(geometry.batch, geometry.query_length, dtype=torch.bool, device=geometry.device)
+    return query_mask.to(geometry.accumulator)
 
 
 class _Block(NamedTuple):
     rows: slice
-    keys: slice  # the rows see no other
-    hidden: Tensor | None  # [rows, keys] bool: outside the causal mask or the window; None: none is
+    keys: slice  # the only ones that the rows see
+    hidden: Tensor | None  # [rows, keys] bool: outside the causal mask or the window; None: no key is
 
 
 def _blocks(geometry: Geometry) -> Iterator[_Block]:
@@ -236,7 +236,7 @@ def _blocks(geometry: Geometry) -> Iterator[_Block]:
 
 
 def heads_of(geometry: Geometry) -> Iterator[tuple[int, slice, int]]:
-    """(batch row, query heads of one group, their key head)."""
+    """Yield (batch row, query heads of one group, their key head)."""
     for batch in range(geometry.batch):
         for key_head in range(geometry.key_heads):
             yield batch, slice(key_head * geometry.group, (key_head + 1) * geometry.group), key_head
@@ -262,5 +262,5 @@ def _scores(
 
 
 def _log_weights_(scores: Tensor, lse: Tensor) -> Tensor:
-    """ln A = scores - lse in place; under a row that sees nothing (lse -inf) it is -inf, not NaN."""
+    """ln A = scores - lse in place; in a row that sees no key (lse -inf) it is -inf, not NaN."""
     return scores.sub_(divisor_of(lse)[..., None])

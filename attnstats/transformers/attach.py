@@ -49,7 +49,8 @@ class Attachment:
     Attributes:
         modules: by kind and layer, the modules that may attend there.
         implementations: each config with the attention implementation that it named before.
-        real_queries: (B, Tq) bool, the tokens of a decoder that are not padding; its cross-attention is not told.
+        real_queries: (B, Tq) bool, the tokens of a decoder that are not padding, as its self-attention's mask has them;
+            the mask of its cross-attention does not say.
     """
 
     backend: Backend
@@ -223,12 +224,11 @@ def attend(
     Of the other keyword arguments sliding_window is ignored: some models pass another one than their mask has, and the
     mask is what their eager attention follows.
     """
-    site: Site | None = module.__dict__.get(SITE)
-    attachment = None if site is None else site.attachment
-    observer = None if attachment is None else attachment.observer
-    layer = getattr(module, "layer_idx", None) if site is None else site.layer
-    where = f"attnstats: {type(module).__name__} of layer {layer}"
-    cross = site is not None and site.kind == "cross"
+    site = module.__dict__.get(SITE)
+    if site is None:  # a copy of an attached model
+        site = Site(Attachment("auto", allow_dense=False), "self", getattr(module, "layer_idx", -1))
+    attachment, observer, cross = site.attachment, site.attachment.observer, site.kind == "cross"
+    where = f"attnstats: {type(module).__name__} of layer {site.layer}"
     if isinstance(attention_mask, MaskDescription):
         mask = attention_mask
     else:
@@ -241,27 +241,22 @@ def attend(
         )
     _check_arguments(where, mask, kwargs)
     query, key, value = as_autocast(query, key, value)
-    if site is not None and site.kind == "self" and observer is not None and observer.kind == "cross":
-        site.attachment.real_queries = mask.real_queries
+    if site.kind == "self" and observer is not None and observer.kind == "cross":
+        attachment.real_queries = mask.real_queries
+    options = Options(scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout, backend=attachment.backend)
     call = AttentionCall(
         where,
         query,
         key,
         value,
         mask,
-        Options(
-            scale=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout_p=dropout,
-            backend="auto" if attachment is None else attachment.backend,
-        ),
+        options,
         cross,
         position_bias,
-        attachment is not None and attachment.allow_dense,
-        attachment.real_queries if attachment is not None and cross else None,
+        attachment.allow_dense,
+        attachment.real_queries if cross else None,
     )
-    if site is not None and observer is not None and observer.kind == site.kind:
+    if observer is not None and observer.kind == site.kind:
         output = observer.attend(site.layer, call)
     else:
         output = call.attend().output

@@ -2,7 +2,7 @@
 
 An `AttentionCall` joins the tensors with the `MaskDescription` of masks.py in one `Options`: windows and padding are
 set there, packed rows and chunks become packed sequences, and a mask that isn't understood is an error or, where that
-is allowed, goes through the eager reference. The observer of a model says which statistics to compute on the way.
+is allowed, goes through the eager reference. The observer of a model makes the `Request` for statistics.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attnstats.core import arguments
 from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
-from attnstats.statistics import SinkMass, Statistic
+from attnstats.statistics import Statistic
 from attnstats.transformers.masks import MaskDescription
 
 
@@ -28,7 +28,7 @@ class Request(NamedTuple):
 
     Attributes:
         query_mask: (B, Tq) bool, the queries that count in column statistics; None: all.
-        heads: the heads of statistics that are not of all heads; None: there are none.
+        heads: of each statistic that is computed for some heads only; None: there is none.
     """
 
     statistics: tuple[Statistic, ...] = ()
@@ -51,13 +51,13 @@ NO_STATISTICS = Request()
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """The tensors (B, H, T, D) of one call, its mask, and what else goes into a score.
+    """The tensors (B, H, T, D) of one call, its mask, and the other settings of its scores.
 
     Attributes:
         where: how errors name the call.
         options: scale, softcap, sinks, dropout and backend.
         cross: queries and keys are different sequences, so that distances mean nothing.
-        bias: (1 | B, Hq, Tq, Tk), added to the scores; None: nothing is.
+        bias: (1 | B, Hq, Tq, Tk), added to the scores; None: no bias.
         real_queries: (B, Tq) bool, the queries of cross-attention that aren't padding; None: all.
     """
 
@@ -74,7 +74,7 @@ class AttentionCall:
 
     @property
     def begin(self) -> int:
-        """Position of the first query, which is also how many came before it."""
+        """Position of the first query, which is the number of tokens before it."""
         return self.mask.query_offset
 
     @property
@@ -83,7 +83,7 @@ class AttentionCall:
 
     @property
     def first_key(self) -> int:
-        """Position of the first key that is there; a sliding cache has dropped those before."""
+        """Position of the first key; a sliding cache has dropped those before."""
         return self.mask.key_offset
 
     def attend(self, request: Request = NO_STATISTICS) -> AttentionResult:
@@ -148,12 +148,12 @@ class AttentionCall:
     def _check(self, statistics: tuple[Statistic, ...]) -> None:
         """Raise InputError for statistics of first or last tokens that chunks or a sliding cache hide."""
         for s in statistics:
-            if self.mask.chunks is not None and (isinstance(s, SinkMass) or s.last_queries is not None):
+            if self.mask.chunks is not None and (s.method == "first_keys" or s.last_queries is not None):
                 raise InputError(
                     f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of "
                     "full attention, or leave it out"
                 )
-            if self.first_key > 0 and isinstance(s, SinkMass):
+            if self.first_key > 0 and s.method == "first_keys":
                 raise InputError(
                     f"{self.where} has a sliding cache that has dropped the first keys, which SinkMass looks at; leave "
                     "SinkMass out, or run the whole sequence in one pass"
@@ -237,21 +237,16 @@ class AttentionCall:
         )
         output, results = functional.attend(query, key, value, packed)
 
-        def rows(x: Tensor) -> Tensor:  # (H, B * T) to (B, H, T)
-            return x.unflatten(-1, (batch, -1)).movedim(-2, 0)
-
-        def facts(x: Tensor) -> Tensor:  # (B * T) to (B, T)
-            return x.unflatten(-1, (batch, -1))
-
-        tensors = {s: rows(results[own]) for s, own in zip(request.statistics, of_blocks.statistics, strict=True)}
-        lse, output = rows(results.lse), output.unflatten(0, (batch, length)).transpose(1, 2)
+        # (H, B * T) to (B, H, T), and without heads (B * T) to (B, T), which movedim leaves as it is.
+        results = results.changed(lambda s, x: x.unflatten(-1, (batch, -1)).movedim(-2, 0))
+        output = output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
-            unpacked = Statistics(tensors, lambda s: facts(results.valid[s]), lambda s: facts(results.counts[s]), lse)
-            return AttentionResult(output, unpacked)
+            return AttentionResult(output, results)
         used, _ = self._used()
         whole = arguments.resolve(self.query, used, None, options._replace(heads=None, dropout_p=0.0))
+        tensors = {s: results[s.summed] for s in request.statistics}
         tensors = {s: whole.finish(s, x) if s.is_mean else x for s, x in tensors.items()}
-        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, lse))
+        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, results.lse))
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""

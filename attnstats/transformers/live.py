@@ -31,7 +31,7 @@ class GrowingTensor:
         return self._buffer[..., : self.length]
 
     def add(self, start: int, x: Tensor) -> None:
-        """Add x from `start` on; elements that nothing was added to are 0 (False)."""
+        """Add x from index `start` on. All elements start at 0 (False)."""
         end = start + x.shape[-1]
         if end > self._buffer.shape[-1]:
             larger = _zeros(self._buffer, max(end, 2 * self._buffer.shape[-1]))
@@ -50,7 +50,7 @@ class GrowingTensor:
         self.length = min(self.length, length)
 
     def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Let `change` choose or repeat batch rows, the first dimension."""
+        """Select or repeat batch rows, the first dimension, by `change`."""
         self._buffer = change(self._buffer)
 
 
@@ -63,10 +63,10 @@ def _zeros(like: Tensor, length: int) -> Tensor:
 
 
 class LastStep(NamedTuple):
-    """The last queries of a layer's most recent call, to subtract what rejected tokens gave to the keys before them."""
+    """The last queries of a layer's most recent call, from which the column sums of rejected tokens are recomputed."""
 
     call: AttentionCall
-    request: Request
+    request: Request  # for column statistics
 
 
 class GenerationRecording(Recording):
@@ -74,7 +74,7 @@ class GenerationRecording(Recording):
 
     Attributes:
         length: tokens that went through the model.
-        tokens: (B, length) their ids, where the model was called with ids.
+        tokens: (B, length) their ids; None: the model was called without ids.
     """
 
     def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
@@ -124,7 +124,7 @@ class GenerationRecording(Recording):
         self.tokens.add(start, ids)
 
     def release(self) -> None:
-        """Let go of the last step's tensors, among them the cache: nothing will be taken back any more."""
+        """Drop the last step's tensors, among them the cache: no token can be taken back any more."""
         self._last_steps.clear()
 
     def finish(self) -> None:
@@ -169,10 +169,10 @@ class GenerationRecording(Recording):
         self._key_mask.add(call.begin, real)
         self.length = call.end
 
-    # Rows that move, tokens that are taken back
+    # Batch rows that are reordered, tokens that are taken back
 
     def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """The cache's batch rows were chosen anew: `change` does the same to a tensor with the batch in front."""
+        """The cache's batch rows were selected or repeated by `change`, which does it to a tensor's first dimension."""
         for tensor in self._tensors():
             tensor.select_rows(change)
         self._last_steps.clear()
@@ -207,7 +207,7 @@ class GenerationRecording(Recording):
             self._last_steps[layer] = LastStep(call.last(rows), request.only(columns)._replace(query_mask=mask))
 
     def _subtract(self, layer: int, step: LastStep, length: int) -> None:
-        """Take off the sums what the tokens from `length` on gave to keys."""
+        """Subtract from the column sums the attention of the tokens from position `length` on."""
         call, request = step
         rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
         rejected = rejected.expand(call.query.shape[0], -1)

@@ -261,10 +261,8 @@ def _check_in_graph(description: MaskDescription, function: MaskFunction, batch:
     # The last row among them: packed rows, full chunks and the like hide most from it.
     last = description.query_length - 1
     rows = torch.arange(4, device=device) * last // 3
-    keys = torch.arange(description.key_length, device=device) + description.key_offset
-    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
     torch._assert_async(
-        (replace(description, key_mask=None).visible(rows) == expected).all(),
+        _agree(description, function, batch, rows),
         "attnstats: in a compiled model only causal, full and sliding-window attention with padding can be described; "
         "packed position_ids, chunks that are full and masks of the model's own can not: do not compile it",
     )
@@ -340,6 +338,13 @@ def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor,
     return visible.expand(batch, len(queries), len(keys)).bool()
 
 
+def _agree(description: MaskDescription, function: MaskFunction, batch: int, rows: Tensor) -> Tensor:
+    """() bool: on these rows the description, without its key mask, shows the keys that the mask function shows."""
+    keys = torch.arange(description.key_length, device=rows.device) + description.key_offset
+    expected = _evaluate(function, batch, rows + description.query_offset, keys, rows.device)
+    return (replace(description, key_mask=None).visible(rows) == expected).all()
+
+
 _CHECKED: set[tuple[Any, ...]] = set()
 
 
@@ -350,11 +355,7 @@ def _check(description: MaskDescription, function: MaskFunction, batch: int, dev
     if description.query_length == 1 and reading in _CHECKED:
         return
     rows = torch.linspace(0, description.query_length - 1, PROBED_ROWS, dtype=torch.float64).round().long()
-    rows = rows.unique().to(device)
-    keys = torch.arange(description.key_length, device=device) + description.key_offset
-    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
-    visible = replace(description, key_mask=None).visible(rows)
-    if not torch.equal(visible.expand_as(expected), expected):
+    if not bool(_agree(description, function, batch, rows.unique().to(device))):
         raise RuntimeError(
             f"attnstats misread the attention mask {' with '.join(_names(function))} of this version of transformers; "
             "please report it, and use the model's eager attention meanwhile"

@@ -31,7 +31,7 @@ class Ranks:
 
 
 class Recording:
-    """Sums of statistics by layer, or one over layers, and what turns them into means.
+    """Sums of statistics by layer, or over layers, and the counts that make means of them.
 
     Attributes:
         ranks: the tensor-parallel group that has the other heads; None: all heads are here.
@@ -47,13 +47,14 @@ class Recording:
         self._copies: list[Any] = []
 
     def addends(self, layer: int, results: Mapping[Statistic, Tensor]) -> dict[Statistic, Tensor]:
-        """The summand of each result (B, heads, ...) of a layer; counts its heads and notes NaN."""
+        """The addend to the sums of each result (B, heads, ...) of a layer; notes its head count and its NaN."""
         addends = {}
         for statistic, x in results.items():
             count = x.shape[1]
             if self.ranks is not None:
                 chosen = self.ranks.chosen[statistic][layer]
-                x = x if _has_some(chosen, self.ranks) else x[:, :0]
+                if chosen is not None and not local_heads(chosen, self.ranks.count, group=self.ranks.group):
+                    x = x[:, :0]
                 size = torch.distributed.get_world_size(self.ranks.group)
                 count = size * self.ranks.count if chosen is None else len(chosen)
             self._head_counts.setdefault(statistic, {})[layer] = count
@@ -147,7 +148,7 @@ class PassRecording(Recording):
         return output
 
     def finish(self) -> None:
-        """The forward pass came to its end: results of all ranks and layers are there."""
+        """The forward pass is complete: add up the ranks and move the sums to the device of the results."""
         if self.ranks is not None:
             self._sums = {s: self.over_ranks(s, sums) for s, sums in self._sums.items()}
         if self.over_layers and self.device is not None:
@@ -159,10 +160,6 @@ class PassRecording(Recording):
 
     def valid(self, statistic: Statistic) -> Tensor:
         return self._valid[statistic]
-
-
-def _has_some(heads: tuple[int, ...] | None, ranks: Ranks) -> bool:
-    return heads is None or bool(local_heads(heads, ranks.count, group=ranks.group))
 
 
 def _check_shapes(statistic: Statistic, *tensors: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`Capture`, the run inside `with attnstats.capture(...) as run`: it observes a model and holds the results."""
+"""`Capture`, the object that `with attnstats.capture(...) as run` gives: it observes a model and holds the results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
-from attnstats.results import ByStatistic
-from attnstats.statistics import LSE, MaxLogit, PooledMap, Statistic
+from attnstats.results import ByStatistic, find
+from attnstats.statistics import LSE, MaxLogit, Statistic
 from attnstats.transformers import caches
 from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.live import GenerationRecording
@@ -101,12 +101,9 @@ class Capture:
 
     def __getitem__(self, key: Statistic | str) -> Tensor:
         self._require_complete()
-        matches = [s for s in self.statistics if key in (s, s.name)]
-        if len(matches) != 1:
-            fault = "ambiguous" if matches else "not among the statistics recorded"
-            raise KeyError(f"{key!r} is {fault}: {', '.join(map(str, matches or self.statistics))}")
-        result = self._recording.read(matches[0])
-        self._check_finite(matches[0], result)
+        statistic = find(key, self.statistics, "recorded")
+        result = self._recording.read(statistic)
+        self._check_finite(statistic, result)
         return result
 
     def __contains__(self, key: object) -> bool:
@@ -146,7 +143,7 @@ class Capture:
         return tokens.values
 
     def kept(self, batch: int = 1, length: int = 1024) -> MemoryUse:
-        """The memory that results of a batch of so many rows and tokens take, before anything runs.
+        """The memory that the results of a batch of that many rows and tokens will take.
 
         Example: see `attnstats.capture`.
         """
@@ -155,9 +152,7 @@ class Capture:
             counts = [self._head_count or 1 if heads is None else len(heads) for heads in self.heads[s].values()]
             per_layer = 1 if "heads" in self._reduce else max(counts)
             slices = per_layer * (1 if "layers" in self._reduce else len(counts))
-            values = length
-            if isinstance(s, PooledMap):
-                values = math.prod(s.segment_counts)
+            values = math.prod(s.shape(length, length))
             sizes[s] = 4 * batch * slices * values * (2 if self._live else 1)
         return MemoryUse(sizes)
 
@@ -206,10 +201,10 @@ class Capture:
             return call.attend().output
         if layer in self._recorded:
             if self._last_call is not None and self._last_call[0] == layer and self._last_call[1] is call.query:
-                return call.attend().output  # the same map once more, with the other half of the values
+                return call.attend().output  # the same map again, for the other half of the values
             raise InputError(
-                f"model: layer {layer} attends twice in one forward pass, to different things, so that it has no one "
-                "map; capture other layers"
+                f"model: layer {layer} attends twice in one forward pass, with different queries, so that it has no "
+                "single map; capture other layers"
             )
         if self._live and not self._recorded:
             self._place(call)
@@ -224,7 +219,7 @@ class Capture:
                 break
         query_mask = None
         if self._query_mask is not None or call.real_queries is not None:
-            query_mask = self._counted_queries(call)
+            query_mask = self._query_mask_of(call)
         output = self._recording.attend(layer, call, Request(statistics, query_mask, heads))
         if layer == self._stop_after:
             raise StopForward(
@@ -257,7 +252,7 @@ class Capture:
             self._running, self._last_call = False, None
 
     def rows_selected(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
-        """The batch rows of a cache were chosen anew."""
+        """The batch rows of a cache were selected or repeated by `change`."""
         if isinstance(self._recording, GenerationRecording) and self._is_current(cache):
             self._recording.select_rows(change)
 
@@ -270,7 +265,7 @@ class Capture:
                 self._recording.truncate(length)
 
     def release(self) -> None:
-        """The `with` is over: hold results alone."""
+        """The `with` is over: drop all but the results."""
         caches.unfollow(self)
         if isinstance(self._recording, GenerationRecording):
             self._recording.release()
@@ -287,7 +282,7 @@ class Capture:
         return (GenerationRecording if self._live else PassRecording)(self._reduce, self._device)
 
     def _place(self, call: AttentionCall) -> None:
-        """Before the first layer of a live step: go on at its position, take tokens back, or begin anew."""
+        """Before the first layer of a live step: continue at its position, take tokens back, or start a sequence."""
         recording = self._recording
         assert isinstance(recording, GenerationRecording)
         if call.begin == 0:
@@ -307,7 +302,7 @@ class Capture:
             recording.truncate(call.begin)
         recording.add_tokens(call.begin, self._ids)
 
-    def _counted_queries(self, call: AttentionCall) -> Tensor:
+    def _query_mask_of(self, call: AttentionCall) -> Tensor:
         """(B, Tq) bool: the call's queries that count, by the user's mask and without padding."""
         mask = self._query_mask
         if call.real_queries is not None:
@@ -343,7 +338,7 @@ class Capture:
         ranks = self._recording.ranks
         for s in statistics:
             heads = self.heads[s][layer]
-            if heads is not None and ranks is not None:  # of a rank that has none one is computed, and left out
+            if heads is not None and ranks is not None:  # a rank without any computes one, which is then dropped
                 heads = tuple(local_heads(heads, count, group=ranks.group)) or (0,)
             if heads is None or heads == tuple(range(count)):
                 continue
@@ -353,7 +348,7 @@ class Capture:
         return local or None
 
     def _check_finite(self, statistic: Statistic, result: Tensor) -> None:
-        """Name the heads that have NaN; raise ValueError where they were averaged with others."""
+        """Warn of heads that have NaN, by name; raise ValueError where they were averaged with others."""
         if isinstance(statistic, (LSE, MaxLogit)) or torch.compiler.is_compiling() or not result.isnan().any():
             return
         by_layer = self._recording.heads_with_nan(statistic, self.heads[statistic])

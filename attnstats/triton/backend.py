@@ -1,4 +1,4 @@
-"""The backend "triton": runs the passes that plan.py makes; launch.py starts the kernels.
+"""The backend "triton": runs the passes that plan.py makes; launch/ starts the kernels.
 
 The forward kernel gives output, lse, the rows of its loop and, as its epilogue, the band; `column` takes open horizons
 in a second pass. For a few queries the keys are cut into splits (decode, split-KV); then the band has a pass of its
@@ -18,7 +18,7 @@ from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, 
 from attnstats.core.geometry import Evaluation, Geometry
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_gradient, sink_mass
-from attnstats.statistics import Entropy, PooledMap, Statistic
+from attnstats.statistics import PooledMap, Statistic
 from attnstats.triton import launch, plan
 from attnstats.triton.configs import Config, Kernel, candidates, interpreted
 from attnstats.triton.plan import GradientPlan, Heads, Plan
@@ -121,7 +121,7 @@ def _map_gradients(
             shift += grads[s] * geometry.in_all_heads(s, value)
             if s.band is not None:
                 excess -= s.tail * grads[s]
-        elif isinstance(s, Entropy):
+        elif s.method == "row":  # the entropy, the only one that carries gradients
             rows.append(grads[s])
             shift += grads[s] * (geometry.in_all_heads(s, value) - geometry.row_mass(lse))
             excess += grads[s]
@@ -134,7 +134,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor | None:
 
 
 def _of_heads(results: dict[Statistic, Tensor], geometry: Geometry) -> dict[Statistic, Tensor]:
-    """From results of all heads those of the heads that were asked for."""
+    """The requested heads of results that have all heads."""
     if not geometry.heads:
         return results
     return {s: _select(x, geometry.heads.get(s)) for s, x in results.items()}
@@ -156,8 +156,8 @@ def _band(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pas
 
 
 def _columns(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
-    counted = geometry.counted(each.last_queries)
-    sums = launch.columns(query, key, lse, geometry, each.statistics, counted, each.heads)
+    query_mask = geometry.query_mask_of(each.last_queries)
+    sums = launch.columns(query, key, lse, geometry, each.statistics, query_mask, each.heads)
     return dict(zip(each.statistics, sums, strict=True))
 
 
@@ -213,7 +213,8 @@ def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
     (statistic,) = each.statistics
     if isinstance(statistic, PooledMap):
         config = _config(geometry, "pooled")
-        scratch = 4 * heads * statistic.segment_counts[0] * -(-geometry.key_length // config.BN)
+        segments = statistic.shape(geometry.query_length, geometry.key_length)[0]
+        scratch = 4 * heads * segments * -(-geometry.key_length // config.BN)
         return f"kernel column: {_tiles(config)}", matmul, scratch
     count = min(statistic.count, geometry.key_length)  # type: ignore[attr-defined]
     return "first keys, gathered, plain PyTorch", 2 * rows * count * geometry.head_dim, 4 * rows * 64

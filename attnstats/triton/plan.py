@@ -18,7 +18,7 @@ WHOLE_ROWS: dict[type[Statistic], str] = {Entropy: "ENTROPY", MaxLogit: "MAX_LOG
 
 def passes(geometry: Geometry, attends: bool, splits: int) -> tuple[Pass, ...]:
     """The launches of `attend`, or of `from_lse`, in order; splits: parts into which the keys are cut, 0 for none."""
-    heads = tuple(geometry.heads.get(s) for s in geometry.statistics)
+    heads = tuple(map(geometry.heads.get, geometry.statistics))
     return _passes(geometry.statistics, heads, attends, bool(splits))
 
 
@@ -133,7 +133,7 @@ class GradientPlan(NamedTuple):
         return GradientPlan(
             far_rows=tuple(s for s in rows if s.band is None),
             near_rows=tuple(s for s in rows if s.band is not None),
-            entropy=any(isinstance(s, Entropy) for s in statistics),
+            entropy=any(s.method == "row" for s in statistics),
             far_columns=tuple(s for s in columns if s.band is None),
             near_columns=tuple(s for s in columns if s.band is not None),
         )

@@ -71,7 +71,7 @@ def geometry(case: Case) -> Geometry:
 def test_counts_equal_dense_counts(padding, counted, queries, keys, offset):
     case = Case(query_length=queries, key_length=keys, query_offset=offset, padding=padding, counted=counted)
     facts = geometry(case)
-    counts = facts.counted()
+    counts = facts.query_mask
     counts = torch.ones(case.batch, queries, dtype=torch.bool) if counts is None else counts
     distance = (torch.arange(queries) + facts.offset)[:, None] - torch.arange(keys)
     for statistic in (FAI(0, 0), FAI(2, 9), FAI(3, None), FAI(50, 60)):
@@ -88,4 +88,4 @@ def test_the_last_counted_queries():
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
     facts = resolve(Q[:, :, :5], K, V, Options(enable_gqa=True, query_mask=mask))
     expected = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
-    assert torch.equal(facts.counted(2), expected)
+    assert torch.equal(facts.query_mask_of(2), expected)

@@ -35,8 +35,11 @@ def bounded(distance: int) -> int:
 
 
 def as_input(x: Tensor) -> Tensor:
-    """As the kernels can take it: no bfloat16 in the interpreter, whose arithmetic on it is wrong (it works on bit
-    patterns), and no rows so far apart that an offset within a tile passes 32 bits."""
+    """The tensor in a form that kernels take.
+
+    The interpreter gets no bfloat16, on which its arithmetic is wrong (it works on bit patterns), and rows are never so
+    far apart that an offset within a tile passes 32 bits.
+    """
     if x.requires_grad:
         x = x.detach()
     if max(x.stride()[2:]) > 2**22:

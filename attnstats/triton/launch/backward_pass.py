@@ -13,7 +13,7 @@ from attnstats.kernels.arguments import Near, StatisticGradients, Strides
 from attnstats.triton.configs import Config, Kernel
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import as_input, bounded, dims, empty, flags, sequence_count, weights
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import GradientPlan
 
 
@@ -54,8 +54,9 @@ def _queries(
     query, key, value, output, lse, grad_output = (as_input(x) for x in inputs)
     grad_query, delta = _like(query, geometry), empty(geometry, lse.shape)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         value=value,
@@ -66,7 +67,7 @@ def _queries(
         delta=delta,
         near=prepared.reach,
         strides=Strides(*(x.stride() for x in (query, key, value, output, grad_output, grad_query))),
-        **_shared_arguments(geometry, of_map, prepared),
+        **_shared_arguments(geometry, of_map),
     )
     return grad_query.to(dtype), delta
 
@@ -78,8 +79,9 @@ def _keys(
     query, key, value, _, lse, grad_output = (as_input(x) for x in inputs)
     grad_key, grad_value = _like(key, geometry), _like(value, geometry)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         value=value,
@@ -96,20 +98,16 @@ def _keys(
             d_key=grad_key.stride(),
             d_value=grad_value.stride(),
         ),
-        **_shared_arguments(geometry, of_map, prepared),
+        **_shared_arguments(geometry, of_map),
     )
     return grad_key.to(dtype), grad_value.to(dtype)
 
 
-def _shared_arguments(geometry: Geometry, of_map: MapGradients, prepared: Prepared) -> dict[str, Any]:
+def _shared_arguments(geometry: Geometry, of_map: MapGradients) -> dict[str, Any]:
     """The other arguments of both kernels."""
     return {
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
-        "query_mask": flags(geometry.counted()) if of_map.plan.columns else None,
-        "sequences": arguments.sequences(geometry),
-        "sizes": prepared.sizes,
-        "visible": arguments.visibility(prepared.visible, geometry),
-        "score": prepared.score,
+        "query_mask": flags(geometry.query_mask) if of_map.plan.columns else None,
         "dropout": arguments.dropout(geometry),
     }
 
@@ -131,10 +129,10 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
         **dims(geometry),
     }
     kernel = backward_keys if by_keys else backward_queries
-    launch = Launch(kernel, blocks * heads * sequence_count(geometry), geometry.device, constants, config)
+    programs = blocks * heads * sequence_count(geometry)
     near = Near(*map(bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
-    score = arguments.score(geometry)._replace(scale=geometry.scale)
-    return Prepared(launch, sizes, arguments.window(geometry), score, reach=near)
+    prepared = prepare(geometry, kernel, programs, constants, config, sizes, reach=near)
+    return prepared._replace(score=prepared.score._replace(scale=geometry.scale))
 
 
 def _like(x: Tensor, geometry: Geometry) -> Tensor:

@@ -22,7 +22,7 @@ from attnstats.triton.launch.arguments import (
     sequence_count,
     weights,
 )
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import Heads, Plan
 
 
@@ -68,20 +68,17 @@ def _band(
     count = head_count(geometry, heads)
     rows = empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
     columns = column_slots(geometry, plan, prepared.slots, count)
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         lse2=divisor_of(lse) * LOG2E,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.counted()),
+        query_mask=flags(geometry.query_mask),
         sinks=arguments.sinks2(geometry),
-        sequences=arguments.sequences(geometry),
         heads=on_device(heads, geometry.device),
-        sizes=prepared.sizes,
-        visible=arguments.visibility(prepared.visible, geometry),
-        score=prepared.score,
         strides=Strides(query.stride(), key.stride()),
     )
     results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
@@ -107,12 +104,8 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
     sizes = arguments.sizes(geometry)._replace(n_heads=count)
     of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
     programs = -(-sizes.longest // config.BM) * of_sequence * sequence_count(geometry)
-    launch = Launch(kernel, programs, geometry.device, constants, config)
-    window = arguments.window(geometry)
-    return Prepared(
-        launch,
-        sizes,
-        window if plan.bound(geometry) else window._replace(left=None),
-        arguments.score(geometry),
-        slots=slot_count(*plan.reach(geometry), config.BM),
-    )
+    slots = slot_count(*plan.reach(geometry), config.BM)
+    prepared = prepare(geometry, kernel, programs, constants, config, sizes, slots)
+    if plan.bound(geometry):
+        return prepared
+    return prepared._replace(visible=prepared.visible._replace(left=None))

@@ -27,7 +27,7 @@ from attnstats.triton.launch.arguments import (
     sequence_count,
     weights,
 )
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import Heads
 
 
@@ -65,7 +65,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
         pieces = _pieces(key_bounds, config.BN, geometry.device)
         sums = empty(geometry, (pieces.total, geometry.batch, head_count(geometry, heads), segments))
         cuts = Segments(on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
-        _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cuts, config)
+        _column(query, key, lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
     return fitting("pooled", geometry, geometry.head_dim, run)
@@ -83,31 +83,28 @@ def _column(
     segments: Segments | None,
     config: Config,
 ) -> None:
-    """Fills `sums`."""
+    """Fill `sums`."""
     query, key = as_input(query), as_input(key)
     lse2 = divisor_of(lse) * LOG2E
     if query_mask is not None:
         lse2 = lse2.masked_fill(~query_mask[:, None], torch.inf)
     prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         lse2=lse2,
         columns=sums,
-        sequences=arguments.sequences(geometry),
         heads=on_device(heads, geometry.device),
         segments=segments,
-        sizes=prepared.sizes,
-        visible=arguments.visibility(prepared.visible, geometry),
         reach=prepared.reach,
-        score=prepared.score,
         strides=Strides(query.stride(), key.stride()),
     )
 
 
 def _prepare_column(
-    geometry: Geometry, config: Config, statistics: tuple[Statistic, ...], heads: Heads, counted: bool
+    geometry: Geometry, config: Config, statistics: tuple[Statistic, ...], heads: Heads, has_query_mask: bool
 ) -> Prepared:
     from attnstats.kernels.column import column as kernel
 
@@ -116,7 +113,7 @@ def _prepare_column(
         "COLUMNS": weights(statistics),
         "FAR": bounded(max(distance for distance, _ in filter(None, far))) if all(far) else None,
         "FAR_WEIGHTS": tuple(weight for _, weight in filter(None, far)),
-        "COUNTED": counted,
+        "COUNTED": has_query_mask,
         "BM": config.BM,
         "BN": config.BN,
         **dims(geometry, with_value=False),
@@ -124,14 +121,7 @@ def _prepare_column(
     count = head_count(geometry, heads)
     sizes = arguments.sizes(geometry, by_keys=True)._replace(n_heads=count)
     programs = -(-sizes.longest // config.BN) * count * sequence_count(geometry)
-    launch = Launch(kernel, programs, geometry.device, constants, config)
-    return Prepared(
-        launch,
-        sizes,
-        arguments.window(geometry),
-        arguments.score(geometry),
-        reach=_farthest(statistics),
-    )
+    return prepare(geometry, kernel, programs, constants, config, sizes, reach=_farthest(statistics))
 
 
 def _farthest(statistics: Sequence[Statistic]) -> int | None:

@@ -32,7 +32,7 @@ from attnstats.triton.launch.arguments import (
     weights,
 )
 from attnstats.triton.launch.band_pass import band_reach, column_slots, slot_count
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Launch, Prepared, fitting, prepare, remembered, start, start_prepared
 from attnstats.triton.plan import Plan
 
 COMBINE = Config(16, 0, 4, 2)
@@ -91,8 +91,9 @@ def _forward(
     strides = Strides(query.stride(), key.stride())
     if value is not None and output is not None:
         strides = Strides(*strides[:2], value.stride(), (output[0] if parts else output).stride())
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         value=value,
@@ -100,13 +101,9 @@ def _forward(
         lse=lse,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.counted()),
+        query_mask=flags(geometry.query_mask),
         sinks=None if parts else sinks2,
-        sequences=arguments.sequences(geometry),
         reach=on_device(plan.reach_of_heads(geometry), geometry.device),
-        sizes=prepared.sizes,
-        visible=arguments.visibility(prepared.visible, geometry),
-        score=prepared.score,
         dropout=arguments.dropout(geometry),
         strides=strides,
     )
@@ -161,9 +158,8 @@ def _prepare_forward(
     }
     blocks = -(-sizes.longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
     programs = blocks * sequence_count(geometry) * max(parts, 1)
-    launch = Launch(kernel, programs, geometry.device, constants, config)
     slots = slot_count(*plan.reach(geometry), config.BM)
-    return Prepared(launch, sizes, arguments.window(geometry), arguments.score(geometry), slots=slots)
+    return prepare(geometry, kernel, programs, constants, config, sizes, slots)
 
 
 def _combine(
