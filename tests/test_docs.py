@@ -3,19 +3,15 @@
 import importlib
 import importlib.util
 import inspect
-import os
 import pkgutil
 import re
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import pytest
 
 import attnstats
+from tests.process import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = (
     *("credit", "distributed", "errors", "heads", "identity", "nn", "presets", "reference", "results"),
@@ -45,10 +41,7 @@ def site(tmp_path_factory):
     """The site, built as `make docs` builds it: a link or an anchor that leads nowhere is an error."""
     pytest.importorskip("mkdocstrings", reason="pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    python("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder), NO_MKDOCS_2_WARNING="1")
     return folder
 
 

@@ -7,9 +7,7 @@ subprocesses, since this process has already imported the package. `kernels` bel
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -17,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.process import ROOT, python
+
 NOT_SOURCE = (".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "out")
 COMPILED = "attnstats/tiled/_native.abi3.so"
 
@@ -37,17 +36,7 @@ print(json.dumps({name: where(name) for name in ("attnstats", "attnstats.kernels
 
 
 def run(code: str, *arguments: str, cwd: Path = ROOT, path: str = "", **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python("-c", code, *arguments, cwd=cwd, PYTHONPATH=path, **environment)
 
 
 def find(site: str, cwd: Path, path: str = "") -> dict[str, list[str]]:
@@ -92,8 +81,7 @@ def unpack(tree: Path, into: Path) -> Path:
 @pytest.fixture(scope="session")
 def installed(wheel: Path) -> Path:
     target = wheel.parent.parent / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]
-    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    python("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target), str(wheel))
     return target
 
 

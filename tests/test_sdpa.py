@@ -1,10 +1,7 @@
 """patch_sdpa: SDPA's own output, whatever it is called with, and the statistics of the map that it used."""
 
-import subprocess
-import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnstats
 from attnstats import FAI, LSE, WAAD, Entropy, PooledMap, Received
+from tests.process import python
 from tests.vision import FOLDER
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -327,9 +325,7 @@ def test_transformer_encoder(inputs, batch_first):
 
 def test_timm_vision_transformer():
     assert FOLDER.is_dir(), f"{FOLDER}: `make` installs timm there"
-    command = [sys.executable, "-m", "tests.vision"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, text=True)
-    assert done.stdout == "passes\n", done.stderr
+    assert python("-m", "tests.vision") == "passes\n"
 
 
 def test_a_forced_backend_of_sdpa_changes_nothing():

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic, heads
 from attnstats.curves import delta
@@ -94,6 +93,16 @@ def tiny(family: str = "llama", **changes: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def small_llama(seed: int = 0, **settings: Any) -> Any:
+    """A random Llama of five layers of three heads."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(**sizes | {"vocab_size": 30, "num_hidden_layers": 5} | settings)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def tiny_bart() -> Any:
     import transformers
 
@@ -129,6 +138,13 @@ def run_with(model: Any, implementation: str, **inputs: Any) -> Any:
         model.set_attn_implementation(before)
 
 
+def gradients(model: Any, ids: Tensor, call: Any = None, **inputs: Any) -> list[Tensor]:
+    """Gradients of the loss by parameter; `call` runs in the place of the model, such as its compiled form."""
+    model.zero_grad()
+    (call or model)(ids, labels=ids, **inputs).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
 def by_definition(
     statistic: Statistic, maps: Tensor, queries: Tensor, keys: Tensor, counted: Tensor | None = None
 ) -> Tensor:
@@ -157,23 +173,6 @@ def by_definition(
         inside &= distance <= statistic.hi
     count = (inside & counts[:, :, None]).sum(1)
     return (weights * inside).sum(2) / count.clamp(min=1)[:, None]
-
-
-class LargestTensor(TorchDispatchMode):
-    """While it is entered, `elements` is the size of the largest storage that an operation allocated."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        inputs, outputs = (
-            [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in (args, result)
-        )
-        views = {x.untyped_storage().data_ptr() for x in inputs}
-        for x in outputs:
-            if x.untyped_storage().data_ptr() not in views:
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return result
 
 
 def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how many?") -> Analysis:

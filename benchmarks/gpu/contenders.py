@@ -72,9 +72,10 @@ def sdpa_repeated(inputs: Inputs) -> Answer:
     return Answer(scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1))
 
 
-def flash_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """By a private operator: SDPA itself keeps the lse it has."""
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, query.shape[2] > 1)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention
+    output, lse, *_ = operator(query, key, value, 0.0, query.shape[2] > 1, scale=scale)
     return output, lse[..., : query.shape[2]]
 
 

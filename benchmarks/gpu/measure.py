@@ -91,14 +91,18 @@ def _warm_up(part: Part, entrant: Entrant, inputs: int) -> tuple[Batch, float | 
         return _batch(part, entrant, inputs, 1, 0.0), None
     with torch.no_grad(), entrant.around():
         entrant.call(0)
-        part.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = entrant.call(0)
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        del result
+        peak = peak_mib(lambda: entrant.call(0))
     return _batch(part, entrant, inputs, 1, 0.0), peak
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """MiB that a call allocates on the GPU at its peak, its result included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _ = call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _batch(part: Part, entrant: Entrant, inputs: int, calls: int, host: float, turn: int = 0) -> Batch:

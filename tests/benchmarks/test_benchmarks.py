@@ -17,6 +17,7 @@ from benchmarks import memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.summary import Series
 from benchmarks.test_attention import inputs_of, turns, verify
+from tests.tiny import small_llama
 
 
 @pytest.fixture
@@ -126,13 +127,8 @@ def test_overhead_times_every_call() -> None:
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     """In the place of SmolLM2: as many layers, and nothing else."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=200, num_hidden_layers=whole_model.LAYERS, initializer_range=0.3, **sizes)
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 200, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = small_llama(num_hidden_layers=whole_model.LAYERS, initializer_range=0.3, **sizes)
     monkeypatch.setattr(whole_model, "load", lambda: model)
     return model
 

@@ -21,6 +21,7 @@ from attnstats.presets import PRESETS
 from attnstats.study.analysis import Settings
 from attnstats.study.outputs import FILES
 from attnstats.study.store import Store
+from tests.process import python
 from tests.tiny import interrupted_in_pass, save_tiny_model
 
 
@@ -229,8 +230,7 @@ def test_help_and_version(capsys):
 def test_help_does_not_import_what_is_heavy():
     heavy = "{'transformers', 'pandas', 'matplotlib', 'rich', 'scipy'}"
     code = f"import sys; from attnstats.cli.main import parser; parser(); print(*{heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == ""
+    assert python("-c", code).strip() == ""
 
 
 def test_heads_of_a_corpus_are_taken_for_another(tmp_path, tiny, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnstats.core.patterns import BLOCK, recognise
-from tests.tiny import LargestTensor
+from tests.guards import Largest
 
 
 def forms(mask):
@@ -39,10 +39,10 @@ def test_large_masks_are_read_in_blocks():
     mask = torch.ones(rows, columns).tril(columns - rows).triu(-3).bool()[None, None]
     assert mask.numel() > 2 * BLOCK
     for form, hides in forms(mask):
-        with LargestTensor() as largest:
+        with Largest() as memory:
             pattern = recognise(form, rows, true_hides=hides)
         assert (pattern.key_mask, *pattern[1:]) == (None, columns - rows, columns - rows + 3, 0)
-        assert largest.elements <= BLOCK
+        assert memory.largest <= BLOCK
         wrong = form.clone()
         wrong[0, 0, -1, 0] = ~wrong[0, 0, -1, 0] if wrong.dtype == torch.bool else 0
         assert recognise(wrong, rows, true_hides=hides) is None

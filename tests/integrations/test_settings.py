@@ -38,8 +38,8 @@ def test_every_number_matters(kind):
 
 
 def test_presets():
-    first = RhythmCredit.from_preset(presets.paper_v1)
-    assert (first.hi, first.sign, first.q) == (50, "positive", 0.4)
+    first = RhythmCredit.from_preset(presets.paper_v1, kind="local")
+    assert (first.kind, first.hi, first.sign, first.q) == ("local", 50, "positive", 0.4)
     assert RhythmCredit.from_preset(presets.paper_v2) == RhythmCredit(q=0.4)
     selection = RhythmCredit.from_preset(presets.paper_v2, kind="entropy-selection")
     weights = selection.gamma(SIGNALS, MASK)

@@ -21,7 +21,6 @@ from attnstats.errors import InputError
 from attnstats.rhythm import Chance, couplings
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI
-from attnstats.study import models
 from attnstats.study.couplings import (
     ANALYSIS,
     HORIZONS,
@@ -38,7 +37,7 @@ from attnstats.study.couplings import (
 from attnstats.study.reading import pieces
 from attnstats.study.store import Store, begin
 from benchmarks import couplings_control
-from tests.tiny import interrupted_in_pass, save_tiny_model
+from tests.tiny import interrupted_in_pass, run_with, save_tiny_model
 
 QUESTIONS = ["how many rolls", "are w1 w2 w3 w4 left w5 w6 w7", "so", "many w9 w8", "left"]
 FAST = Chance(permutations=50, resamples=50)
@@ -48,11 +47,6 @@ FAST = Chance(permutations=50, resamples=50)
 def folder(tmp_path_factory):
     """A model that hardly ever ends its responses."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny"), eos_token_id=None, initializer_range=0.15)
-
-
-@pytest.fixture(scope="module")
-def tiny(folder):
-    return models.load(str(folder), dtype="float32", device="cpu")
 
 
 def data_file(folder, questions=QUESTIONS):
@@ -87,14 +81,8 @@ def store(finished):
 
 
 def maps_of(tiny, ids):
-    before = tiny.model.config._attn_implementation
-    tiny.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            output = tiny.model(torch.tensor([ids]), output_attentions=True)
-    finally:
-        tiny.model.set_attn_implementation(before)
-    return torch.stack(output.attentions)[:, 0].double(), output.logits[0].double()
+    output = run_with(tiny.model, "eager", input_ids=torch.tensor([ids]))
+    return torch.cat(output.attentions).double(), output.logits[0].double()
 
 
 @pytest.mark.parametrize("response", [[5, 9, 11, 8, 20, 31, 6, 7, 17, 22, 25, 30, 33, 12, 9, 8], [7], [7, 8]])
@@ -130,13 +118,6 @@ def test_what_is_measured_is_what_the_maps_say(tiny, response, temperature):
     drawn = (logits[start - 1 : -1] / (temperature or 1.0)).log_softmax(-1)
     entropy = -(drawn.exp() * drawn).sum(-1)
     torch.testing.assert_close(tensors["entropy"].double(), entropy, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_that_overflows_is_an_error(folder):
-    broken = models.load(str(folder), dtype="float32", device="cpu")
-    broken.model.model.layers[0].self_attn.q_proj.weight.data.fill_(torch.nan)
-    with pytest.raises(InputError, match=r"--dtype float32: attention of .* overflows"):
-        measure(broken, [3, 5], [6, 7, 8], 0.0)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(30, [10, 10, 10]), (28, [9, 9, 10]), (2, [1, 1]), (1, [1])])
@@ -340,13 +321,12 @@ def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
     }  # fmt: skip
 
 
-def test_the_papers_template(folder, tmp_path):
+def test_the_papers_template(folder, tiny, tmp_path):
     out = tmp_path / "out"
     data = data_file(tmp_path, ["so w1. how many?"])
     options = options_of(*arguments_of(folder, out, "--template", "paper", "--max-tokens", 3, data=data))
     assert command.run(options) == 0
     prompt, _ = Store(out / command.CORPUS).response(0)
-    tiny = models.load(str(folder), dtype="float32", device="cpu")
     expected = tiny.tokenizer("user Context: so w1.\nQuestion: how many? so ")["input_ids"]
     assert prompt == expected
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from attnstats.rhythm import Chance
-from attnstats.study import models
 from attnstats.study.perturb import (
     Overlaps,
     Perturbation,
@@ -30,10 +29,8 @@ SLIDING = {"kind": "Mistral", "sliding_window": 4}
 @pytest.fixture(
     scope="module", params=[{}, SLIDING, {"kind": "Gemma2", "head_dim": 8}], ids=["Llama", "Mistral", "Gemma2"]
 )
-def tiny(request, tmp_path_factory):
-    return models.load(
-        str(save_tiny_model(tmp_path_factory.mktemp("tiny"), **request.param)), dtype="float32", device="cpu"
-    )
+def folder(request, tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), **request.param)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [

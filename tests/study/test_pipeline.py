@@ -19,11 +19,6 @@ QUESTIONS = ("how many rolls", "are w1 w2 w3 w4 left w5 w6 w7", "so")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return models.load(str(save_tiny_model(tmp_path_factory.mktemp("tiny"))), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def analyses(tiny):
     return analyze(tiny, QUESTIONS, SETTINGS, Silent())
 

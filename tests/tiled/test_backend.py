@@ -1,8 +1,5 @@
 """The plain PyTorch path: memory, and the ways it splits the work."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +8,7 @@ from attnstats import FAI, WAAD, reference
 from attnstats.tiled import band as diagonal
 from attnstats.tiled import native, sweep
 from tests.cases import Case, check
+from tests.process import python
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -40,8 +38,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.parametrize("changed", ["is_causal=True", "is_causal=False", "query_offset=1"])
 def test_no_map_at_16384(changed):
     script = MEMORY.replace("CHANGED", changed).replace("BACKWARD", str(changed == "query_offset=1"))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 192, f"{run.stdout} MiB"
+    assert int(python("-c", script)) < 192  # MiB
 
 
 @pytest.mark.usefixtures("sums")

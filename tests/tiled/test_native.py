@@ -1,8 +1,5 @@
 """The compiled sums: every instruction set against the reference, the same bits from any threads, no need of them."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -10,6 +7,7 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
 from attnstats.tiled import native
 from tests.cases import Case, check
+from tests.process import python
 
 compiled = pytest.mark.skipif(native._library() is None, reason="attnstats.tiled._native was not built")
 ASKED = (WAAD(10), FAI(10, 100), FAI(5, None), Received(), Received(40), MeanDistance(), Entropy(), MaxLogit())
@@ -89,8 +87,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.slow
 def test_memory_is_linear():
     """One T x T map of float32 would be 16 GiB."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 48, f"{run.stdout} MiB"
+    assert int(python("-c", MEMORY)) < 48  # MiB
 
 
 @compiled

@@ -2,8 +2,6 @@
 `output_attentions=True` read by definition in float64; bad arguments, gradients, precision, memory."""
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,8 @@ import transformers
 import attnstats
 from attnstats import FAI, WAAD, MeanDistance, Received
 from attnstats.transformers.capture import capture
+from tests.guards import Largest
+from tests.process import python
 from tests.tiny import (
     HEADS,
     LARGEST_FACTOR,
@@ -21,8 +21,8 @@ from tests.tiny import (
     LOGITS_TOLERANCE,
     STATISTICS,
     WEIGHT_TOLERANCE,
-    LargestTensor,
     by_definition,
+    gradients,
     padding,
     run_with,
     tiny,
@@ -153,25 +153,17 @@ def test_a_prefill_in_chunks_gives_the_rows_of_one_pass(model, static, side):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_gradients_are_those_of_sdpa_with_and_without_checkpointing(llama):
     ids = tokens()
-
-    def gradients():
-        llama.zero_grad()
-        llama(ids, labels=ids).loss.backward()
-        return [p.grad.clone() for p in llama.parameters()]
-
-    llama.train()
-    expected = gradients()
+    expected = gradients(llama.train(), ids)
     for checkpointing in (False, True):
         if checkpointing:
             llama.gradient_checkpointing_enable()
         with capture(llama, statistics=["waad", "fai"], reduce=("layers", "heads")) as run:
-            actual = gradients()
+            actual = gradients(llama, ids)
         assert not run["waad"].requires_grad
         if not checkpointing:
             waad = run["waad"]
         assert torch.equal(run["waad"], waad)  # the repeated calls of checkpointing aren't added
-        for ours, theirs in zip(actual, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -205,17 +197,17 @@ def test_nothing_of_size_t_by_t_is_allocated():
     ).model
     ids, mask = tokens(1, length), torch.ones(1, length, dtype=torch.long)
     mask[:, :5] = 0
-    with torch.no_grad(), LargestTensor() as sdpa:
+    with torch.no_grad(), Largest() as sdpa:
         model(ids, attention_mask=mask)
-    assert sdpa.elements >= length**2  # what SDPA's mask takes: the measure sees it
-    with torch.no_grad(), capture(model, statistics=["waad", "fai"], layers="all"), LargestTensor() as ours:
+    assert sdpa.largest >= length**2  # what SDPA's mask takes: the measure sees it
+    with torch.no_grad(), capture(model, statistics=["waad", "fai"], layers="all"), Largest() as ours:
         model(ids, attention_mask=mask)
-    assert ours.elements <= length**2 // 8
+    assert ours.largest <= length**2 // 8
 
 
 def test_the_import_does_not_bring_transformers():
     code = "import sys, attnstats.transformers.capture; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    python("-c", code)
 
 
 def test_public_name():
