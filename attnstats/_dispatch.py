@@ -65,7 +65,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
 def gradients(
     residuals: Residuals, grad_output: Tensor, of_statistics: GradientsByStatistic, options: Options
 ) -> list[Tensor]:
-    """For query, key, value, and for sinks and a float attn_mask where there are any. Residuals are of packed shape."""
+    """For query, key, value, and for sinks and a float attn_mask where there are any.
+
+    Query, key and value in `residuals` are as the call got them; output, lse and `grad_output` have a batch dimension.
+    """
     query, key, value, geometry = _batched(*residuals[:3], options)
     geometry = arguments.with_dropout_seed(geometry, options.dropout_seed)
     residuals = residuals._replace(query=query, key=key, value=value)
@@ -124,7 +127,7 @@ def _by_autograd(
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd inside of an operator's body, which is called with it switched off twice."""
+    """A context with autograd on inside an operator's body, where grad mode and dispatch keys switch it off."""
     keys, off = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
         off = off.remove(key)
@@ -163,7 +166,7 @@ def _choose(name: str, geometry: Geometry) -> tuple[ModuleType, str]:
 
 
 def _computing(backend: ModuleType, geometry: Geometry) -> ModuleType:
-    """The backend, if it declares every statistic that is asked for."""
+    """The backend. Raises ValueError for a statistic whose method it does not declare."""
     for statistic in geometry.statistics:
         if statistic.method not in backend.COMPUTES:
             methods = ", ".join(sorted(backend.COMPUTES))

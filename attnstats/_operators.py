@@ -201,8 +201,8 @@ def _attention_backward(
     return [_like(x, grad) for x, grad in zip(inputs, gradients, strict=True)]
 
 
-def _fake_attention_backward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> list[Tensor]:
-    options = wire.decode(others[-len(Options._fields) :])
+def _fake_attention_backward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    options = wire.decode(rest[-len(Options._fields) :])
     return [torch.empty_like(x) for x in _differentiable(query, key, value, options)]
 
 

@@ -203,7 +203,7 @@ def statistics_from_lse(
     lse_layout: Literal["HT", "TH"] | None = None,
     cu_seqlens_q: Tensor | None = None,
     backend: Backend = "auto",
-    **others: Any,
+    **arguments: Any,
 ) -> Statistics:
     """Statistics beside an attention kernel of your own, from the log-sum-exp it returned.
 
@@ -220,21 +220,21 @@ def statistics_from_lse(
         lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
         lse_layout: of a packed lse, "HT" for (Hq, total_q) or "TH"; needed only where both are the same number.
         cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.
-        others: the other keyword arguments of `attention`, or of `varlen_attention`.
+        arguments: the other keyword arguments of `attention`, or of `varlen_attention`.
 
     The returned value and the source are those of `attention` and `varlen_attention`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
     """
-    check_names("statistics_from_lse", cu_seqlens_q is not None, others)
+    check_names("statistics_from_lse", cu_seqlens_q is not None, arguments)
     options = Options(
         statistics=statistics,
         cu_seqlens_q=cu_seqlens_q,
         lse_base=lse_base,
         lse_layout=lse_layout,
         backend=backend,
-        **others,
+        **arguments,
     )
     return from_lse(query, key, lse, options)
 
@@ -249,7 +249,7 @@ def explain(
     dropout_p: float = 0.0,
     differentiable: bool = False,
     backend: Backend = "auto",
-    **others: Any,
+    **arguments: Any,
 ) -> Explanation:
     """The passes of `attention` on these tensors, or with `value=None` those of `statistics_from_lse`; runs nothing.
 
@@ -269,14 +269,14 @@ def explain(
           band, ...
             waad: 0.08 GFLOP, ... MB of scratch
     """
-    check_names("explain", cu_seqlens_q is not None, others)
+    check_names("explain", cu_seqlens_q is not None, arguments)
     options = Options(
         statistics=statistics,
         cu_seqlens_q=cu_seqlens_q,
         dropout_p=dropout_p,
         differentiable=differentiable,
         backend=backend,
-        **others,
+        **arguments,
     )
     return _dispatch.explain(query, key, value, options)
 

@@ -1,4 +1,4 @@
-"""The definitions made executable: eager attention that holds the whole map A and reads every statistic off it.
+"""The definitions in code: eager attention that holds the whole map A and computes every statistic from it.
 
 This is the oracle of every other path. It works in the dtype of its inputs, as eager attention does, so
 float64 inputs give the truth and bfloat16 inputs give the error that plain PyTorch makes in bfloat16. It
@@ -33,15 +33,15 @@ def attention(
     statistics: Iterable[Statistic | str] = (),
     dropout_p: float = 0.0,
     differentiable: bool = False,
-    **others: Any,
+    **keywords: Any,
 ) -> AttentionResult:
     """`attnstats.attention` by definition, holding the Tq x Tk map. Arguments, results and errors are the same.
 
     Unlike the other backends it takes an `attn_mask` that depends on the query: bool (True: may be seen) or
     additive, broadcastable to (B, Hq, Tq, Tk).
     """
-    check_names("reference.attention", False, others)
-    options = Options(statistics=statistics, dropout_p=dropout_p, differentiable=differentiable, **others)
+    check_names("reference.attention", False, keywords)
+    options = Options(statistics=statistics, dropout_p=dropout_p, differentiable=differentiable, **keywords)
     return _attention(query, key, value, options)
 
 
@@ -54,16 +54,16 @@ def varlen_attention(
     statistics: Iterable[Statistic | str] = (),
     dropout_p: float = 0.0,
     differentiable: bool = False,
-    **others: Any,
+    **keywords: Any,
 ) -> AttentionResult:
     """`attnstats.varlen_attention` by definition, holding the map of all tokens with all."""
-    check_names("reference.varlen_attention", True, others)
+    check_names("reference.varlen_attention", True, keywords)
     options = Options(
         statistics=statistics,
         cu_seqlens_q=cu_seqlens_q,
         dropout_p=dropout_p,
         differentiable=differentiable,
-        **others,
+        **keywords,
     )
     query, key, value = arguments.batch_of_one(query=query, key=key, value=value)
     return _attention(query, key, value, options)
@@ -101,7 +101,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 
 
 def _dropped(weights: Tensor, geometry: Geometry) -> Tensor:
-    """The weights that meet the values: some are 0, and the others are that much larger."""
+    """The weights after dropout: some are 0, the rest are divided by 1 - dropout_p."""
     if geometry.dropout_seed is None:
         return weights
     generator = torch.Generator(geometry.device).manual_seed(int(geometry.dropout_seed))
@@ -138,7 +138,7 @@ def _scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
 
 
 class _Places(NamedTuple):
-    """Position [T] of every query and key, and the index [T] of its sequence; -1 and -2: in none."""
+    """The position [T] of every query and key, and the index [T] of its sequence; -1 and -2: of none."""
 
     query: Tensor
     key: Tensor
@@ -168,7 +168,7 @@ def _distance(geometry: Geometry) -> Tensor:
 
 
 def _together(geometry: Geometry) -> Tensor:
-    """[Tq, Tk] bool: in the same sequence."""
+    """[Tq, Tk] bool: query t and key s are of the same sequence."""
     places = _places(geometry)
     return places.query_sequence[:, None] == places.key_sequence
 
@@ -210,7 +210,7 @@ def _weights(statistic: Statistic, geometry: Geometry) -> Tensor:
 
 
 def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
-    """One statistic off the map `weights` [B, Hq, Tq, Tk] and the masked scores."""
+    """One statistic of the map `weights` [B, Hq, Tq, Tk] and the masked scores."""
     if statistic in geometry.heads:
         heads = list(geometry.heads[statistic])
         weights, scores, lse = weights[:, heads], scores[:, heads], lse[:, heads]

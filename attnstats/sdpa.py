@@ -188,7 +188,7 @@ def patch_sdpa(
 
 
 def _selection(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bool]:
-    """A function that is True for calls to record, given their number (None for a repeated one), query and key."""
+    """A function of a call's number (None for a repeated call), query and key that is True for calls to record."""
     if calls is None:
         return lambda index, query, key: True
     if callable(calls):

@@ -9,7 +9,7 @@ from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.core.visibility import within
 from attnstats.statistics import SinkMass
 
-FIRST_KEYS = 64  # first keys that are looked at together
+FIRST_KEYS = 64  # first keys that are gathered together
 
 
 def softcap_(scores: Tensor, softcap: float | None) -> Tensor:
@@ -32,7 +32,7 @@ def sink_gradient(lse: Tensor, delta: Tensor, geometry: Geometry) -> Tensor | No
 
 
 def sink_mass(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: SinkMass) -> Tensor:
-    """The mass on the first keys of each sequence: they are gathered, at most `count`, and no other is looked at."""
+    """The mass on the first keys of each sequence, at most `count`, which are gathered; no other key is read."""
     if geometry.packing is not None:
         mass = torch.zeros_like(lse)
         for queries, keys, alone in geometry.sequences():

@@ -62,7 +62,7 @@ def decode(values: Sequence[Any]) -> Options:
 
 
 def raise_refusal(options: Options) -> None:
-    """Raise the error that was found while the call was traced."""
+    """Raise the error of the call that was traced, if it has one."""
     if options.refusal:
         kind, _, message = options.refusal.partition(": ")
         raise {"TypeError": TypeError}.get(kind, ValueError)(message)

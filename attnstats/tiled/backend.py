@@ -101,24 +101,15 @@ def _evaluate(
     return results
 
 
-def _first_keys(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
-) -> dict[Statistic, Tensor]:
-    return {s: sink_mass(query, key, lse, geometry, s) for s in statistics}  # type: ignore[arg-type]
-
-
-def _lse(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
-) -> dict[Statistic, Tensor]:
-    return dict.fromkeys(statistics, lse)
-
-
 _EVALUATE: dict[str, Evaluate] = {
     "compiled": native.evaluate,
     "band": band.evaluate,
     "sweep": sweep.evaluate,
-    "first_keys": _first_keys,
-    "lse": _lse,
+    "first_keys": lambda query, key, lse, geometry, statistics: {
+        s: sink_mass(query, key, lse, geometry, s)  # type: ignore[arg-type]
+        for s in statistics
+    },
+    "lse": lambda query, key, lse, geometry, statistics: dict.fromkeys(statistics, lse),
 }
 
 

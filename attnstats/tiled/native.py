@@ -26,7 +26,7 @@ VERSION = 1  # of the interface; a library of another version is not used
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
 WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
-UNBOUNDED = 2**40  # a distance beyond all others
+UNBOUNDED = 2**40  # larger than any distance
 
 enabled = os.environ.get("ATTNSTATS_NATIVE", "1") != "0"
 lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: the machine's widest

@@ -29,8 +29,7 @@ from attnstats.transformers.sites import AttentionKind, attention_modules, base_
 NAME = "attnstats"
 SITE = "_attnstats_site"  # the attribute of an attention module that holds its Site
 
-# Keyword arguments that models and users hand through to an attention function without changing attention, or that
-# say what the mask says too.
+# Keyword arguments of an attention function that do not change attention, or only repeat what the mask says.
 HARMLESS = frozenset({
     "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "labels", "max_length_k", "max_length_q",
     "num_items_in_batch", "position_ids", "token_type_ids",

@@ -267,7 +267,7 @@ def _options_of(mask: MaskDescription, cross: bool, device: torch.device) -> dic
 
 
 def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, Tensor]:
-    """Each batch row is a list of blocks, its padding before and after among them: as queries that see no key."""
+    """The boundaries of all batch rows' blocks; padding on either side is a block of queries that see no key."""
     query = torch.arange(mask.query_length) + mask.query_offset
     key = torch.arange(mask.used_keys) + mask.key_offset
     key_mask = torch.ones(batch, len(key), dtype=torch.bool)

@@ -115,7 +115,7 @@ class GenerationRecording(Recording):
         return output
 
     def add_tokens(self, start: int, ids: Tensor | None) -> None:
-        """Record the ids that go through the model now; None: it was given embeddings."""
+        """Record the ids of this step's tokens; None: the model was called with embeddings."""
         if ids is None or (self.tokens is None and start > 0):
             self.tokens = None
             return

@@ -45,7 +45,7 @@ class ForwardPasses:
 
     Attributes:
         stacks: the outer before the inner.
-        outermost: of each thread, the one whose forward pass is running.
+        outermost: by thread, the stack whose forward pass is running.
     """
 
     def __init__(self, stacks: list[nn.Module], observer: Observer | None):
@@ -65,7 +65,7 @@ class ForwardPasses:
         return handles
 
     def __deepcopy__(self, _: Any) -> ForwardPasses:
-        """A copy of the model has copies of these hooks, which report to nobody."""
+        """A copy of the model has copies of these hooks, without an observer."""
         return ForwardPasses([], None)
 
     def __reduce__(self) -> Any:
@@ -101,8 +101,8 @@ class ForwardPasses:
     def _is_inner(self, module: nn.Module, running: nn.Module | None) -> bool:
         """True if a stack around this one is running.
 
-        One that left with a KeyboardInterrupt never reported it, so a module that is said to be running already, or is
-        outside of what is running, begins anew.
+        A pass that ended with a KeyboardInterrupt never reported its end. So a module that seems to be running already,
+        or that holds the one that does, starts a new pass.
         """
         for stack in self.stacks:
             if stack is module:

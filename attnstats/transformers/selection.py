@@ -27,7 +27,7 @@ def middle_third(count: int) -> tuple[int, ...]:
 
 
 def resolve_layers(layers: Layers, present: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers asked for, ascending, of those present. Raises TypeError or ValueError."""
+    """The layers that `layers` chooses of those present, ascending. Raises TypeError or ValueError."""
     forms = "'middle-third', 'all', a slice or a list of layer indices"
     count = present[-1] + 1
     if isinstance(layers, str):
@@ -53,7 +53,7 @@ def resolve_layers(layers: Layers, present: tuple[int, ...]) -> tuple[int, ...]:
 def resolve_heads(
     heads: Any, statistics: tuple[Statistic, ...], layers: tuple[int, ...], count: int | None
 ) -> ChosenHeads:
-    """The heads asked for, by statistic and layer. Raises TypeError or ValueError.
+    """The heads that `heads` chooses, by statistic and layer. Raises TypeError or ValueError.
 
     `count` is the number of heads of a layer; None: not the same in every layer.
     """

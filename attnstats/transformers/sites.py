@@ -35,7 +35,7 @@ def base_model(model: Any) -> nn.Module:
 
 
 def attention_modules(model: Any) -> dict[AttentionKind, dict[int, list[nn.Module]]]:
-    """The modules that may attend, by kind and layer: of the text model alone, where there are others."""
+    """The modules that may attend, by kind and layer. Of a multimodal model those of its text model."""
     config = model.config
     text = config.get_text_config()
     inside_encoder: set[int] = set()
@@ -60,8 +60,8 @@ def attention_modules(model: Any) -> dict[AttentionKind, dict[int, list[nn.Modul
         if layer >= 0 and (kind != "self" or softmax is None or layer in softmax):
             candidates.append((kind, layer, knows_layer, name, module))
     numbered = {kind for kind, _, knows_layer, *_ in candidates if knows_layer}
-    # Where modules know their layer, those that don't are something else; and a decoder layer is not its attention. Of
-    # others, one within the other, either may be the one that attends.
+    # Where some modules know their layer, those that don't are no attention, and neither is a decoder layer that holds
+    # one. Of nested modules otherwise, either may be the one that attends.
     candidates = [candidate for candidate in candidates if candidate[2] or candidate[0] not in numbered]
     names = [name for *_, name, _ in candidates]
     modules: dict[AttentionKind, dict[int, list[nn.Module]]] = {}
@@ -123,7 +123,7 @@ def _with_owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
 
 
 def _softmax_layers(config: Any) -> set[int] | None:
-    """The layers that have softmax attention, of a model that has others; None: all."""
+    """The layers that have softmax attention; None: all."""
     types = getattr(config, "layer_types", None)
     if not types:
         return None

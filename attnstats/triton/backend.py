@@ -68,11 +68,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
-    forward, *others = _passes(geometry, attends=True)
+    forward, *later = _passes(geometry, attends=True)
     lists = Plan.of(forward.statistics, geometry.is_causal)
     output, lse, results = launch.forward(query, key, value, geometry, lists)
     results = _of_heads(results, geometry)
-    for each in others:
+    for each in later:
         results |= _RUN[each.run](query, key, lse, geometry, each)
     return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in geometry.statistics})
 

@@ -12,7 +12,6 @@ from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, StatisticGradients, Strides
 from attnstats.triton.configs import Config, Kernel
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import as_input, bounded, dims, empty, flags, sequence_count, weights
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import GradientPlan
 
@@ -51,8 +50,8 @@ def _queries(
     inputs: tuple[Tensor, ...], geometry: Geometry, of_map: MapGradients, config: Config
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
-    query, key, value, output, lse, grad_output = (as_input(x) for x in inputs)
-    grad_query, delta = _like(query, geometry), empty(geometry, lse.shape)
+    query, key, value, output, lse, grad_output = (arguments.as_input(x) for x in inputs)
+    grad_query, delta = _like(query, geometry), arguments.empty(geometry, lse.shape)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
     start_prepared(
         prepared,
@@ -76,7 +75,7 @@ def _keys(
     inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, of_map: MapGradients, config: Config
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
-    query, key, value, _, lse, grad_output = (as_input(x) for x in inputs)
+    query, key, value, _, lse, grad_output = (arguments.as_input(x) for x in inputs)
     grad_key, grad_value = _like(key, geometry), _like(value, geometry)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
     start_prepared(
@@ -107,7 +106,7 @@ def _shared_arguments(geometry: Geometry, of_map: MapGradients) -> dict[str, Any
     """The other arguments of both kernels."""
     return {
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
-        "query_mask": flags(geometry.query_mask) if of_map.plan.columns else None,
+        "query_mask": arguments.flags(geometry.query_mask) if of_map.plan.columns else None,
         "dropout": arguments.dropout(geometry),
     }
 
@@ -119,18 +118,18 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
     blocks = -(-sizes.longest // (config.BN if by_keys else config.BM))
     heads = geometry.key_heads if by_keys else geometry.query_heads
     constants = {
-        "ROWS": weights(plan.far_rows, tails=False),
-        "NEAR_ROWS": weights(plan.near_rows),
+        "ROWS": arguments.weights(plan.far_rows, tails=False),
+        "NEAR_ROWS": arguments.weights(plan.near_rows),
         "ENTROPY": int(plan.entropy),
-        "COLUMNS": weights(plan.far_columns),
-        "NEAR_COLUMNS": weights(plan.near_columns),
+        "COLUMNS": arguments.weights(plan.far_columns),
+        "NEAR_COLUMNS": arguments.weights(plan.near_columns),
         "BM": config.BM,
         "BN": config.BN,
-        **dims(geometry),
+        **arguments.dims(geometry),
     }
     kernel = backward_keys if by_keys else backward_queries
-    programs = blocks * heads * sequence_count(geometry)
-    near = Near(*map(bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
+    programs = blocks * heads * arguments.sequence_count(geometry)
+    near = Near(*map(arguments.bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
     prepared = prepare(geometry, kernel, programs, constants, config, sizes, reach=near)
     return prepared._replace(score=prepared.score._replace(scale=geometry.scale))
 

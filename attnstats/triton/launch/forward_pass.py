@@ -19,18 +19,6 @@ from attnstats.triton.configs import (
     interpreted,
 )
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import (
-    LOG2E,
-    as_input,
-    block_dim,
-    dims,
-    empty,
-    flags,
-    on_device,
-    power_of_two,
-    sequence_count,
-    weights,
-)
 from attnstats.triton.launch.band_pass import band_reach, column_slots, slot_count
 from attnstats.triton.launch.start import Launch, Prepared, fitting, prepare, remembered, start, start_prepared
 from attnstats.triton.plan import Plan
@@ -73,19 +61,19 @@ def _forward(
 ) -> Evaluation:
     prepared = remembered(geometry, _prepare_forward, plan, config, value is None, parts, chunk(geometry.device))
     dtype = query.dtype
-    query, key = as_input(query), as_input(key)
+    query, key = arguments.as_input(query), arguments.as_input(key)
     shape: tuple[int, ...] = (geometry.batch, geometry.query_heads, geometry.query_length)
     if parts:
         shape = (parts, *shape)
     output: Tensor | None = None
     if value is None:
         assert lse is not None
-        lse = divisor_of(lse) * LOG2E
+        lse = divisor_of(lse) * arguments.LOG2E
     else:
-        value = as_input(value)
+        value = arguments.as_input(value)
         output = _output(geometry, shape, query.dtype)
-        lse = empty(geometry, shape, fill=-torch.inf)
-    rows = empty(geometry, (len(plan.in_rows), *shape))
+        lse = arguments.empty(geometry, shape, fill=-torch.inf)
+    rows = arguments.empty(geometry, (len(plan.in_rows), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
     sinks2 = arguments.sinks2(geometry)
     strides = Strides(query.stride(), key.stride())
@@ -101,9 +89,9 @@ def _forward(
         lse=lse,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.query_mask),
+        query_mask=arguments.flags(geometry.query_mask),
         sinks=None if parts else sinks2,
-        reach=on_device(plan.reach_of_heads(geometry), geometry.device),
+        reach=arguments.on_device(plan.reach_of_heads(geometry), geometry.device),
         dropout=arguments.dropout(geometry),
         strides=strides,
     )
@@ -120,7 +108,7 @@ def _forward(
 def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[*shape, value_dim]: float32 for splits; else in BTHD memory order, which models continue with."""
     if len(shape) == 4:
-        return empty(geometry, (*shape, geometry.value_dim))
+        return arguments.empty(geometry, (*shape, geometry.value_dim))
     size = (*shape, geometry.value_dim)
     output = torch.empty_permuted(size, (0, 2, 1, 3), dtype=dtype, device=geometry.device)
     return output if geometry.packing is None else output.zero_()
@@ -129,8 +117,10 @@ def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> T
 def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
     """Heads packed into a tile of the forward kernel, and the tile's positions and keys."""
     if splits(geometry):
-        heads = min(MAX_PACKED_HEADS, power_of_two(geometry.group))
-        return heads, config._replace(BM=max(config.BM // heads, power_of_two(arguments.longest(geometry)[0])))
+        heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
+        return heads, config._replace(
+            BM=max(config.BM // heads, arguments.power_of_two(arguments.longest(geometry)[0]))
+        )
     # No row of a tile is empty: a power of two that divides the group. Heads in one tile share the band's keys.
     heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
     return heads, config._replace(BM=config.BM // heads)
@@ -141,14 +131,14 @@ def _prepare_forward(
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
-    sizes = arguments.sizes(geometry)._replace(n_sequences=sequence_count(geometry))
+    sizes = arguments.sizes(geometry)._replace(n_sequences=arguments.sequence_count(geometry))
     heads, config = forward_tile(geometry, config)
     constants = {
         "MOMENT": len(plan.moment),
-        "LOOP_ROWS": weights(plan.loop_rows, tails=False),
+        "LOOP_ROWS": arguments.weights(plan.loop_rows, tails=False),
         **plan.whole_row_constants,
-        "BAND_ROWS": weights(plan.band_rows),
-        "BAND_COLUMNS": weights(plan.band_columns),
+        "BAND_ROWS": arguments.weights(plan.band_rows),
+        "BAND_COLUMNS": arguments.weights(plan.band_columns),
         "BAND_BOUND": plan.bound(geometry),
         "FROM_LSE": from_lse,
         "SPLIT_KEYS": _split_keys() if parts else 0,
@@ -158,10 +148,10 @@ def _prepare_forward(
         "BN": config.BN,
         "BAND_BN": min(64, config.BN),
         **band_reach(geometry, plan),
-        **dims(geometry),
+        **arguments.dims(geometry),
     }
     blocks = -(-sizes.longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
-    programs = blocks * sequence_count(geometry) * max(parts, 1)
+    programs = blocks * arguments.sequence_count(geometry) * max(parts, 1)
     slots = slot_count(*plan.reach(geometry), config.BM)
     return prepare(geometry, kernel, programs, constants, config, sizes, slots)
 
@@ -205,7 +195,7 @@ def _prepare_combine(geometry: Geometry, plan: Plan) -> Launch:
         **plan.whole_row_constants,
         "BM": COMBINE.BM,
         "VALUE_DIM": geometry.value_dim,
-        "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
+        "BLOCK_VALUE_DIM": arguments.block_dim(geometry.value_dim),
     }
     rows = geometry.batch * geometry.query_heads * geometry.query_length
     return Launch(kernel, -(-rows // COMBINE.BM), geometry.device, constants, COMBINE)
