@@ -12,22 +12,11 @@ The code picks its instruction set when it runs, so no flag here may name the ma
 
 from setuptools import Extension, setup
 
-FOLDERS = (
-    "cli",
-    "core",
-    "integrations",
-    "kernels",
-    "report",
-    "study",
-    "tiled",
-    "transformers",
-    "triton",
-    "triton.launch",
-)
+FOLDERS = ("cli", "core", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(
-    packages=["attnstats", *(f"attnstats.{folder}" for folder in FOLDERS)],
+    packages=["attnstats", "attnstats.triton.launch", *(f"attnstats.{folder}" for folder in FOLDERS)],
     package_data={"attnstats": ["py.typed"], "attnstats.report": ["*.jinja", "*.css", "*.js"]},
     ext_modules=[
         Extension(

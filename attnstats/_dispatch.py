@@ -57,8 +57,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
     costs = []
     for each in backend.passes(geometry, value is not None):
         description, flops, scratch_bytes = backend.cost(each, geometry)
-        costs.append(PassCost(each.run, description, each.computes, each.heads, flops, scratch_bytes))
-    return Explanation(backend.NAME, tuple(costs))
+        work = each.run, description, each.attends, each.statistics, each.heads
+        costs.append(PassCost(*work, flops, scratch_bytes))
+    return Explanation(backend.NAME, _choose(options.backend, geometry)[1], tuple(costs))
 
 
 def gradients(
@@ -138,29 +139,30 @@ def choose(name: str, geometry: Geometry) -> ModuleType:
     """The backend that does the work. Raises ValueError for a call that it can't take."""
     chosen = geometry.memo.get(("backend", name))
     if chosen is None:
-        chosen = geometry.memo["backend", name] = _choose(name, geometry)
+        chosen = geometry.memo["backend", name] = _choose(name, geometry)[0]
     return chosen
 
 
-def _choose(name: str, geometry: Geometry) -> ModuleType:
+def _choose(name: str, geometry: Geometry) -> tuple[ModuleType, str]:
+    """The backend that does the work, and why it is this one."""
     check_backend(name)
     if name == "reference":
-        return _computing(reference, geometry)
+        return _computing(reference, geometry), "as asked"
     if geometry.dense_mask is not None:
         raise ValueError(
             "attn_mask: a mask that depends on the query takes O(Tq * Tk) memory; use is_causal, key_padding_mask "
             "or a bool mask of shape (B, 1, 1, Tk), or backend='reference'"
         )
     if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
-        return _computing(tiled, geometry)
+        return _computing(tiled, geometry), "as asked" if name == "tiled" else "CPU tensors"
     from attnstats.triton import backend as triton
 
     reason = triton.unavailable(geometry)
     if name == "auto":
-        return _computing(tiled if reason else triton, geometry)
+        return (_computing(tiled, geometry), reason) if reason else (_computing(triton, geometry), "GPU tensors")
     if reason:
         raise ValueError(f"backend='triton': {reason}; backend='tiled' would work")
-    return _computing(triton, geometry)
+    return _computing(triton, geometry), "as asked"
 
 
 def _computing(backend: ModuleType, geometry: Geometry) -> ModuleType:

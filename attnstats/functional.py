@@ -263,7 +263,7 @@ def explain(
         >>> import torch, attnstats
         >>> query = torch.zeros(1, 8, 1024, 64)
         >>> attnstats.explain(query, query, query, statistics=["waad"], backend="tiled")
-        backend: tiled
+        backend: tiled (as asked)
           torch's flash attention for CPU
             output, lse: 1.07 GFLOP, 0.0 MB of scratch
           band, ...

@@ -206,7 +206,7 @@ def _counts(geometry: Geometry, last: int | None = None) -> Tensor:
 
 def _weights(statistic: Statistic, geometry: Geometry) -> Tensor:
     """[Tq, Tk] the statistic's weight, 0 across sequences."""
-    return statistic.weight(_distance(geometry)).to(geometry.accumulator) * _together(geometry)
+    return statistic.weight_as(_distance(geometry), geometry.accumulator) * _together(geometry)
 
 
 def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from attnstats.statistics import LSE, Statistic
 
+__all__ = ["AttentionResult", "ByStatistic", "Explanation", "PassCost", "Statistics"]
+
 
 class ByStatistic(Mapping[Statistic, Tensor]):
     """Tensors keyed by statistic, and by name where the name is unambiguous: `stats["waad"]`, `stats[WAAD(20)]`."""
@@ -118,22 +120,30 @@ class PassCost:
     Attributes:
         run: the loop or kernel, such as "cpu_flash", "band" or "forward".
         description: the loop or kernel in words, with its tiles.
-        computes: "output", "lse" and names of statistics.
-        heads: the query heads that it looks at; None: all.
-        flops: floating-point operations over all heads.
+        attends: it gives output and lse too.
+        statistics: those that it computes.
+        heads: the query heads that it computes them of; None: all.
+        flops: floating-point operations over all heads, of the forward pass.
         scratch_bytes: memory beside inputs and results.
     """
 
     run: str
     description: str
-    computes: tuple[str, ...]
+    attends: bool
+    statistics: tuple[Statistic, ...]
     heads: tuple[int, ...] | None
     flops: int
     scratch_bytes: int
 
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """The names of its results."""
+        return (*(("output", "lse") if self.attends else ()), *(s.name for s in self.statistics))
+
     def __str__(self) -> str:
+        of_heads = "" if self.heads is None else f" of heads {', '.join(map(str, self.heads))}"
         cost = f"{self.flops / 1e9:.2f} GFLOP, {self.scratch_bytes / 1e6:.1f} MB of scratch"
-        return f"  {self.description}\n    {', '.join(self.computes)}: {cost}"
+        return f"  {self.description}\n    {', '.join(self.computes)}{of_heads}: {cost}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,10 +152,12 @@ class Explanation:
 
     Attributes:
         backend: "reference", "tiled" or "triton".
+        reason: why this backend was chosen.
         passes: those that the call makes.
     """
 
     backend: str
+    reason: str
     passes: tuple[PassCost, ...]
 
     @property
@@ -154,6 +166,6 @@ class Explanation:
         return sum(each.flops for each in self.passes)
 
     def __str__(self) -> str:
-        return "\n".join([f"backend: {self.backend}", *map(str, self.passes)])
+        return "\n".join([f"backend: {self.backend} ({self.reason})", *map(str, self.passes)])
 
     __repr__ = __str__

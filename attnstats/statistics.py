@@ -136,8 +136,12 @@ class Statistic:
         return (key_length if self.axis == "column" else query_length,)
 
     def weight(self, distance: Tensor) -> Tensor:
-        """The weight at each signed distance (integer tensor of any shape), elementwise."""
+        """The weight at each signed distance, elementwise; whole numbers, of an integer dtype or in float64."""
         raise TypeError(f"{type(self).__name__} defines no weight(distance)")
+
+    def weight_as(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype; for float64 from float64 distances, or fractional weights would be float32."""
+        return self.weight(distance.double() if dtype == torch.float64 else distance).to(dtype)
 
     def row(self, weights: Tensor, scores: Tensor) -> Tensor:
         """The statistic (..., Tq) of whole rows of A (..., Tq, Tk) and of their scores.

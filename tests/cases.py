@@ -32,6 +32,7 @@ from attnstats import (
     reference,
 )
 from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted
+from attnstats.triton.plan import WHOLE_ROWS
 
 EVERY = (
     WAAD(1),
@@ -224,8 +225,10 @@ def check(
 
     The statistics are the case's unless others are given.
     """
-    statistics = [s for s in statistics or case.statistics() if not (from_lse and isinstance(s, MaxLogit))]
-    statistics = tuple(dict.fromkeys(statistics))
+    computed = [s for s in statistics or case.statistics() if s.from_lse or not from_lse]
+    if backend == "triton":
+        computed = [s for s in computed if s.method != "row" or type(s) in WHOLE_ROWS]
+    statistics = tuple(dict.fromkeys(computed))
     tensors = case.tensors(device)
     arguments = case.arguments(device) | {"statistics": statistics}
     if isinstance(arguments["heads"], dict):

@@ -23,8 +23,3 @@ class Pass(NamedTuple):
     heads: tuple[int, ...] | None = None
     attends: bool = False
     last_queries: int | None = None
-
-    @property
-    def computes(self) -> tuple[str, ...]:
-        """Names of the results, as `explain` shows them."""
-        return (*(("output", "lse") if self.attends else ()), *(s.name for s in self.statistics))

@@ -173,7 +173,7 @@ def _by_distance(statistics: Iterable[Statistic], geometry: Geometry, block: _Bl
     if not varying:
         return {}
     distance = _distance(geometry, block)
-    return {s: s.weight(distance).to(geometry.accumulator) for s in varying}
+    return {s: s.weight_as(distance, geometry.accumulator) for s in varying}
 
 
 def _generator(geometry: Geometry) -> torch.Generator | None:

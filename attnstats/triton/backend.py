@@ -204,9 +204,9 @@ def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
     if each.run in ("forward", "decode", "rows"):
         return _forward_cost(each, geometry, matmul)
     if each.run == "band":
-        config = launch.band_tile(geometry, each.heads, _config(geometry, "band"))[1]
+        packed, config = launch.band_tile(geometry, each.heads, _config(geometry, "band"))
         lists = Plan.of(each.statistics, geometry.is_causal)
-        return f"kernel band: {_tiles(config)}", *_band_cost(geometry, lists, config.BM, each.heads)
+        return f"kernel band: {_tiles(config, packed)}", *_band_cost(geometry, lists, config.BM, each.heads)
     if each.run == "column":
         lse_copy = 4 * geometry.batch * geometry.query_heads * geometry.query_length
         return f"kernel column: {_tiles(_config(geometry, 'column'))}", matmul, lse_copy
@@ -223,13 +223,14 @@ def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
 def _forward_cost(each: Pass, geometry: Geometry, matmul: int) -> tuple[str, int, int]:
     lists = Plan.of(each.statistics, geometry.is_causal)
     splits = launch.splits(geometry)
-    config = _config(geometry, "decode" if splits else "forward_loop" if lists.in_loop else "forward")
+    kernel: Kernel = "decode" if splits else "forward_loop" if lists.in_loop else "forward"
+    packed, config = launch.forward_tile(geometry, _config(geometry, kernel))
     flops, scratch = matmul if each.attends or lists.in_loop else 0, 0
     if each.attends:
         flops += matmul // geometry.head_dim * geometry.value_dim
-    description = f"kernel forward{'' if each.attends else ', rows only'}: {_tiles(config)}"
+    description = f"kernel forward{'' if each.attends else ', rows only'}: {_tiles(config, packed)}"
     if splits:
-        description += f", {splits} splits of the keys"
+        description += f", {splits} splits of the keys" + (", kernel combine" if each.attends else "")
         rows = geometry.batch * geometry.query_heads * geometry.query_length
         scratch = 4 * splits * rows * (geometry.value_dim + 1)
     if lists.bands:
@@ -244,8 +245,9 @@ def _config(geometry: Geometry, kernel: Kernel) -> Config:
     return next(candidates(kernel, geometry.device, geometry.dtype, launch.block_dim(dim)))
 
 
-def _tiles(config: Config) -> str:
-    return f"queries x {config.BM}, keys x {config.BN}, {config.num_warps} warps, {config.num_stages} stages"
+def _tiles(config: Config, heads: int = 1) -> str:
+    packed = f" x {heads} heads" if heads > 1 else ""
+    return f"queries x {config.BM}{packed}, keys x {config.BN}, {config.num_warps} warps, {config.num_stages} stages"
 
 
 def _band_cost(geometry: Geometry, lists: Plan, block_rows: int, heads: Heads) -> tuple[int, int]:

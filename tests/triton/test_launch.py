@@ -234,6 +234,6 @@ def test_explain_names_kernels_tiles_and_costs(device):
     assert [each.run for each in plan.passes] == ["forward", "column", "first_keys"]
     assert "band of 100 keys as epilogue" in plan.passes[0].description
     assert plan.flops == sum(each.flops for each in plan.passes) > 0
-    assert str(plan).startswith("backend: triton\n  kernel forward: queries x ")
+    assert str(plan).startswith("backend: triton (as asked)\n  kernel forward: queries x ")
     plan = attnstats.explain(query, key, statistics=[WAAD(), Entropy()], backend="triton")
     assert {each.run for each in plan.passes} == {"band", "rows"}

@@ -7,7 +7,7 @@ from attnstats.triton.launch.arguments import block_dim, kernel_weight, on_devic
 from attnstats.triton.launch.backward_pass import MapGradients, backward, backward_kernels
 from attnstats.triton.launch.band_pass import band, band_tile, slot_count
 from attnstats.triton.launch.column_pass import columns, pooled
-from attnstats.triton.launch.forward_pass import forward, splits
+from attnstats.triton.launch.forward_pass import forward, forward_tile, splits
 from attnstats.triton.launch.start import Launch, launching_with
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "block_dim",
     "columns",
     "forward",
+    "forward_tile",
     "kernel_weight",
     "launching_with",
     "on_device",

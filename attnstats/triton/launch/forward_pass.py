@@ -114,19 +114,25 @@ def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> T
     return output if geometry.packing is None else output.zero_()
 
 
+def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
+    """Heads packed into a tile of the forward kernel, and the tile's positions and keys."""
+    if splits(geometry):
+        heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
+        return heads, config._replace(
+            BM=max(config.BM // heads, arguments.power_of_two(arguments.longest(geometry)[0]))
+        )
+    # No row of a tile is empty: a power of two that divides the group. Heads in one tile share the band's keys.
+    heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
+    return heads, config._replace(BM=config.BM // heads)
+
+
 def _prepare_forward(
     geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, chunk: int
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
     sizes = arguments.sizes(geometry)._replace(n_sequences=arguments.sequence_count(geometry))
-    if parts:
-        heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
-        config = config._replace(BM=max(config.BM // heads, arguments.power_of_two(sizes.longest)))
-    else:
-        # Heads of a group share a tile's keys either way. In one tile they also share the band's keys and weights.
-        heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
-        config = config._replace(BM=config.BM // heads)
+    heads, config = forward_tile(geometry, config)
     constants = {
         "MOMENT": len(plan.moment),
         "LOOP_ROWS": arguments.weights(plan.loop_rows, tails=False),
