@@ -118,7 +118,8 @@ def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
     """Heads packed into a tile of the forward kernel, and the tile's positions and keys."""
     if splits(geometry):
         heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
-        return heads, config._replace(
+        rows = arguments.power_of_two(arguments.longest(geometry)[0])
+        return heads, config._replace(BM=max(config.BM // heads, rows))
             BM=max(config.BM // heads, arguments.power_of_two(arguments.longest(geometry)[0]))
         )
     # No row of a tile is empty: a power of two that divides the group. Heads in one tile share the band's keys.
