@@ -120,8 +120,6 @@ def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
         heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
         rows = arguments.power_of_two(arguments.longest(geometry)[0])
         return heads, config._replace(BM=max(config.BM // heads, rows))
-            BM=max(config.BM // heads, arguments.power_of_two(arguments.longest(geometry)[0]))
-        )
     # No row of a tile is empty: a power of two that divides the group. Heads in one tile share the band's keys.
     heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
     return heads, config._replace(BM=config.BM // heads)
