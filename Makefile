@@ -44,8 +44,11 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-docs: $(STAMP) ## run every example in README.md, docs/ and the docstrings
-	@$(BIN)/python -m pytest -p no:xdist README.md docs attnstats
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) ## build the documentation into out/docs, and run every example in it, in README.md and in docstrings
+	@$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "out/docs/index.html; with search: $(BIN)/python -m http.server --directory out/docs"
+	@$(BIN)/python -m pytest -q -p no:xdist README.md docs attnstats
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

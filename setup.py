@@ -4,30 +4,19 @@ The packages are listed, not searched for: `attnstats.kernels` is the folder ker
 attnstats/kernels. It has no `__init__.py`, because a package `kernels` at the root would hide Hugging Face's
 package of that name, which transformers imports. tests/test_packaging.py fails when a module is missing here.
 
-`attnstats.tiled._native` is a library with a plain C interface that attnstats/tiled/native.py loads with ctypes; it
-uses nothing of Python, so one build serves every version. It is optional: without a compiler the install is pure
+`attnstats.tiled._native` is a library with a plain C interface that attnstats/tiled/native.py loads with ctypes;
+it uses nothing of Python, so one build serves every version. It is optional: without a compiler the install is pure
 Python, and slower.
 The code picks its instruction set when it runs, so no flag here may name the machine that builds.
 """
 
 from setuptools import Extension, setup
 
-FOLDERS = (
-    "cli",
-    "core",
-    "integrations",
-    "kernels",
-    "report",
-    "study",
-    "tiled",
-    "transformers",
-    "triton",
-    "triton.launch",
-)
+FOLDERS = ("cli", "core", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(
-    packages=["attnstats", *(f"attnstats.{folder}" for folder in FOLDERS)],
+    packages=["attnstats", "attnstats.triton.launch", *(f"attnstats.{folder}" for folder in FOLDERS)],
     package_data={"attnstats": ["py.typed"], "attnstats.report": ["*.jinja", "*.css", "*.js"]},
     ext_modules=[
         Extension(

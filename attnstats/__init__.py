@@ -2,27 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from attnstats import distributed, presets, reference
-from attnstats.core.geometry import AttentionResult
+from attnstats import distributed, presets, reference, statistics
 from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
-from attnstats.statistics import (
-    FAI,
-    LSE,
-    WAAD,
-    ColumnStatistic,
-    Entropy,
-    LocalMass,
-    MaxLogit,
-    MeanDistance,
-    PooledMap,
-    Received,
-    RowStatistic,
-    SinkMass,
-    Statistic,
-    Statistics,
-)
+from attnstats.results import AttentionResult, Explanation, Statistics
+from attnstats.statistics import *  # noqa: F403
+from attnstats.transformers.attach import attach, detach
 from attnstats.transformers.capture import capture
-from attnstats.transformers.hooks import attach, detach
 
 if TYPE_CHECKING:
     from attnstats import nn
@@ -31,20 +16,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "FAI",
-    "LSE",
-    "WAAD",
     "AttentionResult",
-    "ColumnStatistic",
-    "Entropy",
-    "LocalMass",
-    "MaxLogit",
-    "MeanDistance",
-    "PooledMap",
-    "Received",
-    "RowStatistic",
-    "SinkMass",
-    "Statistic",
+    "Explanation",
     "Statistics",
     "attach",
     "attention",
@@ -59,10 +32,11 @@ __all__ = [
     "statistics_from_lse",
     "varlen_attention",
 ]
+__all__ += statistics.__all__
 
 
 def __getattr__(name: str) -> Any:
-    """What `import attnstats` can do without until it is asked for."""
+    """Modules that `import attnstats` does not load until they are asked for."""
     if name == "nn":
         import attnstats.nn
 

@@ -1,7 +1,7 @@
-"""Which backend does the work, and the one way in: arguments validated, the backend called in full precision.
+"""The choice of a backend, and the way into it: arguments validated, the backend called in full precision.
 
-A backend is a module (`reference`, `tiled`, `ops`) with `attend`, `from_lse` and `plan`. Called by attention.py, and
-by library.py when a compiled graph runs, so that both do the same.
+A backend is a module with `attend`, `from_lse`, `passes` and `cost`, with `COMPUTES`, the methods of statistics that it
+knows, and, but for `reference`, which autograd differentiates, with `gradients`.
 """
 
 from __future__ import annotations
@@ -17,107 +17,109 @@ from torch import Tensor
 
 from attnstats import reference
 from attnstats.core import arguments
+from attnstats.core.autograd import GradientsByStatistic, Residuals
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
+from attnstats.core.lse import check_lse, natural_lse
+from attnstats.core.options import Options
+from attnstats.results import Explanation, PassCost
 from attnstats.statistics import Statistic
 from attnstats.tiled import backend as tiled
 
-NAMES = ("auto", "reference", "tiled", "triton")
+BACKENDS = ("auto", "reference", "tiled", "triton")
 
 
-def geometry_of(
-    query: Tensor, key: Tensor, value: Tensor | None, statistics: tuple[Statistic, ...], given: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None, Geometry]:
-    """The geometry of a dense or, with cu_seqlens_q among `given`, a packed call; its tensors with a batch."""
-    if "cu_seqlens_q" not in given:
-        return query, key, value, arguments.resolve(query, key, value, statistics, **given)
-    query, key = arguments.batch_of_one(query=query, key=key)
-    if value is not None:
-        (value,) = arguments.batch_of_one(value=value)
-    return query, key, value, arguments.resolve_packed(query, key, value, statistics, **given)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    statistics: tuple[Statistic, ...],
-    given: dict[str, Any],
-    dropout_p: float,
-    differentiable: bool,
-    backend: str,
-    dropout_seed: Tensor | None = None,
-) -> tuple[Evaluation, Geometry]:
-    """Output, lse and statistics with a batch dimension, packed calls too. Draws a seed where dropout needs one."""
-    arguments.check_differentiable(statistics, differentiable)
-    query, key, checked, geometry = geometry_of(query, key, value, statistics, given)
-    geometry = arguments.with_dropout(geometry, dropout_p, dropout_seed)
+def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Evaluation, Geometry]:
+    """Output, lse and statistics with a batch dimension, packed calls too."""
+    query, key, value, geometry = _batched(query, key, value, options)
+    geometry = arguments.with_dropout_seed(geometry, options.dropout_seed)
     with full_precision(geometry.device):
-        module = choose(backend, geometry)
-        return module.attend(query, key, checked, geometry, statistics, differentiable), geometry
+        return choose(options.backend, geometry).attend(query, key, value, geometry), geometry
 
 
 def from_lse(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    statistics: tuple[Statistic, ...],
-    lse_base: str,
-    lse_layout: str | None,
-    given: dict[str, Any],
-    backend: str,
-) -> tuple[Tensor, dict[Statistic, Tensor], Geometry]:
-    """The lse in natural logarithm, and the statistics, with a batch dimension."""
-    arguments.from_lse(statistics)
-    query, key, _, geometry = geometry_of(query, key, None, statistics, given)
-    lse = arguments.natural_lse(lse, lse_base, lse_layout, geometry)
+    query: Tensor, key: Tensor, lse: Tensor, options: Options
+) -> tuple[dict[Statistic, Tensor], Tensor, Geometry]:
+    """The statistics and the lse in natural logarithm, with a batch dimension."""
+    query, key, _, geometry = _batched(query, key, None, options)
+    _check_from_lse(geometry)
+    check_lse(options.lse_base, options.lse_layout)
+    lse = natural_lse(lse, options.lse_base, options.lse_layout, geometry)
     with torch.no_grad(), full_precision(geometry.device):
-        return lse, choose(backend, geometry).from_lse(query, key, lse, geometry, statistics), geometry
+        return choose(options.backend, geometry).from_lse(query, key, lse, geometry), lse, geometry
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> Explanation:
+    """The passes that `attend` or, without a value, `from_lse` makes."""
+    query, key, value, geometry = _batched(query, key, value, options)
+    if value is None:
+        _check_from_lse(geometry)
+    backend = choose(options.backend, geometry)
+    costs = []
+    for each in backend.passes(geometry, value is not None):
+        description, flops, scratch_bytes = backend.cost(each, geometry)
+        work = each.run, description, each.attends, each.statistics, each.heads
+        costs.append(PassCost(*work, flops, scratch_bytes))
+    return Explanation(backend.NAME, _choose(options.backend, geometry)[1], tuple(costs))
 
 
 def gradients(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    statistics: tuple[Statistic, ...],
-    of_statistics: dict[Statistic, tuple[Tensor, Tensor]],
-    given: dict[str, Any],
-    dropout_p: float,
-    backend: str,
-    dropout_seed: Tensor | None,
+    residuals: Residuals, grad_output: Tensor, of_statistics: GradientsByStatistic, options: Options
 ) -> list[Tensor]:
-    """For query, key, value, and for sinks and a float attn_mask where there are any; all as `attend` had them."""
-    query, key, checked, geometry = geometry_of(query, key, value, statistics, given)
-    geometry = arguments.with_dropout(geometry, dropout_p, dropout_seed)
-    assert checked is not None
+    """For query, key, value, and for sinks and a float attn_mask where there are any.
+
+    Query, key and value in `residuals` are as the call got them; output, lse and `grad_output` have a batch dimension.
+    """
+    query, key, value, geometry = _batched(*residuals[:3], options)
+    geometry = arguments.with_dropout_seed(geometry, options.dropout_seed)
+    residuals = residuals._replace(query=query, key=key, value=value)
     with torch.no_grad(), full_precision(geometry.device):
-        module = choose(backend, geometry)
-        if module is reference:
-            return _by_autograd(query, key, checked, geometry, grad_output, of_statistics)
-        found = module.gradients(query, key, checked, output, lse, grad_output, geometry, of_statistics)
-    return [x for x in found if x is not None]
+        backend = choose(options.backend, geometry)
+        if backend is reference:
+            return _by_autograd(residuals, geometry, grad_output, of_statistics)
+        gradients = backend.gradients(residuals, grad_output, geometry, of_statistics)
+    return [x for x in gradients if x is not None]
+
+
+def geometry_of(query: Tensor, key: Tensor, options: Options) -> Geometry:
+    """The geometry of a call from the shapes of its query and key."""
+    return _batched(query, key, None, options)[3]
+
+
+def _batched(
+    query: Tensor, key: Tensor, value: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Any, Geometry]:
+    """The tensors of a call with a batch dimension, and its geometry. A missing value stays None."""
+    if options.is_packed:
+        query, key = arguments.batch_of_one(query=query, key=key)
+        if value is not None:
+            (value,) = arguments.batch_of_one(value=value)
+    return query, key, value, arguments.resolve(query, key, value, options)
+
+
+def _check_from_lse(geometry: Geometry) -> None:
+    for statistic in geometry.statistics:
+        if not statistic.from_lse:
+            raise ValueError(
+                f"statistics: {type(statistic).__name__} is not a function of the lse; ask attnstats.attention for it"
+            )
 
 
 def _by_autograd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    geometry: Geometry,
-    grad_output: Tensor,
-    of_statistics: dict[Statistic, tuple[Tensor, Tensor]],
+    residuals: Residuals, geometry: Geometry, grad_output: Tensor, of_statistics: GradientsByStatistic
 ) -> list[Tensor]:
     """The reference's gradients, which are those of its operations."""
     bias = geometry.dense_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = None
     with _autograd():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (query, key, value, geometry.sinks, bias)]
-        query, key, value = leaves[:3]  # type: ignore[assignment]
+        inputs = (*residuals[:3], geometry.sinks, bias)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        query, key, value = (x for x in leaves[:3] if x is not None)
         dense = geometry.dense_mask if bias is None else leaves[4]
-        again = dataclasses.replace(geometry, sinks=leaves[3], dense_mask=dense, memo={})
-        output, _, tensors = reference.attend(query, key, value, again, tuple(of_statistics), True)
+        again = dataclasses.replace(
+            geometry, statistics=tuple(of_statistics), differentiable=True, sinks=leaves[3], dense_mask=dense, memo={}
+        )
+        output, _, tensors = reference.attend(query, key, value, again)
         outputs = [output, *tensors.values()]
         grads = [grad_output, *(grad for _, grad in of_statistics.values())]
         return list(torch.autograd.grad(outputs, [x for x in leaves if x is not None], grads))
@@ -125,7 +127,7 @@ def _by_autograd(
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd inside of an operator's body, which is called with it switched off twice."""
+    """A context with autograd on inside an operator's body, where grad mode and dispatch keys switch it off."""
     keys, off = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
         off = off.remove(key)
@@ -134,27 +136,48 @@ def _autograd() -> Iterator[None]:
 
 
 def choose(name: str, geometry: Geometry) -> ModuleType:
-    """The module that does the work. Raises ValueError where it can't."""
-    check(name)
+    """The backend that does the work. Raises ValueError for a call that it can't take."""
+    chosen = geometry.memo.get(("backend", name))
+    if chosen is None:
+        chosen = geometry.memo["backend", name] = _choose(name, geometry)[0]
+    return chosen
+
+
+def _choose(name: str, geometry: Geometry) -> tuple[ModuleType, str]:
+    """The backend that does the work, and why it is this one."""
+    check_backend(name)
     if name == "reference":
-        return reference
+        return _computing(reference, geometry), "as asked"
     if geometry.dense_mask is not None:
         raise ValueError(
             "attn_mask: a mask that depends on the query takes O(Tq * Tk) memory; use is_causal, key_padding_mask "
             "or a bool mask of shape (B, 1, 1, Tk), or backend='reference'"
         )
     if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
-        return tiled
-    from attnstats.triton import backend as ops
+        return _computing(tiled, geometry), "as asked" if name == "tiled" else "CPU tensors"
+    from attnstats.triton import backend as triton
 
-    reason = ops.unavailable(geometry)
+    reason = triton.unavailable(geometry)
     if name == "auto":
-        return tiled if reason else ops
+        return (_computing(tiled, geometry), reason) if reason else (_computing(triton, geometry), "GPU tensors")
     if reason:
         raise ValueError(f"backend='triton': {reason}; backend='tiled' would work")
-    return ops
+    return _computing(triton, geometry), "as asked"
 
 
-def check(name: str) -> None:
-    if name not in NAMES:
+def _computing(backend: ModuleType, geometry: Geometry) -> ModuleType:
+    """The backend. Raises ValueError for a statistic whose method it does not declare."""
+    for statistic in geometry.statistics:
+        if statistic.method not in backend.COMPUTES:
+            methods = ", ".join(sorted(backend.COMPUTES))
+            raise ValueError(
+                f"statistics: backend {backend.NAME!r} doesn't compute {statistic}, whose method is "
+                f"{statistic.method!r}; it knows {methods}"
+            )
+    return backend
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError for an unknown name."""
+    if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {name!r}")

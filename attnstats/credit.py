@@ -1,9 +1,9 @@
-"""Token credit: which tokens of a response an advantage is made larger for (Sec. 5.2, Eq. 13-19).
+"""Token credit: weights that scale the advantage of single response tokens (Sec. 5.2, Eq. 13-19).
 
-Pure functions on (B, T) tensors and a bool response mask, of no framework and no model: the curves come averaged
-over heads (heads.class_mean), the integrations call these. A row's response is its masked tokens in order, whatever
-lies between them: left or right padding, or a tool's output in the middle, so "the next token" is the next response
-token. What stands outside the mask never matters. Weights are constants: nothing here carries a gradient.
+Pure functions on (B, T) tensors and a bool response mask, independent of any model or framework; curves are averaged
+over heads first (heads.class_mean). A row's response is its masked tokens in order, whatever lies between them, such as
+padding or a tool's output; "the next token" is the next response token. Values outside the mask are never used. Weights
+are constants and carry no gradient.
 
 Source: Li et al., arXiv 2510.13554v2. docs/credit.md has the formulas, and golden files for other implementations.
 """
@@ -23,11 +23,11 @@ from attnstats.curves import (
     check_mask,
     check_signal,
     delta,
-    delta_of,
+    delta_unchecked,
     lower_median,
-    top_of,
     top_share,
-    working,
+    top_share_unchecked,
+    working_dtype,
 )
 
 __all__ = [
@@ -52,21 +52,21 @@ Sign = Literal["both", "positive", "negative"]
 def local_chunk(
     waad: Tensor, mask: Tensor, *, q: float = 0.4, amp: float = 1.5, bottom: bool = False, keep_mean: bool = False
 ) -> Tensor:
-    """Local-chunk credit: `amp` where WAAD changes most to the next token, in the top share of delta (Eq. 14-15).
+    """Local-chunk credit: `amp` on the top share of delta, where WAAD changes most to the next token (Eq. 14-15).
 
     Args:
         waad: (B, T) floating, WAAD averaged over the local heads; finite within the mask.
         mask: (B, T) bool, the response tokens.
-        q: share of a row's response tokens that is amplified, `ceil(q * n)` of n, in [0, 1].
+        q: share of a row's response tokens that is amplified, in [0, 1]: `ceil(q * n)` of n.
         amp: weight of an amplified token, at least 1.
         bottom: amplify the lowest share instead (Table 5).
-        keep_mean: divide each row by its mean weight, so that the credit only moves weight between tokens.
+        keep_mean: divide each row by its mean weight, so that the credit only shifts weight between tokens.
 
     Returns:
         gamma (B, T) of waad's dtype, 1 outside the mask.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, shape or range; NaN or infinity in waad within the mask.
+        TypeError, ValueError: an argument of a wrong dtype, shape or range; NaN or infinity in waad within the mask.
 
     Example:
         >>> import torch
@@ -75,7 +75,8 @@ def local_chunk(
         tensor([[1.0000, 1.5000, 1.5000, 1.0000, 1.0000]])
     """
     check_signal("waad", waad, mask)
-    return _amplified(top_of(delta_of(waad, mask), mask, q, None, bottom), mask, amp, waad.dtype, keep_mean)
+    chosen = top_share_unchecked(delta_unchecked(waad, mask), mask, q, bottom=bottom)
+    return _amplified(chosen, mask, amp, waad.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -94,8 +95,8 @@ def global_anchor(
     Args:
         fai: (B, T) floating, FAI averaged over the global heads; finite where it is within the mask and valid.
         mask, q, amp, bottom, keep_mean: as in `local_chunk`.
-        valid: (B, T) bool, where FAI is more than a placeholder (`Statistics.valid`); None: everywhere. The share is
-            of all response tokens, and only valid ones are taken: fewer than `ceil(q * n)` where fewer are valid.
+        valid: (B, T) bool, where FAI has a value (`Statistics.valid`); None: everywhere. The share is of all response
+            tokens, and only valid ones are chosen: fewer than `ceil(q * n)` where fewer are valid.
 
     Returns:
         gamma (B, T) of fai's dtype, 1 outside the mask.
@@ -111,7 +112,7 @@ def global_anchor(
         tensor([[1.5000, 1.5000, 1.5000, 1.0000, 1.0000]])
     """
     check_signal("fai", fai, mask, valid)
-    return _amplified(top_of(fai, mask, q, valid, bottom), mask, amp, fai.dtype, keep_mean)
+    return _amplified(top_share_unchecked(fai, mask, q, valid, bottom), mask, amp, fai.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -129,10 +130,10 @@ def coupled_rhythm(
     tau_delta: float | None = None,
     keep_mean: bool = False,
 ) -> Tensor:
-    """Coupled-rhythm credit: anchors, with part of a locally dominated one's given to its intro token (Eq. 18-19).
+    """Coupled-rhythm credit: `amp` on anchors, shared with the intro token of a locally dominated one (Eq. 18-19).
 
     `gamma = 1 + (amp - 1) * ([t anchor, not dominated] + (1 - alpha) * [t dominated] + alpha * [t intro token])`:
-    the terms add where the sets overlap, and a token that several anchors lead to counts once.
+    the terms add where the sets overlap, and the intro token of several anchors counts once.
 
     Args:
         waad, fai, mask, valid: as in `local_chunk` and `global_anchor`.
@@ -148,16 +149,16 @@ def coupled_rhythm(
 
     Example:
         >>> import torch
-        >>> waad = torch.tensor([[8.0, 3.0, 2.0, 2.0, 9.0]])  # 8: looks back over the text, and writes on from there
+        >>> waad = torch.tensor([[8.0, 3.0, 2.0, 2.0, 9.0]])
         >>> fai = torch.tensor([[0.1, 0.0, 0.9, 0.0, 0.3]])
         >>> coupled_rhythm(waad, fai, torch.ones(1, 5, dtype=torch.bool))
         tensor([[1.2500, 1.0000, 1.2500, 1.0000, 1.5000]])
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    responses, anchor, led = _coupled(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
-    dtype = working(waad.dtype)
-    anchor, dominated, intro = anchor.to(dtype), _any(led).to(dtype), _intro(led).to(dtype)
+    responses, sets = _coupled_sets(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
+    dtype = working_dtype(waad.dtype)
+    anchor, dominated, intro = (tokens.to(dtype) for tokens in (sets.anchor, sets.dominated, sets.intro))
     gamma = 1 + _bonus(amp) * (anchor - alpha * dominated + alpha * intro)
     return _finished(responses.spread(gamma), mask, waad.dtype, keep_mean)
 
@@ -171,11 +172,11 @@ def random_tokens(
     generator: torch.Generator | None = None,
     keep_mean: bool = False,
 ) -> Tensor:
-    """Random credit, the paper's control: `amp` on `ceil(q * n)` response tokens drawn anew (Table 3).
+    """Random credit, the paper's control: `amp` on `ceil(q * n)` randomly drawn response tokens (Table 3).
 
     Args:
         mask, q, amp, keep_mean: as in `local_chunk`.
-        generator: of mask's device; None: torch's own.
+        generator: on mask's device; None: torch's default generator.
 
     Returns:
         gamma (B, T) float32, 1 outside the mask.
@@ -188,7 +189,7 @@ def random_tokens(
     """
     check_mask("mask", mask)
     drawn = torch.rand(mask.shape, generator=generator, device=mask.device)
-    return _amplified(top_of(drawn, mask, q, None, False), mask, amp, drawn.dtype, keep_mean)
+    return _amplified(top_share_unchecked(drawn, mask, q), mask, amp, drawn.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -208,7 +209,7 @@ def high_entropy(
         TypeError, ValueError: as `local_chunk`.
     """
     check_signal("entropy", entropy, mask)
-    return _amplified(top_of(entropy, mask, q, None, bottom), mask, amp, entropy.dtype, keep_mean)
+    return _amplified(top_share_unchecked(entropy, mask, q, bottom=bottom), mask, amp, entropy.dtype, keep_mean)
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ def high_entropy_selection(entropy: Tensor, mask: Tensor, *, q: float = 0.2) -> 
         tensor([[0., 1., 0., 0., 0.]])
     """
     check_signal("entropy", entropy, mask)
-    return (top_of(entropy, mask, q, None, False) | ~mask).to(entropy.dtype)
+    return (top_share_unchecked(entropy, mask, q) | ~mask).to(entropy.dtype)
 
 
 def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> Tensor:
@@ -240,14 +241,14 @@ def shape_advantages(advantages: Tensor, gamma: Tensor, sign: Sign = "both") -> 
 
     Args:
         advantages: (B,), (B, 1) or (B, T) floating.
-        gamma: (B, T) floating, of one of the credits.
-        sign: which advantages are scaled, "both" (v2), "positive" (v1) or "negative"; others stay as they are.
+        gamma: (B, T) floating, the weights of one of the credits.
+        sign: the advantages that are scaled: "both" (v2), "positive" (v1) or "negative"; others stay unchanged.
 
     Returns:
-        (B, T), of the wider dtype of the two.
+        (B, T), in the wider dtype of the two.
 
     Raises:
-        ValueError: another sign, or shapes that don't go together.
+        ValueError: an unknown sign, or shapes that don't match.
 
     Example:
         >>> import torch
@@ -275,9 +276,9 @@ class CoupledSets:
 
     Attributes:
         anchor: bool, Tglob.
-        dominated: bool, D: the anchors that are locally dominated.
-        intro: bool, I(D).
-        lead: int32, how many response tokens before a dominated anchor its intro token stands; 0 elsewhere.
+        dominated: bool, D: the locally dominated anchors.
+        intro: bool, I(D): their intro tokens.
+        lead: int32, the number of response tokens from the intro token of a dominated anchor to it; 0 elsewhere.
     """
 
     anchor: Tensor
@@ -298,28 +299,25 @@ def coupled_sets(
     tau_waad: float | None = None,
     tau_delta: float | None = None,
 ) -> CoupledSets:
-    """Anchors, which of them are locally dominated, and by which tokens (Eq. 16, 18).
+    """The anchors, the locally dominated ones among them, and the intro tokens that dominate those (Eq. 16, 18).
 
     An anchor t is dominated when `WAAD[t] <= tau_waad` and delta reaches `tau_delta` at one of the k response tokens
-    before it; where there is none it is not. Its intro token is the one of these with the greatest delta, the nearest
-    to t among equals.
+    before it; an anchor with no token before it is not. Its intro token is the one of the k with the greatest delta,
+    the nearest to t among equals.
 
     Args:
         waad, fai, mask, valid, q: as in `local_chunk` and `global_anchor`.
-        k: how many response tokens before an anchor are looked at, at least 1.
-        tau_waad, tau_delta: thresholds; None: each response's lower median, that of delta without its last token.
+        k: the number of response tokens before an anchor that can dominate it, at least 1.
+        tau_waad, tau_delta: thresholds; None: the lower median over each response, for delta without its last token.
 
     Raises:
         TypeError, ValueError: as `local_chunk`.
     """
-    responses, anchor, led = _coupled(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
-    lead = torch.zeros_like(anchor, dtype=torch.int32)
-    for offset, anchors in enumerate(led, 1):
-        lead += offset * anchors
-    return CoupledSets(*map(responses.spread, (anchor, _any(led), _intro(led), lead)))
+    responses, sets = _coupled_sets(waad, fai, mask, valid, q, k, tau_waad, tau_delta)
+    return CoupledSets(*map(responses.spread, (sets.anchor, sets.dominated, sets.intro, sets.lead)))
 
 
-def _coupled(
+def _coupled_sets(
     waad: Tensor,
     fai: Tensor,
     mask: Tensor,
@@ -328,8 +326,8 @@ def _coupled(
     k: int,
     tau_waad: float | None,
     tau_delta: float | None,
-) -> tuple[Responses, Tensor, list[Tensor]]:
-    """Anchors, and for each offset from 1 those whose intro token is so far before them; gathered, [B, T + 1] bool."""
+) -> tuple[Responses, CoupledSets]:
+    """`coupled_sets` on gathered responses, [B, T + 1] each."""
     check_signal("waad", waad, mask)
     check_signal("fai", fai, mask, valid)
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
@@ -338,43 +336,33 @@ def _coupled(
         if tau is not None and math.isnan(tau):
             raise ValueError(f"{name} must be a number, or None for each response's median; got {tau}")
     responses = Responses.of(mask)
-    anchor = responses.gather(top_of(fai, mask, q, valid, False))
-    curve = responses.gather(waad.to(working(waad.dtype)))
+    anchor = responses.gather(top_share_unchecked(fai, mask, q, valid))
+    curve = responses.gather(waad.to(working_dtype(waad.dtype)))
     change = responses.delta(curve)
     low = curve <= (lower_median(curve, responses.length) if tau_waad is None else tau_waad)
     least = lower_median(change, responses.length - 1) if tau_delta is None else tau_delta
 
     reach = min(k, mask.shape[1])
     padded = torch.nn.functional.pad(change, (reach, 0), value=-torch.inf)
-    before = [padded[:, reach - offset : -offset] for offset in range(1, reach + 1)]  # delta so far before each token
+    before = [padded[:, reach - offset : -offset] for offset in range(1, reach + 1)]  # delta at t - offset
     greatest = functools.reduce(torch.maximum, before)
-    undecided = anchor & low & (greatest >= least) & (greatest > -torch.inf)
-    led = []
-    for earlier in before:  # the nearest first
-        led.append(undecided & (earlier == greatest))
-        undecided = undecided & ~led[-1]
-    return responses, anchor, led
-
-
-def _any(led: list[Tensor]) -> Tensor:
-    """The dominated anchors."""
-    return functools.reduce(torch.logical_or, led)
-
-
-def _intro(led: list[Tensor]) -> Tensor:
-    """The intro tokens."""
-    intro = torch.zeros_like(led[0])
-    for offset, anchors in enumerate(led, 1):
-        intro[:, :-offset] |= anchors[:, offset:]
-    return intro
+    dominated = anchor & low & (greatest >= least) & (greatest > -torch.inf)
+    intro, lead, undecided = torch.zeros_like(anchor), torch.zeros_like(anchor, dtype=torch.int32), dominated
+    for offset, earlier in enumerate(before, 1):  # the nearest first
+        led = undecided & (earlier == greatest)
+        intro[:, :-offset] |= led[:, offset:]
+        lead += offset * led
+        undecided = undecided & ~led
+    return responses, CoupledSets(anchor, dominated, intro, lead)
 
 
 def _amplified(chosen: Tensor, mask: Tensor, amp: float, dtype: torch.dtype, keep_mean: bool) -> Tensor:
-    return _finished(1 + _bonus(amp) * chosen.to(working(dtype)), mask, dtype, keep_mean)
+    """gamma with `amp` on the chosen tokens."""
+    return _finished(1 + _bonus(amp) * chosen.to(working_dtype(dtype)), mask, dtype, keep_mean)
 
 
 def _finished(gamma: Tensor, mask: Tensor, dtype: torch.dtype, keep_mean: bool) -> Tensor:
-    """gamma, 1 outside the mask, as it is returned."""
+    """gamma, 1 outside the mask, in the dtype to return and with mean 1 where the mean is kept."""
     if keep_mean:
         total = gamma.masked_fill(~mask, 0).sum(1, keepdim=True)
         gamma = torch.where(mask, gamma * (mask.sum(1, keepdim=True) / total), 1)
@@ -382,6 +370,7 @@ def _finished(gamma: Tensor, mask: Tensor, dtype: torch.dtype, keep_mean: bool) 
 
 
 def _bonus(amp: float) -> float:
+    """`amp - 1`, the weight that an amplified token gains. Raises ValueError."""
     if not 1 <= amp < math.inf:
         raise ValueError(f"amp must be at least 1 and finite, got {amp}; below it a sum of terms could turn a sign")
     return amp - 1

@@ -1,9 +1,9 @@
 """Statistics of attention that is spread over ranks: by sequence (context parallel) or by heads (tensor parallel).
 
-Every rank computes the statistics of what it has, with `attention` or `statistics_from_lse`; these functions make
-them those of the whole. Only `torch.distributed` is used, and a group of one rank works.
+Every rank computes the statistics of its own part, with `attention` or `statistics_from_lse`; these functions reduce
+them to those of the whole. Only `torch.distributed` is used, and a group of one rank works.
 
-Context parallel: a rank has some queries and all keys. With the queries of `shard`:
+Context parallel: a rank has some of the queries and all keys. With the queries of `shard`:
 
     pieces = attnstats.distributed.shard(length)
     parts = [attnstats.statistics_from_lse(query_of(piece), key, lse_of(piece), query_offset=piece.start, ...)
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attnstats.core.merging import as_mean, as_sum, merge_columns
-from attnstats.statistics import ColumnStatistic, PooledMap, Statistic, Statistics
+from attnstats.results import Statistics
+from attnstats.statistics import Statistic
 
 Layout = Literal["contiguous", "zigzag"]
 
@@ -71,27 +72,27 @@ def reduce_columns(
     parts = [parts] if isinstance(parts, Statistics) else list(parts)
     if not parts:
         raise ValueError("parts is empty; pass this rank's Statistics")
-    columns: list[Statistic] = [s for s in parts[0] if isinstance(s, ColumnStatistic)]
+    columns: list[Statistic] = [s for s in parts[0] if s.axis == "column"]
     for statistic in parts[0]:
-        if isinstance(statistic, ColumnStatistic) and statistic.last_queries is not None:
+        if statistic.last_queries is not None:
             raise ValueError(
                 f"parts: {statistic} counted the last queries of every part; ask for it without a limit and with a "
                 "query_mask that is True for the last queries of the sequence"
             )
-        if isinstance(statistic, PooledMap) and len(parts) > 1:
-            raise ValueError(f"parts: {statistic} of several pieces is no map; ask for it piece by piece")
+        if statistic.axis == "map" and len(parts) > 1:
+            raise ValueError(f"parts: the {statistic} of several pieces cannot be joined; reduce each piece alone")
     if not columns:
         return _joined(parts, {}, {}, {})
 
     merged = {s: merge_columns([(part[s], part.counts.get(s)) for part in parts]) for s in columns}
     first = merged[columns[0]][0]
     length = first.shape[-1]
-    take = _reducer(length, layout, scatter, group)
+    reduce = _reducer(length, layout, scatter, group)
     own = [i for piece in shard(length, layout=layout, group=group) for i in range(length)[piece]]
     index = torch.tensor(own if scatter else range(length), dtype=torch.long, device=first.device)
-    sums = take(torch.cat([as_sum(*merged[s]) for s in columns], -2))
+    sums = reduce(torch.cat([as_sum(*merged[s]) for s in columns], -2))
     means = [s for s in columns if merged[s][1] is not None]
-    counted = take(torch.stack([c for _, c in merged.values() if c is not None], -2)) if means else None
+    counted = reduce(torch.stack([c for _, c in merged.values() if c is not None], -2)) if means else None
     counts = {s: counted[..., i, :] for i, s in enumerate(means)} if counted is not None else {}
     split = sums.split([merged[s][0].shape[-2] for s in columns], -2)
     values = {s: as_mean(total, counts.get(s)) for s, total in zip(columns, split, strict=True)}
@@ -112,7 +113,7 @@ def mean_over_heads(values: Tensor, *, dim: int = 1, group: Any = None) -> Tenso
 
 
 def mean_over_ranks(total: Tensor, count: int, *, group: Any = None) -> Tensor:
-    """The mean of what was added up, `count` terms on this rank: sums and counts are all-reduced."""
+    """The mean over all ranks' terms, of which this rank added up `count`: sums and counts are all-reduced."""
     total = total.detach().clone()
     terms = torch.tensor(count, dtype=torch.int64, device=total.device)
     dist.all_reduce(total, group=group)
@@ -121,7 +122,7 @@ def mean_over_ranks(total: Tensor, count: int, *, group: Any = None) -> Tensor:
 
 
 def local_heads(heads: Iterable[int], count: int, *, group: Any = None) -> list[int]:
-    """Which of the model's chosen heads this rank has, in its own numbering; rank r has `count` from r * count on."""
+    """The chosen heads that this rank has, in its own numbering; rank r has the `count` heads from r * count on."""
     first = dist.get_rank(group) * count
     return [head - first for head in heads if first <= head < first + count]
 
@@ -161,19 +162,19 @@ def gather_heads(values: Tensor, heads: Sequence[int] | None, count: int, *, dim
     room[: len(own)] = own
     gathered = [torch.empty_like(room) for _ in range(ranks)]
     dist.all_gather(gathered, room, group=group)
-    found = {head: x[i] for x, of_rank in zip(gathered, per_rank, strict=True) for i, head in enumerate(of_rank)}
-    return torch.stack([found[head] for head in heads]).movedim(0, dim)
+    by_head = {head: x[i] for x, of_rank in zip(gathered, per_rank, strict=True) for i, head in enumerate(of_rank)}
+    return torch.stack([by_head[head] for head in heads]).movedim(0, dim)
 
 
 def _reducer(length: int, layout: Layout, scatter: bool, group: Any) -> Callable[[Tensor], Tensor]:
-    """Adds a tensor (..., Tk) up over ranks, and keeps what this rank shall have of it."""
+    """A function that sums a tensor (..., Tk) over ranks and returns this rank's columns, or all of them."""
 
-    def all_of_it(x: Tensor) -> Tensor:
+    def all_columns(x: Tensor) -> Tensor:
         x = x.contiguous()
         dist.all_reduce(x, group=group)
         return x
 
-    def own_part(x: Tensor) -> Tensor:
+    def own_columns(x: Tensor) -> Tensor:
         pieces = [
             torch.cat([x[..., piece] for piece in shard(length, layout=layout, rank=rank, group=group)], -1)
             for rank in range(dist.get_world_size(group))
@@ -184,7 +185,7 @@ def _reducer(length: int, layout: Layout, scatter: bool, group: Any) -> Callable
         dist.reduce_scatter(own, padded, group=group)
         return own[..., : pieces[dist.get_rank(group)].shape[-1]]
 
-    return own_part if scatter else all_of_it
+    return own_columns if scatter else all_columns
 
 
 def _joined(
@@ -193,7 +194,7 @@ def _joined(
     valid: dict[Statistic, Tensor],
     counts: dict[Statistic, Tensor],
 ) -> Statistics:
-    """Columns as given, and what belongs to queries of the parts one after the other."""
+    """Statistics with these columns, and with rows that are those of the parts one after the other."""
 
     def join(tensors: list[Tensor]) -> Tensor:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)

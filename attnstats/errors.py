@@ -1,7 +1,6 @@
-"""The one exception that means "what you asked for cannot be done": bad input, never a fault of ours.
+"""The exception for bad input: a setting, file or model that the user can change, never a fault of this package.
 
-Raised at the border of the command line's modules (models, prompts, analyze) with argument, value and remedy in
-one line; cli.py prints that line and exits with code 2. Every other exception keeps its traceback.
+The command line prints its message, one line with argument, value and remedy, and exits with code 2.
 """
 
 from __future__ import annotations

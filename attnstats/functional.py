@@ -1,26 +1,21 @@
 """The public functions: attention that returns its statistics, and statistics beside any attention kernel.
 
-Arguments are validated by `arguments.resolve`; the work is done by a backend (backends.py). A call that is traced,
-by torch.compile or torch.export, becomes an operator of library.py, which does the same when the graph runs.
-Nothing here touches numbers.
+Each puts its arguments into one record, `Options`. `core.arguments` validates it and a backend does the work
+(_dispatch.py); a traced call becomes an operator of _operators.py, which does the same when the graph runs.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor
 
-from attnstats import _dispatch as backends
-from attnstats import _operators as library
-from attnstats import reference
-from attnstats.core import arguments
-from attnstats.core.arguments import Heads, Window
-from attnstats.core.geometry import AttentionResult, Geometry
-from attnstats.statistics import Statistic, Statistics, resolve
-from attnstats.tiled import backend as tiled
+from attnstats import _dispatch, _operators
+from attnstats.core.geometry import as_result, as_statistics
+from attnstats.core.options import Heads, Options, Window, check_names
+from attnstats.results import AttentionResult, Explanation, Statistics
+from attnstats.statistics import Statistic
 
 Backend = Literal["auto", "reference", "tiled", "triton"]
 
@@ -76,9 +71,9 @@ def attention(
         key_padding_mask: (B, Tk) bool, True for real tokens. In self-attention (is_causal, or Tq = Tk) padding
             positions are no queries either: their statistics are 0 and they don't count.
         query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
-        heads: the query heads whose statistics are wanted, `[0, 5]`, or such lists by statistic or name,
+        heads: the query heads to compute statistics of, `[0, 5]`, or such lists by statistic or name,
             `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
-        differentiable: whether statistics carry gradients into query, key and sinks, for a loss on the map's shape:
+        differentiable: statistics carry gradients into query, key and sinks, for a loss on the map's shape:
             all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
             pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
         backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
@@ -100,26 +95,24 @@ def attention(
 
     Source: Li et al., arXiv 2510.13554v2, Eq. 3 (A), Eq. 9 (WAAD), Eq. 10 (FAI).
     """
-    given: dict[str, Any] = {
-        "attn_mask": attn_mask,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-        "softcap": softcap,
-        "window_size": window_size,
-        "sinks": sinks,
-        "query_mask": query_mask,
-        "key_padding_mask": key_padding_mask,
-        "query_offset": query_offset,
-        "heads": heads,
-    }
-    if library.tracing(query):
-        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
-        return library.attention(query, key, value, statistics, given)
-    (output, lse, tensors), geometry = backends.attend(
-        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
+    options = Options(
+        statistics=statistics,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        query_offset=query_offset,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        window_size=window_size,
+        sinks=sinks,
+        query_mask=query_mask,
+        heads=heads,
+        dropout_p=dropout_p,
+        differentiable=differentiable,
+        backend=backend,
     )
-    return AttentionResult(output, _dense(tensors, lse, geometry))
+    return attend(query, key, value, options)
 
 
 def varlen_attention(
@@ -172,34 +165,32 @@ def varlen_attention(
         >>> import torch, attnstats
         >>> query, key, value = torch.zeros(3, 5, 1, 16)
         >>> cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-        >>> asked = [attnstats.MeanDistance()]
-        >>> _, stats = attnstats.varlen_attention(query, key, value, cu_seqlens_q=cu_seqlens, statistics=asked)
+        >>> inputs = dict(query=query, key=key, value=value, cu_seqlens_q=cu_seqlens)
+        >>> _, stats = attnstats.varlen_attention(**inputs, statistics=["mean_distance"])
         >>> stats["mean_distance"]
         tensor([[0.0000, 0.5000, 0.0000, 0.5000, 1.0000]])
 
     Source: as `attention`.
     """
-    given: dict[str, Any] = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-        "softcap": softcap,
-        "window_size": window_size,
-        "sinks": sinks,
-        "query_mask": query_mask,
-        "heads": heads,
-    }
-    if library.tracing(query):
-        given |= {"dropout_p": dropout_p, "differentiable": differentiable, "backend": backend}
-        return library.attention(query, key, value, statistics, given)
-    (output, lse, tensors), geometry = backends.attend(
-        query, key, value, resolve(statistics), given, dropout_p, differentiable, backend
+    options = Options(
+        statistics=statistics,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        window_size=window_size,
+        sinks=sinks,
+        query_mask=query_mask,
+        heads=heads,
+        dropout_p=dropout_p,
+        differentiable=differentiable,
+        backend=backend,
     )
-    return AttentionResult(output[0].transpose(0, 1), _packed(tensors, lse, geometry))
+    return attend(query, key, value, options)
 
 
 def statistics_from_lse(
@@ -212,38 +203,40 @@ def statistics_from_lse(
     lse_layout: Literal["HT", "TH"] | None = None,
     cu_seqlens_q: Tensor | None = None,
     backend: Backend = "auto",
-    **others: Any,
+    **arguments: Any,
 ) -> Statistics:
     """Statistics beside an attention kernel of your own, from the log-sum-exp it returned.
 
     All but MaxLogit, which isn't a function of the lse. Masks, scale, softcap and sinks must be those the kernel used:
     with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that
-    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight ends in 0 are of
-    what is there.
+    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight is 0 far away are
+    those of the keys that are passed.
 
     Args:
         query, key: as `attention` takes them, or with cu_seqlens_q as `varlen_attention` does.
         lse: (B, Hq, Tq), packed (Hq, total_q) or (total_q, Hq), a last dimension of 1 is dropped; float32 or float64:
-            the log of the row sums of exp(score). What stands in rows that see no key is ignored (kernels disagree:
-            -inf, +inf and 0 all occur).
+            the log of the row sums of exp(score). Its value in rows that see no key is ignored (kernels give -inf, +inf
+            or 0 there).
         lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
         lse_layout: of a packed lse, "HT" for (Hq, total_q) or "TH"; needed only where both are the same number.
         cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.
-        others: the other keyword arguments of `attention`, or of `varlen_attention`.
+        arguments: the other keyword arguments of `attention`, or of `varlen_attention`.
 
     The returned value and the source are those of `attention` and `varlen_attention`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
     """
-    given = _given("statistics_from_lse", cu_seqlens_q, others)
-    if library.tracing(query):
-        options = {"lse_base": lse_base, "lse_layout": lse_layout, "backend": backend}
-        return library.statistics_from_lse(query, key, lse, statistics, options | given)
-    wanted = resolve(statistics)
-    lse, tensors, geometry = backends.from_lse(query, key, lse, wanted, lse_base, lse_layout, given, backend)
-    packed = cu_seqlens_q is not None
-    return _packed(tensors, lse, geometry) if packed else _dense(tensors, lse, geometry)
+    check_names("statistics_from_lse", cu_seqlens_q is not None, arguments)
+    options = Options(
+        statistics=statistics,
+        cu_seqlens_q=cu_seqlens_q,
+        lse_base=lse_base,
+        lse_layout=lse_layout,
+        backend=backend,
+        **arguments,
+    )
+    return from_lse(query, key, lse, options)
 
 
 def explain(
@@ -256,54 +249,47 @@ def explain(
     dropout_p: float = 0.0,
     differentiable: bool = False,
     backend: Backend = "auto",
-    **others: Any,
-) -> None:
-    """Print what `attention` would run on these tensors, or with `value=None` what `statistics_from_lse` would.
+    **arguments: Any,
+) -> Explanation:
+    """The passes of `attention` on these tensors, or with `value=None` those of `statistics_from_lse`; runs nothing.
 
-    Every pass with its tiles, what it computes, its floating-point operations and its scratch memory, over all
-    heads. Takes the other arguments of `attention`, with cu_seqlens_q of `varlen_attention`, and raises their errors.
+    Takes the other arguments of `attention`, with cu_seqlens_q those of `varlen_attention`, and raises their errors.
+
+    Returns:
+        The backend and its passes in the order in which they run, each with the results that it computes, its tiles,
+        floating-point operations and scratch memory over all heads. It prints as text.
 
     Example:
         >>> import torch, attnstats
         >>> query = torch.zeros(1, 8, 1024, 64)
         >>> attnstats.explain(query, query, query, statistics=["waad"], backend="tiled")
-        backend: tiled
+        backend: tiled (as asked)
           torch's flash attention for CPU
             output, lse: 1.07 GFLOP, 0.0 MB of scratch
           band, ...
             waad: 0.08 GFLOP, ... MB of scratch
     """
-    wanted = resolve(statistics)
-    if value is None:
-        wanted = arguments.from_lse(wanted)
-    arguments.check_differentiable(wanted, differentiable)
-    given = _given("explain", cu_seqlens_q, others)
-    query, key, value, geometry = backends.geometry_of(query, key, value, wanted, given)
-    geometry = arguments.with_dropout(geometry, dropout_p, seeded=False)
-    module = backends.choose(backend, geometry)
-    lines = [f"backend: {'triton' if module not in (reference, tiled) else module.__name__.rpartition('.')[2]}"]
-    for step in module.plan(geometry, wanted, value is not None):
-        lines += [
-            f"  {step.runs}",
-            f"    {step.computes}: {step.flops / 1e9:.2f} GFLOP, {step.scratch_bytes / 1e6:.1f} MB of scratch",
-        ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    check_names("explain", cu_seqlens_q is not None, arguments)
+    options = Options(
+        statistics=statistics,
+        cu_seqlens_q=cu_seqlens_q,
+        dropout_p=dropout_p,
+        differentiable=differentiable,
+        backend=backend,
+        **arguments,
+    )
+    return _dispatch.explain(query, key, value, options)
 
 
-def _given(caller: str, cu_seqlens_q: Tensor | None, others: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a dense or, with cu_seqlens_q, of a packed call."""
-    takes = library.DENSE if cu_seqlens_q is None else library.PACKED
-    if unknown := [name for name in others if name not in takes]:
-        like = "attention" if cu_seqlens_q is None else "varlen_attention"
-        raise TypeError(f"{caller}: unknown argument {unknown[0]!r}; it takes those of attnstats.{like}")
-    return others if cu_seqlens_q is None else {"cu_seqlens_q": cu_seqlens_q, **others}
+def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
+    """`attention`, or `varlen_attention` where the options have cu_seqlens_q."""
+    if _operators.is_tracing(query):
+        return _operators.attention(query, key, value, options)
+    return as_result(*_dispatch.attend(query, key, value, options))
 
 
-def _dense(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
-    return Statistics(tensors, geometry.validity, geometry.counts, lse)
-
-
-def _packed(tensors: dict[Statistic, Tensor], lse: Tensor, geometry: Geometry) -> Statistics:
-    """Results of a batch of one without their batch dimension."""
-    alone = {s: x[0] for s, x in tensors.items()}
-    return Statistics(alone, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0])
+def from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> Statistics:
+    """`statistics_from_lse`."""
+    if _operators.is_tracing(query):
+        return _operators.statistics_from_lse(query, key, lse, options)
+    return as_statistics(*_dispatch.from_lse(query, key, lse, options))

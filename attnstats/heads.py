@@ -1,9 +1,8 @@
-"""Which heads do what: local and global by mean attention distance, receivers by kurtosis (Sec. 4.1 and 4.2).
+"""Classes of heads: local and global by mean attention distance, receivers by kurtosis (Sec. 4.1 and 4.2).
 
-Pure functions on tensors for one sequence, and `HeadProfile`, which adds them up over a corpus, is saved as JSON and
-knows which model it is of. Statistics are linear in A, so the mean of a statistic over a class of heads is the
-statistic of that class's mean map (Eq. 8); `class_mean` is that mean. Called by analyze.py and couplings.py, and by
-anyone with per-head statistics from `attnstats.capture`.
+Pure functions on the per-head statistics of one sequence, and `HeadProfile`, which adds them up over a corpus and is
+saved as JSON with the identity of its model. Statistics are linear in A, so the mean of a statistic over a class of
+heads (`class_mean`) is the statistic of the mean map of the class (Eq. 8).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from attnstats.errors import InputError
 from attnstats.identity import ModelIdentity, differences, identity
 from attnstats.statistics import FAI
 
-# What the kurtosis of receiver heads is of, per token: what a key receives from queries four or more further on.
+# Receiver heads are those of high kurtosis of this: the attention that a key receives from queries 4 or more later.
 RECEIVED = FAI(4, None)
 FORMAT, VERSION = "attnstats head profile", 1
 MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
@@ -30,28 +29,28 @@ MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
 
 @dataclass(frozen=True, eq=False)
 class HeadClasses:
-    """Which heads are local and which are global: two bool tensors (layers, heads) without a head in common."""
+    """The local and the global heads: two bool tensors (layers, heads) without a head in common."""
 
     local: Tensor
     global_: Tensor
 
     def of(self, rows: Sequence[int]) -> HeadClasses:
-        """The classes of the layers at these indices of the tensors alone."""
+        """The classes of the layers at these indices only."""
         return HeadClasses(self.local[list(rows)], self.global_[list(rows)])
 
     def name(self, layer: int, head: int) -> str:
-        """ "local", "global" or "middle" for the head at these indices of the tensors."""
+        """The class of the head at these indices: "local", "global" or "middle"."""
         if self.local[layer, head]:
             return "local"
         return "global" if self.global_[layer, head] else "middle"
 
 
 def head_distance(mean_distance: Tensor, counted: Tensor) -> Tensor:
-    """Mean attention distance of each head in tokens, over the rows that count (Eq. 7).
+    """Mean attention distance of each head in tokens, over the counted rows (Eq. 7).
 
     Args:
         mean_distance: (..., T), the statistic MeanDistance per row.
-        counted: (T,) bool, the rows that count (the response), at least one.
+        counted: (T,) bool, the rows of the response, at least one.
     """
     if not counted.any():
         raise ValueError("counted: no row counts, so that heads have no mean distance")
@@ -59,10 +58,10 @@ def head_distance(mean_distance: Tensor, counted: Tensor) -> Tensor:
 
 
 def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
-    """The `max(1, floor(share * heads))` heads of least and of most distance, among all heads of all layers.
+    """The `max(1, floor(share * heads))` heads of least and of most mean distance, among all heads of all layers.
 
-    The local heads are chosen first and the global ones among the rest, so that no head is both; there are always
-    enough for both. Of heads that tie the first in (layer, head) order is taken.
+    The local heads are chosen first and the global ones among the rest, so that no head is both. Ties go to the first
+    head in (layer, head) order.
 
     Args:
         distance: (layers, heads), mean attention distance, finite; two heads or more.
@@ -81,7 +80,7 @@ def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
     if not distance.isfinite().all():
         raise ValueError("distance has NaN or infinite entries; the model's attention overflowed")
     flat = distance.flatten()
-    # 0.29 * 100 is 28.999999999999996: a share is meant as the decimal that was written.
+    # 0.29 * 100 is 28.999999999999996: the share is read as the decimal that was written.
     count = max(1, math.floor(round(share * flat.numel(), 9)))
     none = torch.zeros_like(flat, dtype=torch.bool)
     local = none.index_fill(0, flat.argsort(stable=True)[:count], True)
@@ -91,12 +90,12 @@ def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
 
 
 def class_mean(statistic: Tensor, chosen: Tensor) -> Tensor:
-    """One mean over all chosen (layer, head): (layers, heads, T) and a bool (layers, heads) give (T,)."""
+    """(T,) mean of a statistic (layers, heads, T) over the heads chosen by a bool (layers, heads)."""
     return statistic[chosen].double().mean(0).to(statistic.dtype)
 
 
 def kurtosis(values: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Excess kurtosis along the last axis (Fisher's, biased: 0 for a normal distribution), over the valid entries.
+    """Excess kurtosis of the valid entries along the last axis (Fisher's, biased: 0 for a normal distribution).
 
     Args:
         values: (..., T), of any floating dtype; computed in float64.
@@ -116,7 +115,7 @@ def kurtosis(values: Tensor, valid: Tensor | None = None) -> Tensor:
     mean = kept.mean(-1, keepdim=True)
     centred = kept - mean
     variance = centred.square().mean(-1)
-    # Values that are equal but for rounding have no shape.
+    # Values that differ by rounding only have no kurtosis.
     floor = (torch.finfo(torch.float64).eps * mean[..., 0]).square()
     return torch.where(variance > floor, centred.pow(4).mean(-1) / variance.square() - 3, torch.nan)
 
@@ -124,17 +123,16 @@ def kurtosis(values: Tensor, valid: Tensor | None = None) -> Tensor:
 def segment_received(pooled: Tensor, sizes: Sequence[int] | Tensor, ignore: int = 4) -> Tensor:
     """Attention that each segment receives per pair of tokens, from the segments at least `ignore` after it.
 
-    Segments are sentences, say: the score of sentence j is the mean over sentences `i >= j + ignore` of the mean of A
-    over all pairs of a token in i with a token in j (Bogdan et al., arXiv 2506.19143, receiver heads).
+    The score of segment (for example, sentence) j is the mean over segments `i >= j + ignore` of the mean of A over all
+    pairs of a token in i with a token in j (Bogdan et al., arXiv 2506.19143, receiver heads).
 
     Args:
-        pooled: (..., S, S), sums of A over query segment i and key segment j: the statistic PooledMap with the same
-            boundaries for both.
-        sizes: S numbers of tokens, each at least 1.
-        ignore: how many of the nearest segments, itself among them, don't count; at least 1.
+        pooled: (..., S, S), the statistic PooledMap with the same boundaries for queries and keys.
+        sizes: the S numbers of tokens, each at least 1.
+        ignore: number of nearest segments, itself among them, that don't count; at least 1.
 
     Returns:
-        (..., S) float64; NaN for the last `ignore` segments, which have no segment far enough behind them.
+        (..., S) float64; NaN for the last `ignore` segments, which have no segment far enough after them.
 
     Example:
         >>> import torch
@@ -152,24 +150,23 @@ def segment_received(pooled: Tensor, sizes: Sequence[int] | Tensor, ignore: int 
         raise ValueError(f"ignore must be at least 1, got {ignore}; a segment's attention to itself is no pair's mean")
     per_pair = pooled.double() / (sizes[:, None] * sizes)
     later = torch.ones(count, count, dtype=torch.bool, device=pooled.device).tril(-ignore)
-    # 0 / 0 is the NaN of a segment without later ones.
+    # 0 / 0 is NaN where no segment is far enough after.
     return (per_pair * later).sum(-2) / later.sum(-2)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadProfile:
-    """What heads do over many sequences, added up one by one: their mean distance, the kurtosis of what they receive.
+    """Mean distance of heads, and kurtosis of what they receive, over many sequences.
 
-    Sums and counts in float64, so that profiles of parts of a corpus add up to that of the whole. Over response
-    positions only: `add` is told which rows count.
+    Sums and counts in float64, so that the profiles of parts of a corpus add up to that of the whole.
 
     Attributes:
         layers: numbers of the L layers, ascending.
-        distance_sum: (L, H), mean distances of all counted rows, summed.
-        rows: how many rows that were.
-        kurtosis_sum, kurtosis_count: (L, H), over the sequences in which a head's kurtosis is defined.
-        sequences: how many were added.
-        model: whose heads; None: not known, and then the profile can't be saved.
+        distance_sum: (L, H), sum of the mean distances of all counted rows.
+        rows: number of counted rows.
+        kurtosis_sum, kurtosis_count: (L, H), over the sequences in which the kurtosis of a head is defined.
+        sequences: number of sequences.
+        model: the model of the heads; None: unknown, and the profile can't be saved.
 
     Example:
         >>> import torch
@@ -192,7 +189,7 @@ class HeadProfile:
 
     @classmethod
     def empty(cls, layers: Iterable[int], heads: int, model: ModelIdentity | None = None) -> HeadProfile:
-        """The profile of no sequence."""
+        """A profile of no sequences."""
         layers = tuple(layers)
         zeros = torch.zeros(len(layers), heads, dtype=torch.float64)
         return cls(layers, zeros, 0, zeros, zeros.long(), 0, model)
@@ -208,10 +205,10 @@ class HeadProfile:
 
         Args:
             mean_distance: (L, H, T), the statistic MeanDistance per row.
-            counted: (T,) bool, the rows that count (the response), at least one; None: all.
-            received: (L, H, K), what each key received from later queries: FAI(ignore, None) per token, or
-                `segment_received` per sentence. None: no kurtosis is taken of this sequence.
-            valid: (K,) bool, the keys that count: of the response, with a query far enough behind; None: all.
+            counted: (T,) bool, the rows of the response, at least one; None: all.
+            received: (L, H, K), the attention that each key receives from later queries: FAI(ignore, None) per token,
+                or `segment_received` per sentence. None: the sequence adds no kurtosis.
+            valid: (K,) bool, the keys of the response with a query far enough after them; None: all.
         """
         self._check(mean_distance, "mean_distance")
         rows = mean_distance if counted is None else mean_distance[..., counted]
@@ -219,55 +216,49 @@ class HeadProfile:
             raise ValueError("counted: no row counts, so that heads have no mean distance")
         if not rows.isfinite().all():
             raise ValueError("mean_distance has NaN or infinite entries; the model's attention overflowed")
-        shape = torch.full_like(self.kurtosis_sum, torch.nan)
+        of_received = torch.full_like(self.kurtosis_sum, torch.nan)
         if received is not None:
             self._check(received, "received")
-            shape = kurtosis(received, valid).cpu()
+            of_received = kurtosis(received, valid).cpu()
         return replace(
             self,
             distance_sum=self.distance_sum + rows.double().sum(-1).cpu(),
             rows=self.rows + rows.shape[-1],
-            kurtosis_sum=self.kurtosis_sum + shape.nan_to_num(0.0),
-            kurtosis_count=self.kurtosis_count + shape.isfinite(),
+            kurtosis_sum=self.kurtosis_sum + of_received.nan_to_num(0.0),
+            kurtosis_count=self.kurtosis_count + of_received.isfinite(),
             sequences=self.sequences + 1,
         )
 
     def __add__(self, other: HeadProfile) -> HeadProfile:
-        """The profile of both corpora. Raises ValueError where they are not of the same heads."""
+        """The profile of both corpora. Raises ValueError for profiles of other heads or models."""
         if self.layers != other.layers or self.distance_sum.shape != other.distance_sum.shape:
             raise ValueError(f"profiles of other heads don't add up: layers {self.layers} and {other.layers}")
         if self.model != other.model:
             raise ValueError(f"profiles of different models don't add up: {self.model} and {other.model}")
-        return replace(
-            self,
-            distance_sum=self.distance_sum + other.distance_sum,
-            rows=self.rows + other.rows,
-            kurtosis_sum=self.kurtosis_sum + other.kurtosis_sum,
-            kurtosis_count=self.kurtosis_count + other.kurtosis_count,
-            sequences=self.sequences + other.sequences,
-        )
+        totals = {name: getattr(self, name) + getattr(other, name) for name in (*MATRICES, "rows", "sequences")}
+        return replace(self, **totals)
 
     @property
     def distance(self) -> Tensor:
-        """(L, H) float64, mean attention distance of each head in tokens over all counted rows (Eq. 7)."""
+        """(L, H) float64, mean attention distance of each head over all counted rows, in tokens (Eq. 7)."""
         if not self.rows:
             raise ValueError("the profile is empty: add a sequence first")
         return self.distance_sum / self.rows
 
     @property
     def kurtosis(self) -> Tensor:
-        """(L, H) float64, the mean over sequences; NaN for a head that has none in any of them."""
+        """(L, H) float64, mean kurtosis over sequences; NaN for a head that has one in no sequence."""
         return self.kurtosis_sum / self.kurtosis_count
 
     def classes(self, share: float = 0.30, layers: Iterable[int] | None = None) -> HeadClasses:
-        """Local and global heads among those of some layers (None: all), as masks (L, H) over all of the profile's."""
+        """Local and global heads among those of some layers (None: all), as masks over all heads of the profile."""
         chosen = self._rows(layers)
-        found = classify(self.distance[chosen], share)
+        classes = classify(self.distance[chosen], share)
         none = torch.zeros_like(self.distance, dtype=torch.bool)
-        return HeadClasses(none.index_copy(0, chosen, found.local), none.index_copy(0, chosen, found.global_))
+        return HeadClasses(none.index_copy(0, chosen, classes.local), none.index_copy(0, chosen, classes.global_))
 
     def receivers(self, count: int = 20, layers: Iterable[int] | None = None) -> Tensor:
-        """(L, H) bool: the `count` heads of most kurtosis among those of some layers, ties in (layer, head) order.
+        """(L, H) bool: the `count` heads of highest kurtosis among those of some layers, ties in (layer, head) order.
 
         Fewer where fewer heads have a kurtosis.
         """
@@ -281,7 +272,7 @@ class HeadProfile:
         return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, best, True).view_as(among) & among.isfinite()
 
     def save(self, file: Path) -> None:
-        """Write it as JSON; `load` gives back the same numbers. Raises ValueError where the model is not known."""
+        """Write the profile as JSON; `load` gives back the same numbers. Raises ValueError without a model."""
         if self.model is None:
             raise ValueError("the profile names no model; make it with HeadProfile.empty(..., model=identity(model))")
         content = {
@@ -300,7 +291,7 @@ class HeadProfile:
         """Read a saved profile.
 
         Args:
-            model: the transformers model that it is meant for; None: whichever it was made of.
+            model: the transformers model that the profile must be of; None: any.
 
         Raises:
             InputError: no such file, not a profile, of another version, or of another model.
@@ -315,12 +306,13 @@ class HeadProfile:
         return profile
 
     def _rows(self, layers: Iterable[int] | None) -> Tensor:
+        """Indices of some layers (None: all) along the first axis."""
         if layers is None:
             return torch.arange(len(self.layers))
-        wanted = sorted(set(layers))
-        if missing := [layer for layer in wanted if layer not in self.layers]:
+        layers = sorted(set(layers))
+        if missing := [layer for layer in layers if layer not in self.layers]:
             raise ValueError(f"layers: the profile has no layers {missing}, only {list(self.layers)}")
-        return torch.tensor([self.layers.index(layer) for layer in wanted], dtype=torch.long)
+        return torch.tensor([self.layers.index(layer) for layer in layers], dtype=torch.long)
 
     def _check(self, values: Tensor, name: str) -> None:
         if values.dim() != 3 or values.shape[:2] != self.distance_sum.shape:
@@ -337,14 +329,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not JSON ({error}); name a head profile") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f'{file}: not a head profile ("format" is not "{FORMAT}")')
-    if content.get("version") != VERSION:
-        found = content.get("version")
-        raise InputError(f"{file}: a head profile of version {found}, and this program reads {VERSION}; make it anew")
+    if (version := content.get("version")) != VERSION:
+        raise InputError(f"{file}: a head profile of version {version}, and this program reads {VERSION}; make it anew")
     return content
 
 
 def _parsed(content: dict[str, Any]) -> HeadProfile:
-    """Raises KeyError, TypeError or ValueError for what no profile holds."""
+    """The profile in the content of a file. Raises KeyError, TypeError or ValueError."""
     layers = tuple(int(layer) for layer in content["layers"])
     model = ModelIdentity(**content["model"])
     matrices = {name: torch.tensor(content[name], dtype=torch.float64) for name in MATRICES}

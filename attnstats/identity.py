@@ -1,6 +1,6 @@
-"""Which model results are of: known again whatever its dtype, its device or the name of its folder.
+"""The identity of a model: the same whatever its dtype, its device or the name of its folder.
 
-Head profiles are saved with it and refused on another model (heads.py); runs are resumed with the same model only.
+Head profiles are saved with it and refused on another model (heads.py); a run is resumed only with the same model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-SAMPLES = 16  # entries of each parameter that the fingerprint is made of
+SAMPLES = 16  # entries of each parameter in the fingerprint
 # Entries of a config that don't change what the model computes.
 INCIDENTAL = frozenset(
     ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "pad_token_id",
@@ -22,11 +22,11 @@ INCIDENTAL = frozenset(
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a profile is of, known again whatever the dtype, the device or the folder's name.
+    """The architecture of a model and digests of its config and weights.
 
     Attributes:
-        config: digest of the settings in which its config differs from the defaults of its family.
-        weights: digest of a few entries of every parameter, rounded to bfloat16; float16 rounds otherwise.
+        config: digest of the settings that differ from the defaults of the family.
+        weights: digest of a few entries of every parameter, rounded to bfloat16 (a float16 model has another).
     """
 
     model_type: str
@@ -44,8 +44,8 @@ def identity(model: Any) -> ModelIdentity:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=4, num_hidden_layers=2)
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
-        >>> found = identity(model)
-        >>> (found.model_type, found.layers, found.heads, found.head_dim), found == identity(model.bfloat16())
+        >>> one = identity(model)
+        >>> (one.model_type, one.layers, one.heads, one.head_dim), one == identity(model.bfloat16())
         (('llama', 2, 4, 8), True)
     """
     config = model.config.get_text_config()
@@ -55,9 +55,8 @@ def identity(model: Any) -> ModelIdentity:
     samples = []
     for _, weight in sorted(model.named_parameters()):
         flat = weight.detach().flatten()
-        samples.append(
-            flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to(torch.bfloat16).cpu()
-        )  # parameters can be on several devices
+        picked = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
+        samples.append(picked.to(torch.bfloat16).cpu())  # parameters can be on several devices
     sampled = torch.cat(samples).view(torch.int16).numpy().tobytes()
     return ModelIdentity(
         model_type=str(config.model_type),
@@ -70,7 +69,7 @@ def identity(model: Any) -> ModelIdentity:
 
 
 def differences(ours: ModelIdentity | None, theirs: ModelIdentity) -> str:
-    """What `theirs` has otherwise than `ours`, in words; empty where they are the same model."""
+    """The fields in which `theirs` differs from `ours`, in words; empty for the same model."""
     recorded = {} if ours is None else asdict(ours)
     return ", ".join(
         f"{field} is {value} and not {recorded.get(field)}"

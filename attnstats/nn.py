@@ -1,13 +1,13 @@
 """`nn.MultiheadAttention` with statistics of its attention.
 
 `MultiheadAttention` is torch's module with torch's parameters, so checkpoints load and isinstance holds; only its
-attention is ours. `replace_attention` lends it to a model that was built with torch's.
+attention is ours. `replace_attention` puts it into a model that was built with torch's.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,34 +16,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats.core import patterns as tensor_masks
-from attnstats.core.arguments import Heads
-from attnstats.core.patterns import Recognised
-from attnstats.functional import Backend, attention
-from attnstats.statistics import (
-    LSE,
-    ColumnStatistic,
-    Entropy,
-    MaxLogit,
-    Statistic,
-    Statistics,
-    needing_distances,
-    resolve,
-)
+from attnstats.core.arguments import refuse_distances
+from attnstats.core.options import Heads, Options
+from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise, visible_elements
+from attnstats.functional import Backend, attend
+from attnstats.results import Statistics
+from attnstats.statistics import Statistic, resolve
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` that leaves statistics of its attention in `module.statistics`, in O(T) memory.
 
-    Parameters, constructor and forward are torch's, with two differences. `need_weights` is False by default: the
-    T x T map is what this module does without; the statistics are of each head's own map. And is_causal=True needs
-    no attn_mask. After each call `module.statistics` is a `Statistics`, rows (N, H, L) and columns (N, H, S),
-    without N for unbatched input; before the first call and after one that raised it is None.
+    Parameters, constructor and forward are torch's, with two differences: `need_weights` is False by default, as this
+    module never makes the T x T map, and is_causal=True needs no attn_mask. After each call `module.statistics` is a
+    `Statistics` of each head's own map, rows (N, H, L) and columns (N, H, S), without N for unbatched input; before the
+    first call and after one that raised it is None.
 
-    Masks that are causal, or all the same for every query, cost nothing; they are compared element by element, whatever
-    is_causal says. Self-attention is `query is key`, or what is causal: padding then is no query either. Otherwise
-    queries and keys share positions, and have distances, where L = S. Dropout acts on the output alone: statistics
-    are of the undropped map.
+    Masks that are causal, or the same for every query, take no extra memory. They are compared element by element,
+    whatever is_causal says. Self-attention is `query is key`, or a causal mask: padding then is no query either.
+    Otherwise queries and keys share positions, and have distances, where L = S. Dropout acts on the output alone:
+    statistics are of the undropped map.
 
     `add_zero_attn` is a sink of logit 0: it belongs to no key, so statistics are of the mass on real keys. The key of
     `add_bias_kv` has no position, so with it there are only FAI, Received, Entropy (which counts it), MaxLogit and
@@ -59,7 +51,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as
             torch.nn.MultiheadAttention takes them.
-        statistics: what to compute, as for `attnstats.attention`; kept as `module.asked`.
+        statistics: what to compute, as for `attnstats.attention`; kept as `module.requested`.
         heads: as for `attnstats.attention`.
         backend: as for `attnstats.attention`.
         allow_dense: let need_weights=True and other masks through, in O(L * S) memory and with a warning.
@@ -74,7 +66,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         torch.Size([2, 4, 12])
     """
 
-    asked: tuple[Statistic, ...]
+    requested: tuple[Statistic, ...]
     statistics: Statistics | None
     heads: Heads | None
     backend: Backend
@@ -104,23 +96,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._set(statistics, heads, backend, allow_dense, differentiable)
+        self.__dict__.update(
+            _settings(statistics, heads=heads, backend=backend, allow_dense=allow_dense, differentiable=differentiable)
+        )
         self.register_forward_hook(_no_fast_path)
-
-    def _set(
-        self,
-        statistics: Iterable[Statistic | str],
-        heads: Heads | None,
-        backend: Backend,
-        allow_dense: bool,
-        differentiable: bool,
-    ) -> None:
-        self.asked = resolve(statistics)
-        self.heads = heads
-        self.backend = backend
-        self.allow_dense = allow_dense
-        self.differentiable = differentiable
-        self.statistics = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"statistics": None}  # results are not part of a module that is copied or saved
@@ -147,7 +126,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError, ValueError: naming the argument, what came and what would work.
         """
         self.statistics = None
-        asked = self.asked if statistics is None else resolve(statistics)
+        requested = self.requested if statistics is None else resolve(statistics)
         if need_weights and not self.allow_dense:
             raise ValueError(
                 "need_weights=True asks for the T x T map, which is never made here; pass need_weights=False and ask "
@@ -158,7 +137,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "query, key or value is a nested tensor; nn.TransformerEncoder makes them in eval mode: pass it "
                 "enable_nested_tensor=False, or use attnstats.nn.replace_attention"
             )
-        output, found = self._attend(query, key, value, key_padding_mask, attn_mask, is_causal, asked)
+        output, results = self._attend(query, key, value, key_padding_mask, attn_mask, is_causal, requested)
         weights = None
         if need_weights:
             warnings.warn("need_weights=True: attention weights in O(L * S) memory", stacklevel=5)
@@ -171,7 +150,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=False,
             )
-        self.statistics = found
+        self.statistics = results
         return output, weights
 
     def _attend(
@@ -182,57 +161,54 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
-        asked: tuple[Statistic, ...],
+        statistics: tuple[Statistic, ...],
     ) -> tuple[Tensor, Statistics]:
         q, k, v = (self._by_head(x) for x in self._project(query, key, value))
-        keep, sees, bias = self._read_masks(key_padding_mask, attn_mask, is_causal, q, k)
-        positions = sees.offset
-        if positions is None and q.shape[2] == k.shape[2]:
-            positions = 0
-        self._check_statistics(asked, positions)
+        pattern, bias = self._read_masks(key_padding_mask, attn_mask, is_causal, q, k)
+        key_mask, query_offset, attn_mask = pattern.key_mask, pattern.query_offset, bias
+        if query_offset is None and q.shape[2] == k.shape[2]:
+            query_offset = 0
+        self._check_statistics(statistics, query_offset)
         if self.bias_k is not None:  # in front, where causal queries see it too
             assert self.bias_v is not None
             k, v = (torch.cat([self._added(b, x), x], 2) for b, x in ((self.bias_k, k), (self.bias_v, v)))
-            positions = None if positions is None else positions + 1
-            keep = None if keep is None else functional.pad(keep, (1, 0), value=True)
-            bias = None if bias is None else functional.pad(bias, (1, 0))
-        shown = None
-        if keep is not None and query is not key and sees.offset is None:
-            # Hidden keys of another sequence say nothing about the queries, so they are no padding.
-            shown, keep = keep[:, None, None], None
-            if bias is not None:
-                shown = bias.masked_fill(~shown, -torch.inf)
-        output, found = attention(
-            q,
-            k,
-            v,
-            statistics=asked,
-            attn_mask=bias if shown is None else shown,
+            query_offset = None if query_offset is None else query_offset + 1
+            key_mask = None if key_mask is None else functional.pad(key_mask, (1, 0), value=True)
+            attn_mask = None if attn_mask is None else functional.pad(attn_mask, (1, 0))
+        if key_mask is not None and query is not key and pattern.query_offset is None:
+            # Keys hidden in another sequence say nothing about the queries, so they are no padding.
+            visible, key_mask = key_mask[:, None, None], None
+            attn_mask = visible if attn_mask is None else attn_mask.masked_fill(~visible, -torch.inf)
+        options = Options(
+            statistics=statistics,
+            attn_mask=attn_mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=sees.is_causal,
-            window_size=sees.window_size,
-            key_padding_mask=keep,
-            query_offset=positions,
+            is_causal=pattern.right == 0,
+            window_size=(pattern.left, pattern.right),
+            key_padding_mask=key_mask,
+            query_offset=query_offset,
             sinks=q.new_zeros(self.num_heads) if self.add_zero_attn else None,
             heads=self.heads,
             differentiable=self.differentiable,
             backend=self.backend if bias is None else "reference",
         )
+        output, results = attend(q, k, v, options)
         if self.bias_k is not None:
-            found = _each(found, lambda s, x: x[..., 1:] if isinstance(s, ColumnStatistic) else x)
+            results = results.changed(lambda s, x: x[..., 1:] if s.axis == "column" else x)
         output = functional.linear(output.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if query.dim() == 2:
-            return output[0], _each(found, lambda s, x: x[0])
-        return (output if self.batch_first else output.transpose(0, 1)), found
+            return output[0], results.changed(lambda s, x: x[0])
+        return (output if self.batch_first else output.transpose(0, 1)), results
 
-    def _check_statistics(self, asked: tuple[Statistic, ...], positions: int | None) -> None:
-        for statistic in needing_distances(asked) if positions is None else ():
-            raise ValueError(
-                f"statistics: {statistic} needs distances, and in cross-attention of different lengths queries and "
-                "keys share no positions; ask for others, such as 'entropy' or 'received'"
+    def _check_statistics(self, statistics: tuple[Statistic, ...], query_offset: int | None) -> None:
+        if query_offset is None:
+            refuse_distances(
+                statistics,
+                "in cross-attention of different lengths queries and keys share no positions; ask for others, such as "
+                "'entropy' or 'received'",
             )
-        for statistic in asked if self.bias_k is not None else ():
-            if not isinstance(statistic, (ColumnStatistic, Entropy, MaxLogit, LSE)):
+        for statistic in statistics if self.bias_k is not None else ():
+            if statistic.axis != "column" and statistic.method not in ("row", "lse"):
                 raise ValueError(
                     f"statistics: {statistic} needs positions of all keys, and the key of add_bias_kv has none; beside "
                     "it there are FAI, Received, Entropy, MaxLogit and LSE"
@@ -267,62 +243,76 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self._by_head(parameter).to(like.dtype).expand(like.shape[0], -1, -1, -1)
 
     def _read_masks(
-        self, padding: Tensor | None, mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor
-    ) -> tuple[Tensor | None, Recognised, Tensor | None]:
-        """(keys kept (N, S), who sees whom by position, the rest as a float bias (N, H | 1, L | 1, S))."""
-        batch, heads, length, key_length = *query.shape[:3], key.shape[2]
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        query: Tensor,
+        key: Tensor,
+    ) -> tuple[MaskPattern, Tensor | None]:
+        """The pattern of both masks with a key mask (N, S), and as a float bias (N, H | 1, L | 1, S) what has none."""
+        batch, heads, length, key_length = shape = (*query.shape[:3], key.shape[2])
+        self._check_masks(key_padding_mask, attn_mask, is_causal, shape)
+        pattern = CAUSAL if is_causal else MaskPattern()
+        key_mask = bias = None
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.expand(batch, key_length)
+            key_mask = visible_elements(key_padding_mask, true_hides=True)
+            if key_mask is None:
+                bias = self._as_bias("key_padding_mask", key_padding_mask[:, None, None], query.dtype)
+        if attn_mask is not None:
+            attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+            recognised = recognise(attn_mask, length, true_hides=True)
+            same = recognised is not None and recognised.key_mask is None and recognised[1:] == CAUSAL[1:]
+            if is_causal and length > 1 and not same:
+                raise ValueError(
+                    "is_causal=True says that attn_mask is the causal mask, and it is another one; pass is_causal=False"
+                )
+            if recognised is not None and self.bias_k is not None and (recognised.left is not None or recognised.right):
+                recognised = None  # a window, but every query sees the added key, however far
+            if recognised is None:
+                of_mask = self._as_bias("attn_mask", attn_mask, query.dtype)
+                bias = of_mask if bias is None else bias + of_mask
+            else:
+                pattern = recognised  # the mask decides, not the hint
+                if pattern.key_mask is not None:
+                    visible = pattern.key_mask.expand(batch, key_length)
+                    key_mask = visible if key_mask is None else key_mask & visible
+        if key_mask is not None and not torch.compiler.is_compiling() and bool(key_mask.all()):
+            key_mask = None
+        return pattern._replace(key_mask=key_mask), None if bias is None else bias.expand(batch, -1, -1, -1)
+
+    def _check_masks(
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        shape: tuple[int, int, int, int],
+    ) -> None:
+        batch, heads, length, key_length = shape
         shapes = {
-            "key_padding_mask": (padding, ((batch, key_length), *([(key_length,)] if batch == 1 else []))),
-            "attn_mask": (mask, ((length, key_length), (batch * heads, length, key_length))),
+            "key_padding_mask": (key_padding_mask, ((batch, key_length), *([(key_length,)] if batch == 1 else []))),
+            "attn_mask": (attn_mask, ((length, key_length), (batch * heads, length, key_length))),
         }
         for name, (x, allowed) in shapes.items():
             if x is not None and not (isinstance(x, Tensor) and (x.dtype == torch.bool or x.is_floating_point())):
                 raise TypeError(f"{name} must be a bool or float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
             if x is not None and tuple(x.shape) not in allowed:
                 raise ValueError(f"{name} must have the shape {' or '.join(map(str, allowed))}, got {tuple(x.shape)}")
-        if is_causal and padding is None and (self.bias_k is not None or self.add_zero_attn):
+        if is_causal and key_padding_mask is None and (self.bias_k is not None or self.add_zero_attn):
             raise ValueError(
                 "is_causal=True: whether torch shows the keys of add_bias_kv and add_zero_attn then depends on "
                 "need_weights and key_padding_mask; pass the causal attn_mask with is_causal=False, which shows them"
             )
-        keep = bias = None
-        sees = Recognised(None, 0, None, 0) if is_causal else Recognised(None, None)
-        if padding is not None:
-            padding = padding.expand(batch, key_length)
-            keep = tensor_masks.keys_kept(padding, true_hides=True)
-            if keep is None:
-                bias = self._as_bias("key_padding_mask", padding[:, None, None], query.dtype)
-        if mask is not None:
-            mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, heads))
-            known = tensor_masks.recognise(mask, length, true_hides=True)
-            if known is not None and known.window_size is not None and self.bias_k is not None:
-                known = None  # every query sees the added key, however far
-            plain = known is not None and known.offset == 0 and known.is_causal and known.window_size is None
-            if is_causal and length > 1 and (not plain or known is None or known.keep is not None):
-                raise ValueError(
-                    "is_causal=True says that attn_mask is the causal mask, and it is another one; pass is_causal=False"
-                )
-            if known is None:
-                more = self._as_bias("attn_mask", mask, query.dtype)
-                bias = more if bias is None else bias + more
-            else:
-                sees = known  # the mask decides, not the hint
-                shown = None if known.keep is None else known.keep.expand(batch, key_length)
-                keep = shown if keep is None else keep if shown is None else keep & shown
-        if keep is not None and not torch.compiler.is_compiling() and bool(keep.all()):
-            keep = None
-        return keep, sees, None if bias is None else bias.expand(batch, -1, -1, -1)
 
     def _as_bias(self, name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        if not self.allow_dense:
-            raise ValueError(tensor_masks.refusal(name, mask) + " to the module")
-        warnings.warn(f"{name}: attention on the whole map, O(L * S)", stacklevel=8)
+        allow_whole_map(name, mask, self.allow_dense, where=" to the module", stacklevel=8)
         if mask.dtype != torch.bool:
             return mask.to(dtype)
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
 
     def _causal_mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """Torch's own attention needs one."""
+        """The mask that torch's own attention needs for is_causal=True."""
         axis = 1 if self.batch_first and query.dim() == 3 else 0
         square = torch.ones(query.shape[axis], key.shape[axis], dtype=torch.bool, device=query.device)
         return square.triu(1)
@@ -362,25 +352,26 @@ def replace_attention(
         >>> list(run), run["layers.0.self_attn"]["entropy"].shape
         (['layers.0.self_attn', 'layers.1.self_attn'], torch.Size([1, 4, 12]))
     """
-    resolve(statistics := list(statistics))
+    settings = _settings(
+        statistics, heads=heads, backend=backend, allow_dense=allow_dense, differentiable=differentiable
+    )
     theirs = {name: m for name, m in model.named_modules() if type(m) is torch.nn.MultiheadAttention}
     if not theirs:
         raise ValueError(
             f"model: {type(model).__name__} has no torch.nn.MultiheadAttention; attnstats.patch_sdpa records calls of "
             "scaled_dot_product_attention, attnstats.capture transformers models"
         )
-    found: dict[str, Statistics] = {}
+    results: dict[str, Statistics] = {}
     encoders = [m for m in model.modules() if isinstance(m, torch.nn.TransformerEncoder) and m.use_nested_tensor]
     hooks = []
     try:
         for name, module in theirs.items():
             module.__class__ = MultiheadAttention
-            assert isinstance(module, MultiheadAttention)
-            module._set(statistics, heads, backend, allow_dense, differentiable)
-            hooks.append(module.register_forward_hook(partial(_keep, found, name)))
+            module.__dict__.update(settings)
+            hooks.append(module.register_forward_hook(partial(_keep, results, name)))
         for encoder in encoders:
             encoder.use_nested_tensor = False
-        yield found
+        yield results
     finally:
         for encoder in encoders:
             encoder.use_nested_tensor = True
@@ -388,19 +379,20 @@ def replace_attention(
             hook.remove()
         for module in theirs.values():
             module.__class__ = torch.nn.MultiheadAttention
-            for attribute in ("asked", "heads", "backend", "allow_dense", "differentiable", "statistics"):
+            for attribute in settings:
                 module.__dict__.pop(attribute, None)
 
 
-def _no_fast_path(module: torch.nn.Module, given: Any, output: Any) -> None:
-    """TransformerEncoderLayer calls its attention module, rather than one fused function, where that has a hook."""
+def _settings(statistics: Iterable[Statistic | str], **settings: Any) -> dict[str, Any]:
+    """The attributes of a `MultiheadAttention` that torch's module does not have."""
+    return {"requested": resolve(statistics), "statistics": None, **settings}
 
 
-def _keep(found: dict[str, Statistics], name: str, module: torch.nn.Module, given: Any, output: Any) -> None:
+def _no_fast_path(module: torch.nn.Module, args: Any, output: Any) -> None:
+    """A hook without effect: with one TransformerEncoderLayer calls its attention module, not one fused function."""
+
+
+def _keep(results: dict[str, Statistics], name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
     assert isinstance(module, MultiheadAttention)
     assert module.statistics is not None
-    found[name] = module.statistics
-
-
-def _each(found: Statistics, change: Callable[[Statistic, Tensor], Tensor]) -> Statistics:
-    return found.changed(change, change)
+    results[name] = module.statistics

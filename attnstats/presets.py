@@ -1,7 +1,6 @@
-"""The settings of the paper, one frozen record per version of it: arXiv 2510.13554 v2 (default) and v1.
+"""The settings of the paper, a frozen record for each version: arXiv 2510.13554 v2 (default) and v1.
 
-A preset is what `attnstats analyze --preset` starts from; every field can be replaced by an option. It holds
-numbers only: statistics.py defines what they mean, heads.py, rhythm.py and credit.py apply them.
+`attnstats analyze --preset` starts from one; every field can be replaced by an option.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ class Preset:
     """Settings of one version of the paper.
 
     Attributes:
-        name: how the command line calls it.
+        name: its name on the command line.
         window: W of WAAD (Def. 4.1).
         fai_lo, fai_hi: horizon of FAI in tokens (Def. 4.2).
-        layers: which layers are sampled; "middle-third" is five, evenly spaced (Sec. 4.1).
-        head_share: share of the heads called local, and of those called global (Sec. 4.1).
+        layers: the layers that are read; "middle-third" is five, evenly spaced (Sec. 4.1).
+        head_share: share of the heads that are local, and share that are global (Sec. 4.1).
         q: share of a response's tokens that a credit amplifies (Table 16).
         amp: weight of an amplified token (Eq. 15, 17, 19).
-        alpha: share of a dominated anchor's bonus that goes to its intro token (Eq. 19); the paper names none.
-        k: how many tokens before an anchor may dominate it (Eq. 18); the paper says 1, 2 or 3.
-        sign: advantages of which sign the credit weights scale (Table 7a).
+        alpha: share of a dominated anchor's bonus that goes to its intro token (Eq. 19); the paper gives no value.
+        k: number of tokens before an anchor that can dominate it (Eq. 18); the paper says 1, 2 or 3.
+        sign: sign of the advantages that are scaled (Table 7a).
 
     Example:
         >>> import torch
@@ -50,12 +49,12 @@ class Preset:
 
     @property
     def credit(self) -> dict[str, Any]:
-        """The settings that every credit takes."""
+        """The settings of every credit."""
         return {"q": self.q, "amp": self.amp}
 
     @property
     def coupled(self) -> dict[str, Any]:
-        """Those of `credit.coupled_rhythm`."""
+        """The settings of `credit.coupled_rhythm`."""
         return {**self.credit, "alpha": self.alpha, "k": self.k}
 
 

@@ -1,4 +1,4 @@
-"""The definitions made executable: eager attention that holds the whole map A and reads every statistic off it.
+"""The definitions in code: eager attention that holds the whole map A and computes every statistic from it.
 
 This is the oracle of every other path. It works in the dtype of its inputs, as eager attention does, so
 float64 inputs give the truth and bfloat16 inputs give the error that plain PyTorch makes in bfloat16. It
@@ -14,21 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.arguments import batch_of_one, check_differentiable, resolve, resolve_packed, with_dropout
-from attnstats.core.geometry import AttentionResult, Evaluation, Geometry, Step
-from attnstats.statistics import (
-    LSE,
-    ColumnStatistic,
-    DistanceWeighted,
-    Entropy,
-    MaxLogit,
-    PooledMap,
-    RowStatistic,
-    SinkMass,
-    Statistic,
-    Statistics,
-)
-from attnstats.statistics import resolve as resolve_statistics
+from attnstats.core import arguments
+from attnstats.core.geometry import Evaluation, Geometry, as_result
+from attnstats.core.options import Options, check_names
+from attnstats.core.passes import Pass
+from attnstats.results import AttentionResult
+from attnstats.statistics import PooledMap, SinkMass, Statistic
+
+NAME = "reference"
+COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
 
 
 def attention(
@@ -39,20 +33,16 @@ def attention(
     statistics: Iterable[Statistic | str] = (),
     dropout_p: float = 0.0,
     differentiable: bool = False,
-    **arguments: Any,
+    **keywords: Any,
 ) -> AttentionResult:
     """`attnstats.attention` by definition, holding the Tq x Tk map. Arguments, results and errors are the same.
 
     Unlike the other backends it takes an `attn_mask` that depends on the query: bool (True: may be seen) or
     additive, broadcastable to (B, Hq, Tq, Tk).
     """
-    wanted = resolve_statistics(statistics)
-    check_differentiable(wanted, differentiable)
-    geometry = with_dropout(resolve(query, key, value, wanted, **arguments), dropout_p)
-    output, lse, tensors = attend(query, key, value, geometry, wanted, differentiable)
-    return AttentionResult(
-        output, Statistics(tensors, lambda s: validity(s, geometry), lambda s: counts(s, geometry), lse)
-    )
+    check_names("reference.attention", False, keywords)
+    options = Options(statistics=statistics, dropout_p=dropout_p, differentiable=differentiable, **keywords)
+    return _attention(query, key, value, options)
 
 
 def varlen_attention(
@@ -60,30 +50,32 @@ def varlen_attention(
     key: Tensor,
     value: Tensor,
     *,
+    cu_seqlens_q: Tensor,
     statistics: Iterable[Statistic | str] = (),
     dropout_p: float = 0.0,
     differentiable: bool = False,
-    **arguments: Any,
+    **keywords: Any,
 ) -> AttentionResult:
     """`attnstats.varlen_attention` by definition, holding the map of all tokens with all."""
-    wanted = resolve_statistics(statistics)
-    check_differentiable(wanted, differentiable)
-    query, key, value = batch_of_one(query=query, key=key, value=value)
-    geometry = with_dropout(resolve_packed(query, key, value, wanted, **arguments), dropout_p)
-    output, lse, tensors = attend(query, key, value, geometry, wanted, differentiable)
-    alone = {s: x[0] for s, x in tensors.items()}
-    packed = Statistics(alone, lambda s: validity(s, geometry)[0], lambda s: counts(s, geometry)[0], lse[0])
-    return AttentionResult(output[0].transpose(0, 1), packed)
+    check_names("reference.varlen_attention", True, keywords)
+    options = Options(
+        statistics=statistics,
+        cu_seqlens_q=cu_seqlens_q,
+        dropout_p=dropout_p,
+        differentiable=differentiable,
+        **keywords,
+    )
+    query, key, value = arguments.batch_of_one(query=query, key=key, value=value)
+    return _attention(query, key, value, options)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    geometry: Geometry,
-    statistics: tuple[Statistic, ...],
-    differentiable: bool = False,
-) -> Evaluation:
+def _attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
+    geometry = arguments.with_dropout_seed(arguments.resolve(query, key, value, options))
+    evaluation = attend(query, key, value, geometry)
+    return as_result(evaluation, geometry, lambda s: validity(s, geometry), lambda s: counts(s, geometry))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     """Output, lse and statistics. Autograd goes through the output and, if differentiable, through the statistics."""
     scores = _scores(query, key, geometry)
     visible = _visible(geometry)
@@ -97,18 +89,19 @@ def attend(
         weights = hidden.softmax(-1, dtype=geometry.accumulator)
     weights = weights.to(query.dtype).masked_fill(~(visible & live), 0.0)
     output = _dropped(weights, geometry) @ value.repeat_interleave(geometry.group, dim=1)
-    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(geometry.differentiable and torch.is_grad_enabled()):
         masked = scores.to(geometry.accumulator).masked_fill(~visible, -torch.inf)
         lse = hidden.to(geometry.accumulator).logsumexp(-1)
         if geometry.sinks is not None:
             lse = torch.logaddexp(lse, geometry.sinks.to(geometry.accumulator)[:, None])
         lse = torch.where(live.squeeze(-1), lse, -torch.inf)
-        tensors = {s: _evaluate(s, weights.to(geometry.accumulator), masked, lse, geometry) for s in statistics}
+        weights = weights.to(geometry.accumulator)
+        tensors = {s: _evaluate(s, weights, masked, lse, geometry) for s in geometry.statistics}
     return Evaluation(output, lse.detach(), tensors)
 
 
 def _dropped(weights: Tensor, geometry: Geometry) -> Tensor:
-    """The weights that meet the values: some are 0, and the others are that much larger."""
+    """The weights after dropout: some are 0, the rest are divided by 1 - dropout_p."""
     if geometry.dropout_seed is None:
         return weights
     generator = torch.Generator(geometry.device).manual_seed(int(geometry.dropout_seed))
@@ -116,21 +109,23 @@ def _dropped(weights: Tensor, geometry: Geometry) -> Tensor:
     return weights.masked_fill(drawn < geometry.dropout_p, 0.0) / (1 - geometry.dropout_p)
 
 
-def from_lse(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
-) -> dict[Statistic, Tensor]:
+def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:
     """The statistics of `A = exp(scores - lse)` for an lse from elsewhere, (B, Hq, Tq)."""
     masked = _scores(query, key, geometry).to(geometry.accumulator).masked_fill(~_visible(geometry), -torch.inf)
     weights = (masked - lse[..., None]).exp().masked_fill(~_visible(geometry), 0.0)
-    return {s: _evaluate(s, weights, masked, lse, geometry) for s in statistics}
+    return {s: _evaluate(s, weights, masked, lse, geometry) for s in geometry.statistics}
 
 
-def plan(geometry: Geometry, statistics: tuple[Statistic, ...], attends: bool) -> list[Step]:
-    """What `attend` (or `from_lse`) does: everything, on the map."""
+def passes(geometry: Geometry, attends: bool) -> list[Pass]:
+    """One pass, which computes everything."""
+    return [Pass("map", geometry.statistics, attends=attends)]
+
+
+def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
+    """The description of the pass, its floating-point operations and its scratch memory in bytes."""
     pairs = geometry.batch * geometry.query_heads * geometry.query_length * geometry.key_length
-    flops = 2 * pairs * (geometry.head_dim + (geometry.value_dim if attends else 0))
-    names = ", ".join((("output", "lse") if attends else ()) + tuple(s.name for s in statistics))
-    return [Step("eager attention, Tq x Tk", names, flops, 3 * pairs * geometry.accumulator.itemsize)]
+    flops = 2 * pairs * (geometry.head_dim + (geometry.value_dim if each.attends else 0))
+    return "eager attention, Tq x Tk", flops, 3 * pairs * geometry.accumulator.itemsize
 
 
 def _scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
@@ -143,7 +138,7 @@ def _scores(query: Tensor, key: Tensor, geometry: Geometry) -> Tensor:
 
 
 class _Places(NamedTuple):
-    """Position [T] of every query and key, and the index [T] of its sequence; -1 and -2: in none."""
+    """The position [T] of every query and key, and the index [T] of its sequence; -1 and -2: of none."""
 
     query: Tensor
     key: Tensor
@@ -173,7 +168,7 @@ def _distance(geometry: Geometry) -> Tensor:
 
 
 def _together(geometry: Geometry) -> Tensor:
-    """[Tq, Tk] bool: in the same sequence."""
+    """[Tq, Tk] bool: query t and key s are of the same sequence."""
     places = _places(geometry)
     return places.query_sequence[:, None] == places.key_sequence
 
@@ -197,7 +192,7 @@ def _visible(geometry: Geometry) -> Tensor:
 def _counts(geometry: Geometry, last: int | None = None) -> Tensor:
     """[B, Tq] float: c[t]."""
     counts = torch.ones(geometry.batch, geometry.query_length, dtype=torch.bool, device=geometry.device)
-    for mask in (geometry.query_real, geometry.query_mask):
+    for mask in (geometry.real_queries, geometry.query_mask):
         counts = counts if mask is None else counts & mask
     if last is not None:
         kept = torch.zeros_like(counts)
@@ -209,19 +204,19 @@ def _counts(geometry: Geometry, last: int | None = None) -> Tensor:
     return counts.to(geometry.accumulator)
 
 
-def _weights(statistic: DistanceWeighted, geometry: Geometry) -> Tensor:
+def _weights(statistic: Statistic, geometry: Geometry) -> Tensor:
     """[Tq, Tk] the statistic's weight, 0 across sequences."""
-    return statistic.weight(_distance(geometry)).to(geometry.accumulator) * _together(geometry)
+    return statistic.weight_as(_distance(geometry), geometry.accumulator) * _together(geometry)
 
 
 def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor, geometry: Geometry) -> Tensor:
-    """One statistic off the map `weights` [B, Hq, Tq, Tk] and the masked scores."""
+    """One statistic of the map `weights` [B, Hq, Tq, Tk] and the masked scores."""
     if statistic in geometry.heads:
         heads = list(geometry.heads[statistic])
         weights, scores, lse = weights[:, heads], scores[:, heads], lse[:, heads]
-    if isinstance(statistic, LSE):
+    if statistic.method == "lse":
         return lse
-    if isinstance(statistic, ColumnStatistic):
+    if statistic.axis == "column":
         counts = _counts(geometry, statistic.last_queries)
         weight = _weights(statistic, geometry)
         weights = weights.masked_fill(counts[:, None, :, None] == 0, 0.0)  # NaN in what doesn't count doesn't count
@@ -241,28 +236,24 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
         )
     row = _evaluate_row(statistic, weights, scores, geometry)
     live = (scores > -torch.inf).any(-1)
-    if geometry.query_real is not None:
-        live = live & geometry.query_real[:, None]
+    if geometry.real_queries is not None:
+        live = live & geometry.real_queries[:, None]
     return row.masked_fill(~live, 0.0)
 
 
 def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometry: Geometry) -> Tensor:
-    if isinstance(statistic, RowStatistic):
+    if statistic.method == "weight":
         return (weights * _weights(statistic, geometry)).sum(-1)
-    if isinstance(statistic, Entropy):
-        # entr's derivative at 0 is infinite, and what reaches a score through it is A times that: 0.
-        return torch.special.entr(torch.where(weights == 0, 1.0, weights)).sum(-1)
-    if isinstance(statistic, MaxLogit):
-        return scores.amax(-1)
-    if isinstance(statistic, SinkMass):
-        if geometry.key_mask is None:
-            return weights[..., _places(geometry).key < statistic.count].sum(-1)
-        first = geometry.key_mask & (geometry.key_mask.cumsum(-1) <= statistic.count)
-        return (weights * first[:, None, None, :]).sum(-1)
-    raise TypeError(f"no definition for {statistic}")
+    if statistic.method == "row":
+        return statistic.row(weights, scores)
+    assert isinstance(statistic, SinkMass)
+    if geometry.key_mask is None:
+        return weights[..., _places(geometry).key < statistic.count].sum(-1)
+    first = geometry.key_mask & (geometry.key_mask.cumsum(-1) <= statistic.count)
+    return (weights * first[:, None, None, :]).sum(-1)
 
 
-def _key_real(geometry: Geometry) -> Tensor:
+def _real_keys(geometry: Geometry) -> Tensor:
     """[B, Tk] bool: not padding, and of a sequence."""
     real = (_places(geometry).key_sequence >= 0).expand(geometry.batch, -1)
     return real if geometry.key_mask is None else real & geometry.key_mask
@@ -272,23 +263,23 @@ def _lengths(bounds: tuple[int, ...]) -> list[int]:
     return [b - a for a, b in pairwise(bounds)]
 
 
-def counts(statistic: ColumnStatistic, geometry: Geometry) -> Tensor:
+def counts(statistic: Statistic, geometry: Geometry) -> Tensor:
     """(B, Tk) int64: the counted queries behind each mean, from dense masks; 0 for padding."""
     counted = _counts(geometry, statistic.last_queries) @ _weights(statistic, geometry)
-    return counted.long() * _key_real(geometry)
+    return counted.long() * _real_keys(geometry)
 
 
 def validity(statistic: Statistic, geometry: Geometry) -> Tensor:
-    """Where a value is more than a placeholder, from dense masks: (B, Tq), (B, Tk) or (B, I, J) bool."""
+    """False for placeholders, from dense masks: (B, Tq), (B, Tk) or (B, I, J) bool."""
     visible = _visible(geometry).any(1)  # [B, Tq, Tk]
     counted = _counts(geometry) > 0
-    key_real = _key_real(geometry)
+    real_keys = _real_keys(geometry)
     rows = visible.any(-1) & counted
-    if isinstance(statistic, ColumnStatistic):
-        return key_real if statistic.horizon is None else counts(statistic, geometry) > 0
+    if statistic.axis == "column":
+        return real_keys if statistic.horizon is None else counts(statistic, geometry) > 0
     if isinstance(statistic, PooledMap):
         query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
-        pairs = rows[:, :, None] & key_real[:, None, :]
+        pairs = rows[:, :, None] & real_keys[:, None, :]
         return torch.stack(
             [
                 torch.stack([p.flatten(1).any(-1) for p in part.split(_lengths(key_bounds), 2)], -1)

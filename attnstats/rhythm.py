@@ -1,8 +1,8 @@
-"""What is read off the curves of responses: changes of WAAD, peaks, and the three couplings between peaks (Sec. 4).
+"""Peaks of the curves of responses, and the three couplings between WAAD, FAI and entropy peaks (Sec. 4).
 
-Pure functions on the curves of single responses, which come from heads.class_mean: differences and peaks are taken
-after averaging over heads, never before. Couplings are over all responses of a corpus, with a permutation test and a
-bootstrap, both seeded. Called by analyze.py and couplings.py.
+Pure functions on the curves of single responses, which are means over heads (heads.class_mean): differences and peaks
+are taken after averaging, never before. A coupling is over all responses of a corpus, with a permutation test and a
+bootstrap, both seeded.
 """
 
 from __future__ import annotations
@@ -18,26 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attnstats.credit import coupled_sets
+from attnstats.curves import delta, top_share
+
 CURVES = ("waad", "fai", "receiver_fai", "entropy")
 Null = Literal["shuffle", "shift"]
 
 
-def delta(waad: Tensor) -> Tensor:
-    """`|WAAD[t] - WAAD[t + 1]|` along the last axis of a response (Eq. 14); 0 for its last token.
-
-    Example:
-        >>> import torch
-        >>> delta(torch.tensor([1.0, 4.0, 2.0]))
-        tensor([3., 2., 0.])
-    """
-    return torch.nn.functional.pad(waad.diff().abs(), (0, 1))
-
-
 def top(values: Tensor, count: int, valid: Tensor | None = None) -> list[int]:
-    """Indices of the `count` largest of a 1-D tensor, largest first, ties to the lower index.
-
-    Fewer where fewer are valid: a placeholder is never among them.
-    """
+    """Indices of the `count` largest valid values of a 1-D tensor, largest first, ties to the lower index."""
     order = values.argsort(stable=True, descending=True)
     if valid is not None:
         order = order[valid[order]]
@@ -46,16 +35,15 @@ def top(values: Tensor, count: int, valid: Tensor | None = None) -> list[int]:
 
 @dataclass(frozen=True)
 class PeakRule:
-    """Which tokens of a curve are its peaks; every condition must hold.
+    """Conditions that a token must meet, all of them, to be a peak of a curve.
 
-    The default is `scipy.signal.find_peaks` without a threshold: strict local maxima. Of equal neighbours that form a
-    maximum the middle one is the peak, of two middle ones the left. The ends of a curve, and tokens beside one that is
-    not valid, are never maxima.
+    The default is `scipy.signal.find_peaks` without a threshold: strict local maxima. The peak of a plateau is its
+    middle token, the left one of two. The ends of a curve, and tokens beside one that is not valid, are never maxima.
 
     Attributes:
-        maxima: only local maxima. Without it, and with a quantile, peaks are simply the highest tokens.
+        maxima: only local maxima; False: all tokens at or above the quantile.
         quantile: only values at or above this quantile of the valid ones, in [0, 1); 0: all.
-        prominence: only maxima that stand out by so many standard deviations of the valid values; 0: all.
+        prominence: only maxima of at least this prominence, in standard deviations of the valid values; 0: all.
     """
 
     maxima: bool = True
@@ -83,7 +71,7 @@ def peaks(curve: Tensor, valid: Tensor | None = None, rule: PeakRule = PeakRule(
     """The peaks of a curve, (T,) bool for a curve (T,).
 
     Args:
-        curve: of one response.
+        curve: the curve of one response.
         valid: (T,) bool, where the curve has a value; None: everywhere. NaN is never valid.
 
     Example:
@@ -94,29 +82,29 @@ def peaks(curve: Tensor, valid: Tensor | None = None, rule: PeakRule = PeakRule(
     from scipy.signal import find_peaks
 
     values = curve.detach().double().cpu().numpy()
-    there = ~np.isnan(values)
+    has_value = ~np.isnan(values)
     if valid is not None:
-        there &= valid.cpu().numpy()
-    found = there.copy()
+        has_value &= valid.cpu().numpy()
+    marks = has_value
     if rule.maxima:
-        # What is not valid is higher than everything: no maximum stands beside it.
-        walled = np.where(there, values, np.inf)
-        wanted = rule.prominence * values[there].std() if rule.prominence and there.any() else None
-        found[:] = False
-        found[find_peaks(walled, prominence=wanted)[0]] = True
-        found &= there
-    if rule.quantile and there.any():
-        found &= values >= np.quantile(values[there], rule.quantile)
-    return torch.from_numpy(found).to(curve.device)
+        # Tokens without a value become higher than all others: no maximum is beside them.
+        walled = np.where(has_value, values, np.inf)
+        prominence = rule.prominence * values[has_value].std() if rule.prominence and has_value.any() else None
+        marks = np.zeros_like(has_value)
+        marks[find_peaks(walled, prominence=prominence)[0]] = True
+        marks &= has_value
+    if rule.quantile and has_value.any():
+        marks = marks & (values >= np.quantile(values[has_value], rule.quantile))
+    return torch.from_numpy(marks).to(curve.device)
 
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """The curves of one response, each (T,), for its T tokens.
+    """The curves of one response of T tokens, each (T,).
 
     Attributes:
         waad: mean over the local heads. fai: mean over the global heads. receiver_fai: mean over the receiver heads.
-        entropy: in nats, of the distribution that each token was drawn from; NaN where it is not known.
+        entropy: entropy of the distribution that each token was drawn from, in nats; NaN where unknown.
         fai_valid, receiver_valid: (T,) bool, where FAI has queries; None: everywhere.
     """
 
@@ -128,40 +116,40 @@ class Curves:
     receiver_valid: Tensor | None = None
 
     def valid(self, name: str) -> Tensor:
-        """Where the curve of this name has a value."""
-        known = {"fai": self.fai_valid, "receiver_fai": self.receiver_valid}.get(name)
+        """(T,) bool, True where the curve of this name has a value."""
+        valid = {"fai": self.fai_valid, "receiver_fai": self.receiver_valid}.get(name)
         finite: Tensor = getattr(self, name).isfinite()
-        return finite if known is None else finite & known
+        return finite if valid is None else finite & valid
 
 
 def all_peaks(curves: Sequence[Curves], rule: PeakRule = PeakRule()) -> list[dict[str, Tensor]]:
-    """Per response the peaks of every curve, by the names in `CURVES`."""
+    """The peaks of every curve of each response, by the names in `CURVES`."""
     return [{name: peaks(getattr(c, name), c.valid(name), rule) for name in CURVES} for c in curves]
 
 
 def densities(curves: Sequence[Curves], rule: PeakRule = PeakRule()) -> dict[str, float]:
-    """The share of a curve's valid tokens that are its peaks, over all responses; NaN where none is valid."""
-    found = all_peaks(curves, rule)
+    """The share of each curve's valid tokens that are peaks, over all responses; NaN where no token is valid."""
+    marks = all_peaks(curves, rule)
     shares = {}
     for name in CURVES:
         tokens = sum(int(c.valid(name).sum()) for c in curves)
-        marked = sum(int(marks[name].sum()) for marks in found)
-        shares[name] = marked / tokens if tokens else math.nan
+        count = sum(int(of_response[name].sum()) for of_response in marks)
+        shares[name] = count / tokens if tokens else math.nan
     return shares
 
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """The tokens of one response that credit is about, (T,) bool each (Sec. 5.2).
+    """The token sets of one response that credit amplifies, (T,) bool each (Sec. 5.2).
 
     Attributes:
-        preplan: Tloc, the top share of delta: where WAAD changes most to the next token (Eq. 14).
+        chunk: Tloc, the top share of delta: chunk boundaries, where WAAD changes most to the next token (Eq. 14).
         anchor: Tglob, the top share of FAI (Eq. 16).
-        dominated: anchors that follow such a change with a low WAAD of their own (Eq. 18).
+        dominated: anchors with a low WAAD shortly after a large change of it (Eq. 18).
         intro: the tokens that lead to them, one per dominated anchor.
     """
 
-    preplan: Tensor
+    chunk: Tensor
     anchor: Tensor
     dominated: Tensor
     intro: Tensor
@@ -171,36 +159,33 @@ def sets(curves: Curves, q: float = 0.4, k: int = 3) -> Sets:
     """The sets of a response, as credit.py defines them.
 
     Args:
-        q: share of the tokens that are preplan, and that are anchors.
-        k: how many tokens before an anchor can lead to it.
+        q: share of the tokens that are chunk boundaries, and that are anchors.
+        k: the number of tokens before an anchor that can dominate it.
 
     Example:
         >>> import torch
         >>> waad = torch.tensor([4.0, 9.0, 2.0, 2.0, 2.0])
         >>> fai = torch.tensor([0.1, 0.2, 0.9, 0.1, 0.1])
         >>> found = sets(Curves(waad, fai, fai, waad), q=0.2)
-        >>> [found.preplan.nonzero().item(), found.dominated.nonzero().item(), found.intro.nonzero().item()]
+        >>> [found.chunk.nonzero().item(), found.dominated.nonzero().item(), found.intro.nonzero().item()]
         [1, 2, 1]
     """
-    from attnstats.credit import coupled_sets  # which takes delta from here
-    from attnstats.curves import top_share
-
     waad, fai, valid = curves.waad[None], curves.fai[None], curves.valid("fai")[None]
-    everywhere = torch.ones_like(valid)
-    coupled = coupled_sets(waad, fai, everywhere, valid=valid, q=q, k=k)
-    preplan = top_share(delta(waad), everywhere, q)
-    return Sets(preplan[0], coupled.anchor[0], coupled.dominated[0], coupled.intro[0])
+    mask = torch.ones_like(valid)
+    coupled = coupled_sets(waad, fai, mask, valid=valid, q=q, k=k)
+    chunk = top_share(delta(waad), mask, q)
+    return Sets(chunk[0], coupled.anchor[0], coupled.dominated[0], coupled.intro[0])
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """How much more often, or higher, than by chance something is at the marked tokens; NaN where there are none.
+    """The mean of a quantity at marked tokens beside its mean by chance; NaN where no token is marked.
 
     Attributes:
-        observed: mean over the marked tokens of all responses. random: the same by chance.
-        p_value: share of the permutations, one of them what was observed, that reach what was observed: one-sided.
-        low, high: 95 % bootstrap interval of the lift, responses drawn with replacement.
-        count: marked tokens.
+        observed: mean over the marked tokens of all responses. random: the mean by chance.
+        p_value: share of the permutations, the observed one counted, whose mean is at least the observed: one-sided.
+        low, high: 95 % bootstrap interval of the lift; responses are drawn with replacement.
+        count: number of marked tokens.
     """
 
     name: str
@@ -219,14 +204,14 @@ class Coupling:
 
 @dataclass(frozen=True)
 class Chance:
-    """What a coupling is compared with, and how often.
+    """The null hypothesis of the permutation test, and the number of draws of the test and of the bootstrap.
 
     Attributes:
-        permutations: how often marks are placed anew within their response, count kept.
-        null: "shuffle" places each mark anywhere; "shift" moves all of a response's marks round by one offset, which
-            keeps the distances between them.
-        resamples: of the bootstrap.
-        seed: of both.
+        permutations: number of times the marks are placed anew within their response, count kept.
+        null: "shuffle" places each mark anywhere; "shift" rotates all marks of a response by one offset, which keeps
+            the distances between them.
+        resamples: number of bootstrap samples.
+        seed: seed of both.
     """
 
     permutations: int = 2000
@@ -250,21 +235,20 @@ def couplings(
 ) -> tuple[Coupling, Coupling, Coupling]:
     """The paper's three couplings over the responses of a corpus (Table 2).
 
-    1. Mean token entropy at WAAD peaks, against over all response tokens.
+    1. Mean token entropy at WAAD peaks, against the mean over all response tokens.
     2. Share of receiver FAI peaks that are global FAI peaks, against the share of global FAI peaks among all tokens.
-    3. Share of FAI peaks at a WAAD peak or right after one, against the same with FAI peaks shuffled.
+    3. Share of FAI peaks at a WAAD peak or right after one, against the same share with the FAI peaks shuffled.
 
-    Means are over tokens, not of responses' means. Tokens without a value (FAI's last `lo`) count nowhere. The random
-    value of 3 is the exact mean over all ways of placing each response's peaks.
+    Means are over the tokens of all responses. Tokens without a value (FAI's last `lo`) are left out. The random value
+    of 3 is the exact mean over all ways of placing each response's peaks.
 
     Raises:
         ValueError: no responses.
     """
     if not curves:
         raise ValueError("curves is empty: couplings are over one response or more")
-    found = all_peaks(curves, rule)
     entropy, same, follow = [], [], []
-    for c, marks in zip(curves, found, strict=True):
+    for c, marks in zip(curves, all_peaks(curves, rule), strict=True):
         both = c.valid("fai") & c.valid("receiver_fai")
         entropy.append(Marked.of(marks["waad"], c.entropy, c.valid("entropy")))
         same.append(Marked.of(marks["receiver_fai"], marks["fai"], both))
@@ -283,25 +267,25 @@ def offsets(
     chance: Chance = Chance(),
     reach: int = 1,
 ) -> dict[tuple[str, str, int], Coupling]:
-    """How often a peak of one curve has a peak of another at an offset of -reach..reach tokens (Table 20).
+    """The share of one curve's peaks with a peak of another at an offset of -reach..reach tokens (Table 20).
 
-    The key (of, near, +1) is: of the peaks of curve `of`, those with a peak of `near` at the next token. Random is the
+    The key (of, near, +1) has the share of the peaks of `of` with a peak of `near` at the next token. Random is the
     exact mean over all ways of placing the peaks of `of`.
     """
-    found = all_peaks(curves, rule)
+    peaks_of = all_peaks(curves, rule)
     table = {}
     for of, near in itertools.permutations(CURVES, 2):
         for offset in range(-reach, reach + 1):
             marked = [
                 Marked.of(marks[of], _moved(marks[near], offset), c.valid(of))
-                for c, marks in zip(curves, found, strict=True)
+                for c, marks in zip(curves, peaks_of, strict=True)
             ]
             table[of, near, offset] = coupling(f"{of} peaks with {near} at {offset:+d}", marked, chance, shuffled=True)
     return table
 
 
 def _moved(marks: Tensor, offset: int) -> Tensor:
-    """At t, what `marks` has at t + offset; False beyond the ends."""
+    """`marks[t + offset]` at t; False beyond the ends."""
     moved = torch.zeros_like(marks)
     length = len(marks)
     if abs(offset) < length:
@@ -310,7 +294,7 @@ def _moved(marks: Tensor, offset: int) -> Tensor:
 
 
 class Marked(NamedTuple):
-    """The tokens of one response that count, in order: which are marked, and the value at each."""
+    """The marks and values of the eligible tokens of one response, in order."""
 
     marks: npt.NDArray[np.bool_]
     values: npt.NDArray[np.float64]
@@ -321,9 +305,9 @@ class Marked(NamedTuple):
 
 
 def coupling(name: str, responses: Sequence[Marked], chance: Chance, shuffled: bool = False) -> Coupling:
-    """The mean value at marks, against that at all tokens or, `shuffled`, at marks placed anew in each response."""
+    """The mean value at marks, against that at all tokens or, if `shuffled`, at marks placed anew in each response."""
     rng = np.random.default_rng(chance.seed)
-    # Per response: the sum at marks, marks, and what stands for chance as a sum and a count.
+    # Per response: the sum at marks and their number, then the sum and the number that give the mean by chance.
     sums = np.array([_sums(r, shuffled) for r in responses if len(r.values)]).reshape(-1, 4)
     totals = sums.sum(0)
     if not totals[1] or not totals[3]:
@@ -354,7 +338,7 @@ def _sums(response: Marked, shuffled: bool) -> tuple[float, float, float, float]
 
 
 def _placed_anew(response: Marked, chance: Chance, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Sums of the values at marks, for each permutation."""
+    """The sum of the values at marks in each permutation."""
     marks, values = response
     size, count = len(values), int(marks.sum())
     if chance.null == "shift":

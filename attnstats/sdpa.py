@@ -1,7 +1,8 @@
-"""Recording statistics of whatever calls `torch.nn.functional.scaled_dot_product_attention`.
+"""Recording statistics of calls of `torch.nn.functional.scaled_dot_product_attention`.
 
-For models outside transformers: `patch_sdpa` puts `attnstats.attention` in that function's place for the duration
-of a `with`. Which call belongs to which layer is for the caller to know. For transformers models there is `capture`.
+For models outside transformers: inside the `with`, `patch_sdpa` replaces that function by one that calls
+`attnstats.attention`. Calls are numbered; the caller knows which layer made which. `capture` is for transformers
+models.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnstats.core import patterns as tensor_masks
-from attnstats.core.arguments import Heads
+from attnstats.core.arguments import refuse_distances
 from attnstats.core.geometry import as_autocast
-from attnstats.core.patterns import Recognised
-from attnstats.functional import Backend, attention
-from attnstats.statistics import LSE, ColumnStatistic, PooledMap, Statistic, Statistics, needing_distances, resolve
+from attnstats.core.options import Heads, Options
+from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise
+from attnstats.functional import Backend, attend
+from attnstats.results import Statistics
+from attnstats.statistics import LSE, PooledMap, Statistic, resolve
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
 
@@ -116,14 +118,14 @@ def patch_sdpa(
         >>> len(run), run[1]["entropy"].shape
         (2, torch.Size([1, 4, 12]))
     """
-    wanted = resolve(statistics)
-    if not wanted:
+    statistics = resolve(statistics)
+    if not statistics:
         raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
     if reduce not in (None, "heads"):
         raise ValueError(f"reduce must be 'heads' or None, got {reduce!r}")
-    chosen = _chosen(calls)
+    is_recorded = _selection(calls)
     original = functional.scaled_dot_product_attention
-    run = Run(wanted)
+    run = Run(statistics)
     called = False
 
     def scaled_dot_product_attention(
@@ -139,29 +141,31 @@ def patch_sdpa(
         """As torch has it, and recorded by `attnstats.patch_sdpa`."""
         nonlocal called
         called = True
-        again = torch._C._current_graph_task_id() != -1  # inside a backward pass: checkpointing repeats the forward
-        index = None if again else run.calls
-        run.calls += not again
-        if not chosen(index, query, key):
+        repeated = torch._C._current_graph_task_id() != -1  # in a backward pass, by gradient checkpointing
+        index = None if repeated else run.calls
+        run.calls += not repeated
+        if not is_recorded(index, query, key):
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        output, found = _attend(
+        output, results = _attend(
             query,
             key,
             value,
             attn_mask,
             is_causal,
-            enable_gqa,
+            Options(
+                statistics=() if repeated else run.statistics,
+                heads=None if repeated else heads,
+                dropout_p=dropout_p,
+                scale=scale,
+                enable_gqa=enable_gqa,
+                backend=backend,
+            ),
             allow_dense,
             original,
-            statistics=() if again else wanted,
-            dropout_p=dropout_p,
-            scale=scale,
-            heads=None if again else heads,
-            backend=backend,
         )
         if index is not None:
             run.indices.append(index)
-            run._recorded.append(_kept(found, reduce is not None, device))
+            run._recorded.append(_reduced(results, reduce is not None, device))
         return output
 
     if not _ACTIVE.acquire(blocking=False):
@@ -183,19 +187,19 @@ def patch_sdpa(
         )
 
 
-def _chosen(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bool]:
-    """Whether to record, by the number of a call, or None for the repetition of one."""
+def _selection(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bool]:
+    """A function of a call's number (None for a repeated call), query and key that is True for calls to record."""
     if calls is None:
         return lambda index, query, key: True
     if callable(calls):
         return lambda index, query, key: bool(calls(query, key))
-    given: Any = calls
-    listed = None if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    numbers: Any = calls
+    listed = list(numbers) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else None
     if listed is None or not all(hasattr(i, "__index__") and not isinstance(i, bool) and i >= 0 for i in listed):
         raise TypeError(f"calls must be None, numbers from 0 or a function of (query, key), got {calls!r}")
     indices = set(map(operator.index, listed))
 
-    def listed_here(index: int | None, query: Tensor, key: Tensor) -> bool:
+    def is_listed(index: int | None, query: Tensor, key: Tensor) -> bool:
         if index is None:
             raise RuntimeError(
                 "calls: a backward pass repeats calls (gradient checkpointing), and their numbers are not known then; "
@@ -203,7 +207,7 @@ def _chosen(calls: Calls | None) -> Callable[[int | None, Tensor, Tensor], bool]
             )
         return index in indices
 
-    return listed_here
+    return is_listed
 
 
 def _attend(
@@ -212,10 +216,9 @@ def _attend(
     value: Tensor,
     attn_mask: Tensor | None,
     is_causal: bool,
-    enable_gqa: bool,
+    options: Options,
     allow_dense: bool,
     original: Callable[..., Tensor],
-    **others: Any,
 ) -> tuple[Tensor, Statistics]:
     """SDPA's arguments as those of `attnstats.attention`, and its result in SDPA's shapes."""
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -226,46 +229,35 @@ def _attend(
         if x.dim() < 2:
             raise ValueError(f"{name} must have the dimensions (..., heads, length, head_dim), got {tuple(x.shape)}")
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-    query_length, key_length = query.shape[-2], key.shape[-2]
+    query_length, key_length, statistics = query.shape[-2], key.shape[-2], resolve(options.statistics)
     if 0 in (*query.shape, *key.shape, *value.shape):
-        output = original(
-            query,
-            key,
-            value,
-            attn_mask,
-            others["dropout_p"],
-            is_causal,
-            scale=others["scale"],
-            enable_gqa=enable_gqa,
-        )
-        return output, _nothing(others["statistics"], output, key_length)
-    flat, batch = _flatten(query, key, value, enable_gqa)
+        arguments = {"scale": options.scale, "enable_gqa": options.enable_gqa}
+        output = original(query, key, value, attn_mask, options.dropout_p, is_causal, **arguments)
+        return output, _empty(statistics, output, key_length)
+    flat, batch = _flatten(query, key, value, options.enable_gqa)
 
-    known = Recognised(None, 0, None, 0) if is_causal else Recognised(None, None)
-    dense = None
+    pattern, dense_mask = CAUSAL if is_causal else MaskPattern(), None
     if attn_mask is not None:
-        known, dense = _read_mask(attn_mask, query, key_length, known, batch, allow_dense)
-    if known.offset is None and query_length != key_length:
-        _refuse_distances(others["statistics"], query_length, key_length)
-    output, found = attention(
-        *flat,
-        **(others if dense is None else others | {"backend": "reference"}),
-        attn_mask=dense,
-        key_padding_mask=known.keep,
-        is_causal=known.is_causal,
-        window_size=known.window_size,
-        query_offset=known.offset,
-        enable_gqa=enable_gqa,
+        pattern, dense_mask = _read_mask(attn_mask, flat[0], key_length, pattern, batch, allow_dense)
+    if pattern.query_offset is None and query_length != key_length:
+        refuse_distances(
+            statistics,
+            f"in this call Tq={query_length}, Tk={key_length} without a causal mask, as in cross-attention, share no "
+            "positions; leave such calls out with calls=lambda query, key: query.shape[-2] == key.shape[-2]",
+        )
+    options = options._replace(
+        attn_mask=dense_mask,
+        key_padding_mask=pattern.key_mask,
+        is_causal=pattern.right == 0,
+        window_size=(pattern.left, pattern.right),
+        query_offset=pattern.query_offset,
+        backend=options.backend if dense_mask is None else "reference",
     )
+    output, results = attend(*flat, options)
 
-    # SDPA's leading dimensions, and none for heads where the call had none.
-    lead = batch if query.dim() > 2 else ()
-    drop_heads = query.dim() == 2
-    found = found.changed(
-        lambda s, x: x[0, 0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
-        lambda s, x: x[0] if drop_heads else x.reshape(*lead, *x.shape[1:]),
-    )
-    return output.reshape(*lead, *(output.shape[2:] if drop_heads else output.shape[1:])), found
+    if max(query.dim(), key.dim(), value.dim()) == 2:  # neither batch dimensions nor heads
+        return output[0, 0], results.changed(lambda s, x: x[0, 0], lambda s, x: x[0])
+    return output.reshape(*batch, *output.shape[1:]), results.changed(lambda s, x: x.reshape(*batch, *x.shape[1:]))
 
 
 def _flatten(
@@ -282,64 +274,62 @@ def _flatten(
 
 
 def _read_mask(
-    mask: Tensor, query: Tensor, key_length: int, asked: Recognised, batch: tuple[int, ...], allow_dense: bool
-) -> tuple[Recognised, Tensor | None]:
-    """Who sees whom by an SDPA mask, keys (B, Tk); and the mask (B, H | 1, Tq, Tk) where it says more than that."""
+    mask: Tensor, query: Tensor, key_length: int, pattern: MaskPattern, batch: tuple[int, ...], allow_dense: bool
+) -> tuple[MaskPattern, Tensor | None]:
+    """The pattern of is_causal and an SDPA mask together, with a key mask (B, Tk).
+
+    A mask with another pattern is returned besides, as (B, H | 1, Tq, Tk).
+    """
     if mask.dim() < 2:
         raise ValueError(f"attn_mask must broadcast to (..., heads, Tq, Tk), got {tuple(mask.shape)}")
     while mask.dim() < len(batch) + 3:
         mask = mask[None]
-    shape = (*batch, query.shape[-3] if query.dim() > 2 else 1, query.shape[-2], key_length)
+    shape = (*batch, *query.shape[1:3], key_length)
     if mask.dim() > len(shape) or any(a not in (1, b) for a, b in zip(mask.shape, shape, strict=True)):
         raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
     mask = mask.expand(*mask.shape[:-1], key_length)
-    known = tensor_masks.recognise(mask, query.shape[-2])
-    if known is not None and asked.offset is not None and known.offset in (None, asked.offset):
-        known = replace(known, offset=asked.offset, right=asked.right)  # is_causal as well
-    elif asked.offset is not None:
-        known = None
-    if known is not None:
-        keep = None if known.keep is None else known.keep.expand(*batch, key_length).reshape(-1, key_length)
-        return replace(known, keep=keep), None
-    if not allow_dense:
-        raise ValueError(tensor_masks.refusal("attn_mask", mask))
-    warnings.warn(f"attn_mask of shape {tuple(mask.shape)}: attention on the whole map, O(Tq * Tk)", stacklevel=4)
+    recognised = recognise(mask, query.shape[2])
+    if recognised is not None and pattern.query_offset is not None:
+        if recognised.query_offset in (None, pattern.query_offset):
+            # The limits of both hold.
+            recognised = recognised._replace(query_offset=pattern.query_offset, right=pattern.right)
+        else:
+            recognised = None
+    if recognised is not None:
+        key_mask = recognised.key_mask
+        if key_mask is not None:
+            key_mask = key_mask.expand(*batch, key_length).reshape(-1, key_length)
+        return recognised._replace(key_mask=key_mask), None
+    allow_whole_map("attn_mask", mask, allow_dense, stacklevel=4)
     mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
-    return asked, mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    return pattern, mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
-def _refuse_distances(statistics: tuple[Statistic, ...], query_length: int, key_length: int) -> None:
-    for statistic in needing_distances(statistics):
-        raise ValueError(
-            f"statistics: {statistic} needs distances, and in this call Tq={query_length}, Tk={key_length} without "
-            "a causal mask, as in cross-attention, share no positions; leave such calls out with "
-            "calls=lambda query, key: query.shape[-2] == key.shape[-2]"
-        )
-
-
-def _nothing(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -> Statistics:
-    """Of a call without queries, keys or rows of any kind."""
+def _empty(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -> Statistics:
+    """The statistics of a call without queries, keys or batch rows."""
     lead, query_length = output.shape[:-2], output.shape[-2]
-    wide = torch.float64 if output.dtype == torch.float64 else torch.float32
+    accumulator = torch.float64 if output.dtype == torch.float64 else torch.float32
+    for statistic in statistics:
+        if isinstance(statistic, PooledMap):
+            statistic.boundaries(query_length, key_length)
 
     def zeros(statistic: Statistic, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        lengths: tuple[int, ...] = (key_length if isinstance(statistic, ColumnStatistic) else query_length,)
-        if isinstance(statistic, PooledMap):
-            lengths = tuple(len(bounds) - 1 for bounds in statistic.boundaries(query_length, key_length))
-        return torch.zeros(*lead, *lengths, dtype=dtype, device=output.device)
+        return torch.zeros(*lead, *statistic.shape(query_length, key_length), dtype=dtype, device=output.device)
 
-    lse = zeros(LSE(), lead, wide) - torch.inf
+    lse = zeros(LSE(), lead, accumulator) - torch.inf
     return Statistics(
-        {s: lse if isinstance(s, LSE) else zeros(s, lead, wide) for s in statistics},
+        {s: lse if s.method == "lse" else zeros(s, lead, accumulator) for s in statistics},
         lambda s: zeros(s, lead[:-1], torch.bool),
         lambda s: zeros(s, lead[:-1], torch.int64),
         lse,
     )
 
 
-def _kept(found: Statistics, reduced: bool, device: torch.device | str | None) -> Statistics:
-    def value(statistic: Statistic, x: Tensor) -> Tensor:
-        heads = -3 if isinstance(statistic, PooledMap) else -2
-        return (x.mean(heads) if reduced and x.dim() >= -heads else x).to(device)
+def _reduced(results: Statistics, over_heads: bool, device: torch.device | str | None) -> Statistics:
+    """The results as they are recorded: if over_heads their mean over heads, and on the device."""
 
-    return found.changed(value, lambda s, x: x.to(device)) if reduced or device is not None else found
+    def reduced(statistic: Statistic, x: Tensor) -> Tensor:
+        heads = -3 if statistic.axis == "map" else -2
+        return (x.mean(heads) if over_heads and x.dim() >= -heads else x).to(device)
+
+    return results.changed(reduced, lambda s, x: x.to(device)) if over_heads or device is not None else results

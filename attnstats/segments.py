@@ -1,8 +1,8 @@
-"""Sentences of a response as segments of its tokens, and how they attend to each other.
+"""Sentences of a response as segments of its tokens, and the attention between them.
 
-A segment is a run of tokens; a splitter of one's own may make steps, lines or clauses of a text instead of sentences.
-`attention` sums A over pairs of segments (PooledMap) in one forward pass, T x T never held; heads.segment_received and
-HeadProfile find receiver heads in it, as thought anchors are found (Bogdan et al., arXiv 2506.19143).
+A segment is a run of tokens; a splitter of one's own can make steps, lines or clauses instead of sentences. `attention`
+sums A over pairs of segments (PooledMap) in one forward pass without the T x T map; heads.segment_received and
+HeadProfile find receiver heads in it, as for thought anchors (Bogdan et al., arXiv 2506.19143).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from attnstats.transformers.selection import Layers
 
 Splitter = Callable[[str], Sequence[str]]
 
-# A sentence ends with . ! ? or their like, with what closes a quotation or bracket behind it, before a space or the
-# end; and at a line break. Not after the number of a list item, an initial or one of these abbreviations.
+# A sentence ends with . ! ? or similar and closing quotes or brackets, before a space or the end, and at a line break;
+# not after the number of a list item, an initial or one of these abbreviations.
 _CLOSING = "\"')\\]\u201d\u2019\u300d\uff09"
 _WIDE = "\u3002\uff01\uff1f"  # the full stop, exclamation and question mark of Chinese and Japanese
 _END = re.compile(rf"(?:(?<![.!?\u2026])[.!?\u2026]+[{_CLOSING}]*(?=\s|$)|[{_WIDE}]+[{_CLOSING}]*|\n)\s*")
@@ -36,38 +36,38 @@ _NO_END = re.compile(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the blanks behind it; joined, they are the text.
+    """The sentences of a text, each with the blanks after it; joined, they are the text.
 
     Example:
         >>> sentences("Dr. Wu has 3.5 kg. How much is left?\\n1. Add it up.")
         ['Dr. Wu has 3.5 kg. ', 'How much is left?\\n', '1. Add it up.']
     """
-    found, start = [], 0
+    parts, start = [], 0
     for end in _END.finditer(text):
         if "\n" not in end.group():
             tail = text[max(start, end.start() - LONGEST_ABBREVIATION) : end.end()].rstrip()
-            # What was cut off before it must not look like the start of a line.
+            # Where the tail does not begin the text it must not look like the start of a line.
             cut = "x" if end.start() - LONGEST_ABBREVIATION > start else ""
             if _NO_END.search(cut + tail):
                 continue
         if text[start : end.end()].strip():
-            found.append(text[start : end.end()])
+            parts.append(text[start : end.end()])
             start = end.end()
-    if text[start:].strip() or not found:
-        return [*found, text[start:]] if text[start:] else found
-    return [*found[:-1], found[-1] + text[start:]]
+    if text[start:].strip() or not parts:
+        return [*parts, text[start:]] if text[start:] else parts
+    return [*parts[:-1], parts[-1] + text[start:]]
 
 
 def boundaries(tokens: Sequence[str], split: Splitter = sentences, start: int = 0) -> tuple[int, ...]:
-    """Where the segments of a text begin, in tokens, with the number of tokens at the end.
+    """The first token of each segment of a text, then the number of tokens.
 
-    A token belongs to the segment that its first character that isn't blank is in; a blank one to the segment of its
-    first character. Segments without a token of their own vanish.
+    A token belongs to the segment of its first non-blank character, a blank token to the segment of its first
+    character, an empty one to the segment before it. Segments without a token of their own are dropped.
 
     Args:
-        tokens: the text that each token adds (analyze.pieces); empty ones belong to what is before them.
-        split: a text to its parts, which joined are the text again.
-        start: first token of the response; what is before it is one segment, and only what follows is split.
+        tokens: the text that each token adds (study.reading.pieces).
+        split: splits a text into parts that are the text again when joined.
+        start: first token of the response; the tokens before it are one segment, and only the rest is split.
 
     Raises:
         ValueError: no tokens, `start` outside them, or parts that don't make up the text.
@@ -85,7 +85,7 @@ def boundaries(tokens: Sequence[str], split: Splitter = sentences, start: int = 
     if "".join(parts) != text:
         raise ValueError("split: its parts, joined, are not the text that it was given; let each keep its blanks")
     ends = list(accumulate(map(len, parts)))
-    found = [0] if start == 0 else [0, start]
+    first_tokens = [0] if start == 0 else [0, start]
     position, current = 0, 0
     for index, token in enumerate(tokens[start:], start):
         blank = len(token) - len(token.lstrip())
@@ -94,18 +94,18 @@ def boundaries(tokens: Sequence[str], split: Splitter = sentences, start: int = 
         if segment > current:
             current = segment
             if index > start:
-                found.append(index)
+                first_tokens.append(index)
         position += len(token)
-    return (*found, len(tokens))
+    return (*first_tokens, len(tokens))
 
 
 @dataclass(frozen=True, eq=False)
 class SegmentAttention:
-    """How S segments of a sequence attend to each other in each of L x H heads.
+    """Attention between the S segments of a sequence in each of L x H heads.
 
     Attributes:
         layers: numbers of the L layers.
-        boundaries: S + 1 tokens.
+        boundaries: the first token of each segment, then the number of tokens.
         pooled: (L, H, S, S) float32, A summed over query segment i and key segment j.
         mean_distance: (L, H, T), the statistic MeanDistance of each row.
     """
@@ -117,26 +117,26 @@ class SegmentAttention:
 
     @property
     def sizes(self) -> Tensor:
-        """(S,) tokens of each segment."""
+        """(S,) number of tokens of each segment."""
         return torch.tensor([end - begin for begin, end in pairwise(self.boundaries)])
 
     def per_query(self) -> Tensor:
-        """(L, H, S, S): what a token of segment i gives to segment j, a mean over its tokens; rows sum to 1."""
+        """(L, H, S, S): attention to segment j of a token in segment i, a mean over its tokens; rows sum to 1."""
         return self.pooled / self.sizes[:, None]
 
     def per_pair(self) -> Tensor:
-        """(L, H, S, S): the mean of A over all pairs of a token in i and a token in j, as thought anchors take it."""
+        """(L, H, S, S): mean of A over all pairs of a token in i and a token in j, as for thought anchors."""
         return self.pooled / (self.sizes[:, None] * self.sizes)
 
     def received(self, ignore: int = 4) -> Tensor:
-        """(L, H, S) float64: heads.segment_received, NaN where no segment is far enough behind."""
+        """(L, H, S) float64: heads.segment_received, NaN where no segment is far enough after."""
         return segment_received(self.pooled, self.sizes, ignore)
 
     def add_to(self, profile: HeadProfile, ignore: int = 4, first: int = 0) -> HeadProfile:
-        """The profile with this sequence: distances of its tokens, kurtosis of what its segments receive.
+        """The profile with this sequence added: distances of its tokens, kurtosis of what its segments receive.
 
         Args:
-            first: the first segment that counts: 1 leaves out the prompt that `boundaries(start=...)` put into one.
+            first: the first segment that counts; 1 leaves out the prompt, which `boundaries(start=...)` makes one.
         """
         received = self.received(ignore)
         valid = received[0, 0].isfinite() & (torch.arange(len(self.sizes)) >= first)
@@ -150,8 +150,8 @@ def attention(model: Any, ids: Tensor, boundaries: Sequence[int], layers: Layers
     Args:
         model: a transformers model that `attnstats.capture` takes.
         ids: (1, T) int64.
-        boundaries: (0, ..., T), increasing; `boundaries` makes them of a text.
-        layers: as `attnstats.capture` takes them.
+        boundaries: (0, ..., T), increasing; see `boundaries`.
+        layers: the layers to read, as for `attnstats.capture`.
 
     Raises:
         ValueError: `ids` aren't one sequence, or the boundaries don't fit it.

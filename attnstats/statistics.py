@@ -1,9 +1,8 @@
-"""The catalogue: every statistic as data, and the container its results come in.
+"""The catalogue: every statistic as data.
 
-A statistic says how the map A is weighted and where that weight varies; it computes nothing. `reference`
-makes the formula executable, `tiled` and `kernels/` evaluate it in O(T) memory. To add a
-distance-weighted statistic, write its dataclass here and its weight in `kernels/weights.py` under the same
-name; nothing else changes.
+A statistic says how the map A is weighted and over which distances that weight varies; it computes nothing.
+`reference` makes the formula executable, `tiled/` and `kernels/` evaluate it in O(T) memory. They read the traits of a
+statistic (`Statistic`), attributes that every one has. docs/statistics.md has the recipes for new ones.
 
 Notation: `A[t, s]` is the softmaxed attention of query position t to key position s, `d = t - s` their
 distance, `c[t]` is 1 where query t counts (`query_mask`). Equations: Li et al., arXiv 2510.13554v2.
@@ -12,28 +11,73 @@ distance, `c[t]` is 1 where query t counts (`query_mask`). Equations: Li et al.,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-# Every class of statistics there is in this process, by its key: what a compiled graph, which holds no objects, names.
+__all__ = [
+    "FAI",
+    "LSE",
+    "WAAD",
+    "ColumnStatistic",
+    "Entropy",
+    "LocalMass",
+    "MaxLogit",
+    "MeanDistance",
+    "PooledMap",
+    "Received",
+    "RowStatistic",
+    "SinkMass",
+    "Statistic",
+    "WholeRowStatistic",
+]
+
+# Every class of statistics in this process by its key. A compiled graph holds no objects and names a class by its key.
 DEFINED: WeakValueDictionary[str, type[Statistic]] = WeakValueDictionary()
 
 OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"; every setting is below it
+BAND_LIMIT = 1024  # wider bands are computed from all pairs: a band's buffers grow with the square of its width
+
+Axis = Literal["row", "column", "map"]
+Method = Literal["weight", "row", "first_keys", "pooled", "lse"]
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Base of all statistics. Frozen and hashable: a statistic is the key under which its result is found."""
+    """Base of all statistics. Frozen and hashable: results are keyed by statistic.
+
+    Traits, which subclasses override:
+        axis: "row" for a value per query, (B, Hq, Tq); "column" for one per key, (B, Hq, Tk); "map" for (B, Hq, I, J).
+        method: how it is computed: "weight", a sum of A weighted by distance; "row", a function of whole rows;
+            "first_keys", the mass on the first keys; "pooled", sums over segments; "lse". None: no backend computes it.
+        uses_distance: it is not defined where queries and keys share no positions (cross-attention).
+        from_lse: it is a function of (query, key, lse).
+        differentiable: it can carry gradients.
+        grows: it can be kept up to date while the sequence grows; False where it depends on the end.
+        band: (lo, hi), the distances over which the weight varies; None: all.
+        tail: the weight outside the band.
+        horizon: (lo, hi) of a column mean: its value is divided by the counted queries at these distances; hi None: all
+            from lo on; None: a sum.
+        last_queries: only the last so many counted queries of each sequence count; None: all.
+        far: (distance, weight) where a column statistic has this one weight, not 0, from that distance on, so that the
+            kernels need not evaluate it; None: it varies, or is 0.
+        kernel_weight: the weight as a `@triton.jit` function; None: the function of this name in kernels/weights.py.
+    """
 
     name: ClassVar[str]
     key: ClassVar[str]  # of the class in DEFINED
+    axis: ClassVar[Axis] = "row"
+    method: ClassVar[Method | None] = None
+    uses_distance: ClassVar[bool] = False
+    from_lse: ClassVar[bool] = True
+    kernel_weight: ClassVar[Any] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -43,6 +87,68 @@ class Statistic:
         while cls.key in DEFINED:  # a namesake, or this class before dataclass gave it slots
             cls.key += "'"
         DEFINED[cls.key] = cls
+
+    @property
+    def differentiable(self) -> bool:
+        return False
+
+    @property
+    def grows(self) -> bool:
+        return True
+
+    @property
+    def band(self) -> tuple[int, int] | None:
+        return None
+
+    @property
+    def tail(self) -> float:
+        return 0.0
+
+    @property
+    def horizon(self) -> tuple[int, int | None] | None:
+        return None
+
+    @property
+    def last_queries(self) -> int | None:
+        return None
+
+    @property
+    def far(self) -> tuple[int, float] | None:
+        return None
+
+    @property
+    def is_banded(self) -> bool:
+        """True if the band is narrow enough to be the cheaper way."""
+        return self.band is not None and max(map(abs, self.band)) < BAND_LIMIT
+
+    @property
+    def is_mean(self) -> bool:
+        """True for a mean over a key's counted queries."""
+        return self.horizon is not None
+
+    @property
+    def summed(self) -> Statistic:
+        """The statistic whose results add up over parts of the queries: the sum of a mean, else itself."""
+        return Summed(self) if self.is_mean else self
+
+    def shape(self, query_length: Any, key_length: Any) -> tuple[Any, ...]:
+        """The shape of a result behind its heads."""
+        return (key_length if self.axis == "column" else query_length,)
+
+    def weight(self, distance: Tensor) -> Tensor:
+        """The weight at each signed distance, elementwise; whole numbers, of an integer dtype or in float64."""
+        raise TypeError(f"{type(self).__name__} defines no weight(distance)")
+
+    def weight_as(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype; for float64 from float64 distances, or fractional weights would be float32."""
+        return self.weight(distance.double() if dtype == torch.float64 else distance).to(dtype)
+
+    def row(self, weights: Tensor, scores: Tensor) -> Tensor:
+        """The statistic (..., Tq) of whole rows of A (..., Tq, Tk) and of their scores.
+
+        A key that a row doesn't see has A = 0 and score -inf. Keys that none of the rows sees may be missing.
+        """
+        raise TypeError(f"{type(self).__name__} defines no row(weights, scores)")
 
 
 @dataclass(frozen=True)
@@ -60,25 +166,17 @@ class DistanceWeighted(Statistic):
     without one it runs on the reference and tiled backends.
     """
 
-    kernel_weight: ClassVar[Any] = None
+    method: ClassVar[Method | None] = "weight"
     uses_distance: ClassVar[bool] = True  # False: the weight is constant, so positions need no meaning
 
     @property
-    def band(self) -> tuple[int, int] | None:
-        return None
+    def differentiable(self) -> bool:
+        return self.last_queries is None
 
     @property
-    def tail(self) -> float:
-        return 0.0
-
-    @property
-    def parameters(self) -> tuple[int, ...]:
-        """The integers, two at most, that the kernel's weight takes."""
+    def parameters(self) -> tuple[float, ...]:
+        """The numbers, two at most, that the kernel's weight takes."""
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-
-    def weight(self, distance: Tensor) -> Tensor:
-        """The weight at each signed distance (integer tensor of any shape), elementwise."""
-        raise TypeError(f"{type(self).__name__} defines no weight(distance)")
 
 
 @dataclass(frozen=True)
@@ -94,26 +192,28 @@ class ColumnStatistic(DistanceWeighted):
     counted queries at distance lo..hi, where the weight must be 1, and is 0 and not valid where there is none.
     """
 
-    @property
-    def horizon(self) -> tuple[int, int | None] | None:
-        return None
+    axis: ClassVar[Axis] = "column"
 
     @property
-    def far(self) -> tuple[int, float] | None:
-        """(distance, weight) if from that distance on the weight is constant and not 0; the kernels then save it."""
-        return None
+    def grows(self) -> bool:
+        return self.last_queries is None
 
-    @property
-    def last_queries(self) -> int | None:
-        """Where set, only the last so many counted queries of each sequence count."""
-        return None
+
+@dataclass(frozen=True)
+class WholeRowStatistic(Statistic):
+    """Per query: any function of the whole row of A and of its scores, shape (B, Hq, Tq).
+
+    A subclass defines `row`. It runs on the reference and tiled backends; the kernels compute Entropy and MaxLogit.
+    """
+
+    method: ClassVar[Method | None] = "row"
 
 
 @dataclass(frozen=True)
 class Summed(ColumnStatistic):
     """The sum that a column mean divides, so that parts of a sequence can be added up; not in the catalogue."""
 
-    of: ColumnStatistic
+    of: Any
 
     @property
     def kernel_weight(self) -> Any:
@@ -132,21 +232,11 @@ class Summed(ColumnStatistic):
         return self.of.last_queries
 
     @property
-    def parameters(self) -> tuple[int, ...]:
+    def parameters(self) -> tuple[float, ...]:
         return self.of.parameters
 
     def weight(self, distance: Tensor) -> Tensor:
         return self.of.weight(distance)
-
-
-def is_mean(statistic: Statistic) -> TypeGuard[ColumnStatistic]:
-    """Whether a statistic is a mean over a key's counted queries."""
-    return isinstance(statistic, ColumnStatistic) and statistic.horizon is not None
-
-
-def summed(statistic: Statistic) -> Statistic:
-    """A statistic whose results add up over parts of the queries: of a mean its sum, else itself."""
-    return Summed(statistic) if is_mean(statistic) else statistic
 
 
 @dataclass(frozen=True)
@@ -256,7 +346,7 @@ class Received(ColumnStatistic):
         return self.last
 
     @property
-    def parameters(self) -> tuple[int, ...]:
+    def parameters(self) -> tuple[float, ...]:
         return ()
 
     def weight(self, distance: Tensor) -> Tensor:
@@ -264,23 +354,39 @@ class Received(ColumnStatistic):
 
 
 @dataclass(frozen=True)
-class Entropy(Statistic):
+class Entropy(WholeRowStatistic):
     """Entropy of a row in nats: `-sum_s A[t, s] * ln A[t, s]`, shape (B, Hq, Tq)."""
+
+    differentiable: ClassVar[bool] = True
+
+    def row(self, weights: Tensor, scores: Tensor) -> Tensor:
+        # entr's derivative at 0 is infinite, and what reaches a score through it is A times that: 0.
+        return torch.special.entr(torch.where(weights == 0, 1.0, weights)).sum(-1)
 
 
 @dataclass(frozen=True)
-class MaxLogit(Statistic):
+class MaxLogit(WholeRowStatistic):
     """Largest scaled score of a row, `max_s scale * q_t . k_s`, shape (B, Hq, Tq). Needs the attention pass itself."""
+
+    from_lse: ClassVar[bool] = False
+
+    def row(self, weights: Tensor, scores: Tensor) -> Tensor:
+        return scores.amax(-1)
 
 
 @dataclass(frozen=True)
 class LSE(Statistic):
     """Natural log of the sum of exp(score) over a row, shape (B, Hq, Tq); -inf for a row that sees no key."""
 
+    method: ClassVar[Method | None] = "lse"
+    differentiable: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class SinkMass(Statistic):
     """Mass on the first `count` keys that are not padding, shape (B, Hq, Tq)."""
+
+    method: ClassVar[Method | None] = "first_keys"
 
     count: int = 4
 
@@ -295,6 +401,10 @@ class PooledMap(Statistic):
     Each argument is a number of uniform bins (bin i of n over length T is `[i * T // n, (i + 1) * T // n)`) or
     the tuple (or list) of n + 1 increasing boundaries, `(0, ..., T)`.
     """
+
+    axis: ClassVar[Axis] = "map"
+    method: ClassVar[Method | None] = "pooled"
+    grows: ClassVar[bool] = False
 
     query_segments: int | tuple[int, ...] = 64
     key_segments: int | tuple[int, ...] = 64
@@ -314,10 +424,10 @@ class PooledMap(Statistic):
 
     def boundaries(self, query_length: int, key_length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The boundaries of the query and of the key segments. Raises ValueError where they don't fit the lengths."""
-        return (
-            self._boundaries("query_segments", query_length),
-            self._boundaries("key_segments", key_length),
-        )
+        return self._boundaries("query_segments", query_length), self._boundaries("key_segments", key_length)
+
+    def shape(self, query_length: Any, key_length: Any) -> tuple[Any, ...]:
+        return tuple(x if isinstance(x, int) else len(x) - 1 for x in (self.query_segments, self.key_segments))
 
     def _boundaries(self, field: str, length: int) -> tuple[int, ...]:
         segments = getattr(self, field)
@@ -336,10 +446,11 @@ CATALOGUE: dict[str, type[Statistic]] = {
 
 
 def resolve(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
-    """The statistics asked for, names replaced by the catalogue's defaults, each once.
+    """The statistics of a list, names replaced by the catalogue's defaults, each once.
 
     Raises:
-        TypeError, ValueError: what is neither a `Statistic` nor a name of the catalogue.
+        TypeError, ValueError: what is neither a `Statistic` nor a name of the catalogue, and a class of the caller's
+            own that breaks the contract of its base.
     """
     if isinstance(statistics, (str, Statistic)):
         raise TypeError(f"statistics must be a list, got {statistics!r}; write [{statistics!r}]")
@@ -355,97 +466,54 @@ def resolve(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
         elif not isinstance(item, Statistic):
             hint = f"; write {item.__name__}()" if isinstance(item, type) else ""
             raise TypeError(f"statistics: expected a Statistic or a name, got {item!r}{hint}")
+        elif CATALOGUE.get(item.name) is not type(item) and not torch.compiler.is_compiling():
+            _check_contract(item)
         resolved[item] = None
     return tuple(resolved)
 
 
-def needing_distances(statistics: Iterable[Statistic]) -> list[Statistic]:
-    """Those that mean nothing where queries and keys share no positions."""
-    return [s for s in statistics if isinstance(s, DistanceWeighted) and s.uses_distance]
-
-
-class ByStatistic(Mapping[Statistic, Tensor]):
-    """Tensors keyed by statistic, and by name where the name is unambiguous: `stats["waad"]`, `stats[WAAD(20)]`."""
-
-    def __init__(self, tensors: Mapping[Statistic, Tensor]):
-        self._tensors = dict(tensors)
-        self._statistics = tuple(self._tensors)  # torch.compile can return keys that are elsewhere too
-
-    def __getitem__(self, key: Statistic | str) -> Tensor:
-        if isinstance(key, Statistic):
-            matches = [key] if key in self._tensors else []
-        else:
-            matches = [statistic for statistic in self._tensors if statistic.name == key]
-        if len(matches) != 1:
-            found = ", ".join(map(str, matches or self._tensors)) or "none"
-            raise KeyError(f"{key!r} is {'ambiguous' if matches else 'not among the statistics computed'}: {found}")
-        return self._tensors[matches[0]]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._tensors or any(statistic.name == key for statistic in self._tensors)
-
-    def __iter__(self) -> Iterator[Statistic]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{s}: {tuple(x.shape)}' for s, x in self._tensors.items())})"
-
-
-class Statistics(ByStatistic):
-    """The statistics of one attention call.
-
-    Attributes:
-        lse: (B, Hq, Tq), natural log, float32 (float64 for float64 inputs); -inf for a row that sees no key.
-        valid: per statistic a bool tensor without the head axis, (B, Tq), (B, Tk) or (B, I, J): False where a
-            value is a placeholder (0): rows that see no key or aren't counted, padding, an empty T(s).
-        counts: per column statistic that is a mean, (B, Tk) int64 without the head axis: the counted queries |T(s)|
-            behind it, 0 for padding. Value times count is the sum, which adds up over shards of the queries. Sums
-            (`Received`) have no entry: they add up as they are.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[Statistic, Tensor],
-        validity: Callable[[Statistic], Tensor],
-        counting: Callable[[ColumnStatistic], Tensor],
-        lse: Tensor,
-    ):
-        super().__init__(tensors)
-        self.lse = lse
-        self._validity = validity
-        self._counting = counting
-        self._valid: ByStatistic | None = None
-        self._counts: ByStatistic | None = None
-
-    @property
-    def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need
-        if self._valid is None:  # not a cached_property, whose lock can't be traced
-            self._valid = ByStatistic({statistic: self._validity(statistic) for statistic in self})
-        return self._valid
-
-    @property
-    def counts(self) -> ByStatistic:
-        if self._counts is None:
-            means = [s for s in self if is_mean(s)]
-            self._counts = ByStatistic({statistic: self._counting(statistic) for statistic in means})
-        return self._counts
-
-    def changed(
-        self, values: Callable[[Statistic, Tensor], Tensor], facts: Callable[[Statistic, Tensor], Tensor]
-    ) -> Statistics:
-        """The same with every tensor, the lse as that of `LSE()`, put through `values`, and valid and counts through
-        `facts`. Keeps nothing of the tensors that were there before.
-        """
-        validity, counting = self._validity, self._counting
-        return Statistics(
-            {statistic: values(statistic, tensor) for statistic, tensor in self.items()},
-            lambda s: facts(s, validity(s)),
-            lambda s: facts(s, counting(s)),
-            values(LSE(), self.lse),
+@functools.lru_cache(maxsize=256)
+def _check_contract(statistic: Statistic) -> None:
+    """Raise for a statistic of a user's own that no backend could compute, or would compute wrongly."""
+    kind = type(statistic)
+    if statistic.method is None or (statistic.method == "row" and kind.row is Statistic.row):
+        missing = " and define row(weights, scores)" if statistic.method else ""
+        raise TypeError(
+            f"statistics: no backend computes {statistic}; derive {kind.__name__} from attnstats.RowStatistic or "
+            f"ColumnStatistic, which have a weight(distance), or from WholeRowStatistic{missing}"
         )
+    if statistic.method != "weight":
+        return
+    lo, hi = statistic.band or (0, 0)
+    if lo > hi:
+        raise ValueError(f"statistics: {statistic}: band must be (lo, hi) with lo <= hi, got {statistic.band}")
+    if statistic.axis == "column" and statistic.tail != 0:
+        raise ValueError(f"statistics: {statistic}: the tail of a column statistic must be 0, got {statistic.tail}")
+    below, above = torch.arange(lo - 64, lo), torch.arange(hi + 1, hi + 65)
+    distance = torch.cat([torch.tensor([-(2**20)]), below, torch.arange(lo, hi + 1), above, torch.tensor([2**20])])
+    weight = statistic.weight(distance)
+    if not isinstance(weight, Tensor) or weight.shape != distance.shape or weight.is_complex():
+        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(
+            f"statistics: {statistic}: weight(distance) must be real and of distance's shape {tuple(distance.shape)}, "
+            f"got {got}"
+        )
+    if not bool(weight.isfinite().all()):
+        at = int(distance[~weight.isfinite()][0])
+        raise ValueError(f"statistics: {statistic}: weight must be finite at every distance, it is not at {at}")
+    outside = (distance < lo) | (distance > hi)
+    varies = outside & (weight.double() != statistic.tail)
+    if statistic.band is not None and bool(varies.any()):
+        at = int(distance[varies][0])
+        raise ValueError(
+            f"statistics: {statistic}: weight must be the tail {statistic.tail} outside the band {statistic.band}, "
+            f"it is {weight[varies][0].item()} at distance {at}; band=None looks at every distance"
+        )
+    if statistic.horizon is not None:
+        first, last = statistic.horizon
+        within = (distance >= first) & (distance <= (2**30 if last is None else last))
+        if bool((weight.double()[within] != 1).any()):
+            raise ValueError(f"statistics: {statistic}: weight must be 1 within the horizon {statistic.horizon}")
 
 
 def _require_integer(owner: Statistic, field: str, least: int) -> None:

@@ -101,9 +101,11 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     import torch
 
     import attnstats
-    from attnstats.core.arguments import resolve, with_dropout
+    from attnstats.core.arguments import resolve, with_dropout_seed
+    from attnstats.core.autograd import Residuals
+    from attnstats.core.options import Options
     from attnstats.kernels.tiles import FIELDS
-    from attnstats.triton import backend as ops
+    from attnstats.triton import backend
     from attnstats.triton.configs import candidates, configured, targeting
     from benchmarks.aot import compiled, recorded, resources
 
@@ -118,8 +120,9 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
         options = {"is_causal": False, "key_padding_mask": torch.ones(2, keys, dtype=torch.bool)}
     elif case.layout == "window, softcap, sinks":
         options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
-    geometry = resolve(query, key, key, statistics, enable_gqa=True, **options)
-    geometry = with_dropout(geometry, 0.1 if case.layout == "dropout" else 0.0)
+    dropout_p = 0.1 if case.layout == "dropout" else 0.0
+    call = Options(statistics=statistics, enable_gqa=True, dropout_p=dropout_p, **options)
+    geometry = with_dropout_seed(resolve(query, key, key, call))
     rows = torch.zeros(2, 8, queries)
     tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if case.layout == "tiles of forward_loop":
@@ -127,11 +130,12 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
             tiles = configured("forward", next(candidates("forward_loop", query.device, dtype, case.dim)))
     with recorded(case.target) as launches, tiles:
         if attends:
-            ops.attend(query, key, key, geometry, statistics)
+            backend.attend(query, key, key, geometry)
         elif case.request in BACKWARD:
-            ops.gradients(query, key, key, query, rows, query, geometry, dict.fromkeys(statistics, (rows, rows)))
+            residuals = Residuals(query, key, key, query, rows)
+            backend.gradients(residuals, query, geometry, dict.fromkeys(statistics, (rows, rows)))
         else:
-            ops.from_lse(query, key, rows, geometry, statistics)
+            backend.from_lse(query, key, rows, geometry)
     found = []
     for launch in launches:
         used = resources(compiled(launch, case.target))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from typing import Any
 
 import torch
 
 import attnstats
+from benchmarks.summary import version
 
 collect_ignore = ["gpu"]  # no tests and no doctests, and it needs Triton
 
@@ -18,7 +18,4 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
     machine_info["threads"] = torch.get_num_threads()
     machine_info["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for package in ("torch", "triton"):
-        try:
-            machine_info[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            machine_info[package] = None
+        machine_info[package] = version(package)

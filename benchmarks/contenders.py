@@ -53,9 +53,10 @@ class Case(NamedTuple):
 
 
 class Answer(NamedTuple):
-    output: Tensor
+    output: Tensor | None = None
     waad: Tensor | None = None
     fai: Tensor | None = None
+    received: Tensor | None = None
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Answer:
@@ -80,24 +81,30 @@ class _Dense(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _dense(length: int) -> _Dense:
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    mask = torch.zeros(length, length).masked_fill_(distance < 0, torch.finfo(torch.float32).min)
-    horizon = (distance >= LO) & (distance <= HI)
-    return _Dense(mask, distance.clamp(0, WINDOW).float(), horizon.float())
+def dense(length: int, dtype: torch.dtype, device: torch.device) -> _Dense:
+    position = torch.arange(length, device=device, dtype=torch.int32)
+    distance = position[:, None] - position
+    mask = torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(distance < 0, torch.finfo(dtype).min)
+    return _Dense(mask, distance.clamp(0, WINDOW).to(dtype), ((distance >= LO) & (distance <= HI)).to(dtype))
 
 
-def _counts(length: int) -> Tensor:
-    """[T] queries at distance LO..HI of each key, at least 1."""
-    return (length - LO - torch.arange(length)).clamp(1, HI - LO + 1)
+def counts(rows: int, length: int, device: torch.device) -> Tensor:
+    """[length] queries at distance LO..HI of each key, at least 1; the queries are the last `rows` positions."""
+    key = torch.arange(length, device=device)
+    return (key + HI + 1).clamp(length - rows, length).sub((key + LO).clamp(length - rows, length)).clamp(min=1)
+
+
+def repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with a head for each head of the queries."""
+    group = query.shape[1] // x.shape[1]
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor) -> Answer:
     """The map as transformers' eager attention makes it, and both statistics computed from it."""
-    dense = _dense(query.shape[2])
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = query @ key.mT * query.shape[3] ** -0.5 + dense.mask
+    key, value = repeated(key, query), repeated(value, query)
+    mask = dense(query.shape[2], query.dtype, query.device).mask
+    scores = query @ key.mT * query.shape[3] ** -0.5 + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     del scores
     return Answer(weights @ value, *read_off(weights))
@@ -105,29 +112,29 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Answer:
 
 def read_off(weights: Tensor) -> tuple[Tensor, Tensor]:
     """WAAD and FAI of maps [B, H, T, T]."""
-    length = weights.shape[2]
-    dense = _dense(length)
-    waad = torch.einsum("bhts,ts->bht", weights, dense.near)
-    return waad, (weights * dense.horizon).sum(-2) / _counts(length)
+    length, device = weights.shape[2], weights.device
+    _, near, horizon = dense(length, weights.dtype, device)
+    waad = torch.einsum("bhts,ts->bht", weights, near)
+    return waad, (weights * horizon).sum(-2, dtype=torch.float32) / counts(length, length, device)
 
 
 def chunked(query: Tensor, key: Tensor, value: Tensor) -> Answer:
     """Eager for CHUNK query rows at a time: O(T) memory. Skips future keys, and distances that carry no weight."""
-    length = query.shape[2]
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    output, waad, fai = torch.empty_like(query), query.new_empty(query.shape[:3]), query.new_zeros(query.shape[:3])
+    length, device = query.shape[2], query.device
+    key, value = repeated(key, query), repeated(value, query)
+    output = torch.empty_like(query)
+    waad, fai = (query.new_zeros(query.shape[:3], dtype=torch.float32) for _ in range(2))
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
         rows, first = slice(start, end), max(0, start - HI)
-        distance = torch.arange(start, end)[:, None] - torch.arange(end)
+        distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
         scores = query[:, :, rows] @ key[:, :, :end].mT * query.shape[3] ** -0.5
-        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(-1)
-        output[:, :, rows] = weights @ value[:, :, :end]
+        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(-1, dtype=torch.float32)
+        output[:, :, rows] = weights.to(query.dtype) @ value[:, :, :end]
         near, distance = weights[..., first:], distance[:, first:]
         waad[:, :, rows] = WINDOW - (near * (WINDOW - distance).clamp(0)).sum(-1)
         fai[:, :, first:end] += (near * ((distance >= LO) & (distance <= HI))).sum(-2)
-    return Answer(output, waad, fai / _counts(length))
+    return Answer(output, waad, fai / counts(length, length, device))
 
 
 # FlexAttention: statistics as log-sum-exps of passes with other scores.
@@ -208,9 +215,9 @@ def flex(query: Tensor, key: Tensor, value: Tensor) -> Answer:
     blocks = _blocks(query.shape[2])
     output, lse = attention(query, key, value, blocks.causal)
     # Repeated, so that both layouts share one compiled statistic: a tenth of a millisecond against seven seconds.
-    by_head = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    by_head, length = repeated(key, query), query.shape[2]
     received = fai(query, by_head, lse, blocks.horizon)
-    return Answer(output, waad(query, by_head, lse, blocks.near), received / _counts(query.shape[2]))
+    return Answer(output, waad(query, by_head, lse, blocks.near), received / counts(length, length, query.device))
 
 
 def can_compile() -> bool:

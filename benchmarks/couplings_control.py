@@ -51,12 +51,12 @@ def main() -> int:
         for index in texts.indices():
             store.write(index, *measure(model, *texts.response(index), options.temperature))
             print(f"{index + 1} of {len(texts.indices())}", file=sys.stderr)
-        found = examine(store, model, Chance(options.permutations, resamples=options.permutations, seed=options.seed))
-    record = {"model": model.name, "seed": options.seed, "versions": versions(), **tables.as_json(found, {})}
+        numbers = examine(store, model, Chance(options.permutations, resamples=options.permutations, seed=options.seed))
+    record = {"model": model.name, "seed": options.seed, "versions": versions(), **tables.as_json(numbers, {})}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
     console = Console(width=132, highlight=False)
-    for part in tables.render(found, {}):
+    for part in tables.render(numbers, {}):
         console.print(part)
     return 0
 

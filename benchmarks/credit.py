@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnstats import credit
+from benchmarks.summary import table
 
 SHAPES = ((64, 1024), (64, 8192), (512, 2048))
 
@@ -67,15 +68,12 @@ def main() -> None:
     )
     for device in devices:
         names = list(credits(1, 2, device, torch.float32))
-        table = []
+        columns = []
         for rows, tokens in SHAPES:
             calls = credits(rows, tokens, device, getattr(torch, options.dtype))
-            table.append([cell(calls[name], device, options.repeats) for name in names])
-        print(f"| {device} | " + " | ".join(f"{rows} x {tokens}" for rows, tokens in SHAPES) + " |")
-        print("|---" * (len(SHAPES) + 1) + "|")
-        for name, *cells in zip(names, *table, strict=True):
-            print(f"| {name} | {' | '.join(cells)} |")
-        print()
+            columns.append([cell(calls[name], device, options.repeats) for name in names])
+        header = [device, *(f"{rows} x {tokens}" for rows, tokens in SHAPES)]
+        print(*table(header, zip(names, *columns, strict=True)), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,36 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import summary
+from benchmarks.summary import Series, verdict
 
 BASE, OURS, EAGER = "SDPA alone", "attnstats", "eager"
 HEADER = ("T", "heads", "contender", "ms", "x SDPA", "x attnstats", "peak MiB", "bf16 ms", "bf16 x SDPA")
 TEXT = ("heads", "contender")
 VERSIONS = ("attnstats", "torch", "triton", "threads", "cores")
-
-
-class Series(NamedTuple):
-    """One contender in one case."""
-
-    length: int
-    layout: str
-    dtype: str
-    contender: str
-    peak_mib: float | None
-    seconds: list[float]  # by round
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def over(self, other: Series) -> float:
-        pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 Key = tuple[int, str, str, str]  # length, layout, dtype, contender
@@ -50,7 +33,7 @@ def collect(document: dict[str, Any]) -> dict[Key, Series]:
     for benchmark in sorted(document["benchmarks"], key=lambda b: b["extra_info"]["turn"]):
         info = benchmark["extra_info"]
         key = info["length"], info["layout"], info["dtype"], info["contender"]
-        series = found.setdefault(key, Series(*key, info["peak_mib"], []))
+        series = found.setdefault(key, Series(info["contender"], info["peak_mib"], []))
         series.seconds.append(benchmark["stats"]["median"])
     # By length, MHA first; contenders as they came in the first round.
     return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "MHA")))
@@ -83,7 +66,7 @@ def rows(found: dict[Key, Series]) -> list[tuple[str, ...]]:
                 f"{series.median * 1e3:.1f}",
                 f"{series.over(base):.2f}",
                 f"{series.over(ours):.2f}",
-                "-" if series.peak_mib is None else f"{series.peak_mib:.0f}",
+                series.peak,
                 f"{half.median * 1e3:.1f}" if half else "",
                 f"{half.over(half_base):.2f}" if half and half_base else "",
             )
@@ -103,39 +86,26 @@ def targets(found: dict[Key, Series]) -> list[str]:
         where = f"T = {length}, {layout}"
         if length in AT_MOST and base and ours:
             cost, most = ours.over(base), AT_MOST[length]
-            lines.append(f"{where}: {cost:.2f}x of SDPA alone; target <= {most:.2f}x {_verdict(cost <= most)}")
+            lines.append(f"{where}: {cost:.2f}x of SDPA alone; target <= {most:.2f}x {verdict(cost <= most)}")
         if length in AT_LEAST and eager and ours:
             gain, least = eager.over(ours), AT_LEAST[length]
-            lines.append(f"{where}: {gain:.1f}x faster than eager; target >= {least:.0f}x {_verdict(gain >= least)}")
+            lines.append(f"{where}: {gain:.1f}x faster than eager; target >= {least:.0f}x {verdict(gain >= least)}")
     return lines
 
 
-def _verdict(kept: bool) -> str:
-    return "hit" if kept else "missed"
-
-
 def markdown(table: list[tuple[str, ...]], notes: list[str], where: dict[str, Any]) -> str:
-    alignment = ["--" if name in TEXT else "--:" for name in HEADER]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (HEADER, alignment, *table)]
-    lines = [line.replace("| attnstats |", "| **attnstats** |") for line in lines]
-    measured = (
-        f"B1 H9 D64, causal, WAAD(10) + FAI(10, 100), float32 unless it says bf16. {where['cpu']}, {where['threads']} "
-        f"threads; attnstats {where['attnstats']}, torch {where['torch']}, Python {where['python']}; commit "
-        f"{where['commit'][:9]}{'+changes' if where['commit'].endswith('+changes') else ''}, {where['date']}. "
-        "Peak: resident memory that the call adds, its result included."
+    lines = [line.replace("| attnstats |", "| **attnstats** |") for line in summary.table(HEADER, table, TEXT)]
+    measured = summary.measured(
+        "B1 H9 D64, causal, WAAD(10) + FAI(10, 100), float32 unless it says bf16.",
+        where,
+        "Peak: resident memory that the call adds, its result included.",
     )
-    return "\n".join([*lines, "", measured, "", *(f"- {note}" for note in notes), ""])
+    return summary.markdown(lines, measured, notes)
 
 
 def write(found: dict[Key, Series], where: dict[str, Any], notes: list[str], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    series = [
-        s._asdict() | {"peak_mib": s.peak_mib and round(s.peak_mib, 1), "seconds": [round(x, 6) for x in s.seconds]}
-        for s in found.values()
-    ]
-    lines = ",\n  ".join(json.dumps(s) for s in series)
-    head = json.dumps({"conditions": where, "targets": notes}, indent=1)
-    (folder / "cpu.json").write_text(f'{head[:-2]},\n "series": [\n  {lines}\n ]\n}}\n')
+    cases = [(dict(zip(("length", "layout", "dtype"), key, strict=False)), series) for key, series in found.items()]
+    summary.write(folder / "cpu.json", where, notes, cases)
     (folder / "cpu.md").write_text(markdown(rows(found), notes, where))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from attnstats import reference
 from benchmarks.contenders import CASES, CONTENDERS, STATISTICS, Answer, Case, contenders
 from benchmarks.memory import peaks
+from benchmarks.summary import in_turn
 
 ROUNDS = {1024: 15, 2048: 9, 4096: 7}
 # Absolute, by dtype: output, WAAD, FAI. About three times the worst error of eager; in bfloat16 of ours, whose
@@ -31,8 +32,7 @@ def turns() -> list[ParameterSet]:
     for case in CASES:
         names = contenders(case)
         for turn in range(ROUNDS[case.length]):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in in_turn(names, turn):
                 order.append(pytest.param(case, turn, name, id=f"{case}-{turn}-{name}"))
     return order
 
@@ -51,12 +51,12 @@ def truth(case: Case) -> Answer:
     for head in range(query.shape[1]):
         q, kv = slice(head, head + 1), slice(head // group, head // group + 1)
         output, stats = reference.attention(query[:, q], key[:, kv], value[:, kv], statistics=STATISTICS)
-        heads.append(Answer(output, stats["waad"], stats["fai"]))
+        heads.append((output, stats["waad"], stats["fai"]))
     return Answer(*(torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)))
 
 
 def verify(answer: Answer, case: Case) -> None:
-    for name, tolerance in zip(Answer._fields, TOLERANCES[case.dtype], strict=True):
+    for name, tolerance in zip(("output", "waad", "fai"), TOLERANCES[case.dtype], strict=True):
         found = getattr(answer, name)
         if found is not None:
             error = (found.double() - getattr(truth(case), name)).abs().max().item()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from torch import Tensor
 import attnstats
 from attnstats.study import models
 from attnstats.transformers.selection import middle_third
-from benchmarks import memory
+from benchmarks import memory, summary
 from benchmarks.conftest import pytest_benchmark_update_machine_info
 from benchmarks.contenders import STATISTICS, read_off
 from benchmarks.report import conditions
+from benchmarks.summary import Series, in_turn, verdict
 
 LENGTH, PROMPT, NEW = 2048, 512, 64
 THREADS = 2
@@ -165,20 +165,6 @@ DECODING = {PLAIN: decode, LIVE: decode_live}
 # Measuring
 
 
-class Series(NamedTuple):
-    contender: str
-    seconds: list[float]  # by round
-    peak_mib: float | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def over(self, other: Series) -> float:
-        """By rounds that both have: eager leaves out the last ones."""
-        return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=False))
-
-
 def load() -> Any:
     return models.load(dtype="float32", device="cpu", notify=lambda line: None).model
 
@@ -198,8 +184,7 @@ def measure(rounds: int, length: int = LENGTH, prompt: int = PROMPT, new: int = 
             verify(contender(model, ids), some if "middle third" in name else all_layers)
         for turn in range(rounds):
             names = [name for name in seconds if turn < EAGER_ROUNDS or not name.startswith("eager")]
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in in_turn(names, turn):
                 if name in DECODING:
                     seconds[name].append(DECODING[name](model, begun, new) / (new - 1))
                     continue
@@ -207,7 +192,7 @@ def measure(rounds: int, length: int = LENGTH, prompt: int = PROMPT, new: int = 
                 FORWARD[name](model, ids)
                 seconds[name].append(time.perf_counter() - start)
             print(f"round {turn + 1} of {rounds}", file=sys.stderr)
-    return [Series(name, times) for name, times in seconds.items()]
+    return [Series(name, None, times) for name, times in seconds.items()]
 
 
 def weigh(name: str, length: int) -> float | None:
@@ -226,45 +211,33 @@ def targets(found: dict[str, Series]) -> list[str]:
     base, ours, eager = found[BASE], found[OURS], found[EAGER]
     cost, gain = ours.over(base), eager.over(ours)
     return [
-        f"all layers captured: {cost:.2f}x of the same forward without; target <= 1.10x {_verdict(cost <= 1.10)}",
-        f"{gain:.1f}x faster than eager with output_attentions=True; target >= 5x {_verdict(gain >= 5)}",
+        f"all layers captured: {cost:.2f}x of the same forward without; target <= 1.10x {verdict(cost <= 1.10)}",
+        f"{gain:.1f}x faster than eager with output_attentions=True; target >= 5x {verdict(gain >= 5)}",
     ]
-
-
-def _verdict(kept: bool) -> str:
-    return "hit" if kept else "missed"
 
 
 def markdown(found: dict[str, Series], notes: list[str], where: dict[str, Any]) -> str:
-    lines = ["| forward, 2048 tokens | ms | x SDPA | peak MiB |", "| -- | --: | --: | --: |"]
+    forward, decoding = [], []
     for name in FORWARD:
         series = found[name]
-        peak = "-" if series.peak_mib is None else f"{series.peak_mib:.0f}"
         shown = f"**{name}**" if name.startswith("capture") else name
-        lines.append(f"| {shown} | {series.median * 1e3:.0f} | {series.over(found[BASE]):.2f} | {peak} |")
-    lines += ["", f"| decoding {NEW} tokens after {PROMPT} | ms per token | x plain |", "| -- | --: | --: |"]
+        forward.append((shown, f"{series.median * 1e3:.0f}", f"{series.over(found[BASE]):.2f}", series.peak))
     for name in DECODING:
-        lines.append(f"| {name} | {found[name].median * 1e3:.1f} | {found[name].over(found[PLAIN]):.2f} |")
-    versions = ", ".join(f"{name} {where[name]}" for name in ("attnstats", "torch", "transformers"))
-    measured = (
+        series = found[name]
+        decoding.append((name, f"{series.median * 1e3:.1f}", f"{series.over(found[PLAIN]):.2f}"))
+    measured = summary.measured(
         "SmolLM2-135M (30 layers, 9 query and 3 key heads, D64), batch 1, fp32, logits of the last token; WAAD(10) + "
-        f"FAI(10, 100) reduced over layers and heads. {where['cpu']}, {where['threads']} threads; {versions}, "
-        f"Python {where['python']}; "
-        f"commit {where['commit'][:9]}{'+changes' if where['commit'].endswith('+changes') else ''}, {where['date']}. "
-        "Ratios: medians over rounds, each round's own. Peak: resident memory added to the loaded model."
+        "FAI(10, 100) reduced over layers and heads.",
+        where,
+        "Ratios: medians over rounds, each round's own. Peak: resident memory added to the loaded model.",
     )
-    return "\n".join([*lines, "", measured, "", *(f"- {note}" for note in notes), ""])
+    lines = summary.table(("forward, 2048 tokens", "ms", "x SDPA", "peak MiB"), forward)
+    lines += ["", *summary.table((f"decoding {NEW} tokens after {PROMPT}", "ms per token", "x plain"), decoding)]
+    return summary.markdown(lines, measured, notes)
 
 
 def write(found: dict[str, Series], notes: list[str], where: dict[str, Any], folder: Path) -> None:
-    series = [
-        s._asdict() | {"peak_mib": s.peak_mib and round(s.peak_mib, 1), "seconds": [round(x, 5) for x in s.seconds]}
-        for s in found.values()
-    ]
-    lines = ",\n  ".join(json.dumps(s) for s in series)
-    head = json.dumps({"conditions": where, "targets": notes}, indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.json").write_text(f'{head[:-2]},\n "series": [\n  {lines}\n ]\n}}\n')
+    summary.write(folder / "model.json", where, notes, [({}, series) for series in found.values()])
     (folder / "model.md").write_text(markdown(found, notes, where))
 
 

@@ -22,7 +22,7 @@ struct Statistic {
     const float* weights;
     int64_t farthest;  // distance of weights[0]
     int64_t distances;
-    const uint8_t* counted;  // [batch, rows], columns only; null: every row counts
+    const uint8_t* query_mask;  // [batch, rows], columns only; null: every row counts
 };
 
 struct Call {

@@ -184,7 +184,7 @@ private:
     void* memory_;
 };
 
-// The bytes of the pieces of a room.
+// The sizes of the buffers of a thread (`Room`), in floats.
 struct Sizes {
     int64_t rows, keys, scores, line, lse, seen, results;
 
@@ -234,7 +234,7 @@ static void add_slots(const Call& call, const Plan& plan, const std::vector<Task
     }
 }
 
-// All of a call but its numbers.
+// The work of a call, from its sizes alone.
 struct Schedule {
     std::vector<Weights> weights;
     std::vector<float> padded;
@@ -291,7 +291,7 @@ extern "C" {
 
 int64_t attnstats_version() { return 1; }
 
-// Working memory that a call takes, of which no result is needed.
+// The bytes of working memory that a call takes; it may lack pointers to its tensors and results.
 int64_t attnstats_scratch_bytes(const Call* call) {
     const Schedule schedule(*call);
     return sizeof(float) * (schedule.slots + call->threads * schedule.room.total());

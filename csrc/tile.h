@@ -175,12 +175,12 @@ static void add_rows(const Tile& tile, const Weights& weights, double* result) {
     }
 }
 
-static void add_columns(const Tile& tile, const Weights& weights, const uint8_t* counted, float* result) {
+static void add_columns(const Tile& tile, const Weights& weights, const uint8_t* query_mask, float* result) {
     Part part = part_of(tile, weights);
     for (int64_t j = part.begin; j < part.end; j += LANES) {
         Float total = {};
         for (int64_t i = 0; i < tile.rows; ++i)
-            if (!counted || counted[i]) total += weighted(load(tile.scores + i * KEYS + j), part.weights, j - i);
+            if (!query_mask || query_mask[i]) total += weighted(load(tile.scores + i * KEYS + j), part.weights, j - i);
         store(result + j, load(result + j) + total);
     }
 }
@@ -311,10 +311,10 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
                 if (statistic.kind == ROW_SUM) {
                     add_rows(tile, plan.weights[s], room.results + s * plan.chunk + i);
                 } else if (statistic.kind == COLUMN_SUM) {
-                    const uint8_t* counted = statistic.counted;
-                    if (counted) counted += task.batch * call.rows + task.row + i;
+                    const uint8_t* query_mask = statistic.query_mask;
+                    if (query_mask) query_mask += task.batch * call.rows + task.row + i;
                     float* slot = task.columns + plan.weights[s].column * task.span;
-                    add_columns(tile, plan.weights[s], counted, slot + key - task.key_begin / KEYS * KEYS);
+                    add_columns(tile, plan.weights[s], query_mask, slot + key - task.key_begin / KEYS * KEYS);
                 }
             }
         }

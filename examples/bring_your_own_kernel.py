@@ -1,8 +1,8 @@
-"""Statistics beside an attention kernel of your own: all it has to return is the log-sum-exp of its rows.
+"""Statistics beside an attention kernel of your own, which only has to return the log-sum-exp of its rows.
 
 Two kernels stand in for yours: attention with a running softmax over blocks of keys, in ten lines of PyTorch, and
-torch's FlexAttention (compiled on a GPU; on a CPU it runs eagerly and holds its scores). What the kernel masks is told
-to `statistics_from_lse`, here a sliding window. Compared with attnstats.attention, which computes both at once.
+torch's FlexAttention (compiled on a GPU; on a CPU it runs eagerly and holds its scores). `statistics_from_lse` is told
+the mask of the kernel, here a sliding window. The results are compared with attnstats.attention, which computes both.
 
     python examples/bring_your_own_kernel.py
     python examples/bring_your_own_kernel.py --kernel flex --length 1024
@@ -31,7 +31,7 @@ def running_softmax(query: Tensor, key: Tensor, value: Tensor, window: int) -> t
         scores = query @ key[:, :, block].repeat_interleave(group, 1).mT * query.shape[3] ** -0.5
         scores = scores.masked_fill((distance < 0) | (distance > window), -torch.inf)
         grown = torch.logaddexp(lse, scores.logsumexp(-1))
-        pivot = grown.nan_to_num(neginf=0.0)[..., None]  # of rows that have seen no key yet
+        pivot = grown.nan_to_num(neginf=0.0)[..., None]  # rows that have seen no key yet
         weights = (scores - pivot).exp()
         output = output * (lse[..., None] - pivot).exp() + weights @ value[:, :, block].repeat_interleave(group, 1)
         lse = grown
@@ -68,10 +68,10 @@ def main() -> None:
 
     output, lse = KERNELS[options.kernel](query, key, value, options.window)
     masks = {"window_size": (options.window, 0), "enable_gqa": True}
-    asked = [WAAD(10), FAI(10, 100), "entropy"]
-    beside = attnstats.statistics_from_lse(query, key, lse, statistics=asked, **masks)
+    statistics = [WAAD(10), FAI(10, 100), "entropy"]
+    beside = attnstats.statistics_from_lse(query, key, lse, statistics=statistics, **masks)
 
-    same, inside = attnstats.attention(query, key, value, statistics=asked, **masks)
+    same, inside = attnstats.attention(query, key, value, statistics=statistics, **masks)
     print(
         f"{options.kernel}, {options.length} tokens, window {options.window}: largest difference to attnstats.attention"
     )

@@ -1,6 +1,6 @@
-"""Which tokens of a text look far back, and which ones the text after them leans on: two passes, no map held.
+"""The tokens of a text that look far back, and those that later tokens look at: two passes, no T x T map.
 
-The first pass measures how far each head looks and so finds the local and the global ones; the second takes WAAD of
+The first pass measures how far each head looks and so finds the local and the global heads; the second reads WAAD of
 the local and FAI of the global heads, averaged while the model runs. Nothing after the last captured layer is computed.
 
     python examples/capture.py
@@ -35,7 +35,7 @@ def main() -> None:
     ids = loaded.tokenizer(options.text, return_tensors="pt")["input_ids"].to(loaded.device)
     tokens = [loaded.tokenizer.decode([token]) for token in ids[0].tolist()]
 
-    # Five layers of the middle third, as in the paper; of 30 layers the last is number 20, and there the pass ends.
+    # Five layers of the middle third, as in the paper; of 30 layers the last is number 20, where the pass ends.
     with attnstats.capture(loaded.model, statistics=["mean_distance"], stop_after_last_layer=True) as run:
         run.forward(input_ids=ids)
     counted = torch.ones(len(tokens), dtype=torch.bool, device=loaded.device)
@@ -54,11 +54,11 @@ def main() -> None:
         run.forward(input_ids=ids)
 
     waad, fai = run["waad"][0], run["fai"][0]
-    # The first tokens have little to look at and everything after them: attention sinks, not anchors.
+    # The first tokens are attention sinks, not anchors.
     after = torch.arange(len(tokens), device=loaded.device) >= 10
-    # Of a key, FAI is a mean over the queries 10 to 100 tokens further on: at the end over few, so ask for ten.
+    # FAI is a mean over the queries 10 to 100 tokens after a key: near the end over few, so at least ten are required.
     enough = after & (torch.arange(len(tokens), device=loaded.device) < len(tokens) - 20)
-    print(f"{'looks back':>14}  {'at':>4}  {'WAAD':>5}  {'leaned on':>14}  {'at':>4}  {'FAI':>7}")
+    print(f"{'looks back':>14}  {'at':>4}  {'WAAD':>5}  {'looked at':>14}  {'at':>4}  {'FAI':>7}")
     for t, s in zip(rhythm.top(waad, options.top, after), rhythm.top(fai, options.top, enough), strict=True):
         print(f"{tokens[t]!r:>14}  {t:4}  {waad[t]:5.2f}  {tokens[s]!r:>14}  {s:4}  {fai[s]:7.4f}")
 

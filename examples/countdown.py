@@ -1,8 +1,8 @@
 """Countdown: reach a target with three numbers, each used once, and + - *. Puzzles, the verifier, a small model.
 
 A puzzle reads `2 5 9>63:`. An answer tries one way after another and then names the one that worked:
-`2*5=10,10+9=19;2+5=7,7*9=63!(2+5)*9`. Only what follows the `!` is judged, by a parser of its own: nothing is evaluated
-that is not a number, a bracket or one of the three signs. Used by countdown_grpo.py.
+`2*5=10,10+9=19;2+5=7,7*9=63!(2+5)*9`. Only the text after the `!` is judged, by a parser of its own that evaluates only
+numbers, brackets and the three signs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST = 99  # of targets and of every number on the way
 
 
 class Puzzle(NamedTuple):
-    """Three numbers and the target; `before` is what is read before them."""
+    """Three numbers and the target; `before` is text before them in the prompt."""
 
     numbers: tuple[int, ...]
     target: int
@@ -37,12 +37,12 @@ class Puzzle(NamedTuple):
         return f"{self.before}{' '.join(map(str, self.numbers))}>{self.target}:"
 
 
-# What a language model that was not trained on this reads before a puzzle.
+# Text before a puzzle for a language model that was not trained on the task.
 EXAMPLES = "2 5 4>28:2*5=10,10+4=14;2+5=7,7*4=28!(2+5)*4\n6 1 3>9:6*1=6,6+3=9!6*1+3\n5 2 2>8:5*2=10,10-2=8!5*2-2\n"
 
 
 class Way(NamedTuple):
-    """A value, how it is reached step by step, and as one expression."""
+    """A value, the steps that lead to it, and one expression for it."""
 
     value: int
     steps: str
@@ -66,7 +66,7 @@ def ways(numbers: tuple[int, ...]) -> Iterator[Way]:
 
 
 def puzzles(count: int, seed: int, largest: int = 6) -> list[Puzzle]:
-    """`count` different puzzles that have a solution, of numbers up to `largest`; ValueError where there are fewer."""
+    """`count` different puzzles with a solution, of numbers up to `largest`. Raises ValueError if there are fewer."""
     draw = random.Random(seed)
     found = []
     for numbers in itertools.combinations_with_replacement(range(1, largest + 1), 3):
@@ -78,10 +78,10 @@ def puzzles(count: int, seed: int, largest: int = 6) -> list[Puzzle]:
 
 
 def worked_answer(puzzle: Puzzle, draw: random.Random, spoilt: float = 0.5) -> str:
-    """The answer of somebody who can do it and has a bad habit: a way that fails before or not, then one that doesn't.
+    """A right answer, in half of the cases after a failed try, and in a share `spoilt` of them with a bad habit.
 
-    The habit, in a share `spoilt` of the answers, is to write the value behind the expression, which is no expression
-    any more and gets no reward: what is left to learn from rewards is to drop it, and to work with more care.
+    The habit is to write the value after the expression, which makes it invalid and earns no reward: rewards can teach
+    the model to drop it, and to work with more care.
     """
     all_ways = list(ways(puzzle.numbers))
     tried = [draw.choice([way for way in all_ways if way.value == puzzle.target])]
@@ -92,7 +92,7 @@ def worked_answer(puzzle: Puzzle, draw: random.Random, spoilt: float = 0.5) -> s
 
 
 def solves(puzzle: Puzzle, answer: str) -> bool:
-    """Whether what follows the first line's first `!` uses the three numbers once each and gives the target."""
+    """True if the text after the first `!` of the first line uses the three numbers once each and gives the target."""
     _, mark, expression = answer.partition("\n")[0].partition("!")
     if not mark or not expression or len(expression) > 24 or not set(expression) <= set("0123456789+-*()"):
         return False

@@ -1,8 +1,8 @@
 """GRPO against five token credits on Countdown, with the same seeds: trains, records every run and plots them.
 
-A small Llama is made from scratch and shown how answers are written, right and wrong ones (once, then kept in
-`--out`). From there on it is trained by reinforcement alone, once per credit and seed. Every finished run leaves a CSV
-and is not run again, so that a killed comparison goes on where it was, and two processes can share one `--out`.
+A small Llama is made from scratch and trained on right and wrong worked answers (once, then kept in `--out`). From
+there it is trained by reinforcement only, once per credit and seed. A finished run leaves a CSV and is not repeated, so
+that a killed comparison can be continued, and two processes can share one `--out`.
 
     python examples/countdown_grpo.py --out out/countdown
     python examples/countdown_grpo.py --credits grpo coupled --seeds 0 1 2 --steps 400 --out out/countdown
@@ -59,17 +59,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--credits", nargs="+", choices=CREDITS, default=CREDITS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
-    parser.add_argument("--every", type=int, default=20, help="steps between two looks at the held-out puzzles")
+    parser.add_argument("--every", type=int, default=20, help="steps between two tests on the held-out puzzles")
     parser.add_argument("--out", type=Path, default=Path("out/countdown"))
     parser.add_argument("--model", help=f"a folder, a hub name or {DEFAULT_MODEL}; default: a small one from scratch")
     parser.add_argument("--warm-up", type=int, default=1000, help="supervised steps of the model from scratch")
     parser.add_argument("--batch", type=int, default=64, help="completions of an optimizer step")
     parser.add_argument("--reuse", type=int, default=2, help="optimizer steps on each batch of completions")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate")
-    parser.add_argument("--puzzles", type=int, default=599, help="those held out included; 599 at most")
+    parser.add_argument("--puzzles", type=int, default=599, help="held-out ones included; 599 at most")
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS", help="measure what coupled credit costs")
-    parser.add_argument("--plot", action="store_true", help="plot what is there, train nothing")
+    parser.add_argument("--plot", action="store_true", help="plot the runs in --out, train nothing")
     options = parser.parse_args()
     if not 0 < options.held_out < options.puzzles:
         parser.error(f"--held-out must be between 0 and --puzzles, {options.puzzles}; got {options.held_out}")
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
 
 
 def start(options: argparse.Namespace, training: list[countdown.Puzzle]) -> tuple[object, object]:
-    """The model that every run begins with, and its tokenizer."""
+    """The initial model of every run, and its tokenizer."""
     if options.model:
         loaded = load(None if options.model == DEFAULT_MODEL else options.model, dtype="float32")
         return loaded.model, loaded.tokenizer
@@ -135,7 +135,7 @@ def trainer_for(
 
 
 class Recorder(TrainerCallback):
-    """Writes down the rewards of training, and the share of held-out puzzles solved."""
+    """Records the rewards of training and the share of held-out puzzles solved."""
 
     def __init__(self, file: TextIO, held_out: list[countdown.Puzzle], every: int):
         self.file, self.held_out, self.every = file, held_out, every
@@ -148,16 +148,16 @@ class Recorder(TrainerCallback):
         self.writer.writerow({"step": step, "seconds": f"{time.perf_counter() - self.began:.1f}", **values})
         self.file.flush()
 
-    def look(self, step: int, model: object, tokenizer: object) -> None:
+    def evaluate(self, step: int, model: object, tokenizer: object) -> None:
         self.solved.append(share_solved(model, tokenizer, self.held_out))
         self.write(step, held_out=self.solved[-1])
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **_):
-        self.look(0, model, processing_class)
+        self.evaluate(0, model, processing_class)
 
     def on_step_end(self, args, state, control, model=None, processing_class=None, **_):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.look(state.global_step, model, processing_class)
+            self.evaluate(state.global_step, model, processing_class)
 
     def on_log(self, args, state, control, logs=None, **_):
         if logs and "reward" in logs:
@@ -166,13 +166,13 @@ class Recorder(TrainerCallback):
 
 @torch.no_grad()
 def share_solved(model: object, tokenizer: object, puzzles: list[countdown.Puzzle]) -> float:
-    """Of the most likely answers."""
+    """The share of puzzles that greedy answers solve."""
     training = model.training
     model.eval()
     batch = tokenizer([puzzle.prompt for puzzle in puzzles], padding=True, padding_side="left", return_tensors="pt")
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    found = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    answers = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     model.train(training)
     return statistics.mean(countdown.solves(puzzle, text) for puzzle, text in zip(puzzles, texts, strict=True))
 
@@ -184,7 +184,7 @@ def run(
     training: list[countdown.Puzzle],
     held_out: list[countdown.Puzzle],
 ) -> None:
-    """Train once, unless that was done or another process is at it: its file grows at least every ten minutes."""
+    """Train once, unless the run is finished or another process has written to its file in the last ten minutes."""
     path = options.out / f"{kind}-{seed}.csv"
     claim = path.with_suffix(".running")
     if path.is_file() or (claim.is_file() and time.time() - claim.stat().st_mtime < 600):
@@ -205,7 +205,7 @@ def run(
 
 
 class Alternating(RhythmGRPOTrainer):
-    """Every second batch of completions without credit; times a batch with its optimizer steps."""
+    """Trains every second batch of completions without credit and times each batch with its optimizer steps."""
 
     def _generate_and_score_completions(self, inputs):
         self.marks = [*getattr(self, "marks", []), (time.perf_counter(), time.process_time())]
@@ -215,7 +215,7 @@ class Alternating(RhythmGRPOTrainer):
 
 
 def measure_cost(options: argparse.Namespace, training: list[countdown.Puzzle]) -> None:
-    """GRPO and coupled credit in turn, in one process: seconds of a batch of completions and its steps."""
+    """Print the seconds of a batch of completions and its steps, with GRPO and coupled credit in turn."""
     options.steps = options.reuse * (2 * options.cost + 3)
     trainer = trainer_for(options, "coupled", 0, training, kind_of_trainer=Alternating)
     trainer.train()
@@ -236,7 +236,7 @@ def measure_cost(options: argparse.Namespace, training: list[countdown.Puzzle]) 
 
 
 def plot(out: Path) -> None:
-    """Mean and range over the seeds: what is solved of the held-out puzzles, and the rewards of training."""
+    """Plot mean and range over the seeds of the held-out puzzles solved, and of the rewards of training."""
     import matplotlib
 
     matplotlib.use("svg")

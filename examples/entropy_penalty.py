@@ -1,8 +1,8 @@
-"""A penalty on the entropy of attention: trained with it, the same model solves the same task with sharper maps.
+"""A penalty on the entropy of attention: a model trained with it solves the same task with sharper attention maps.
 
 `differentiable=True` lets a statistic carry gradients into query and key. The backward pass recomputes the map tile by
-tile, so that the penalty costs O(T) memory at any length. The task: read `T` symbols, and at each of them name the one
-that came `--lag` symbols before. Both models start from the same seed and see the same sequences.
+tile, so that the penalty costs O(T) memory at any length. The task: read `T` symbols, and at each of them predict the
+one `--lag` symbols before. Both models start from the same seed and see the same sequences.
 
     python examples/entropy_penalty.py
     python examples/entropy_penalty.py --strength 0.01 --length 64 --steps 500
@@ -59,7 +59,7 @@ class Model(nn.Module):
 
 
 def train(strength: float, options: argparse.Namespace) -> list[tuple[float, float]]:
-    """(loss on the task, entropy) of every step."""
+    """The loss on the task and the entropy at every step."""
     torch.manual_seed(options.seed)
     model = Model(options.length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -77,7 +77,7 @@ def train(strength: float, options: argparse.Namespace) -> list[tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strength", type=float, default=0.05, help="what the mean entropy is multiplied with")
+    parser.add_argument("--strength", type=float, default=0.05, help="factor of the mean entropy in the loss")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--lag", type=int, default=3)

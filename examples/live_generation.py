@@ -1,8 +1,8 @@
-"""WAAD of every token at the moment the model makes it, and a rule of your own that ends the answer.
+"""WAAD of every token as soon as the model generates it, and a rule of your own that ends the answer.
 
 `live=True` keeps statistics up to date while the model generates: each step costs O(window + horizon), and FAI of older
 tokens grows as later ones look at them. WAAD is of the heads that are local on the prompt, FAI of the global ones. Here
-the answer ends once one of its tokens has become an anchor, that is, once its FAI passes --anchor. At the end one
+the answer ends once one of its tokens has become an anchor, that is, once its FAI reaches --anchor. At the end one
 teacher-forced pass over the same tokens must give the same numbers.
 
     python examples/live_generation.py
@@ -17,7 +17,7 @@ import attnstats
 from attnstats import heads
 from attnstats.study import models
 from attnstats.study.prompts import QUESTIONS, SYSTEM, render
-from attnstats.transformers.capture import Capture
+from attnstats.transformers.run import Capture
 
 LO = 10  # FAI(10, 100), the default, counts queries from this distance on
 FLOOR = 4  # WAAD at which a bar begins
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a hub name; default: SmolLM2-135M-Instruct")
     parser.add_argument("--question", default=QUESTIONS[0])
     parser.add_argument("--anchor", type=float, default=0.02, help="FAI that ends the answer")
-    parser.add_argument("--seen-by", type=int, default=10, help="later tokens that FAI must be a mean of")
+    parser.add_argument("--seen-by", type=int, default=10, help="least number of later tokens in the mean of FAI")
     parser.add_argument("--max-tokens", type=int, default=100)
     options = parser.parse_args()
 
@@ -45,7 +45,7 @@ def main() -> None:
             f"{tokenizer.decode(run.tokens[0, -1:])!r:>14}  {waad:5.2f}  {'#' * round(8 * max(0.0, waad - FLOOR))}",
             flush=True,
         )
-        # Tokens of the answer that enough later ones have looked at, or could have.
+        # The tokens of the answer with at least --seen-by later queries in their horizon.
         fai = run["fai"][0, len(prompt) : run.length - LO - options.seen_by + 1]
         if not len(fai) or fai.max() < options.anchor:
             return False
@@ -58,13 +58,13 @@ def main() -> None:
         run.forward(input_ids=ids)
     counted = torch.ones(len(prompt), dtype=torch.bool, device=loaded.device)
     classes = heads.classify(heads.head_distance(run["mean_distance"][:, 0], counted))
-    asked = {
+    settings = {
         "statistics": ["waad", "fai"],
         "heads": {"waad": classes.local, "fai": classes.global_},
         "reduce": ("layers", "heads"),
     }
     print(f"{'token':>14}   WAAD")
-    with attnstats.capture(model, **asked, live=True, on_token=show) as live:
+    with attnstats.capture(model, **settings, live=True, on_token=show) as live:
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -73,7 +73,7 @@ def main() -> None:
             stopping_criteria=[live.should_stop],
         )
 
-    with attnstats.capture(model, **asked, stop_after_last_layer=True) as forced:
+    with attnstats.capture(model, **settings, stop_after_last_layer=True) as forced:
         forced.forward(input_ids=live.tokens)
     decoded = live.length - len(prompt)
     print(f"\n{decoded} of {live.length} tokens were decoded one by one; largest difference to one pass over all:")

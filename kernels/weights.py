@@ -1,6 +1,6 @@
 """The weight of each distance-weighted statistic, as device functions.
 
-A weight maps the signed distance d = t - s (float32, exact up to 2^24, any shape) and at most two integers, the
+A weight maps the signed distance d = t - s (float32, exact up to 2^24, any shape) and at most two numbers, the
 statistic's `parameters`, to float32. Its name is the statistic's `name` in attnstats/statistics.py, where the same
 weight is plain PyTorch. Kernels evaluate it with `tiles.weigh`.
 """

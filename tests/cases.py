@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -30,7 +31,8 @@ from attnstats import (
     Statistic,
     reference,
 )
-from attnstats.statistics import ColumnStatistic, DistanceWeighted
+from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted
+from attnstats.triton.plan import WHOLE_ROWS
 
 EVERY = (
     WAAD(1),
@@ -107,6 +109,16 @@ class Case:
         drawn[0] *= self.spread
         dtype = getattr(torch, self.dtype)
         return tuple(self._lay_out(x.to(dtype).to(device)) for x in drawn)  # type: ignore[return-value]
+
+    def call(self, module: Any, tensors: Sequence[Tensor], **changed: Any) -> Any:
+        """The result of `attention`, or `varlen_attention` if packed, of a module: attnstats or its reference."""
+        arguments = self.arguments(tensors[0].device) | changed
+        function = module.varlen_attention if self.packed else module.attention
+        return function(*self.views(tensors), **arguments)
+
+    def views(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors as a call takes them: packed ones without a batch, tokens first."""
+        return [x[0].transpose(0, 1) if self.packed else x for x in tensors]
 
     def _lay_out(self, x: Tensor) -> Tensor:
         if self.layout == "bthd":
@@ -188,7 +200,7 @@ def allowed(statistic: Statistic | None, case: Case, backend: str, truth: Tensor
             Entropy: lambda s: 1.0 + float(truth.abs().max()),
             Received: lambda s: float(case.query_length),
             PooledMap: lambda s: float(case.query_length),
-        }.get(type(statistic), lambda s: 1.0)(statistic)
+        }.get(type(statistic), lambda s: 1.0 if s.name in CATALOGUE else max(1.0, float(truth.abs().max())))(statistic)
         floor = 8 * eps * magnitude * bound
     return 2 * float((eager.double() - truth).abs().max()) + floor
 
@@ -202,28 +214,33 @@ def allowed_gradient(case: Case, truth: Tensor, eager: Tensor, lse: Tensor) -> f
     return 3 * float((eager.double() - truth).abs().max()) + floor
 
 
-def check(case: Case, backend: Any, device: torch.device | str = "cpu", from_lse: bool = False) -> None:
-    """Compare output, lse, every statistic and validity with the float64 reference; assert on the worst element."""
-    statistics = tuple(dict.fromkeys(s for s in case.statistics() if not (from_lse and isinstance(s, MaxLogit))))
-    query, key, value = case.tensors(device)
-    arguments = case.arguments(device)
+def check(
+    case: Case,
+    backend: Any,
+    device: torch.device | str = "cpu",
+    from_lse: bool = False,
+    statistics: Iterable[Statistic] = (),
+) -> None:
+    """Compare output, lse, statistics and validity with the float64 reference; assert on the worst element.
+
+    The statistics are the case's unless others are given.
+    """
+    computed = [s for s in statistics or case.statistics() if s.from_lse or not from_lse]
+    if backend == "triton":
+        computed = [s for s in computed if s.method != "row" or type(s) in WHOLE_ROWS]
+    statistics = tuple(dict.fromkeys(computed))
+    tensors = case.tensors(device)
+    arguments = case.arguments(device) | {"statistics": statistics}
     if isinstance(arguments["heads"], dict):
         arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
-    wide = [x.double() for x in (query, key, value)]
-    attention: Any = attnstats.attention
-    eager_attention = reference.attention
-    if case.packed:
-        attention, eager_attention = attnstats.varlen_attention, reference.varlen_attention
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        wide = [x.double() for x in (query, key, value)]
-    truth_output, truth = eager_attention(*wide, statistics=statistics, **arguments)
-    eager_output, eager = eager_attention(query, key, value, statistics=statistics, **arguments)
+    truth_output, truth = case.call(reference, [x.double() for x in tensors], **arguments)
+    eager_output, eager = case.call(reference, tensors, **arguments)
     if from_lse:
-        lse = truth.lse.float()
-        found = attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend=backend, **arguments)
+        query, key, _ = case.views(tensors)
+        found = attnstats.statistics_from_lse(query, key, truth.lse.float(), backend=backend, **arguments)
     else:
-        output, found = attention(query, key, value, statistics=statistics, backend=backend, **arguments)
-        assert output.dtype == query.dtype
+        output, found = case.call(attnstats, tensors, backend=backend, **arguments)
+        assert output.dtype == tensors[0].dtype
         error = float((output.double() - truth_output).abs().max())
         limit = allowed(None, case, backend, truth_output, eager_output, truth.lse)
         assert error <= limit, f"output: {error:.2e} > {limit:.2e}"

@@ -28,3 +28,9 @@ def pytest_report_header() -> str:
 def device() -> torch.device:
     """Where the Triton backend gets its tensors."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def where(backend: str, device: torch.device) -> torch.device:
+    """Where a test of several backends puts its tensors: only Triton's go to the GPU."""
+    return device if backend == "triton" else torch.device("cpu")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GUARD = 256
 MAKERS = {
@@ -18,18 +19,30 @@ MAKERS = {
 }
 
 
-class Guarded(TorchDispatchMode):
+class Largest(TorchDispatchMode):
+    """While it is entered, `largest` is the number of elements of the largest storage that an operation allocated."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in (args, result))
+        views = {x.untyped_storage().data_ptr() for x in inputs}
+        for x in outputs:
+            if x.untyped_storage().data_ptr() not in views:
+                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+class Guarded(Largest):
     """Inside, every new float tensor is filled with NaN and lies between NaN; `check` looks for writes around it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rooms: list[tuple[Tensor, Tensor]] = []
-        self.largest = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        if isinstance(made, Tensor):
-            self.largest = max(self.largest, made.untyped_storage().nbytes())
+        made = super().__torch_dispatch__(function, types, args, kwargs)
         if function not in MAKERS or not made.is_floating_point():
             return made
         room = torch.full((made.numel() + 2 * GUARD,), torch.nan, dtype=made.dtype, device=made.device)

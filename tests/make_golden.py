@@ -28,7 +28,7 @@ Mask = Sequence[bool]
 
 @dataclass(frozen=True)
 class Golden:
-    """What a golden file starts from."""
+    """The input of a golden file."""
 
     name: str
     description: str
@@ -211,7 +211,7 @@ def drawn(
 
 
 def apart(golden: Golden, curve: Curves) -> bool:
-    """Whether no two values that are compared are equal or close."""
+    """True if no two values that are compared are equal or close."""
     tokens = [t for t, counted in enumerate(golden.mask) if counted]
     waad = [curve.waad[t] for t in tokens]
     compared: list[list[Any]] = [

@@ -381,7 +381,7 @@ def test_what_is_not_finite_is_named(name, value):
 
 
 class Counter(TorchDispatchMode):
-    """How many operations ran."""
+    """The number of operations that ran."""
 
     count = 0
 

@@ -98,16 +98,10 @@ def heads_of(case, asked):
     return None
 
 
-def call(function, case, asked, inputs, **options):
+def call(module, case, asked, inputs, **options):
     """Output and statistics, without what is -inf."""
-    arguments = case.arguments(inputs[0].device)
-    if case.packed:
-        function = {attnstats.attention: attnstats.varlen_attention, reference.attention: reference.varlen_attention}[
-            function
-        ]
-        inputs = [*(x[0].transpose(0, 1) for x in inputs[:3]), *inputs[3:]]
-    arguments |= {"heads": heads_of(case, asked), "sinks": inputs[3] if len(inputs) > 3 else None}
-    output, stats = function(*inputs[:3], statistics=asked, differentiable=True, **arguments, **options)
+    options |= {"heads": heads_of(case, asked), "sinks": inputs[3] if len(inputs) > 3 else None}
+    output, stats = case.call(module, inputs[:3], statistics=asked, differentiable=True, **options)
     return output, *(stats[s].masked_fill(stats[s] == -torch.inf, 0.0) for s in asked)
 
 
@@ -126,14 +120,14 @@ def test_finite_differences(name, backend):
     case = Case(**SMALL | sizes | FEATURES[name])
     inputs = inputs_of(case, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *inputs: call(attnstats.attention, case, (*EVERY, *OWN), inputs, backend=backend), inputs
+        lambda *inputs: call(attnstats, case, (*EVERY, *OWN), inputs, backend=backend), inputs
     )
 
 
-def gradients(function, case, asked, dtype, device="cpu", with_output=True, **options):
+def gradients(module, case, asked, dtype, device="cpu", with_output=True, **options):
     inputs = inputs_of(case, dtype, device)
     generator = torch.Generator().manual_seed(5)
-    found = call(function, case, asked, inputs, **options)
+    found = call(module, case, asked, inputs, **options)
     loss = sum(
         (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
         for x in (found if with_output else found[1:])
@@ -142,9 +136,9 @@ def gradients(function, case, asked, dtype, device="cpu", with_output=True, **op
 
 
 def agree(case, asked, backend, device, dtype=torch.float32, **options):
-    found = gradients(attnstats.attention, case, asked, dtype, device, backend=backend, **options)
-    expected = gradients(reference.attention, case, asked, torch.float64, device, **options)
-    eager = gradients(reference.attention, case, asked, dtype, device, **options)
+    found = gradients(attnstats, case, asked, dtype, device, backend=backend, **options)
+    expected = gradients(reference, case, asked, torch.float64, device, **options)
+    eager = gradients(reference, case, asked, dtype, device, **options)
     for name, x, y, by_eager in zip(("query", "key", "value", "sinks"), found, expected, eager, strict=False):
         floor = 64 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
         limit = 3 * float((by_eager.double() - y).abs().max()) + floor * max(1.0, float(y.abs().max()))
@@ -161,12 +155,11 @@ def test_kernels_match_the_reference(name, monkeypatch, device):
 
 @pytest.mark.parametrize("asked", [(WAAD(4),), (FAI(2, 9),), (Received(),), (Entropy(),), (LSE(),)], ids=str)
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_a_statistic_alone(backend, asked, device):
+def test_a_statistic_alone(backend, asked, where):
     """A loss of nothing but the statistic, so that the value gets none."""
-    where = device if backend == "triton" else "cpu"
     case = Case(batch=1, key_heads=1, query_length=20, key_length=40, softcap=3.0)
     agree(case, asked, backend, where, with_output=False)
-    found = gradients(attnstats.attention, case, asked, torch.float32, where, with_output=False, backend=backend)
+    found = gradients(attnstats, case, asked, torch.float32, where, with_output=False, backend=backend)
     assert not found[2].any()
     assert found[0].any()
     assert found[1].any()
@@ -174,15 +167,13 @@ def test_a_statistic_alone(backend, asked, device):
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype, backend, device):
-    where = device if backend == "triton" else "cpu"
+def test_half_precision(dtype, backend, where):
     case = Case(batch=1, key_heads=1, dtype=str(dtype).removeprefix("torch."))
     agree(case, (WAAD(4), Entropy(), FAI(2, 9), Received()), backend, where, dtype)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_cross_attention(backend, device):
-    where = device if backend == "triton" else "cpu"
+def test_cross_attention(backend, where):
     case = Case(batch=1, key_heads=1, query_length=20, key_length=33, is_causal=False, padding="right")
     agree(case, NO_DISTANCE, backend, where)
 
@@ -215,8 +206,7 @@ def test_other_errors():
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
-def test_only_what_was_asked_for_carries_gradients(backend, device):
-    where = device if backend == "triton" else "cpu"
+def test_only_what_was_asked_for_carries_gradients(backend, where):
     inputs = inputs_of(Case(batch=1, group=2, key_heads=1, query_length=20, key_length=20), torch.float32, where)
     asked = [WAAD(), FAI(2, 9), Entropy(), LSE()]  # not in the order of their heads
     options = {"statistics": asked, "backend": backend, "enable_gqa": True, "heads": {WAAD(): [1], Entropy(): [0]}}
@@ -231,23 +221,22 @@ def test_only_what_was_asked_for_carries_gradients(backend, device):
 
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_gradients_of_attention_alone_are_the_same_bits(backend, device):
+def test_gradients_of_attention_alone_are_the_same_bits(backend, where):
     """I3: whether statistics are asked for or not, and on tiled whatever kernel made the output."""
-    where = device if backend == "triton" else "cpu"
     for changed in ({}, {"value_dim": 24}, {"sinks": True}):
         case = Case(batch=1, key_heads=1, query_length=40, key_length=40, **changed)
         found = []
         for asked in ([], [WAAD(), FAI(2, 9), Received(), Entropy()]):
             inputs = inputs_of(case, torch.float32, where)
-            arguments = case.arguments(where) | {"sinks": inputs[3] if len(inputs) > 3 else None}
-            output, _ = attnstats.attention(*inputs[:3], statistics=asked, backend=backend, **arguments)
+            options = {"sinks": inputs[3] if len(inputs) > 3 else None, "backend": backend}
+            output, _ = case.call(attnstats, inputs[:3], statistics=asked, **options)
             found.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
         assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_second_derivatives_are_refused(backend, device):
-    inputs = inputs_of(Case(batch=1, group=1, key_heads=1), torch.float32, device if backend == "triton" else "cpu")
+def test_second_derivatives_are_refused(backend, where):
+    inputs = inputs_of(Case(batch=1, group=1, key_heads=1), torch.float32, where)
     _, stats = attnstats.attention(*inputs, statistics=["waad"], differentiable=True, backend=backend)
     (gradient,) = torch.autograd.grad(stats["waad"].square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):

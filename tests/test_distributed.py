@@ -1,17 +1,16 @@
 """Ranks together equal one process: two processes are started once and check everything."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, PooledMap, Received, distributed, reference
 from attnstats.core.merging import merge_columns
 from tests.cases import Case, allowed
+from tests.process import two_ranks
 
 ASKED = (FAI(3, 20), FAI(0, None), Received(), WAAD(10), Entropy())
 CHECKS = {
@@ -98,9 +97,8 @@ def bad_input():
     assert torch.equal(distributed.reduce_columns(rows)["waad"], rows["waad"])
 
 
-def on_rank(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def on_rank(rank: int) -> None:
+    dist.init_process_group("gloo")
     for name, (case, layout, scatter) in CHECKS.items():
         for from_lse in (True, False):
             try:
@@ -110,11 +108,10 @@ def on_rank(rank: int, store: str) -> None:
     layouts()
     tensor_parallel(rank)
     bad_input()
-    dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one_process(tmp_path: Path):
-    spawn(on_rank, (str(tmp_path / "store"),), nprocs=2)
+def test_two_ranks_equal_one_process():
+    two_ranks(on_rank)
 
 
 @pytest.mark.parametrize("cuts", [(0, 20, 37), (0, 1, 2, 30, 37)])

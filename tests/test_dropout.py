@@ -31,11 +31,7 @@ CASES = {
 
 def run(case, inputs, backend, p=P, seed=0, **options):
     torch.manual_seed(seed)
-    function = attnstats.attention
-    if case.packed:
-        function = attnstats.varlen_attention
-        inputs = [x[0].transpose(0, 1) for x in inputs]
-    return function(*inputs, dropout_p=p, backend=backend, **case.arguments(inputs[0].device), **options)
+    return case.call(attnstats, inputs, dropout_p=p, backend=backend, **options)
 
 
 def mask_of(case, tensors, backend):
@@ -52,10 +48,7 @@ def by_hand(case, inputs, mask):
     """Output in float64, densely: the map is what attention does to the identity."""
     query, key, value = inputs
     identity = torch.eye(key.shape[2], dtype=query.dtype, device=query.device).expand(*key.shape[:2], -1, -1)
-    function, views = reference.attention, (query, key, identity)
-    if case.packed:
-        function, views = reference.varlen_attention, [x[0].transpose(0, 1) for x in views]
-    weights = function(*views, **case.arguments(query.device)).output
+    weights = case.call(reference, (query, key, identity)).output
     weights = weights.transpose(0, 1)[None] if case.packed else weights
     output = (weights * mask) @ value.repeat_interleave(case.group, dim=1)
     return output[0].transpose(0, 1) if case.packed else output
@@ -63,8 +56,8 @@ def by_hand(case, inputs, mask):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_output_and_gradients_are_those_of_the_dropped_map(case, backend, device):
-    tensors = case.tensors(device if backend == "triton" else "cpu")
+def test_output_and_gradients_are_those_of_the_dropped_map(case, backend, where):
+    tensors = case.tensors(where)
     mask = mask_of(case, tensors, backend)
     kept = mask[mask > 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - P)), rtol=1e-4, atol=0)
@@ -83,9 +76,9 @@ def test_output_and_gradients_are_those_of_the_dropped_map(case, backend, device
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_are_of_the_whole_map_and_the_seed_is_torchs(backend, device):
+def test_statistics_are_of_the_whole_map_and_the_seed_is_torchs(backend, where):
     case = Case(batch=1, key_heads=1, value_dim=24)  # one attention kernel on tiled with and without dropout
-    tensors = case.tensors(device if backend == "triton" else "cpu")
+    tensors = case.tensors(where)
     asked = [WAAD(4), FAI(2, 9), Received(), Entropy()]
     output, stats = run(case, tensors, backend, statistics=asked)
     again, _ = run(case, tensors, backend, statistics=asked)
@@ -96,14 +89,13 @@ def test_statistics_are_of_the_whole_map_and_the_seed_is_torchs(backend, device)
     assert not torch.equal(output, whole)
     assert torch.equal(stats.lse, expected.lse)
     assert all(torch.equal(stats[s], expected[s]) for s in asked)
-    following = attnstats.attention(*tensors, dropout_p=P, backend=backend, **case.arguments(tensors[0].device)).output
+    following = case.call(attnstats, tensors, dropout_p=P, backend=backend).output
     assert not torch.equal(following, other)  # no seed in between: another mask
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_mean_over_seeds_is_attention(backend, device):
+def test_the_mean_over_seeds_is_attention(backend, where):
     """And the share that is dropped is p: 100 draws, 5 standard deviations."""
-    where = device if backend == "triton" else "cpu"
     draws, rows = 5, 20
     case = Case(batch=rows, key_heads=1, group=1, query_length=16, key_length=16, value_dim=16)
     query, key, _ = (x[:1].expand(rows, -1, -1, -1) for x in case.tensors(where))
@@ -131,17 +123,17 @@ def test_the_mask_does_not_depend_on_the_tiles(kernel, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_sequences_have_masks_of_their_own(backend, device):
+def test_packed_sequences_have_masks_of_their_own(backend, where):
     case = Case(packed=((16, 16), (16, 16)), key_heads=1, group=1)
-    mask = mask_of(case, case.tensors(device if backend == "triton" else "cpu"), backend)[0, 0] > 0
+    mask = mask_of(case, case.tensors(where), backend)[0, 0] > 0
     assert not torch.equal(mask[:16, :16], mask[16:, 16:])
 
 
-def test_a_plan_shows_it_and_draws_nothing(capsys):
+def test_a_plan_shows_it_and_draws_nothing():
     query = torch.zeros(1, 1, 64, 16)
     torch.manual_seed(0)
-    attnstats.explain(query, query, query, dropout_p=0.5, backend="tiled")
-    assert "attention, blocks of rows" in capsys.readouterr().out
+    plan = attnstats.explain(query, query, query, dropout_p=0.5, backend="tiled")
+    assert plan.passes[0].run == "row_blocks"
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))

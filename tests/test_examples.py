@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import csv
 import importlib
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.process import ROOT, python
+
 CREDITS = ("grpo", "coupled", "local", "global", "random", "entropy")
 
 
 def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / script), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python(str(ROOT / "examples" / script), *arguments, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
 
 def numbers(pattern: str, text: str) -> list[float]:

@@ -41,8 +41,8 @@ FEATURES = {
 @pytest.mark.parametrize("from_lse", [False, True], ids=["attention", "from_lse"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES.keys())
-def test_matches_reference(case, backend, from_lse, device):
-    check(case, backend, device if backend == "triton" else "cpu", from_lse)
+def test_matches_reference(case, backend, from_lse, where):
+    check(case, backend, where, from_lse)
 
 
 GRADIENTS = {
@@ -56,33 +56,23 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_gradients_are_those_of_autograd(name, backend, device):
+def test_gradients_are_those_of_autograd(name, backend, where):
     """Through the reference in float64, which autograd differentiates."""
     case = Case(query_length=21, key_length=21, **GRADIENTS[name])
-    where = device if backend == "triton" else "cpu"
-    tensors, arguments = case.tensors(where), case.arguments(where)
-    ours, truth = attnstats.attention, reference.attention
-    if case.packed:
-        tensors = tuple(x[0].transpose(0, 1) for x in tensors)
-        ours, truth = attnstats.varlen_attention, reference.varlen_attention
-    found, expected = [], []
-    for function, grads, dtype in ((ours, found, torch.float32), (truth, expected, torch.float64)):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        sinks = arguments["sinks"]
-        if sinks is not None:
-            sinks = sinks.detach().to(dtype).requires_grad_()
-        extra = {"backend": backend} if function is ours else {}
-        output, _ = function(*inputs, statistics=["waad"], **arguments | {"sinks": sinks}, **extra)
+    gradients = []
+    for module, dtype, options in ((attnstats, torch.float32, {"backend": backend}), (reference, torch.float64, {})):
+        sinks = case.arguments(where)["sinks"]
+        inputs = [x.to(dtype).requires_grad_() for x in (*case.tensors(where), sinks) if x is not None]
+        options = options | {"sinks": None if sinks is None else inputs[3]}
+        output, _ = case.call(module, inputs[:3], statistics=["waad"], **options)
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
-        (output * weights).sum().backward()
-        grads += [x.grad for x in [*inputs, *([sinks] if sinks is not None else [])]]
-    for x, y in zip(found, expected, strict=True):
+        gradients.append(torch.autograd.grad((output * weights).sum(), inputs))
+    for x, y in zip(*gradients, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packing_equals_concatenation(backend, device):
-    where = device if backend == "triton" else "cpu"
+def test_packing_equals_concatenation(backend, where):
     lengths = (7, 33, 1, 16)
     case = Case(packed=tuple((n, n) for n in lengths))
     query, key, value = (x[0].transpose(0, 1) for x in case.tensors(where))
@@ -101,8 +91,7 @@ def test_packing_equals_concatenation(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tokens_after_the_last_sequence_are_nobodys(backend, device):
-    where = device if backend == "triton" else "cpu"
+def test_tokens_after_the_last_sequence_are_nobodys(backend, where):
     query, key, value = (x[0].transpose(0, 1) for x in Case(packed=((20, 20),), group=1).tensors(where))
     query[12:], key[12:], value[12:] = torch.nan, torch.nan, torch.nan
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32, device=where)
@@ -118,9 +107,8 @@ def test_tokens_after_the_last_sequence_are_nobodys(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_epilogue_changes_the_output(backend, device):
+def test_no_epilogue_changes_the_output(backend, where):
     """I3: the same bits with band statistics, columns and statistics of the loop as without, and for a subset."""
-    where = device if backend == "triton" else "cpu"
     case = Case(query_length=70, key_length=70, window_size=(40, 0))
     tensors, arguments = case.tensors(where), case.arguments(where)
     alone = attnstats.attention(*tensors, backend=backend, **arguments).output
@@ -132,9 +120,8 @@ def test_no_epilogue_changes_the_output(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("segments", [(45, 45), (1, 33), (23, 7)])
-def test_pooled_maps_of_any_segments(backend, segments, device):
+def test_pooled_maps_of_any_segments(backend, segments, where):
     """As many segments as tokens, one, and boundaries that fit no tile."""
-    where = device if backend == "triton" else "cpu"
     case = Case(batch=1, query_length=45, key_length=45, key_heads=1)
     query, key, value = case.tensors(where)
     bounds = (0, 1, 2, 15, 16, 17, 33, 44, 45)
@@ -198,23 +185,15 @@ class Watch(TorchDispatchMode):
 def test_a_call_neither_waits_for_the_device_nor_copies_from_the_host(name, device):
     """So it can be captured into a CUDA graph, once it was called for warming up."""
     case = FEATURES[name]
-    query, key, value = case.tensors(device)
-    asked = [WAAD(10), FAI(3, 20), FAI(0, None), Received(4), Entropy(), MeanDistance()]
-    arguments, function = case.arguments(device), attnstats.attention
-    if case.packed:
-        function = attnstats.varlen_attention
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    else:
-        asked.append(PooledMap(3, 5))
+    tensors, arguments = case.views(case.tensors(device)), case.arguments(device)
+    arguments["statistics"] = [WAAD(10), FAI(3, 20), FAI(0, None), Received(4), Entropy(), MeanDistance()]
+    arguments["statistics"] += [] if case.packed else [PooledMap(3, 5)]
     if isinstance(arguments["heads"], dict):
         arguments["heads"] = {WAAD(10): [0, 2], FAI(3, 20): [1]}
-
-    def call():
-        return function(query, key, value, statistics=asked, backend="triton", **arguments)
-
-    call()
+    function = attnstats.varlen_attention if case.packed else attnstats.attention
+    function(*tensors, backend="triton", **arguments)
     with Watch() as watch:
-        call()
+        function(*tensors, backend="triton", **arguments)
     assert not watch.seen
 
 

@@ -65,8 +65,8 @@ CASES = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_reference(case, backend, device):
-    check(case, backend, device if backend == "triton" else "cpu")
+def test_matches_reference(case, backend, where):
+    check(case, backend, where)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,8 +74,8 @@ def test_matches_reference(case, backend, device):
     "name",
     ["default", "queries-last", "full", "cross", "left", "padding-only", "some-count", "head-59", "guarded", "strided"],
 )
-def test_from_lse_matches_reference(name, backend, device):
-    check(CASES[name], backend, device if backend == "triton" else "cpu", from_lse=True)
+def test_from_lse_matches_reference(name, backend, where):
+    check(CASES[name], backend, where, from_lse=True)
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -94,25 +94,24 @@ def test_float64_is_float64(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("name", ["default", "full", "queries-last", "left", "right", "value-wider", "padding-only"])
-def test_output_and_gradients_are_those_of_sdpa(name, backend, device):
+def test_output_and_gradients_are_those_of_sdpa(name, backend, where):
     case = CASES[name]
-    device = device if backend == "triton" else torch.device("cpu")
-    ours = [x.requires_grad_() for x in case.tensors(device)]
-    theirs = [x.requires_grad_() for x in case.tensors(device)]
-    arguments = case.arguments(device)
+    ours = [x.requires_grad_() for x in case.tensors(where)]
+    theirs = [x.requires_grad_() for x in case.tensors(where)]
+    arguments = case.arguments(where)
     output, _ = attnstats.attention(*ours, statistics=[WAAD(), FAI(2, 9), Entropy()], backend=backend, **arguments)
 
-    position = torch.arange(case.query_length, device=device) + case.key_length - case.query_length
-    visible = torch.ones(case.batch, 1, case.query_length, case.key_length, dtype=torch.bool, device=device)
+    position = torch.arange(case.query_length, device=where) + case.key_length - case.query_length
+    visible = torch.ones(case.batch, 1, case.query_length, case.key_length, dtype=torch.bool, device=where)
     if case.is_causal:
-        visible &= torch.arange(case.key_length, device=device) <= position[:, None]
+        visible &= torch.arange(case.key_length, device=where) <= position[:, None]
     if arguments["key_padding_mask"] is not None:
         visible &= arguments["key_padding_mask"][:, None, None]
     expected = scaled_dot_product_attention(*theirs, attn_mask=visible, enable_gqa=True)
     expected = expected.masked_fill(~visible.any(-1, keepdim=True), 0.0)
     torch.testing.assert_close(output, expected, rtol=2e-6, atol=2e-6)
 
-    seed = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    seed = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).to(where)
     gradients = torch.autograd.grad(output, ours, seed)
     live = visible.any(-1, keepdim=True)
     for found, wanted in zip(gradients, torch.autograd.grad(expected, theirs, seed * live), strict=True):
@@ -120,10 +119,9 @@ def test_output_and_gradients_are_those_of_sdpa(name, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_statistics_carry_no_gradient_and_do_not_change_the_output(backend, device):
-    device = device if backend == "triton" else torch.device("cpu")
+def test_statistics_carry_no_gradient_and_do_not_change_the_output(backend, where):
     case = Case()
-    query, key, value = (x.requires_grad_() for x in case.tensors(device))
+    query, key, value = (x.requires_grad_() for x in case.tensors(where))
     bare, _ = attnstats.attention(query, key, value, backend=backend, **case.arguments())
     output, stats = attnstats.attention(
         query, key, value, statistics=case.statistics(), backend=backend, **case.arguments()
@@ -145,20 +143,19 @@ def test_the_same_inputs_give_the_same_bits(backend, device):
 
 @pytest.mark.parametrize("value_dim", [16, 24])  # torch's flash attention for CPU takes the first alone
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_autocast_changes_nothing(backend, value_dim, device):
-    device = device if backend == "triton" else torch.device("cpu")
+def test_autocast_changes_nothing(backend, value_dim, where):
     case = Case(padding="left", counted="some", value_dim=value_dim)
     asked = [s for s in case.statistics() if not isinstance(s, MaxLogit)]
-    arguments = case.arguments(device) | {"backend": backend}
+    arguments = case.arguments(where) | {"backend": backend}
 
     def run():
-        query, key, value = case.tensors(device)
+        query, key, value = case.tensors(where)
         output, stats = attnstats.attention(query, key, value, statistics=case.statistics(), **arguments)
         beside = attnstats.statistics_from_lse(query, key, stats.lse, statistics=asked, **arguments)
         return output, stats.lse, *stats.values(), *beside.values()
 
     expected = run()
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(where.type, torch.bfloat16):
         found = run()
     for inside, outside in zip(found, expected, strict=True):
         assert inside.dtype == outside.dtype
@@ -166,21 +163,21 @@ def test_autocast_changes_nothing(backend, value_dim, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_taken_under_autocast_are_the_same(backend, device):
-    tensors = Case(value_dim=24).tensors(device if backend == "triton" else "cpu")
+def test_gradients_taken_under_autocast_are_the_same(backend, where):
+    tensors = Case(value_dim=24).tensors(where)
     query, key, value = (x.requires_grad_() for x in tensors)
     output, _ = attnstats.attention(query, key, value, enable_gqa=True, backend=backend)
     ones = torch.ones_like(output)
     expected = torch.autograd.grad(output, (query, key, value), ones, retain_graph=True)
-    with torch.autocast(query.device.type, torch.bfloat16):
+    with torch.autocast(where.type, torch.bfloat16):
         found = torch.autograd.grad(output, (query, key, value), ones)
     assert all(torch.equal(inside, outside) for inside, outside in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("value_dim", [16, 24])  # torch's flash attention for CPU takes the first alone
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_derivatives_are_refused(backend, value_dim, device):
-    tensors = Case(group=1, value_dim=value_dim).tensors(device if backend == "triton" else "cpu")
+def test_second_derivatives_are_refused(backend, value_dim, where):
+    tensors = Case(group=1, value_dim=value_dim).tensors(where)
     query, key, value = (x.requires_grad_() for x in tensors)
     output, _ = attnstats.attention(query, key, value, statistics=["waad"], backend=backend)
     (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)

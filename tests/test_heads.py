@@ -7,7 +7,6 @@ import math
 import pytest
 import scipy.stats
 import torch
-import transformers
 
 import attnstats
 from attnstats.errors import InputError
@@ -21,6 +20,7 @@ from attnstats.heads import (
 )
 from attnstats.identity import identity
 from attnstats.statistics import FAI, MeanDistance, PooledMap
+from tests.tiny import run_with, small_llama
 
 
 @pytest.mark.parametrize(("shape", "share", "count"), [
@@ -198,7 +198,7 @@ def test_only_profiles_of_the_same_heads_add_up():
     with pytest.raises(ValueError, match="other heads"):
         profile_of([0]) + profile_of([0], layers=(1, 5))
     with pytest.raises(ValueError, match="different models"):
-        profile_of([0]) + dataclasses.replace(profile_of([0]), model=identity(tiny()))
+        profile_of([0]) + dataclasses.replace(profile_of([0]), model=identity(small_llama()))
 
 
 def test_classes_among_chosen_layers():
@@ -251,15 +251,8 @@ def test_bad_sequences(call, message):
         call(HeadProfile.empty((0, 1), 3))
 
 
-def tiny(seed=0, dtype=torch.float32, **settings):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
-    config = transformers.LlamaConfig(**sizes | {"vocab_size": 30, "num_hidden_layers": 5} | settings)
-    return transformers.LlamaForCausalLM(config).eval().to(dtype)
-
-
 def test_a_profile_of_a_running_model():
-    model, ids = tiny(), torch.arange(20)[None]
+    model, ids = small_llama(), torch.arange(20)[None]
     counted = torch.arange(20) >= 6
     statistics = [MeanDistance(), FAI(4, None)]
     with (
@@ -270,9 +263,7 @@ def test_a_profile_of_a_running_model():
     profile = HeadProfile.empty(run.layers, 3, identity(model)).add(
         run["mean_distance"][:, 0], counted, run["fai"][:, 0], run.valid["fai"][0] & counted
     )
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = torch.stack(model(ids, output_attentions=True).attentions)[:, 0].double()
+    maps = torch.cat(run_with(model, "eager", input_ids=ids).attentions).double()
     positions = torch.arange(20)
     distances = (maps * (positions[:, None] - positions)).sum(-1)[..., 6:].mean(-1)
     torch.testing.assert_close(profile.distance, distances, rtol=1e-4, atol=1e-5)
@@ -281,7 +272,7 @@ def test_a_profile_of_a_running_model():
 
 
 def test_a_saved_profile_has_the_same_numbers(tmp_path):
-    model = tiny()
+    model = small_llama()
     profile = profile_of(range(3), model=identity(model))
     profile.save(tmp_path / "heads.json")
     loaded = HeadProfile.load(tmp_path / "heads.json", model)
@@ -300,9 +291,9 @@ def test_a_saved_profile_has_the_same_numbers(tmp_path):
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, "config is"),
 ])  # fmt: skip
 def test_a_profile_of_another_model_is_refused(tmp_path, other, field):
-    profile_of([0], model=identity(tiny())).save(tmp_path / "heads.json")
+    profile_of([0], model=identity(small_llama())).save(tmp_path / "heads.json")
     with pytest.raises(InputError, match=rf"heads\.json: the profile is of another model: .*{field}"):
-        HeadProfile.load(tmp_path / "heads.json", tiny(**other))
+        HeadProfile.load(tmp_path / "heads.json", small_llama(**other))
 
 
 def test_a_profile_of_no_model_is_not_saved(tmp_path):
@@ -324,7 +315,7 @@ def test_a_profile_of_no_model_is_not_saved(tmp_path):
 ])  # fmt: skip
 def test_broken_files_are_refused(tmp_path, change, message):
     file = tmp_path / "heads.json"
-    profile_of([0], model=identity(tiny())).save(file)
+    profile_of([0], model=identity(small_llama())).save(file)
     file.write_text(change(file.read_text()))
     with pytest.raises(InputError, match=message):
         HeadProfile.load(file)

@@ -34,11 +34,6 @@ def backend(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def where(backend, device):
-    return device if backend == "triton" else torch.device("cpu")
-
-
 def run(case: Case, statistics, backend, where, tensors=None, **changed):
     query, key, value = tensors or case.tensors(where)
     arguments = case.arguments(where) | changed

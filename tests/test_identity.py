@@ -6,17 +6,11 @@ import transformers
 
 import attnstats
 from attnstats.identity import differences, identity
-
-
-def tiny(seed=0, **settings):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
-    config = transformers.LlamaConfig(**sizes | {"vocab_size": 30, "num_hidden_layers": 5} | settings)
-    return transformers.LlamaForCausalLM(config).eval()
+from tests.tiny import small_llama
 
 
 def test_a_model_is_known_again(tmp_path):
-    model = tiny()
+    model = small_llama()
     model.save_pretrained(tmp_path / "elsewhere")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
     halved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere", dtype=torch.bfloat16)
@@ -27,7 +21,7 @@ def test_a_model_is_known_again(tmp_path):
 
 
 def test_one_weight_that_was_trained_makes_another_model():
-    model = tiny()
+    model = small_llama()
     before = identity(model)
     model.model.layers[2].self_attn.q_proj.weight.data.mul_(1.1)
     assert identity(model) != before
@@ -41,9 +35,9 @@ def test_one_weight_that_was_trained_makes_another_model():
     ({"num_attention_heads": 2, "num_key_value_heads": 2}, ["heads", "head_dim", "config"]),
 ])  # fmt: skip
 def test_what_differs_is_named(other, fields):
-    said = differences(identity(tiny()), identity(tiny(**other)))
+    said = differences(identity(small_llama()), identity(small_llama(**other)))
     assert [part.split(" is ")[0] for part in said.split(", ") if part] == fields
 
 
 def test_nothing_is_known_of_no_model():
-    assert "model_type is llama and not None" in differences(None, identity(tiny()))
+    assert "model_type is llama and not None" in differences(None, identity(small_llama()))

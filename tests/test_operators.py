@@ -1,7 +1,6 @@
 """Attention in a graph: the operators, torch.compile without a break, torch.export, and equality with a plain call."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 
 import pytest
@@ -12,8 +11,9 @@ from torch.library import opcheck
 
 import attnstats
 from attnstats import FAI, LSE, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received, SinkMass
-from attnstats import _operators as library
-from attnstats.statistics import RowStatistic
+from attnstats.core import wire
+from attnstats.core.options import Options
+from attnstats.statistics import RowStatistic, resolve
 from tests.cases import Case
 
 ASKED = (WAAD(5), FAI(2, 20), Entropy(), LSE())
@@ -63,7 +63,7 @@ def shorter(case, backend):
 
 def tensors_of(case):
     tensors = case.tensors()
-    return [x[0].transpose(0, 1) for x in tensors] if case.packed else list(tensors)
+    return case.views(tensors)
 
 
 def flat(result, asked):
@@ -83,22 +83,27 @@ def assert_same(found, expected):
         assert torch.equal(x, y)
 
 
+def encoded(given, statistics, **changed):
+    options = Options(**(given | changed | {"statistics": resolve(statistics)}))
+    return wire.encode(options._replace(dropout_seed=torch.tensor([7]) if options.dropout_p else None))
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_operators_keep_their_promises(case):
     asked = statistics_of(case)
-    query, key, _ = tensors = tensors_of(case)
+    tensors = tensors_of(case)
+    key = tensors[1]
     _, given = call_of(case, asked)
-    call, wanted = library._call(asked, given, query=query)
-    assert wanted == tuple(asked)
     operators = torch.ops.attnstats
-    output, lse, values = operators.attention(*tensors, *call)
+    settings = encoded(given, asked)
+    output, lse, values = operators.attention(*tensors, *settings)
     kept = tuple(s for s in asked if isinstance(s, (WAAD, FAI, Entropy, LSE)))
     for x in tensors:
         x.requires_grad_()
-    opcheck(operators.attention.default, (*tensors, *call))
+    opcheck(operators.attention.default, (*tensors, *settings))
     if isinstance(given["heads"], dict):
         given["heads"] = {s: given["heads"][s] for s in kept}
-    differentiable = library._call(kept, given | {"differentiable": True}, query=query)[0]
+    differentiable = encoded(given, kept, differentiable=True)
     opcheck(operators.attention.default, (*tensors, *differentiable))
     tensors = [x.detach() for x in tensors]
     grads = [torch.ones_like(x) for x, s in zip(values, asked, strict=True) if s in kept]
@@ -109,10 +114,9 @@ def test_operators_keep_their_promises(case):
     without = [s for s in asked if not isinstance(s, MaxLogit)]
     if isinstance(given["heads"], dict):
         given["heads"] = None
-    call, _ = library._call(without, given, query=query)
-    opcheck(operators.statistics_from_lse.default, (*tensors[:2], lse, *call))
+    opcheck(operators.statistics_from_lse.default, (*tensors[:2], lse, *encoded(given, without)))
     keys = key.shape[0] if case.packed else key.shape[2]
-    opcheck(operators.valid.default, (lse, keys, *call._replace(heads="null")))
+    opcheck(operators.valid.default, (lse, keys, *encoded(given, without, heads=None)))
 
 
 @pytest.mark.parametrize("backend", ["auto", "tiled", "reference", "triton"])
@@ -420,17 +424,6 @@ def test_statistics_that_users_define():
     tensors = CASES["causal"].tensors()
     found = compiled(call)(*tensors)
     assert_same(flat(found, [module(4, (7, 8)), Squared(4)]), flat(call(*tensors), [module(4, (7, 8)), Squared(4)]))
-    assert library._decoded(library._encoded((module(4),))) == (module(4),)
-    assert library._decoded(library._encoded((Squared(4),))) == (Squared(4),)
-    with pytest.raises(ValueError, match=r"elsewhere:Gone, which nothing in this process defines"):
-        library._decoded('[["elsewhere:Gone", 3]]')
-
-
-@pytest.mark.parametrize("s", [*ASKED, FAI(3, None), Received(4), PooledMap((0, 3, 37), 5), SinkMass(), MaxLogit()])
-def test_the_catalogue_as_text(s):
-    text = library._encoded((s,))
-    assert json.loads(text)[0][0] == s.name
-    assert library._decoded(text) == (s,)
 
 
 class Block(torch.nn.Module):

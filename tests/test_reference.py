@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from attnstats import (
@@ -53,7 +54,18 @@ def counts(case, b, i, offset, padding, response):
     return padding is None or i + offset >= case.key_length or bool(padding[b, i + offset])
 
 
-def check(case: Case):
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(query_length=9, key_length=9, head_dim=4, value_dim=4),
+        Case(query_length=5, key_length=9, head_dim=4, value_dim=3, counted="some"),
+        Case(query_length=8, key_length=8, head_dim=4, value_dim=4, is_causal=False, padding="right"),
+        Case(query_length=8, key_length=8, head_dim=4, value_dim=4, padding="left", counted="some"),
+        Case(query_length=6, key_length=7, head_dim=4, value_dim=4, query_offset=3, padding="holes"),
+    ],
+    ids=str,
+)
+def test_every_statistic_by_loops(case):
     asked = [
         WAAD(4), LocalMass(3), MeanDistance(), Entropy(), MaxLogit(), LSE(), SinkMass(2),
         FAI(1, 4), FAI(2, None), Received(), Received(3), PooledMap(2, (0, 1, case.key_length)),
@@ -95,23 +107,3 @@ def check(case: Case):
             for j, keys in enumerate((range(1), range(1, case.key_length))):
                 number = sum(a.get((t, s), 0.0) for t in rows if t in counted for s in keys)
                 assert math.isclose(float(stats["pooled_map"][b, h, i, j]), number, abs_tol=1e-12)
-
-
-def test_causal_by_loops():
-    check(Case(query_length=9, key_length=9, head_dim=4, value_dim=4))
-
-
-def test_queries_last_by_loops():
-    check(Case(query_length=5, key_length=9, head_dim=4, value_dim=3, counted="some"))
-
-
-def test_full_by_loops():
-    check(Case(query_length=8, key_length=8, head_dim=4, value_dim=4, is_causal=False, padding="right"))
-
-
-def test_left_padding_by_loops():
-    check(Case(query_length=8, key_length=8, head_dim=4, value_dim=4, padding="left", counted="some"))
-
-
-def test_positions_by_loops():
-    check(Case(query_length=6, key_length=7, head_dim=4, value_dim=4, query_offset=3, padding="holes"))

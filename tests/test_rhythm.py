@@ -9,6 +9,7 @@ import scipy.signal
 import scipy.stats
 import torch
 
+from attnstats.curves import delta
 from attnstats.rhythm import (
     CURVES,
     Chance,
@@ -18,7 +19,6 @@ from attnstats.rhythm import (
     PeakRule,
     coupling,
     couplings,
-    delta,
     densities,
     offsets,
     peaks,
@@ -293,7 +293,7 @@ def test_sets_by_hand(q, k):
     found = sets(c, q, k)
     change = delta(c.waad).tolist()
     waad, count = c.waad.tolist(), math.ceil(q * 60)
-    assert sorted(at(found.preplan)) == sorted(top(delta(c.waad), count))
+    assert sorted(at(found.chunk)) == sorted(top(delta(c.waad), count))
     anchors = top(c.fai, count, c.fai_valid)
     assert sorted(at(found.anchor)) == sorted(anchors)
     assert not found.anchor[50:].any()

@@ -1,10 +1,7 @@
 """patch_sdpa: SDPA's own output, whatever it is called with, and the statistics of the map that it used."""
 
-import subprocess
-import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnstats
 from attnstats import FAI, LSE, WAAD, Entropy, PooledMap, Received
-from attnstats.core import patterns as tensor_masks
+from tests.process import python
 from tests.vision import FOLDER
 
 ORIGINAL = F.scaled_dot_product_attention
@@ -80,6 +77,8 @@ CALLS = {
     ),
     "3-D": ((4, 9, 8), (4, 9, 8), {"is_causal": True}),
     "2-D": ((9, 8), (9, 8), {"attn_mask": KEYS[1:]}),
+    "2-D query": ((9, 8), (4, 9, 8), {"is_causal": True}),
+    "2-D query, 4-D keys": ((9, 8), (2, 1, 9, 8), {"attn_mask": KEYS[:, None, None]}),
     "6-D": ((2, 1, 3, 4, 9, 8), (2, 1, 3, 4, 9, 8), {"attn_mask": KEYS[:, None, None, None, None, :]}),
     "broadcast batch": ((2, 4, 9, 8), (1, 4, 9, 8), {}),
     "broadcast heads": ((2, 4, 9, 8), (2, 1, 9, 8), {}),
@@ -326,37 +325,7 @@ def test_transformer_encoder(inputs, batch_first):
 
 def test_timm_vision_transformer():
     assert FOLDER.is_dir(), f"{FOLDER}: `make` installs timm there"
-    command = [sys.executable, "-m", "tests.vision"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], check=False, capture_output=True, text=True)
-    assert done.stdout == "passes\n", done.stderr
-
-
-def test_masks_are_read_in_blocks(monkeypatch):
-    """Block by block gives the same, one wrong element anywhere is seen, and no block is larger than said."""
-    monkeypatch.setattr(tensor_masks, "BLOCK", 64)
-    assert max((s.stop - s.start) * 16 for s in tensor_masks._blocks(torch.ones(1, 1, 16, 16))) == 64
-    for offset in (None, 0, 4):
-        mask = torch.ones(2, 1, 12, 16).bool()
-        if offset is not None:
-            mask &= torch.ones(12, 16).tril(offset).bool()
-        mask[1, ..., 11:] = False
-        for form, hides in (
-            (mask, False),
-            (~mask, True),
-            (torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), True),
-        ):
-            found = tensor_masks.recognise(form, 12, true_hides=hides)
-            assert found.offset == offset
-            seen = torch.arange(16) < (12 + offset if offset is not None else 16)
-            kept = torch.ones(16).bool() if found.keep is None else found.keep
-            assert torch.equal(kept & seen, mask.any(-2)[:, 0])
-            assert tensor_masks.recognise(form, 12, true_hides=hides) is found  # remembered
-            for i, j in ((0, 0), (7, 15), (11, 2), (5, 3)):
-                wrong = form.clone()
-                wrong[0, 0, i, j] = ~wrong[0, 0, i, j] if wrong.dtype == torch.bool else -1e30
-                assert tensor_masks.recognise(wrong, 12, true_hides=hides) is None, (offset, i, j)
-            form[0, 0, 3, 3] = not form[0, 0, 3, 3]  # in place: what was remembered is not used
-            assert tensor_masks.recognise(form, 12, true_hides=hides) is None
+    assert python("-m", "tests.vision") == "passes\n"
 
 
 def test_a_forced_backend_of_sdpa_changes_nothing():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from attnstats import segments
 from attnstats.heads import HeadProfile
 from attnstats.study import models
-from tests.tiny import save_tiny_model
+from tests.tiny import run_with, save_tiny_model
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -79,11 +79,7 @@ BOUNDARIES = (0, 4, 9, 10, 17, 21, 30, 33, 40)
 @pytest.fixture(scope="module")
 def eager(model):
     ids = torch.randint(5, 40, (1, 40), generator=torch.Generator().manual_seed(1))
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = torch.cat(model(ids, output_attentions=True).attentions)  # (L, H, T, T)
-    model.set_attn_implementation("sdpa")
-    return ids, maps.double()
+    return ids, torch.cat(run_with(model, "eager", input_ids=ids).attentions).double()  # (L, H, T, T)
 
 
 def test_attention_is_that_of_eager_maps(model, eager):

@@ -1,15 +1,21 @@
-"""What the tests of the pipeline run on: a tiny random model with a tokenizer, and an analysis made by hand."""
+"""Tiny random models with inputs and eager maps to compare with, an analysis made by hand, Ctrl-C at a chosen pass."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from attnstats import heads, rhythm
+from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic, heads
+from attnstats.curves import delta
 from attnstats.study.analysis import Analysis
-from attnstats.study.maps import Maps, segments
+from attnstats.study.maps import Maps, cell_boundaries
 
 WORDS = [
     "<pad>",
@@ -54,6 +60,121 @@ def save_tiny_model(folder: Path, *, chat_template: str | None = "default", kind
     return folder
 
 
+LAYERS, HEADS, LENGTH = 6, 9, 23
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 144,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "sliding_window": None,
+    "bos_token_id": 1,
+}
+LOGITS_TOLERANCE = 2e-5  # three summation orders in float32, logits of order 1
+# The difference of one weight of A between two float32 models with other summation orders, after some layers; to be
+# multiplied by the largest factor that a statistic gives to a unit of mass.
+WEIGHT_TOLERANCE = 5e-6
+LARGEST_FACTOR = {WAAD(4): 4, FAI(2, 7): 1, FAI(0, None): 1, MeanDistance(): LENGTH, Received(): LENGTH}
+STATISTICS = tuple(LARGEST_FACTOR)
+
+
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    """A random causal model of six layers of nine heads, with attention far from uniform and logits of order 1."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **(SIZES | changes))
+    config.initializer_range = 0.12
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def small_llama(seed: int = 0, **settings: Any) -> Any:
+    """A random Llama of five layers of three heads."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(**sizes | {"vocab_size": 30, "num_hidden_layers": 5} | settings)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def tiny_bart() -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict.fromkeys(["d_model", "encoder_ffn_dim", "decoder_ffn_dim"], 32)
+    sizes |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(vocab_size=97, **sizes, init_std=0.3)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side: str | None) -> Tensor:
+    """(2, LENGTH) int64, an attention mask whose second row is padded on this side."""
+    mask = torch.ones(2, LENGTH, dtype=torch.long)
+    if side == "left":
+        mask[1, :6] = 0
+    elif side == "right":
+        mask[1, -6:] = 0
+    return mask
+
+
+def run_with(model: Any, implementation: str, **inputs: Any) -> Any:
+    """The output with another attention of transformers, with maps where it is the eager one."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        with torch.no_grad():
+            return model(**inputs, output_attentions=implementation == "eager")
+    finally:
+        model.set_attn_implementation(before)
+
+
+def gradients(model: Any, ids: Tensor, call: Any = None, **inputs: Any) -> list[Tensor]:
+    """Gradients of the loss by parameter; `call` runs in the place of the model, such as its compiled form."""
+    model.zero_grad()
+    (call or model)(ids, labels=ids, **inputs).loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def by_definition(
+    statistic: Statistic, maps: Tensor, queries: Tensor, keys: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """A statistic off (B, H, Tq, Tk) maps, in float64, by the formulas of the paper and nothing of attnstats.
+
+    Args:
+        queries, keys: (B, Tq) and (B, Tk), the tokens that aren't padding.
+        counted: (B, Tq), the queries that count in column statistics; default: all that aren't padding.
+    """
+    queries, keys = queries.bool(), keys.bool()
+    weights = maps.double() * queries[:, None, :, None] * keys[:, None, None, :]
+    distance = torch.arange(weights.shape[2])[:, None] - torch.arange(weights.shape[3])
+    if isinstance(statistic, WAAD):
+        return (weights * distance.abs().clamp(max=statistic.window)).sum(-1)
+    if isinstance(statistic, MeanDistance):
+        return (weights * distance.abs()).sum(-1)
+    if isinstance(statistic, Entropy):
+        return -torch.special.xlogy(weights, weights).sum(-1)
+    counts = queries if counted is None else queries & counted.bool()
+    weights = weights * counts[:, None, :, None]
+    if isinstance(statistic, Received):
+        return weights.sum(2)
+    assert isinstance(statistic, FAI)
+    inside = distance >= statistic.lo
+    if statistic.hi is not None:
+        inside &= distance <= statistic.hi
+    count = (inside & counts[:, :, None]).sum(1)
+    return (weights * inside).sum(2) / count.clamp(min=1)[:, None]
+
+
 def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how many?") -> Analysis:
     """Made-up numbers for given token texts: two layers of three heads, FAI not valid for the last two tokens."""
     length = len(tokens)
@@ -80,7 +201,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         waad=waad,
         fai=heads.class_mean(per_head[1], classes.global_) * fai_valid / 10,
         fai_valid=fai_valid,
-        delta=rhythm.delta(waad[response]),
+        delta=delta(waad[response]),
         entropy=torch.cat([torch.tensor([torch.nan]), torch.rand(length - 1, generator=draw)]),
         maps=synthetic_maps(prompt, length),
     )
@@ -88,7 +209,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
 
 def synthetic_maps(prompt: int, length: int) -> Maps:
     """Maps that fall off with the distance: the local one steeply, with 0 where a query would see what comes later."""
-    rows, columns = map(torch.tensor, segments(prompt, length))
+    rows, columns = map(torch.tensor, cell_boundaries(prompt, length))
     apart = (rows[:-1, None] - columns[None, :-1]).double()
     maps = [torch.exp(-apart / scale).masked_fill(apart < 0, 0.0) for scale in (5, 50)]
     near = torch.arange(min(64, length))
@@ -112,3 +233,23 @@ class Silent:
 
     def finish(self) -> None:
         pass
+
+
+@contextmanager
+def interrupted_in_pass(number: int) -> Iterator[None]:
+    """Ctrl-C in the forward pass of this number, from 1, over a whole sequence; generation and checks don't count."""
+    from transformers import LlamaForCausalLM
+
+    forward, passes = LlamaForCausalLM.forward, []
+
+    @functools.wraps(forward)
+    def interrupted(self: Any, *args: Any, **inputs: Any) -> Any:
+        if inputs.get("use_cache") is False and inputs["input_ids"].shape[1] > 1:
+            passes.append(1)
+            if len(passes) == number:
+                raise KeyboardInterrupt
+        return forward(self, *args, **inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", interrupted)
+        yield

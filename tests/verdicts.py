@@ -1,8 +1,8 @@
-"""Whether `capture` works on a family's tiny model, judged against the family's own eager attention.
+"""A verdict on `capture` for a family's tiny model, judged against the family's own eager attention.
 
 `judge` gives one of four verdicts, or raises AssertionError where attnstats gave numbers that are wrong and no
 error: that is no category. `python -m tests.verdicts` judges every family and prints what changed against
-families.json; with --write it writes that file, docs/families.md and the table in README.md.
+families.json; with --write it writes that file and docs/families.md.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ import torch
 from torch import Tensor
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, Statistic
-from attnstats.transformers.hooks import Kind
+from attnstats import FAI, WAAD, Entropy, MeanDistance, Received
+from attnstats.transformers.sites import AttentionKind
 from tests import families
+from tests.tiny import LOGITS_TOLERANCE, WEIGHT_TOLERANCE, by_definition
 
 WORKS, UNPADDED = "works", "works without padding"
 DENSE, REFUSED = "works with allow_dense=True", "not attachable"
 
-LOGITS_TOLERANCE = 2e-5  # of logits of order 1
-# What two float32 models with other summation orders differ by in one weight of A after a few layers, times the
-# largest factor that the statistic gives to a unit of mass.
-WEIGHT_TOLERANCE = 5e-6
 CROSS = re.compile("encoder_attn|EncDecAttention|cross", re.IGNORECASE)
 LENGTH = families.LENGTH
 LARGEST_FACTOR = {WAAD(4): 4, FAI(2, 7): 1, MeanDistance(): LENGTH, Received(): LENGTH, Entropy(): LENGTH}
@@ -41,7 +38,7 @@ class Verdict(NamedTuple):
     why: str = ""
 
 
-# What a message of attnstats comes down to in a table, by words in it.
+# The reason that a table gives for an error of attnstats, by words of its message.
 REASONS = {
     "does not call its attention through": "attention of its own that transformers' AttentionInterface doesn't reach",
     "no such attention that can be replaced": "no softmax attention",
@@ -61,7 +58,7 @@ class Map(NamedTuple):
     """One call of attention in an eager pass: (B, H, Tq, Tk) weights, and where they are from."""
 
     name: str
-    kind: Kind
+    kind: AttentionKind
     layer: int
     weights: Tensor
 
@@ -100,14 +97,14 @@ def _reason(message: str) -> str:
 
 
 def _complaint(family: str, model: Any, inputs: dict[str, Any], allow_dense: bool) -> str:
-    """Why attnstats refuses this pass; empty where it doesn't and everything is right."""
+    """The error with which attnstats refuses this pass; empty where it doesn't and all numbers are right."""
     expected, maps = eager_pass(model, inputs)
     real = _real(inputs)
-    groups: dict[tuple[Kind, int], set[int]] = {}
+    groups: dict[tuple[AttentionKind, int], set[int]] = {}
     for m in maps:
         groups.setdefault((m.kind, m.weights.shape[1]), set()).add(m.layer)
     try:
-        kinds: list[Kind] = sorted({kind for kind, _ in groups}) or ["self"]
+        kinds: list[AttentionKind] = sorted({kind for kind, _ in groups}) or ["self"]
         for kind in kinds:
             with torch.no_grad(), _capture(model, kind, "all", allow_dense) as run:
                 _compare_logits(family, model(**inputs).logits, expected, real["self"][0])
@@ -135,12 +132,12 @@ def _complaint(family: str, model: Any, inputs: dict[str, Any], allow_dense: boo
     return ""
 
 
-def _capture(model: Any, kind: Kind, layers: Any, allow_dense: bool) -> Any:
+def _capture(model: Any, kind: AttentionKind, layers: Any, allow_dense: bool) -> Any:
     statistics = [s for s in LARGEST_FACTOR if kind != "cross" or s in (Received(), Entropy())]
     return attnstats.capture(model, statistics=statistics, layers=layers, attention=kind, allow_dense=allow_dense)
 
 
-def _real(inputs: dict[str, Any]) -> dict[Kind, tuple[Tensor, Tensor]]:
+def _real(inputs: dict[str, Any]) -> dict[AttentionKind, tuple[Tensor, Tensor]]:
     """(B, T) of the queries and of the keys that aren't padding, by kind of attention; one True: all are."""
     everything = torch.ones(1, 1, dtype=torch.bool)
     source = inputs.get("attention_mask", everything).bool()
@@ -171,7 +168,7 @@ def _compare_statistics(family: str, run: Any, maps: list[Map], queries: Tensor,
 
 
 def padding_matters(model: Any, inputs: dict[str, Any]) -> bool:
-    """Whether eager logits of real tokens change with the token that stands at padded positions."""
+    """True if eager logits of real tokens change with the token that stands at padded positions."""
     of_decoder = "decoder_" if "decoder_input_ids" in inputs else ""
     ids, real = inputs[of_decoder + "input_ids"], inputs[of_decoder + "attention_mask"].bool()
     changed = inputs | {of_decoder + "input_ids": torch.where(real, ids, ids - 1)}
@@ -180,7 +177,7 @@ def padding_matters(model: Any, inputs: dict[str, Any]) -> bool:
 
 
 def eager_pass(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, list[Map]]:
-    """Logits and attention maps of the model's own eager attention; every map that it returns, and whose."""
+    """Logits and attention maps of the model's own eager attention: every map that it returns, and of which module."""
     maps: dict[int, Map] = {}
 
     def look(name: str, module: Any, output: Any) -> None:
@@ -230,13 +227,13 @@ def _sinks_in_maps(module: Any) -> Iterator[None]:
 
 
 def _is_map(tensor: Any) -> bool:
-    """Whether this can be softmaxed attention: not negative, rows that sum to 1, or less where a sink has a share."""
+    """True for a tensor that can be softmaxed attention: not negative, rows that sum to 1, or to less beside a sink."""
     if not isinstance(tensor, Tensor) or tensor.dim() != 4 or tensor.shape[0] != 2 or not tensor.is_floating_point():
         return False
     return bool((tensor >= 0).all()) and bool((tensor.sum(-1) <= 1 + 1e-4).all())
 
 
-def _kind(model: Any, name: str) -> Kind:
+def _kind(model: Any, name: str) -> AttentionKind:
     if CROSS.search(name):
         return "cross"
     return "encoder" if model.config.is_encoder_decoder and ".encoder." in f".{name}" else "self"
@@ -249,32 +246,12 @@ def _layer(name: str, module: Any) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def by_definition(statistic: Statistic, weights: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """A statistic off (B, H, Tq, Tk) maps, in float64, by its formula and nothing of attnstats; padding left out."""
-    weights = weights.double() * queries[:, None, :, None] * keys[:, None, None, :]
-    distance = torch.arange(weights.shape[2])[:, None] - torch.arange(weights.shape[3])
-    if isinstance(statistic, WAAD):
-        return (weights * distance.abs().clamp(max=statistic.window)).sum(-1)
-    if isinstance(statistic, MeanDistance):
-        return (weights * distance.abs()).sum(-1)
-    if isinstance(statistic, Entropy):
-        return -torch.special.xlogy(weights, weights).sum(-1)
-    if isinstance(statistic, Received):
-        return weights.sum(2)
-    assert isinstance(statistic, FAI)
-    assert statistic.hi is not None
-    inside = (distance >= statistic.lo) & (distance <= statistic.hi)
-    count = (inside[None] & queries[:, :, None]).sum(1)
-    return (weights * inside).sum(2) / count.clamp(min=1)[:, None]
-
-
 # The table
 
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("families.json")
-DOCUMENT, README = ROOT / "docs" / "families.md", ROOT / "README.md"
-MARKS = "<!-- families: python -m tests.verdicts --write -->", "<!-- families end -->"
+DOCUMENT = ROOT / "docs" / "families.md"
 NOT_BUILT = "not judged"
 ORDER = (WORKS, DENSE, UNPADDED, REFUSED, NOT_BUILT)
 
@@ -292,7 +269,7 @@ def read_table() -> tuple[str, dict[str, Verdict]]:
 
 
 def summary(version: str, table: dict[str, Verdict]) -> str:
-    """The table of the README: families by verdict and reason."""
+    """The families by verdict and reason, as a table."""
     lines = ["| | families of transformers " + version + " |", "| -- | -- |"]
     for category in ORDER:
         reasons: dict[str, list[str]] = {}
@@ -306,21 +283,25 @@ def summary(version: str, table: dict[str, Verdict]) -> str:
 
 def document(version: str, table: dict[str, Verdict]) -> str:
     """docs/families.md."""
-    counts = ", ".join(
-        f"{sum(verdict.category == category for verdict in table.values())} {category}" for category in ORDER
-    )
-    head = f"""# Families
+    head = f"""# Model families
 
-Which models of transformers {version} `attnstats.capture` works on: every family that AutoModelForCausalLM knows, and
-encoders and encoder-decoders besides. Of each, a tiny random model with one layer of every kind that the family has ran
-a batch of two rows, one of them padded (encoders on the right, the others on the left), and one without padding.
+The models of transformers {version} on which `attnstats.capture` works: every family that AutoModelForCausalLM knows,
+and encoders and encoder-decoders besides. Each was tested with a tiny random model that has one layer of every kind in
+the family, on a batch of two rows of which one is padded (encoders on the right, the others on the left), and on one
+without padding.
 
-"works": logits within {LOGITS_TOLERANCE:g} of the model's own eager attention in float32, and WAAD, FAI, MeanDistance,
-Received and Entropy of every head of every layer within {WEIGHT_TOLERANCE:g} per unit of mass of what the maps of
-`output_attentions=True` give by definition; of encoder-decoders for the encoder, the decoder and across. Everything
-else is an error that says why. {counts}.
+"works" means two things in float32. Logits are within {LOGITS_TOLERANCE:g} of the model's own eager attention. And
+WAAD, FAI, MeanDistance, Received and Entropy of every head of every layer are within {WEIGHT_TOLERANCE:g} per unit of
+mass of their definition on the maps of `output_attentions=True`; of encoder-decoders for the encoder, the decoder and
+cross-attention. Everything else is an error that says why.
 
-Written by `python -m tests.verdicts --write`; `tests/test_families.py` fails when a verdict changes.
+Written by `python -m tests.verdicts --write`; tests/transformers/test_families.py fails when a verdict changes.
+
+## By verdict
+
+{summary(version, table)}
+
+## By family
 
 | family | class | verdict | why |
 | -- | -- | -- | -- |
@@ -329,17 +310,10 @@ Written by `python -m tests.verdicts --write`; `tests/test_families.py` fails wh
     return head + "\n".join(rows) + "\n"
 
 
-def in_readme(text: str) -> str:
-    """What stands between the marks."""
-    return text.partition(MARKS[0])[2].partition(MARKS[1])[0].strip()
-
-
 def write(version: str, table: dict[str, Verdict]) -> None:
     entries = {family: list(table[family]) for family in sorted(table)}
     TABLE.write_text(json.dumps({"transformers": version, "families": entries}, indent=1) + "\n")
     DOCUMENT.write_text(document(version, table))
-    before, _, rest = README.read_text().partition(MARKS[0])
-    README.write_text(f"{before}{MARKS[0]}\n{summary(version, table)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 def main() -> int:

@@ -1,5 +1,4 @@
-"""The commands of the command line, a module each: `add_parser` says what can be given, `run` does it.
+"""The command line. Each command is a module: `add_parser` declares its options, `run` returns the exit code.
 
-`run` returns the exit code and raises InputError for what the user can mend. cli.py calls them; options.py has what
-several of them take.
+`run` raises InputError for bad input. arguments.py has the options that commands share, job.py their steps.
 """

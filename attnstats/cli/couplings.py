@@ -1,29 +1,27 @@
 """`attnstats couplings`: the paper's Tables 1, 2, 10 and 20 of a model and a corpus, beside the paper's numbers.
 
-Arguments and the order of work. What is computed is in couplings.py, rhythm.py and perturb.py, what is shown in
-tables.py beside this file. Everything is kept under --out as it is done, so that a run that was stopped goes on with
---resume; couplings.json and heads.json are written at the end, and hold no text of prompts or responses.
+The results are kept under --out as they are made, so that --resume goes on with a run that was stopped; couplings.json
+and heads.json are written at the end, and hold no text of prompts or responses.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnstats.cli import options as given
+from attnstats.cli import arguments
 from attnstats.errors import InputError
 from attnstats.study.prompts import paper_prompt, read_prompts
 
 if TYPE_CHECKING:
-    from attnstats.rhythm import Chance
-    from attnstats.study.couplings import Findings
+    from attnstats.cli.job import Job
+    from attnstats.study.couplings import CorpusTables
     from attnstats.study.models import LoadedModel
-    from attnstats.study.perturb import Overlaps, Perturbation
-    from attnstats.study.shards import Shard
+    from attnstats.study.perturb import Overlaps, OverlapTest, Perturbation
     from attnstats.study.store import Store
 
 RESULTS, PROFILE = "couplings.json", "heads.json"
@@ -32,90 +30,78 @@ CORPUS, PERTURBED = "corpus", "perturbed"  # folders of the stores
 
 
 def add_parser(commands: Any) -> None:
-    command = commands.add_parser(
+    parser = commands.add_parser(
         "couplings",
         help="the paper's couplings between WAAD, FAI and entropy on a corpus, beside its numbers",
         description="Generate a response to each prompt, profile the heads of all layers, and test the paper's "
-        "couplings: Tables 1, 2, 10 and 20, and how they move with what the paper leaves open.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        "couplings: Tables 1, 2, 10 and 20, and how they change with the settings that the paper leaves open.",
     )
-    what = command.add_argument_group("what is analysed")
-    given.add_model(what)
-    what.add_argument(
-        "--data", type=Path, required=True, metavar="FILE",
-        help=".jsonl, .csv, .parquet, a data set's folder, or text, one prompt a line",
-    )  # fmt: skip
-    what.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    what.add_argument("--template", choices=("paper", "plain"), default="paper", help="Context/Question, or as it is")
-    given.add_responses(what, rows="--data", max_tokens=400, temperature=0.7)
-    what.add_argument("--seed", type=int, default=0, help="of the sampling, the permutations and the bootstrap")
-    how = command.add_argument_group("how")
-    how.add_argument("--permutations", type=int, default=2000, help="of each test, and resamples of each interval")
-    how.add_argument("--perturb", action=argparse.BooleanOptionalAction, default=True, help="the test of Table 1")
-    how.add_argument("--positions", type=int, default=3, help="of highest and of lowest FAI that are perturbed")
-    how.add_argument("--candidates", type=int, default=3, help="tokens that are forced at each of them")
-    how.add_argument("--tokens", type=int, default=64, help="length of the continuations that are compared")
-    given.add_machine(how)
-    out = command.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=Path("out/couplings"), help="folder")
-    out.add_argument("--resume", action="store_true", help="go on with what is in --out, or make its tables anew")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run needs at every step."""
-
-    loaded: LoadedModel
-    prompts: list[list[int]]
-    identity: dict[str, Any]
-    terminal: Any
-    shard: Shard
-    timings: dict[str, float]
+    subject = parser.add_argument_group("what is analysed")
+    arguments.add_model(subject)
+    subject.add_argument("--data", type=Path, required=True, metavar="FILE", help=arguments.PROMPT_FILE)
+    subject.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    subject.add_argument(
+        "--template", choices=("paper", "plain"), default="paper", help="Context/Question, or the prompt as it is"
+    )
+    arguments.add_responses(subject, rows="--data", max_tokens=400, temperature=0.7)
+    subject.add_argument("--seed", type=int, default=0, help="seed of sampling, permutations and bootstrap")
+    method = parser.add_argument_group("how")
+    method.add_argument("--permutations", type=int, default=2000, help="of each test, and resamples of each interval")
+    method.add_argument("--perturb", action=argparse.BooleanOptionalAction, default=True, help="the test of Table 1")
+    method.add_argument(
+        "--positions", type=int, default=3, help="positions of highest and of lowest FAI that are perturbed"
+    )
+    method.add_argument("--candidates", type=int, default=3, help="tokens that are forced at each of them")
+    method.add_argument("--tokens", type=int, default=64, help="length of the continuations that are compared")
+    arguments.add_machine(method)
+    results = parser.add_argument_group("results")
+    results.add_argument("--out", type=Path, default=Path("out/couplings"), help="folder")
+    results.add_argument("--resume", action="store_true", help="go on with the results in --out")
 
 
 def run(options: argparse.Namespace) -> int:
-    given.require("rich", "safetensors", "scipy")
-    from rich.console import Console
-
-    from attnstats.cli import tables
-    from attnstats.report.terminal import Terminal
-    from attnstats.study import shards
-    from attnstats.study.corpus import stage
-    from attnstats.study.couplings import examine
-    from attnstats.study.perturb import summarise
+    arguments.require("rich", "safetensors", "scipy")
+    from attnstats.cli import job as jobs
+    from attnstats.rhythm import Chance
+    from attnstats.study import corpus
+    from attnstats.study.couplings import examine, measure
+    from attnstats.study.generation import Sampling
+    from attnstats.study.perturb import Perturbation, summarise
 
     questions = _questions(options)
-    chance, perturbation = _settings(options)
-    shard = shards.from_environment()
-    terminal = Terminal(quiet=not shard.is_first)
-    terminal.say("Loading the model")
-    job = _job(options, questions, terminal, shard)
-    _check(options, job)
-    store = _store(options, job, CORPUS, job.identity)
-    try:
-        _generate(options, job, store)
-        shard.wait()
-        with stage(job.timings, "tables"):
-            findings = examine(store, job.loaded, chance)
-        trials = _perturb(options, job, store, findings, perturbation) if options.perturb else []
-        shard.wait()
-    except KeyboardInterrupt as stop:
-        done = f"{len(store.indices())} of {len(questions)} responses are done and kept in {options.out}"
-        raise KeyboardInterrupt(f"{done}; go on with --resume") from stop
-    if not shard.is_first:
+    for name in ("permutations", "positions", "candidates", "tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    sampling = Sampling(options.max_tokens, options.temperature, options.seed)
+    sampling.check()
+    chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
+    perturbation = Perturbation(options.positions, options.candidates, options.tokens)
+    job = jobs.load(options, options.dtype)
+    prompts = corpus.rendered(job.loaded, questions, options.system, options.max_tokens)
+    identity = _identity(options, job.loaded, prompts)
+    _check(options, job.loaded, prompts[0])
+    with _store(options, job, CORPUS, identity, len(prompts)) as store:
+        job.run(
+            prompts,
+            lambda index, prompt, response: measure(job.loaded, prompt, response, options.temperature),
+            sampling,
+            store,
+        )
+        with corpus.stage(job.timings, "tables"):
+            tables = examine(store, job.loaded, chance)
+        trials = _perturb(options, job, identity, store, tables, perturbation) if options.perturb else []
+        job.shard.wait()
+    if not job.shard.is_first:
         return 0
-    names = {"the likeliest": True, "the likeliest but the one written": False}
-    tested = {name: summarise(trials, chance, written) for name, written in names.items()} if options.perturb else {}
-    findings.profiles.tokens.save(options.out / PROFILE)
-    record = _record(options, job, findings, tested)
-    (options.out / RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
-    console = terminal.console if terminal.console.is_terminal else Console(width=WIDTH, highlight=False)
-    for part in tables.render(findings, tested):
-        console.print()
-        console.print(part)
-    for name in (RESULTS, PROFILE):
-        terminal.say(str(options.out / name))
+    candidates = {"the likeliest": True, "the likeliest but the one written": False}
+    tests = (
+        {name: summarise(trials, chance, written) for name, written in candidates.items()} if options.perturb else {}
+    )
+    with arguments.writing(options.out, "make room and go on with --resume"):
+        tables.profiles.tokens.save(options.out / PROFILE)
+        record = json.dumps(_record(options, job, identity, tables, tests), indent=1, allow_nan=False)
+        (options.out / RESULTS).write_text(record + "\n", encoding="ascii")
+    _show(options, job, tables, tests)
     return 0
 
 
@@ -126,107 +112,85 @@ def _questions(options: argparse.Namespace) -> list[str]:
     return [paper_prompt(question) for question in questions] if options.template == "paper" else questions
 
 
-def _settings(options: argparse.Namespace) -> tuple[Chance, Perturbation]:
-    from attnstats.rhythm import Chance
-    from attnstats.study.generation import check_sampling
-    from attnstats.study.perturb import Perturbation
-
-    for name in ("permutations", "positions", "candidates", "tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    check_sampling(options.max_tokens, options.temperature, options.seed)
-    chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
-    return chance, Perturbation(options.positions, options.candidates, options.tokens)
-
-
-def _job(options: argparse.Namespace, questions: list[str], terminal: Any, shard: Shard) -> Job:
-    from attnstats.identity import identity as identity_of
-    from attnstats.study.corpus import rendered, stage
+def _identity(options: argparse.Namespace, loaded: LoadedModel, prompts: list[list[int]]) -> dict[str, Any]:
+    """Everything that decides the numbers, which a run must share with the one that it resumes."""
+    from attnstats.cli.job import digest
+    from attnstats.identity import identity
     from attnstats.study.outputs import versions
 
-    timings: dict[str, float] = {}
-    with stage(timings, "load"):
-        loaded = given.load_model(options, options.dtype, shard, terminal.say)
-    prompts = rendered(loaded, questions, options.system, options.max_tokens)
-    identity = {
+    return {
         "command": "couplings",
-        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(identity_of(loaded.model))},
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(identity(loaded.model))},
+        "prompts": digest(prompts),
         "settings": {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
         "versions": versions(),
     }
-    return Job(loaded, prompts, identity, terminal, shard, timings)
 
 
-def _check(options: argparse.Namespace, job: Job) -> None:
+def _check(options: argparse.Namespace, loaded: LoadedModel, prompt: list[int]) -> None:
     """Raises InputError for a model that can't be measured or has too few heads, before anything is generated."""
     from attnstats.study.couplings import measure
 
     try:
-        tensors, _ = measure(job.loaded, job.prompts[0], job.prompts[0][-1:], options.temperature)
+        tensors, _ = measure(loaded, prompt, prompt[-1:], options.temperature)
     except (TypeError, ValueError) as error:
-        said = str(error)
-        raise InputError(
-            said if said.startswith("--") else f"--model {job.loaded.name}: {said.removeprefix('model: ')}"
-        ) from error
+        message = str(error)
+        if not message.startswith("--"):
+            message = f"--model {loaded.name}: {message.removeprefix('model: ')}"
+        raise InputError(message) from error
     if tensors["mean_distance"].shape[:2].numel() < 2:
-        raise InputError(f"--model {job.loaded.name}: one head is neither local nor global; name a model of more heads")
+        raise InputError(f"--model {loaded.name}: one head is neither local nor global; name a model of more heads")
 
 
-def _store(options: argparse.Namespace, job: Job, name: str, identity: dict[str, Any]) -> Store:
-    from attnstats.study.store import Store, begin
+def _store(
+    options: argparse.Namespace, job: Job, name: str, identity: dict[str, Any], total: int
+) -> AbstractContextManager[Store]:
+    """The store of a folder in --out, new or resumed."""
+    from attnstats.study.store import begin
 
     folder = options.out / name
-    resume = options.resume and (options.out / name).exists()
-    return job.shard.first(lambda: begin(folder, identity, resume=resume)) or Store(folder)
-
-
-def _generate(options: argparse.Namespace, job: Job, store: Store) -> None:
-    from attnstats.study import corpus
-    from attnstats.study.couplings import measure
-
-    corpus.run(
-        job.loaded,
-        job.prompts,
-        lambda index, prompt, response: measure(job.loaded, prompt, response, options.temperature),
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        store=store,
-        progress=job.terminal,
-        shard=job.shard,
-        timings=job.timings,
-    )
+    resume = options.resume and folder.exists()
+    return job.store(lambda: begin(folder, identity, resume=resume), folder, total)
 
 
 def _perturb(
-    options: argparse.Namespace, job: Job, store: Store, findings: Findings, settings: Perturbation
+    options: argparse.Namespace,
+    job: Job,
+    identity: dict[str, Any],
+    store: Store,
+    tables: CorpusTables,
+    settings: Perturbation,
 ) -> list[Overlaps]:
-    """The overlaps of every response that is long enough for it; this process does its share of them."""
-    from attnstats.study.corpus import stage
+    """The overlaps of every response that is long enough; this process computes its share of them."""
+    from attnstats.study.corpus import stage, task
     from attnstats.study.couplings import Variant, curves_of
-    from attnstats.study.perturb import Overlaps, choose, perturb
+    from attnstats.study.perturb import Overlaps, choose_positions, perturb
 
-    done = _store(options, job, PERTURBED, {**job.identity, "perturbation": asdict(settings)})
-    variant = Variant()
-    curves = dict(zip(store.indices(), curves_of(store, findings.profiles, [variant]).get(variant, []), strict=False))
-    choices = {index: choose(curve.fai, curve.valid("fai"), settings) for index, curve in curves.items()}
-    ours = job.shard.of([(index, choice) for index, choice in choices.items() if choice is not None])
-    job.terminal.start(f"Perturbing {len(ours)} responses", len(ours))
-    try:
-        with stage(job.timings, "perturb"):
-            for index, choice in ours:
+    default = Variant()
+    curves = curves_of(store, tables.profiles, [default]).get(default, [])
+    chosen = {
+        index: choose_positions(curve.fai, curve.valid("fai"), settings)
+        for index, curve in zip(store.indices(), curves, strict=False)
+    }
+    ours = job.shard.of([(index, positions) for index, positions in chosen.items() if positions is not None])
+    with _store(options, job, PERTURBED, {**identity, "perturbation": asdict(settings)}, len(chosen)) as done:
+        with task(job.terminal, f"Perturbing {len(ours)} responses", len(ours)), stage(job.timings, "perturb"):
+            for index, positions in ours:
                 if not done.has(index):
-                    found = perturb(job.loaded, *store.response(index), choice, settings)
-                    done.write(index, found._asdict(), {})
+                    overlaps = perturb(job.loaded, *store.response(index), positions, settings)
+                    done.write(index, overlaps._asdict(), {})
                 job.terminal.advance()
-    finally:
-        job.terminal.finish()
-    job.shard.wait()
-    return [Overlaps(**tensors) for tensors, _ in done]
+        job.shard.wait()
+        return [Overlaps(**tensors) for tensors, _ in done]
 
 
-def _record(options: argparse.Namespace, job: Job, findings: Findings, tested: dict[str, Any]) -> dict[str, Any]:
+def _record(
+    options: argparse.Namespace,
+    job: Job,
+    identity: dict[str, Any],
+    tables: CorpusTables,
+    tests: dict[str, OverlapTest],
+) -> dict[str, Any]:
     """couplings.json."""
     import datetime
     import os
@@ -236,14 +200,27 @@ def _record(options: argparse.Namespace, job: Job, findings: Findings, tested: d
     from attnstats.cli.tables import as_json
 
     names = ("template", "limit", "max_tokens", "temperature", "seed", "permutations", "perturb", "positions")
-    settings = {name: getattr(options, name) for name in (*names, "candidates", "tokens")}
     return {
-        "model": job.identity["model"],
+        "model": identity["model"],
         "data": options.data.name,
-        "settings": settings,
-        "versions": job.identity["versions"],
+        "settings": {name: getattr(options, name) for name in (*names, "candidates", "tokens")},
+        "versions": identity["versions"],
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(job.loaded.device)},
         "timings_seconds": job.timings,
-        **as_json(findings, tested),
+        **as_json(tables, tests),
     }
+
+
+def _show(options: argparse.Namespace, job: Job, tables: CorpusTables, tests: dict[str, OverlapTest]) -> None:
+    """Print the tables and the names of the files."""
+    from rich.console import Console
+
+    from attnstats.cli.tables import render
+
+    console = job.terminal.console if job.terminal.console.is_terminal else Console(width=WIDTH, highlight=False)
+    for part in render(tables, tests):
+        console.print()
+        console.print(part)
+    for name in (RESULTS, PROFILE):
+        job.terminal.say(str(options.out / name))

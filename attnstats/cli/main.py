@@ -1,8 +1,8 @@
-"""The command line: arguments in, an exit code out; the work is in commands/.
+"""The entry point: arguments in, an exit code out.
 
 Exit codes: 0; 2 for bad input (one line on stderr, no traceback); 1 when --verify finds a difference; 130 on Ctrl-C;
-141 where nobody reads on. What a fault of ours raises keeps its traceback. Heavy imports wait until arguments are known
-to be good.
+141 on a broken pipe. Any other exception keeps its traceback. Heavy imports wait until the arguments are known to be
+good.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import attnstats
 from attnstats.cli import analyze, couplings, plot, report
@@ -23,7 +23,10 @@ COMMANDS = {"analyze": analyze, "couplings": couplings, "plot": plot, "report": 
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says what is wrong in one line."""
+    """An ArgumentParser whose help has defaults, and whose errors are InputErrors of one line."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -35,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
         return COMMANDS[options.command].run(options)
     except InputError as error:
-        # What a file holds can end up in a message: nothing of it may move the cursor.
+        # A message can quote a file: its control characters must not reach the terminal.
         print(f"attnstats: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return BAD_INPUT
-    except BrokenPipeError:  # whoever read has had enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt as stop:
@@ -47,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of every command."""
-    top = Parser(prog="attnstats", description="Statistics of attention without the T x T map.", allow_abbrev=False)
+    """The parser of all commands."""
+    top = Parser(prog="attnstats", description="Statistics of attention without the T x T map.")
     top.add_argument("--version", action="version", version=f"attnstats {attnstats.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS.values():

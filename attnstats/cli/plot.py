@@ -1,4 +1,4 @@
-"""`attnstats plot`: a figure for a paper out of a finished run, with nothing computed."""
+"""`attnstats plot`: a figure of a finished run, for a paper; nothing is computed again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attnstats.cli import options as given
+from attnstats.cli import arguments
 from attnstats.errors import InputError
 
 FIGURES = ("rhythm", "maps", "heads")
@@ -19,20 +19,22 @@ def add_parser(commands: Any) -> None:
         help="a figure of a finished run, for a paper",
         description="Read a folder that `attnstats analyze` has written and draw one prompt of it: WAAD and FAI along "
         "the response (rhythm), the mean maps of its local and global heads (maps), or the heads' distances (heads).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what --out of analyze was")
-    parser.add_argument("--figure", choices=FIGURES, default=FIGURES[0], help="what is drawn")
-    parser.add_argument("--prompt", type=int, default=1, metavar="N", help="which prompt, counted from 1")
+    arguments.add_folder(parser)
+    parser.add_argument("--figure", choices=FIGURES, default=FIGURES[0], help="the figure to draw")
+    parser.add_argument("--prompt", type=int, default=1, metavar="N", help="number of the prompt, from 1")
     parser.add_argument(
-        "--tokens", type=int, nargs=2, metavar=("FIRST", "LAST"), help="of the response, counted from 1; rhythm alone"
+        "--tokens",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="tokens of the response, counted from 1; only for rhythm",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pdf, .png or .svg")
 
 
 def run(options: argparse.Namespace) -> int:
-    given.require("matplotlib", "rich", "safetensors")
+    arguments.require("matplotlib", "rich", "safetensors")
     if options.out.suffix.lower() not in KINDS:
         raise InputError(f"--out {options.out}: needs a name that ends in {', '.join(KINDS)}")
     if options.tokens and options.figure != "rhythm":
@@ -53,9 +55,7 @@ def run(options: argparse.Namespace) -> int:
         figure = figures.rhythm(analysis, (first, last))
     else:
         figure = figures.FIGURES[options.figure](analysis)
-    try:
+    with arguments.writing(options.out):
         figures.save(figure, options.out)
-    except OSError as error:
-        raise InputError(f"--out {options.out}: {error.strerror or error}; name a file that can be written") from error
     Terminal().say(str(options.out))
     return 0

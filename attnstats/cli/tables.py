@@ -1,4 +1,4 @@
-"""What `attnstats couplings` shows and keeps: the paper's tables with its numbers beside ours, and the same as JSON."""
+"""The tables of `attnstats couplings`, the paper's with its numbers beside ours, and the same numbers as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from attnstats.rhythm import Coupling
-from attnstats.study.couplings import Findings, Row
-from attnstats.study.perturb import Table1
+from attnstats.study.couplings import CorpusTables, Row
+from attnstats.study.perturb import OverlapTest
 
 # Li et al., arXiv 2510.13554v2: Qwen3-4B-Base on 70 GSM8K problems.
 TABLE_2 = ((0.3608, 0.2386), (0.6084, 0.2241), (0.5253, 0.3687))  # observed, random
@@ -24,15 +24,15 @@ COUPLINGS = ("1: entropy", "2: same peaks", "3: follow")  # in the order of Tabl
 NAMES = {"waad": "WAAD", "fai": "FAI", "receiver_fai": "receiver FAI", "entropy": "entropy"}
 
 
-def render(findings: Findings, tested: dict[str, Table1]) -> Iterator[RenderableType]:
+def render(tables: CorpusTables, tests: dict[str, OverlapTest]) -> Iterator[RenderableType]:
     """The tables, in the paper's order."""
-    if tested:
-        yield table_1(tested)
-    yield table_2(findings)
-    yield peaks(findings)
-    yield table_10(findings)
-    yield table_20(findings)
-    yield settlements(findings)
+    if tests:
+        yield table_1(tests)
+    yield table_2(tables)
+    yield peaks(tables)
+    yield table_10(tables)
+    yield table_20(tables)
+    yield variants(tables)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -42,83 +42,83 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def table_1(tested: dict[str, Table1]) -> Table:
+def table_1(tests: dict[str, OverlapTest]) -> Table:
     table = _table(
         "Table 1: overlap of content words after a token was replaced",
         "tokens forced", "at high FAI", "at low FAI", "lower at high FAI", "p", "low - high, 95 %", "trials",
     )  # fmt: skip
-    for name, found in tested.items():
+    for name, test in tests.items():
         table.add_row(
-            name, f"{found.high:.3f}", f"{found.low:.3f}", _percent(found.lower), _p(found.p_value),
-            f"{found.difference_low:+.3f} .. {found.difference_high:+.3f}", str(found.count),
+            name, f"{test.high:.3f}", f"{test.low:.3f}", _percent(test.lower), _p(test.p_value),
+            f"{test.difference_low:+.3f} .. {test.difference_high:+.3f}", str(test.count),
         )  # fmt: skip
     table.add_row("the paper", *(f"{value:.3f}" for value in TABLE_1[:2]), _percent(TABLE_1[2]), "", "", "70")
     return table
 
 
-def table_2(findings: Findings) -> Table:
+def table_2(tables: CorpusTables) -> Table:
     table = _table(
-        f"Table 2: couplings over {findings.responses} responses, {findings.tokens} tokens",
+        f"Table 2: couplings over {tables.responses} responses, {tables.tokens} tokens",
         "coupling", "observed", "random", "lift", "95 %", "p", "peaks", "paper:", "random", "lift",
     )  # fmt: skip
-    for i, (found, (observed, random)) in enumerate(zip(findings.rows[0].couplings or (), TABLE_2, strict=False), 1):
+    for i, (ours, (observed, random)) in enumerate(zip(tables.rows[0].couplings or (), TABLE_2, strict=False), 1):
         table.add_row(
-            f"{i}: {found.name}", f"{found.observed:.4f}", f"{found.random:.4f}", _lift(found.lift),
-            f"{_lift(found.low)} .. {_lift(found.high)}", _p(found.p_value), str(found.count),
+            f"{i}: {ours.name}", f"{ours.observed:.4f}", f"{ours.random:.4f}", _lift(ours.lift),
+            f"{_lift(ours.low)} .. {_lift(ours.high)}", _p(ours.p_value), str(ours.count),
             f"{observed:.4f}", f"{random:.4f}", _lift((observed - random) / random),
         )  # fmt: skip
     return table
 
 
-def peaks(findings: Findings) -> Table:
+def peaks(tables: CorpusTables) -> Table:
     table = _table("Peaks per token, heads and sets", "share of", "ours", "paper")
-    for name, density in findings.rows[0].densities.items():
+    for name, density in tables.rows[0].densities.items():
         table.add_row(NAMES[name], _percent(density), DENSITIES.get(name, "not given"))
     table.add_section()
-    table.add_row("receiver heads that are global heads", f"{findings.receivers_global} of {findings.receivers}", "")
-    for name, share in findings.sets.items():
+    table.add_row("receiver heads that are global heads", f"{tables.receivers_global} of {tables.receivers}", "")
+    for name, share in tables.sets.items():
         table.add_row(f"tokens in the sets of Eq. 14-18: {name}", _percent(share), "")
     return table
 
 
-def table_10(findings: Findings) -> Table:
+def table_10(tables: CorpusTables) -> Table:
     table = _table("Table 10: lift (p) by depth", "heads of", *(c for name in COUPLINGS for c in (name, "paper")))
-    for row in findings.rows:
+    for row in tables.rows:
         if row.setting == "layers" and row.value in TABLE_10 and row.couplings:
             both = zip(row.couplings, TABLE_10[row.value], strict=True)
-            table.add_row(row.value, *(cell for found, paper in both for cell in (_cell(found), _lift(paper))))
+            table.add_row(row.value, *(cell for ours, paper in both for cell in (_cell(ours), _lift(paper))))
     return table
 
 
-def table_20(findings: Findings) -> Table:
-    reach = sorted({offset for _, _, offset in findings.offsets})
+def table_20(tables: CorpusTables) -> Table:
+    reach = sorted({offset for _, _, offset in tables.offsets})
     columns = (f"{offset:+d}" for offset in reach)
     table = _table(
         "Table 20: lift (p) of a peak near a peak, by offset in tokens", "of peaks of", "with one of", *columns
     )
     table.columns[1].justify = "left"
-    for of, near in dict.fromkeys((of, near) for of, near, _ in findings.offsets):
-        table.add_row(NAMES[of], NAMES[near], *(_cell(findings.offsets[of, near, offset]) for offset in reach))
+    for of, near in dict.fromkeys((of, near) for of, near, _ in tables.offsets):
+        table.add_row(NAMES[of], NAMES[near], *(_cell(tables.offsets[of, near, offset]) for offset in reach))
     return table
 
 
-def settlements(findings: Findings) -> Table:
+def variants(tables: CorpusTables) -> Table:
     table = _table(
         "What the paper leaves open: lift (p) under other settings",
         "setting", "value", "WAAD peaks", "FAI peaks", *COUPLINGS,
     )  # fmt: skip
     table.columns[1].justify = "left"
-    for row in findings.rows:
+    for row in tables.rows:
         if row.couplings is None:
             table.add_row(row.setting, row.value, "no heads", "of a kind")
             continue
-        shown = (_percent(row.densities["waad"]), _percent(row.densities["fai"]))
-        table.add_row(row.setting, row.value, *shown, *map(_cell, row.couplings))
+        densities = (_percent(row.densities["waad"]), _percent(row.densities["fai"]))
+        table.add_row(row.setting, row.value, *densities, *map(_cell, row.couplings))
     return table
 
 
-def _cell(found: Coupling) -> str:
-    return f"{_lift(found.lift)} ({_p(found.p_value)})"
+def _cell(coupling: Coupling) -> str:
+    return f"{_lift(coupling.lift)} ({_p(coupling.p_value)})"
 
 
 def _percent(share: float) -> str:
@@ -133,28 +133,28 @@ def _p(p_value: float) -> str:
     return "-" if math.isnan(p_value) else f"{p_value:.4f}" if p_value < 0.01 else f"{p_value:.2f}"
 
 
-def as_json(findings: Findings, tested: dict[str, Table1]) -> dict[str, Any]:
-    """All of it as JSON holds it; null for what is not a number."""
+def as_json(tables: CorpusTables, tests: dict[str, OverlapTest]) -> dict[str, Any]:
+    """All numbers of the tables as JSON, with null for NaN."""
     return {
-        "responses": findings.responses,
-        "response_tokens": findings.tokens,
+        "responses": tables.responses,
+        "response_tokens": tables.tokens,
         "heads": {
-            "layers": len(findings.profiles.tokens.layers),
-            "per_layer": findings.profiles.tokens.distance.shape[1],
-            "local": findings.local,
-            "global": findings.global_,
-            "receivers": findings.receivers,
-            "receivers_that_are_global": findings.receivers_global,
+            "layers": len(tables.profiles.tokens.layers),
+            "per_layer": tables.profiles.tokens.distance.shape[1],
+            "local": tables.local,
+            "global": tables.global_,
+            "receivers": tables.receivers,
+            "receivers_that_are_global": tables.receivers_global,
         },
-        "perturbation": {name: _finite(asdict(found)) for name, found in tested.items()},
-        "couplings": _row(findings.rows[0])["couplings"],
-        "densities": _finite(findings.rows[0].densities),
-        "sets": _finite(findings.sets),
+        "perturbation": {name: _finite(asdict(test)) for name, test in tests.items()},
+        "couplings": _row(tables.rows[0])["couplings"],
+        "densities": _finite(tables.rows[0].densities),
+        "sets": _finite(tables.sets),
         "offsets": [
-            {"of": of, "near": near, "offset": offset, **coupling_as_json(found)}
-            for (of, near, offset), found in findings.offsets.items()
+            {"of": of, "near": near, "offset": offset, **_coupling(coupling)}
+            for (of, near, offset), coupling in tables.offsets.items()
         ],
-        "settlements": [_row(row) for row in findings.rows],
+        "settlements": [_row(row) for row in tables.rows],
     }
 
 
@@ -163,20 +163,21 @@ def _row(row: Row) -> dict[str, Any]:
         "setting": row.setting,
         "value": row.value,
         "densities": _finite(row.densities),
-        "couplings": [coupling_as_json(found) for found in row.couplings or ()],
+        "couplings": [_coupling(coupling) for coupling in row.couplings or ()],
     }
 
 
-def coupling_as_json(found: Coupling) -> dict[str, Any]:
+def _coupling(coupling: Coupling) -> dict[str, Any]:
     """A coupling with its lift."""
-    return _finite({**asdict(found), "lift": found.lift})
+    return _finite({**asdict(coupling), "lift": coupling.lift})
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: _number(value) for key, value in record.items()}
+    """A record with rounded numbers, and None for those that are not finite."""
 
+    def number(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return round(value, 6) if math.isfinite(value) else None
 
-def _number(value: Any) -> Any:
-    if not isinstance(value, float):
-        return value
-    return round(value, 6) if math.isfinite(value) else None
+    return {key: number(value) for key, value in record.items()}

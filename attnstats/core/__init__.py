@@ -1,1 +1,1 @@
-"""What every backend shares: arguments, geometry, mask patterns, autograd and the wire format of traced calls."""
+"""Code that every backend shares: arguments, geometry, mask patterns, autograd and the wire format of traced calls."""

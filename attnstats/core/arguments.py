@@ -1,206 +1,73 @@
-"""The border of the public functions: arguments in, a `Geometry` out, or one error that names what is wrong.
+"""The border of the public functions: `Options` in, a `Geometry` out, or one error that names what is wrong.
 
 Every error says which argument, what came and what would work. Nothing behind this module validates again, and
-nothing here touches the numbers in query, key and value. Called by attention.py and reference.py.
+nothing here touches the numbers in query, key and value.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from attnstats.core import packing
 from attnstats.core.geometry import Geometry
-from attnstats.core.packing import Packing
-from attnstats.statistics import LSE, ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, PooledMap, Statistic
+from attnstats.core.options import Heads, Options, Window
+from attnstats.core.packing import INTEGERS, check_integer
+from attnstats.statistics import PooledMap, Statistic
+from attnstats.statistics import resolve as resolve_statistics
 
-INTEGERS = (int, torch.SymInt)  # a length in a graph is a symbol
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Window = tuple[int | None, int | None]
-Heads = Sequence[int] | Mapping[Any, Sequence[int]]  # by Statistic or name
+CACHED_CALLS = 256
+_CACHE: dict[Any, Geometry] = {}
 
 
-KNOWN_CALLS = 256
-_KNOWN: dict[Any, Geometry] = {}
-
-
-def resolve(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    statistics: tuple[Statistic, ...],
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    softcap: float | None = None,
-    window_size: Window | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    query_offset: int | None = None,
-    heads: Heads | None = None,
-) -> Geometry:
-    """Validate the arguments of `attnstats.attention`. Raises TypeError or ValueError naming the argument."""
-    # A call without masks is known by its shapes: the same one is not validated twice.
-    facts = None
-    if attn_mask is sinks is query_mask is key_padding_mask is None:
-        settings = (is_causal, scale, enable_gqa, softcap, window_size, query_offset, heads)
-        facts = (_facts(query), _facts(key), _facts(value), statistics, settings, *map(type, settings))
-        try:
-            known = _KNOWN.get(facts)
-        except TypeError:  # a list or a dict, which can't be looked up
-            facts = None
-        else:
-            if known is not None:
-                return known
-    _check_tensors(query, key, value, enable_gqa)
-    batch, query_heads, query_length, head_dim = query.shape
-    key_length = key.shape[2]
-    left, right = _window(window_size, is_causal)
-    if query_offset is None:
-        if is_causal and query_length > key_length:
-            raise ValueError(
-                f"is_causal: queries are the last positions, so Tq <= Tk; got Tq={query_length}, Tk={key_length}. "
-                "Pass query_offset to place them elsewhere, or is_causal=False"
-            )
-        if is_causal or query_length == key_length:
-            query_offset = key_length - query_length
-    else:
-        check_length("query_offset", query_offset)
-    if query_offset is None:
-        across = f"Tq={query_length} != Tk={key_length} with is_causal=False is taken as cross-attention"
-        _refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
-        if (left, right) != (None, None):
-            raise ValueError(f"window_size {window_size} needs positions, and {across}. Pass query_offset")
-    for statistic in statistics:
-        if isinstance(statistic, PooledMap):
-            statistic.boundaries(query_length, key_length)
-
-    _check_mask("query_mask", query_mask, (batch, query_length), query.device)
-    _check_mask("key_padding_mask", key_padding_mask, (batch, key_length), query.device)
-    query_real = None
-    if key_padding_mask is not None and query_offset is not None:  # padding positions aren't queries either
-        position = torch.arange(query_length, device=query.device) + query_offset
-        query_real = key_padding_mask[:, position.clamp(max=key_length - 1)] | (position >= key_length)
-    key_mask, dense_mask = _split_mask(attn_mask, query, key_length)
-    if key_mask is None:
-        key_mask = key_padding_mask
-    elif key_padding_mask is not None:
-        key_mask = key_mask & key_padding_mask
+def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> Geometry:
+    """Validate a call, packed tensors as `batch_of_one` views. Raises TypeError or ValueError naming the argument."""
+    statistics = resolve_statistics(options.statistics)
+    cache_key = _cache_key(query, key, value, statistics, options)
+    if cache_key is not None:
+        cached = _CACHE.get(cache_key)
+        if cached is not None:
+            return cached
+    _check_differentiable(statistics, options.differentiable)
+    _check_tensors(query, key, value, options.enable_gqa)
+    packed = options.cu_seqlens_q is not None
     geometry = Geometry(
-        batch=batch,
-        query_heads=query_heads,
+        statistics=statistics,
+        batch=query.shape[0],
+        query_heads=query.shape[1],
         key_heads=key.shape[1],
-        query_length=query_length,
-        key_length=key_length,
-        head_dim=head_dim,
-        value_dim=head_dim if value is None else value.shape[3],
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        head_dim=query.shape[3],
+        value_dim=query.shape[3] if value is None else value.shape[3],
         dtype=query.dtype,
         device=query.device,
-        scale=_scale(scale, head_dim),
-        query_offset=query_offset,
-        left=left,
-        right=right,
-        softcap=_softcap(softcap),
-        sinks=_sinks(sinks, query),
-        key_mask=key_mask,
-        query_real=query_real,
-        query_mask=query_mask,
-        dense_mask=dense_mask,
-        heads=_heads(heads, statistics, query_heads),
+        **(_packed_positions if packed else _positions)(query, key, statistics, options),
+        scale=_scale(options.scale, query.shape[3]),
+        softcap=_softcap(options.softcap),
+        sinks=_sinks(options.sinks, query),
+        heads=_heads(options.heads, statistics, query.shape[1]),
+        dropout_p=_dropout(options.dropout_p),
+        differentiable=options.differentiable,
     )
-    if facts is not None:
-        if len(_KNOWN) >= KNOWN_CALLS:
-            _KNOWN.clear()
-        _KNOWN[facts] = geometry
+    if cache_key is not None:
+        if len(_CACHE) >= CACHED_CALLS:
+            _CACHE.clear()
+        _CACHE[cache_key] = geometry
     return geometry
 
 
-def _facts(x: Tensor | None) -> Any:
-    return (x.shape, x.dtype, x.device) if isinstance(x, Tensor) else None if x is None else [x]
-
-
-def resolve_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    statistics: tuple[Statistic, ...],
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    softcap: float | None = None,
-    window_size: Window | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    heads: Heads | None = None,
-) -> Geometry:
-    """Validate the arguments of `attnstats.varlen_attention`, whose tensors arrive as (1, heads, total, dim)."""
-    _check_tensors(query, key, value, enable_gqa)
-    _, query_heads, query_length, head_dim = query.shape
-    packing, shared = _packing(
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, query_length, key.shape[2], query.device
-    )
-    left, right = _window(window_size, is_causal)
-    if not (is_causal or shared):
-        across = "cu_seqlens_k that differ from cu_seqlens_q with is_causal=False are taken as cross-attention"
-        _refuse_distances(statistics, across)
-        if (left, right) != (None, None):
-            raise ValueError(f"window_size {window_size} needs positions, and {across}")
-    if any(isinstance(statistic, PooledMap) for statistic in statistics):
-        raise ValueError("statistics: PooledMap is one map of one sequence; call attention for each packed sequence")
-    if query_mask is not None:
-        if isinstance(query_mask, Tensor):
-            query_mask = query_mask[None]
-        _check_mask("query_mask", query_mask, (1, query_length), query.device)
-    return Geometry(
-        batch=1,
-        query_heads=query_heads,
-        key_heads=key.shape[1],
-        query_length=query_length,
-        key_length=key.shape[2],
-        head_dim=head_dim,
-        value_dim=head_dim if value is None else value.shape[3],
-        dtype=query.dtype,
-        device=query.device,
-        scale=_scale(scale, head_dim),
-        query_offset=0,
-        left=left,
-        right=right,
-        softcap=_softcap(softcap),
-        sinks=_sinks(sinks, query),
-        query_mask=query_mask,
-        packing=packing,
-        heads=_heads(heads, statistics, query_heads),
-    )
-
-
-def with_dropout(geometry: Geometry, dropout_p: float, seed: Tensor | None = None, seeded: bool = True) -> Geometry:
-    """The same call with its dropout, and with a seed for it: one that was drawn before, or a new one."""
-    check_dropout(dropout_p)
-    if dropout_p == 0:
+def with_dropout_seed(geometry: Geometry, seed: Tensor | None = None) -> Geometry:
+    """The same call with a seed for its dropout, if it has any; seed None: one is drawn."""
+    if geometry.dropout_p == 0:
         return geometry
-    if seed is None and seeded:
-        seed = draw_seed(geometry.device)
-    return dataclasses.replace(geometry, dropout_p=float(dropout_p), dropout_seed=seed)
-
-
-def check_dropout(dropout_p: float) -> None:
-    if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be a number in [0, 1), 0 for no dropout; got {dropout_p!r}")
+    return dataclasses.replace(geometry, dropout_seed=draw_seed(geometry.device) if seed is None else seed)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -208,17 +75,31 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**62, (1,), device=device)
 
 
-def check_differentiable(statistics: tuple[Statistic, ...], differentiable: bool) -> None:
-    if not isinstance(differentiable, bool):
-        raise TypeError(f"differentiable must be True or False, got {differentiable!r}")
-    for s in statistics if differentiable else ():
-        if isinstance(s, ColumnStatistic) and s.last_queries is not None:
-            raise ValueError(f"differentiable: {s} of the last queries carries no gradients; Received() does")
-        if not isinstance(s, (DistanceWeighted, Entropy, LSE)):
-            raise ValueError(
-                f"differentiable: {s} carries no gradients; distance-weighted statistics, Entropy and LSE do. "
-                "Ask for it in a call with differentiable=False"
-            )
+def _cache_key(
+    query: Tensor, key: Tensor, value: Tensor | None, statistics: tuple[Statistic, ...], options: Options
+) -> Any:
+    """The facts that decide a call without masks, which is validated once; None: the call can't be cached."""
+    masks = (options.attn_mask, options.key_padding_mask, options.query_mask, options.sinks, options.cu_seqlens_q)
+    if [mask for mask in masks if mask is not None]:
+        return None
+    settings = (
+        options.is_causal,
+        options.scale,
+        options.enable_gqa,
+        options.softcap,
+        options.window_size,
+        options.query_offset,
+        options.heads,
+        options.dropout_p,
+        options.differentiable,
+    )
+    try:
+        tensors = [None if x is None else (x.shape, x.dtype, x.device) for x in (query, key, value)]
+        facts = (*tensors, statistics, settings, *map(type, settings))
+        hash(facts)
+    except (AttributeError, TypeError):  # no tensor; a list or a dict
+        return None
+    return facts
 
 
 def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -231,73 +112,110 @@ def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(0, 1)[None] for x in tensors.values())
 
 
-def from_lse(statistics: tuple[Statistic, ...]) -> tuple[Statistic, ...]:
-    """The statistics of a call that starts from an lse."""
-    if any(isinstance(statistic, MaxLogit) for statistic in statistics):
-        raise ValueError("statistics: MaxLogit is not a function of the lse; ask attnstats.attention for it")
-    return statistics
+def check_traced(statistics: tuple[Statistic, ...], options: Options) -> None:
+    """Raise for settings of a traced call whose Python types its graph no longer shows."""
+    for name in ("query_offset", "max_seqlen_q", "max_seqlen_k"):
+        check_integer(name, getattr(options, name))
+    _scale(options.scale, 1)
+    _softcap(options.softcap)
+    _window(options.window_size, options.is_causal)
+    _dropout(options.dropout_p)
+    _check_differentiable(statistics, options.differentiable)
 
 
-def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) -> Tensor:
-    """An lse as a kernel returned it, as (B, Hq, Tq) in natural logarithm, -inf where a row sees nothing.
-
-    Dense calls take (B, Hq, Tq), packed ones (Hq, total) or (total, Hq); a last dimension of 1 is dropped.
-    """
-    check_lse(base, layout)
-    heads, length = geometry.query_heads, geometry.query_length
-    shapes: list[tuple[int, ...]] = [(geometry.batch, heads, length)]
-    if geometry.packing is not None:
-        by_layout = {"HT": (heads, length), "TH": (length, heads)}
-        shapes = [by_layout[layout]] if layout else list(by_layout.values())
-    if not isinstance(lse, Tensor):
-        raise TypeError(f"lse must be a tensor, got {type(lse).__name__}")
-    shape = tuple(lse.shape)
-    if shape not in shapes and shape[-1:] == (1,):
-        shape = shape[:-1]
-    if shape not in shapes:
-        raise ValueError(f"lse must have the shape {' or '.join(map(str, shapes))}, got {tuple(lse.shape)}")
-    if geometry.packing is not None and heads == length > 1 and layout is None:
-        raise ValueError(f"lse of shape {shape} is ambiguous, as many heads as tokens; pass lse_layout='HT' or 'TH'")
-    if lse.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"lse must be float32 or float64, got {lse.dtype}; in less its error is over 1 % of A")
-    if lse.device != geometry.device:
-        raise ValueError(f"lse must be on query's device {geometry.device}, got {lse.device}")
-    lse = lse.detach().to(geometry.accumulator).reshape(shape)
-    if geometry.packing is not None:
-        lse = (lse.T if layout == "TH" or (layout is None and shape != (heads, length)) else lse)[None]
-    if base == "2":
-        lse = lse * math.log(2.0)
-    return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)
+def _dropout(dropout_p: float) -> float:
+    if type(dropout_p) not in (int, float) or not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1), 0 for no dropout; got {dropout_p!r}")
+    return float(dropout_p)
 
 
-def check_length(name: str, length: int | None) -> None:
-    check_integer(name, length)
-    if length is not None and length < 0:
-        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
+def _check_differentiable(statistics: tuple[Statistic, ...], differentiable: bool) -> None:
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"differentiable must be True or False, got {differentiable!r}")
+    for s in statistics if differentiable else ():
+        if s.last_queries is not None:
+            raise ValueError(f"differentiable: {s} of the last queries carries no gradients; Received() does")
+        if not s.differentiable:
+            raise ValueError(
+                f"differentiable: {s} carries no gradients; distance-weighted statistics, Entropy and LSE do. "
+                "Ask for it in a call with differentiable=False"
+            )
 
 
-def check_integer(name: str, length: int | None) -> None:
-    if length is not None and (not isinstance(length, INTEGERS) or isinstance(length, bool)):
-        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
-
-
-def check_settings(is_causal: bool, scale: float | None, softcap: float | None, window_size: Window | None) -> None:
-    """Of a call that is traced, what can't be told from its graph any more."""
-    _scale(scale, 1)
-    _softcap(softcap)
-    _window(window_size, is_causal)
-
-
-def check_lse(base: str, layout: str | None) -> None:
-    if layout not in (None, "HT", "TH"):
-        raise ValueError(f"lse_layout must be 'HT', 'TH' or None (by its shape), got {layout!r}")
-    if base not in ("e", "2"):
-        raise ValueError(f"lse_base must be 'e' or '2', got {base!r}")
-
-
-def _refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
+def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], options: Options) -> dict[str, Any]:
+    """The fields of a dense call's geometry that say which keys a query sees and which queries count."""
+    batch, query_length, key_length = query.shape[0], query.shape[2], key.shape[2]
+    window_size, is_causal, query_offset = options.window_size, options.is_causal, options.query_offset
+    left, right = _window(window_size, is_causal)
+    if query_offset is None:
+        if is_causal and query_length > key_length:
+            raise ValueError(
+                f"is_causal: queries are the last positions, so Tq <= Tk; got Tq={query_length}, Tk={key_length}. "
+                "Pass query_offset to place them elsewhere, or is_causal=False"
+            )
+        if is_causal or query_length == key_length:
+            query_offset = key_length - query_length
+    else:
+        packing.check_length("query_offset", query_offset)
+    if query_offset is None:
+        across = f"Tq={query_length} != Tk={key_length} with is_causal=False is taken as cross-attention"
+        refuse_distances(statistics, across + ". Pass query_offset if queries and keys share positions")
+        if (left, right) != (None, None):
+            raise ValueError(f"window_size {window_size} needs positions, and {across}. Pass query_offset")
     for statistic in statistics:
-        if isinstance(statistic, DistanceWeighted) and statistic.uses_distance:
+        if isinstance(statistic, PooledMap):
+            statistic.boundaries(query_length, key_length)
+
+    _check_mask("query_mask", options.query_mask, (batch, query_length), query.device)
+    _check_mask("key_padding_mask", options.key_padding_mask, (batch, key_length), query.device)
+    real_keys, real_queries = options.key_padding_mask, None
+    if real_keys is not None and query_offset is not None:  # padding positions aren't queries either
+        position = torch.arange(query_length, device=query.device) + query_offset
+        real_queries = real_keys[:, position.clamp(max=key_length - 1)] | (position >= key_length)
+    key_mask, dense_mask = _split_mask(options.attn_mask, query, key_length)
+    return {
+        "query_offset": query_offset,
+        "left": left,
+        "right": right,
+        "key_mask": _both(key_mask, real_keys),
+        "real_queries": real_queries,
+        "query_mask": _both(options.query_mask, real_queries),
+        "dense_mask": dense_mask,
+    }
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """True where both masks are; None: everywhere."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def _packed_positions(
+    query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], options: Options
+) -> dict[str, Any]:
+    """`_positions` of packed sequences."""
+    sequences, shared = packing.read(options, query.shape[2], key.shape[2], query.device)
+    window_size, query_mask = options.window_size, options.query_mask
+    left, right = _window(window_size, options.is_causal)
+    if not (options.is_causal or shared):
+        across = "cu_seqlens_k that differ from cu_seqlens_q with is_causal=False are taken as cross-attention"
+        refuse_distances(statistics, across)
+        if (left, right) != (None, None):
+            raise ValueError(f"window_size {window_size} needs positions, and {across}")
+    if any(statistic.axis == "map" for statistic in statistics):
+        raise ValueError("statistics: PooledMap is one map of one sequence; call attention for each packed sequence")
+    if query_mask is not None:
+        if isinstance(query_mask, Tensor):
+            query_mask = query_mask[None]
+        _check_mask("query_mask", query_mask, (1, query.shape[2]), query.device)
+    return {"query_offset": 0, "left": left, "right": right, "query_mask": query_mask, "packing": sequences}
+
+
+def refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
+    """Raise ValueError, with the reason, for statistics that need positions of queries and keys."""
+    for statistic in statistics:
+        if statistic.uses_distance:
             raise ValueError(f"statistics: {statistic} needs distances, and {reason}")
 
 
@@ -318,12 +236,12 @@ def _softcap(softcap: float | None) -> float | None:
 
 
 def _window(window_size: Window | None, is_causal: bool) -> Window:
-    """How far a query sees to the left and to the right, None: all the way."""
+    """`left` and `right`, how far behind and ahead of itself a query sees; None: no limit."""
     if window_size is None:
         return None, 0 if is_causal else None
     sides = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
-    whole = all(side is None or (isinstance(side, INTEGERS) and not isinstance(side, bool)) for side in sides)
-    if len(sides) != 2 or not whole or any(side is not None and not -1 <= side < 2**31 - 1 for side in sides):
+    integers = all(side is None or (isinstance(side, INTEGERS) and not isinstance(side, bool)) for side in sides)
+    if len(sides) != 2 or not integers or any(side is not None and not -1 <= side < 2**31 - 1 for side in sides):
         raise ValueError(
             f"window_size must be (left, right), integers >= 0, or None or -1 for no limit; got {window_size!r}. "
             "A sliding window of w tokens is (w - 1, 0)"
@@ -349,7 +267,7 @@ def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
 def _heads(
     heads: Heads | None, statistics: tuple[Statistic, ...], query_heads: int
 ) -> dict[Statistic, tuple[int, ...]]:
-    """The heads of each statistic that isn't asked of all."""
+    """The heads of each statistic that is computed for some heads only."""
     if heads is None:
         return {}
     if not isinstance(heads, Mapping):
@@ -375,80 +293,9 @@ def _head_list(name: str, heads: Sequence[int], query_heads: int) -> tuple[int, 
     return listed
 
 
-# (version, boundaries) of cu_seqlens that were read already: every layer of a model passes the same tensor.
-_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _packing(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    query_length: int,
-    key_length: int,
-    device: torch.device,
-) -> tuple[Packing, bool]:
-    """The packing, and whether queries and keys have the same sequences.
-
-    The boundaries of a CUDA tensor are read once, which waits for the device; not at all where both maximal lengths
-    are given, and then the kernels still stay inside the tensors.
-    """
-    same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-        if key_length != query_length:
-            raise ValueError(
-                f"cu_seqlens_k: query has {query_length} tokens and key {key_length}, so both need boundaries; got None"
-            )
-    check_length("max_seqlen_q", max_seqlen_q)
-    check_length("max_seqlen_k", max_seqlen_k)
-    boundaries: list[list[int]] = []
-    longest: list[int] = []
-    sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))
-    for side, cu, given, length in sides:
-        name = f"cu_seqlens_{side}"
-        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) < 2:
-            got = f"{cu.dtype} {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
-            raise TypeError(f"{name} must be an int32 or int64 tensor of shape (sequences + 1,), got {got}")
-        if cu.device != device:
-            raise ValueError(f"{name} must be on query's device {device}, got {cu.device}")
-        if given is not None and device.type != "cpu":
-            longest.append(min(given, length))
-            continue
-        values = _read(cu)
-        steps = [b - a for a, b in pairwise(values)]
-        if values[0] != 0 or min(steps) < 0 or values[-1] > length:
-            fault = "start at 0" if values[0] else "not decrease" if min(steps) < 0 else f"end at most at {length}"
-            raise ValueError(f"{name} must {fault}, got {_short(values)}")
-        if given is not None and given < max(steps):
-            raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {max(steps)}; got {given}")
-        boundaries.append(values)
-        longest.append(max(steps))
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(
-            f"cu_seqlens_k must have as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}; "
-            f"got {len(cu_seqlens_k) - 1}"
-        )
-    shared = same or (len(boundaries) == 2 and boundaries[0] == boundaries[1])
-    return Packing(cu_seqlens_q.int(), cu_seqlens_k.int(), *longest), shared
-
-
-def _read(cu_seqlens: Tensor) -> list[int]:
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known = _READ.get(cu_seqlens)
-    if known is None or version is None or known[0] != version:
-        known = _READ[cu_seqlens] = (version, cu_seqlens.tolist())
-    return known[1]
-
-
-def _short(values: list[int]) -> str:
-    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"
-
-
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa: bool) -> None:
-    tensors = {"query": query, "key": key} | ({} if value is None else {"value": value})
-    for name, x in tensors.items():
+    tensors = [("query", query), ("key", key), *([] if value is None else [("value", value)])]
+    for name, x in tensors:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:

@@ -1,15 +1,15 @@
-"""Who sees whom: lengths, positions, windows, padding, packed sequences and counted queries of one attention call.
+"""One attention call without its numbers: lengths, positions, windows, padding, packed sequences, counted queries.
 
-A `Geometry` is made by `arguments.resolve`, which validates; everything behind it trusts a Geometry, and what it
-derives costs O(T). Used by every backend; `reference` only takes the plain facts and derives the rest from dense
-masks itself.
+`arguments.resolve` makes a `Geometry` and validates; everything behind it trusts a Geometry, and what it derives costs
+O(T). `reference` takes only its plain facts and derives the rest from dense masks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,13 +17,8 @@ import torch
 from torch import Tensor
 
 from attnstats.core.packing import Line, Packing
-from attnstats.statistics import (
-    LSE,
-    ColumnStatistic,
-    PooledMap,
-    Statistic,
-    Statistics,
-)
+from attnstats.results import AttentionResult, Statistics
+from attnstats.statistics import PooledMap, Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +28,7 @@ class Geometry:
     Query t may see key s where `-right <= t - s <= left`, in absolute positions, unless a mask hides it.
 
     Attributes:
+        statistics: those to compute.
         query_offset: position of the first query; the keys stand at 0 .. key_length - 1. None where queries and
             keys share no positions (cross-attention), so that no distance is defined. Negative only for a packed
             sequence with more queries than keys, whose first queries see nothing.
@@ -40,18 +36,21 @@ class Geometry:
         softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
         sinks: (Hq,) float, one more logit per head in every row's softmax that belongs to no key; None: none.
         key_mask: (B, Tk) bool, True where a key may be seen; None: all.
-        query_real: (B, Tq) bool, True where a query isn't padding; None: all.
-        query_mask: (B, Tq) bool, True where a query counts (the paper's response R); None: all.
+        real_queries: (B, Tq) bool, True where a query isn't padding; None: all.
+        query_mask: (B, Tq) bool, True where a query counts in columns (the paper's response R); padding does not.
+            None: all.
         dense_mask: the caller's attn_mask where it depends on the query, (B|1, Hq|1, Tq|1, Tk), bool (True: may
             be seen) or additive. Only `reference` takes it.
         packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
             every batch row is one sequence.
-        heads: the query heads of statistics that were not asked of all heads.
+        heads: the query heads of each statistic that is computed for some heads only.
         dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
         dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
-        memo: what a backend derived from this geometry and needs again with the next call like it.
+        differentiable: statistics carry gradients.
+        memo: values that backends derive from this geometry and read again in the next call like it.
     """
 
+    statistics: tuple[Statistic, ...]
     batch: int
     query_heads: int
     key_heads: int
@@ -68,37 +67,38 @@ class Geometry:
     softcap: float | None = None
     sinks: Tensor | None = None
     key_mask: Tensor | None = None
-    query_real: Tensor | None = None
+    real_queries: Tensor | None = None
     query_mask: Tensor | None = None
     dense_mask: Tensor | None = None
     packing: Packing | None = None
     heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
+    differentiable: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Query heads per key head."""
         return self.query_heads // self.key_heads
 
-    @property
+    @functools.cached_property
     def accumulator(self) -> torch.dtype:
         """The dtype of lse and of the statistics."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
+    @functools.cached_property
     def offset(self) -> int:
         """`query_offset`, and 0 where positions have no meaning and only have to be consistent."""
         return self.query_offset or 0
 
-    @property
+    @functools.cached_property
     def is_causal(self) -> bool:
         return self.right == 0
 
-    @property
+    @functools.cached_property
     def all_live(self) -> bool:
-        """Whether it is certain, without a look at a mask, that every query sees a key."""
+        """True if every query is certain to see a key, without a look at a mask."""
         return self.key_mask is None and self.packing is None and self.left is None and self.offset >= 0
 
     def live(self) -> Tensor:
@@ -111,18 +111,16 @@ class Geometry:
         before = _before(self.key_mask)
         return before[:, end] > before[:, first]
 
-    def counted(self, last: int | None = None) -> Tensor | None:
-        """(B, Tq) bool: the query counts in column statistics, only the `last` of each sequence if given; None: all."""
-        counted = self.query_real if self.query_mask is None else self.query_mask
-        if counted is not None and self.query_mask is not None and self.query_real is not None:
-            counted = self.query_mask & self.query_real
-        if last is None:
-            return counted
-        if counted is None:
-            counted = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
-        before = _before(counted)
+    def query_mask_of(self, last_queries: int | None) -> Tensor | None:
+        """`query_mask`, of each sequence only so many of the last queries that count; None: no limit."""
+        query_mask = self.query_mask
+        if last_queries is None:
+            return query_mask
+        if query_mask is None:
+            query_mask = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
+        before = _before(query_mask)
         own_end = self._along_queries().own_end.expand(self.query_length)
-        return counted & (before[:, own_end] - before[:, :-1] <= last)
+        return query_mask & (before[:, own_end] - before[:, :-1] <= last_queries)
 
     def queries_at_distance(self, lo: int, hi: int | None) -> Tensor:
         """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10)."""
@@ -133,86 +131,80 @@ class Geometry:
             hi = min(hi, abs(self.offset) + self.query_length + self.key_length)  # int64 holds position + hi
             end = torch.minimum((position + hi + 1).clamp(min=0), length)
         end = torch.maximum(first, end)
-        counted = self.counted()
-        if counted is None:
+        if self.query_mask is None:
             return (end - first).expand(self.batch, -1)
-        before = _before(counted)
+        before = _before(self.query_mask)
         return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
-        """Where a value is more than a placeholder: (B, Tq) for rows, (B, Tk) for columns, (B, I, J) for a map."""
-        key_real = self._key_real()
-        if isinstance(statistic, ColumnStatistic):
-            return key_real if statistic.horizon is None else self.counts(statistic) > 0
-        counted = self.counted()
-        rows = self.live() if counted is None else self.live() & counted
+        """False for placeholders: (B, Tq) bool for rows, (B, Tk) for columns, (B, I, J) for a map."""
+        real_keys = self._real_keys()
+        if statistic.axis == "column":
+            return real_keys if statistic.horizon is None else self.counts(statistic) > 0
+        rows = self.live() if self.query_mask is None else self.live() & self.query_mask
         if not isinstance(statistic, PooledMap):
             return rows
         query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
-        return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(key_real, key_bounds)[:, None, :]
+        return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(real_keys, key_bounds)[:, None, :]
 
-    def counts(self, statistic: ColumnStatistic) -> Tensor:
+    def counts(self, statistic: Statistic) -> Tensor:
         """(B, Tk) int64: the counted queries behind each mean of a statistic with a horizon, 0 for padding."""
         assert statistic.horizon is not None
-        return self.queries_at_distance(*statistic.horizon) * self._key_real()
+        return self.queries_at_distance(*statistic.horizon) * self._real_keys()
 
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
         heads = len(self.heads.get(statistic, range(self.query_heads)))
-        if isinstance(statistic, ColumnStatistic):
-            return self.batch, heads, self.key_length
-        if isinstance(statistic, PooledMap):
-            query_bounds, key_bounds = statistic.boundaries(self.query_length, self.key_length)
-            return self.batch, heads, len(query_bounds) - 1, len(key_bounds) - 1
-        return self.batch, heads, self.query_length
+        return self.batch, heads, *statistic.shape(self.query_length, self.key_length)
 
     def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
-        """From sums to what is returned: means over counted queries, zeros where there is nothing but padding."""
-        if isinstance(statistic, (LSE, PooledMap)):
+        """The returned value of a backend's sums: means over counted queries, zeros for padding."""
+        if statistic.method in ("lse", "pooled"):
             return tensor
-        if isinstance(statistic, ColumnStatistic):
+        if statistic.axis == "column":
             if self.key_mask is not None:
                 tensor = tensor.masked_fill(~self.key_mask[:, None], 0.0)
-            if statistic.horizon is None:
+            horizon = statistic.horizon
+            if horizon is None:
                 return tensor
-            counts = self.memo.get(statistic.horizon)
+            counts = self.memo.get(horizon)
             if counts is None:
-                counts = self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+                counts = self.queries_at_distance(*horizon).clamp(min=1)[:, None]
                 # A tensor made while a CUDA graph is captured is only there when the graph runs.
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-                    self.memo[statistic.horizon] = counts
+                    self.memo[horizon] = counts
             return tensor / counts
-        if self.all_live and self.query_real is None:
+        if self.all_live and self.real_queries is None:
             return tensor
-        rows = self.live() if self.query_real is None else self.live() & self.query_real
+        rows = self.live() if self.real_queries is None else self.live() & self.real_queries
         return tensor.masked_fill(~rows[:, None], 0.0)
 
     def gradient_of_sums(self, statistic: Statistic, grad: Tensor) -> Tensor:
-        """From the gradient for what `finish` returned that for the sums, in all heads; 0 for placeholders."""
+        """The gradient of a backend's sums, in all heads, from that of the value that `finish` returned."""
         grad = grad.to(self.accumulator)
-        if isinstance(statistic, ColumnStatistic):
+        if statistic.axis == "column":
             if self.key_mask is not None:
                 grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is not None:
                 grad = grad / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
-        elif not self.all_live or self.query_real is not None:
+        elif not self.all_live or self.real_queries is not None:
             rows = self.live()
-            if self.query_real is not None and not isinstance(statistic, LSE):  # padding has an lse
-                rows = rows & self.query_real
+            if self.real_queries is not None and statistic.method != "lse":  # padding has an lse
+                rows = rows & self.real_queries
             grad = grad.masked_fill(~rows[:, None], 0.0)
         return self.in_all_heads(statistic, grad)
 
     def in_all_heads(self, statistic: Statistic, x: Tensor) -> Tensor:
-        """(B, Hq, T): x, which has the statistic's heads alone, and 0 in the others."""
+        """(B, Hq, T): x in the statistic's heads, 0 in the others."""
         if statistic not in self.heads:
             return x
-        every = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
-        for i, head in enumerate(self.heads[statistic]):  # not every[:, heads], which copies a list to the device
-            every[:, head] = x[:, i]
-        return every
+        in_all = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
+        for i, head in enumerate(self.heads[statistic]):  # not in_all[:, heads], which copies a list to the device
+            in_all[:, head] = x[:, i]
+        return in_all
 
     def row_mass(self, lse: Tensor) -> Tensor:
-        """(B, 1 | Hq, Tq): the sum of a row of A: 1, less the sink's share, and 0 where nothing is seen."""
+        """(B, 1 | Hq, Tq): the sums of the rows of A: 1 less the sink's share, 0 for rows that see no key."""
         live = self.live()[:, None].to(lse.dtype)
         return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
 
@@ -223,31 +215,33 @@ class Geometry:
 
     def subset(self, heads: tuple[int, ...]) -> Geometry:
         """The same call for some of its query heads, each with a key head of its own."""
-        sinks = None if self.sinks is None else self.sinks[list(heads)]
-        return dataclasses.replace(self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={})
+        subset = self.memo.get(("subset", heads))
+        if subset is None:
+            sinks = None if self.sinks is None else self.sinks[list(heads)]
+            subset = self.memo["subset", heads] = dataclasses.replace(
+                self, query_heads=len(heads), key_heads=len(heads), sinks=sinks, heads={}, memo={}
+            )
+        return subset
 
     def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
-        """Each packed sequence that has queries and keys: where they lie, and the call that it is on its own."""
+        """Yield the slices of queries and of keys of each packed sequence that has both, and its geometry alone."""
         assert self.packing is not None
         for queries, keys in self.packing.slices():
             if queries.start < queries.stop and keys.start < keys.stop:
                 length, key_length = queries.stop - queries.start, keys.stop - keys.start
-                yield (
-                    queries,
-                    keys,
-                    dataclasses.replace(
-                        self,
-                        query_length=length,
-                        key_length=key_length,
-                        query_offset=key_length - length,
-                        query_mask=None if self.query_mask is None else self.query_mask[:, queries],
-                        dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
-                        packing=None,
-                        memo={},
-                    ),
+                alone = dataclasses.replace(
+                    self,
+                    query_length=length,
+                    key_length=key_length,
+                    query_offset=key_length - length,
+                    query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                    dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
+                    packing=None,
+                    memo={},
                 )
+                yield queries, keys, alone
 
-    def _key_real(self) -> Tensor:
+    def _real_keys(self) -> Tensor:
         """(B, Tk) bool: not padding, and of a sequence."""
         real = self.key_mask
         if real is None:
@@ -263,14 +257,14 @@ class Geometry:
         return Line(position, *(position.new_full((), n) for n in (self.query_length, 0, self.key_length)))
 
     def _along_keys(self) -> Line:
-        """Positions are counted from the first query of the sequence, so that query i stands at i."""
+        """Here positions count from the first query of the sequence: query i stands at i."""
         if self.packing is not None:
             return self.packing.along_keys(self.key_length)
         position = torch.arange(self.key_length, device=self.device) - self.offset
         return Line(position, *(position.new_full((), n) for n in (self.key_length, 0, self.query_length)))
 
     def _seen(self) -> tuple[Tensor, Tensor]:
-        """[Tq] int64 twice: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
+        """[Tq] int64 `first` and `end`: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
         position, _, begin, length = self._along_queries()
         first, end = torch.zeros_like(position), length
         if self.left is not None:
@@ -281,56 +275,67 @@ class Geometry:
 
 
 class Evaluation(NamedTuple):
-    """What a backend returns: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic."""
+    """The results of a backend: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic."""
 
     output: Tensor
     lse: Tensor
     tensors: dict[Statistic, Tensor]
 
 
-class Step(NamedTuple):
-    """One pass of a plan, for `attnstats.explain`: what runs, what it computes, and what it costs over all heads."""
-
-    runs: str
-    computes: str
-    flops: int
-    scratch_bytes: int
+Validity = Callable[[Statistic], Tensor]
 
 
-class AttentionResult(NamedTuple):
-    """What `attnstats.attention` returns; unpacks as `output, statistics`."""
+def as_result(
+    evaluation: Evaluation, geometry: Geometry, validity: Validity | None = None, counts: Validity | None = None
+) -> AttentionResult:
+    """The public result of an evaluation; a packed call loses its batch dimension of one."""
+    output, lse, tensors = evaluation
+    statistics = as_statistics(tensors, lse, geometry, validity, counts)
+    return AttentionResult(output if geometry.packing is None else output[0].transpose(0, 1), statistics)
 
-    output: Tensor
-    statistics: Statistics
+
+def as_statistics(
+    tensors: dict[Statistic, Tensor],
+    lse: Tensor,
+    geometry: Geometry,
+    validity: Validity | None = None,
+    counts: Validity | None = None,
+) -> Statistics:
+    """The public container of the tensors; a packed call loses its batch dimension of one."""
+    validity, counts = validity or geometry.validity, counts or geometry.counts
+    if geometry.packing is None:
+        return Statistics(tensors, validity, counts, lse)
+    unbatched = {s: x[0] for s, x in tensors.items()}
+    return Statistics(unbatched, lambda s: validity(s)[0], lambda s: counts(s)[0], lse[0])
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off: it would round the scores of float32 inputs to half precision, away from their lse."""
+    """A context with autocast off, which would round the scores of float32 inputs away from their lse."""
     if not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Query, key, value and an additive mask as SDPA takes them: under autocast in its dtype."""
+    """Query, key, value and an additive mask in autocast's dtype, as SDPA casts them; unchanged without autocast."""
     device = next(x for x in tensors if x is not None).device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    kept = (torch.float64, torch.bool)
-    return tuple(x if x is None or x.dtype in kept else x.to(dtype) for x in tensors)
+    not_cast = (torch.float64, torch.bool)
+    return tuple(x if x is None or x.dtype in not_cast else x.to(dtype) for x in tensors)
 
 
 def divisor_of(lse: Tensor) -> Tensor:
-    """The lse with +inf for rows that see nothing, so that exp(score - lse) is exactly 0 there, not NaN."""
+    """The lse with +inf for rows that see no key, so that exp(score - lse) is exactly 0 there, not NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _before(flags: Tensor) -> Tensor:
-    """(B, T) bool to (B, T + 1): how many are set among the first i."""
+    """(B, T + 1) the number of True among the first i of (B, T) bool."""
     return torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
 
 
 def _any_per_segment(flags: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """(B, T) bool to (B, n): any flag set in [bounds[i], bounds[i + 1])."""
+    """(B, n) bool: any True in [bounds[i], bounds[i + 1]) of (B, T) bool."""
     return _before(flags)[:, list(bounds)].diff(dim=-1) > 0

@@ -1,7 +1,6 @@
 """Column statistics of parts of the queries, merged into those of all.
 
-A mean per key is merged through its sum: `Statistics.counts` says how many counted queries stand behind it. Pure
-functions on tensors; distributed.py merges ranks with them.
+A mean per key is merged through its sum: `Statistics.counts` has the number of counted queries behind each mean.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ def merge_columns(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor
     """One (value, count) of the queries of all parts, such as `(stats["fai"], stats.counts["fai"])`.
 
     Args:
-        parts: values (..., H, Tk) with counts (..., Tk), or with None where the values are sums. A part of fewer keys
-            is of the first ones, as a cache that grew has them.
+        parts: values (..., H, Tk) with counts (..., Tk), or with None where the values are sums. A part with fewer
+            keys has the first ones, as with a cache that grows.
 
     Example:
         >>> import torch
@@ -30,13 +29,13 @@ def merge_columns(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor
     counts = [None if count is None else pad(count, (0, length - count.shape[-1])) for _, count in parts]
     values = [pad(value, (0, length - value.shape[-1])) for value, _ in parts]
     total = sum((as_sum(v, c) for v, c in zip(values[1:], counts[1:], strict=True)), as_sum(values[0], counts[0]))
-    given = [count for count in counts if count is not None]
-    count = sum(given[1:], given[0]) if given else None
+    of_means = [count for count in counts if count is not None]
+    count = sum(of_means[1:], of_means[0]) if of_means else None
     return as_mean(total, count), count
 
 
 def as_sum(value: Tensor, count: Tensor | None) -> Tensor:
-    """What adds up over queries: of a mean (..., H, Tk), value times count (..., Tk)."""
+    """The sum over queries behind a mean (..., H, Tk): value times count (..., Tk); a sum (count None) as it is."""
     return value if count is None else value * count.unsqueeze(-2)
 
 

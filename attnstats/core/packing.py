@@ -1,7 +1,7 @@
 """Sequences laid end to end along one axis, as flash-attention's `cu_seqlens` describe them.
 
-`Packing` says for each position which sequence it belongs to and where that sequence lies. Positions past the last
-sequence belong to none: they see nothing. Made by `arguments.resolve`, held by a `Geometry`.
+`read` validates the boundaries; `Packing` gives for each position its sequence and where that sequence lies. Tokens
+past `cu_seqlens[-1]` belong to no sequence and see nothing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from attnstats.core.options import Options
+
+INTEGERS = (int, torch.SymInt)  # a length in a graph is a symbol
 
 
 class Line(NamedTuple):
-    """What each position of one axis knows, int64 tensors that broadcast to its length.
+    """The sequence of each position of one axis, int64 tensors that broadcast to the axis' length.
 
     Attributes:
-        position: of a query among the keys of its sequence, and of a key among the queries, which come last.
-        own_end: one past its sequence's last index on this axis.
-        begin, length: where its sequence lies on the other axis.
+        position: a query's position among the keys of its sequence, or a key's among the queries, which come last.
+        own_end: one past the last index of its sequence on this axis.
+        begin, length: first index and length of its sequence on the other axis.
     """
 
     position: Tensor
@@ -32,7 +37,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where each of n sequences lies.
+    """The boundaries of n packed sequences.
 
     Attributes:
         queries, keys: (n + 1,) int32 each, the sequences' boundaries; equal ones make an empty sequence.
@@ -56,8 +61,87 @@ class Packing:
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
         """Each sequence's queries and keys. Waits for the device."""
-        for (a, b), (c, d) in zip(_pairs(self.queries), _pairs(self.keys), strict=True):
+        for (a, b), (c, d) in zip(pairwise(self.queries.tolist()), pairwise(self.keys.tolist()), strict=True):
             yield slice(a, b), slice(c, d)
+
+
+def check_length(name: str, length: int | None) -> None:
+    """Raise ValueError for anything but None and an integer >= 0."""
+    check_integer(name, length)
+    if length is not None and length < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
+
+
+def check_integer(name: str, length: int | None) -> None:
+    """Raise ValueError for anything but None and an integer; a traced length has no number to compare."""
+    if length is not None and (not isinstance(length, INTEGERS) or isinstance(length, bool)):
+        raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
+
+
+# (version, boundaries) of cu_seqlens that were read already: every layer of a model passes the same tensor.
+_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def read(options: Options, query_length: int, key_length: int, device: torch.device) -> tuple[Packing, bool]:
+    """The packing of a call, and True if queries and keys have the same sequences.
+
+    The boundaries of a CUDA tensor are read once, which waits for the device; not at all where both maximal lengths
+    are given, and then the kernels still stay inside the tensors.
+    """
+    cu_seqlens_q, cu_seqlens_k = options.cu_seqlens_q, options.cu_seqlens_k
+    max_seqlen_q, max_seqlen_k = options.max_seqlen_q, options.max_seqlen_k
+    assert cu_seqlens_q is not None
+    same = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+        if key_length != query_length:
+            raise ValueError(
+                f"cu_seqlens_k: query has {query_length} tokens and key {key_length}, so both need boundaries; got None"
+            )
+    check_length("max_seqlen_q", max_seqlen_q)
+    check_length("max_seqlen_k", max_seqlen_k)
+    boundaries: list[list[int]] = []
+    longest: list[int] = []
+    sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))
+    for side, cu, max_seqlen, length in sides:
+        name = f"cu_seqlens_{side}"
+        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) < 2:
+            got = f"{cu.dtype} {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
+            raise TypeError(f"{name} must be an int32 or int64 tensor of shape (sequences + 1,), got {got}")
+        if cu.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {cu.device}")
+        if max_seqlen is not None and device.type != "cpu":
+            longest.append(min(max_seqlen, length))
+            continue
+        values = _read(cu)
+        steps = [b - a for a, b in pairwise(values)]
+        if values[0] != 0 or min(steps) < 0 or values[-1] > length:
+            fault = "start at 0" if values[0] else "not decrease" if min(steps) < 0 else f"end at most at {length}"
+            raise ValueError(f"{name} must {fault}, got {_short(values)}")
+        if max_seqlen is not None and max_seqlen < max(steps):
+            raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {max(steps)}; got {max_seqlen}")
+        boundaries.append(values)
+        longest.append(max(steps))
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_k must have as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}; "
+            f"got {len(cu_seqlens_k) - 1}"
+        )
+    shared = same or (len(boundaries) == 2 and boundaries[0] == boundaries[1])
+    return Packing(cu_seqlens_q.int(), cu_seqlens_k.int(), *longest), shared
+
+
+def _read(cu_seqlens: Tensor) -> list[int]:
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    cached = _READ.get(cu_seqlens)
+    if cached is None or version is None or cached[0] != version:
+        cached = _READ[cu_seqlens] = (version, cu_seqlens.tolist())
+    return cached[1]
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"
 
 
 def _line(own: Tensor, other: Tensor, length: int) -> Line:
@@ -69,8 +153,3 @@ def _line(own: Tensor, other: Tensor, length: int) -> Line:
     # Aligned at the end: query own_end - 1 and key other_end - 1 stand at the same position.
     position = index - own_end + other_end - other[sequence]
     return Line(position, own_end, other[sequence], other_end - other[sequence])
-
-
-def _pairs(boundaries: Tensor) -> Iterator[tuple[int, int]]:
-    values = boundaries.tolist()
-    return pairwise(values)

@@ -1,1 +1,1 @@
-"""Token credit inside RL trainers: one module per framework, none of them imported by the rest of the package."""
+"""Token credit inside RL trainers, one module per framework; nothing else in the package imports them."""

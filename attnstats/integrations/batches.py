@@ -1,7 +1,7 @@
-"""Token credit on a trainer's batch of named tensors: what verl.py and roll.py share.
+"""Token credit on a trainer's batch of named tensors, shared by verl.py and roll.py.
 
-Nothing of a framework is imported: a batch is anything that has names, a `dict` as well as a `TensorDict`. Which
-tensors stand for the same tokens is said by the two modules; a trainer's own worker writes the curves into the batch.
+A batch is anything with names, a `dict` or a `TensorDict`; no framework is imported. The two modules say which tensors
+stand for the same tokens; the trainer's own worker writes the curves into the batch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from attnstats import credit
-from attnstats.integrations.settings import WITH_ENTROPY, RhythmCredit, Signals
+from attnstats.integrations.settings import WITH_ENTROPY, RhythmCredit, Signals, logged
 
 
 class Batch(Protocol):
-    """Tensors by name. A TensorDict has no `in`, so `keys` is asked."""
+    """Tensors by name. A TensorDict has no `in`, so names are looked up in `keys`."""
 
     def keys(self) -> Iterable[str]: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
@@ -25,37 +25,35 @@ class Batch(Protocol):
 
 
 def signals_of(batch: Batch, settings: RhythmCredit) -> Signals:
-    """The curves that a credit looks at, as they lie in the batch under the names of `Signals`.
+    """The curves that a credit needs, from the batch under the names of `Signals`.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: the batch has no advantages, no response mask or no such curve.
     """
-    wanted = list(settings.statistics)
-    if "fai" in wanted:
-        wanted.append("fai_valid")
+    names = list(settings.statistics)
+    if "fai" in names:
+        names.append("fai_valid")
     if settings.kind in WITH_ENTROPY:
-        wanted.append("entropy")
+        names.append("entropy")
     if missing := {"advantages", "response_mask"} - set(batch.keys()):
         raise ValueError(f"batch has no {', '.join(sorted(missing))}; call this after the advantages are computed")
-    if missing := set(wanted) - set(batch.keys()):
+    if missing := set(names) - set(batch.keys()):
         raise ValueError(
             f"batch has no {', '.join(sorted(missing))}, which kind={settings.kind!r} looks at; "
             "the worker that computes old log-probabilities has to write it (docs/trainers.md)"
         )
-    return Signals(**{name: batch[name] for name in wanted})
+    return Signals(**{name: batch[name] for name in names})
 
 
-def shape(
+def scale_advantages(
     batch: Batch, settings: RhythmCredit, signals: Signals, mask: Tensor, generator: torch.Generator | None
 ) -> dict[str, float]:
     """Scale `batch["advantages"]`, write the weights to `batch["gamma"]`, return means over the tokens of the mask.
 
     Args:
-        batch: has "advantages".
-        settings: the credit.
-        signals: its curves, in the shape of the advantages.
+        signals: the curves of the credit, in the shape of the advantages.
         mask: bool, the response tokens, in the shape of the advantages.
-        generator: of kind="random".
+        generator: for kind="random".
     """
     advantages = batch["advantages"]
     if advantages.shape != mask.shape:
@@ -65,9 +63,7 @@ def shape(
     gamma = settings.gamma(signals, mask, generator).to(advantages.dtype)
     batch["advantages"] = credit.shape_advantages(advantages, gamma, settings.sign)
     batch["gamma"] = gamma
-    means = {"amplified": (gamma > 1)[mask], "gamma": gamma[mask]}
-    if signals.waad is not None:
-        means["waad"] = signals.waad[mask]
-    if signals.fai is not None and signals.fai_valid is not None:
-        means["fai"] = signals.fai[mask & signals.fai_valid]
-    return {f"rhythm/{name}": values.double().mean().item() for name, values in means.items()}
+    values = logged(signals, gamma, mask)
+    return {
+        f"rhythm/{name}": of_tokens[counted].double().mean().item() for name, (of_tokens, counted) in values.items()
+    }

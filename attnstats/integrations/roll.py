@@ -1,16 +1,16 @@
 """Token credit on ROLL's batches, without ROLL: call `shape_advantages` after its `compute_advantage`.
 
-The layout is that of ROLL 0.3.0 (commit 8eb27cc, read, not run). Prompt and response stand in one row of S tokens,
-padded on the right, and `response_mask` (B, S) says which are the response's. What is computed from logits
-(log-probabilities, entropy, advantages) is (B, S - 1), entry j being of token j + 1, which row j predicts; ROLL cuts
-its mask to match: `response_mask[:, 1:]`. WAAD and FAI of a token are those of its own row, (B, S): they are cut here.
+The layout is that of ROLL 0.3.0 (commit 8eb27cc, read, not run). A row of S tokens holds prompt and response, padded on
+the right, and `response_mask` (B, S) marks the response. Tensors computed from logits (log-probabilities, entropy,
+advantages) are (B, S - 1): entry j belongs to token j + 1, which row j predicts; ROLL cuts its mask to match,
+`response_mask[:, 1:]`. WAAD and FAI of a token are those of its own row, (B, S), and are cut here.
 """
 
 from __future__ import annotations
 
 import torch
 
-from attnstats.integrations.batches import Batch, shape, signals_of
+from attnstats.integrations.batches import Batch, scale_advantages, signals_of
 from attnstats.integrations.settings import RhythmCredit
 
 
@@ -21,8 +21,8 @@ def shape_advantages(
 
     Args:
         batch: `DataProto.batch`, or any mapping, with "advantages" (B, S - 1); "response_mask" (B, S), 0 and 1; and
-            what the credit looks at of "waad", "fai", "fai_valid" (B, S) and "entropy" (B, S - 1). The credit is that
-            of whole responses: samples that `final_response_mask` drops have advantages of 0 already.
+            those of "waad", "fai", "fai_valid" (B, S) and "entropy" (B, S - 1) that the credit needs. Samples that
+            `final_response_mask` drops have advantages of 0 already.
         settings: the credit; the paper's by default.
         generator: for kind="random".
 
@@ -31,7 +31,7 @@ def shape_advantages(
         batch is (B, S - 1).
 
     Raises:
-        ValueError, TypeError: a field that is missing or of another shape; see credit.py.
+        ValueError, TypeError: a field is missing or has a wrong shape or dtype.
     """
     settings = RhythmCredit() if settings is None else settings
     signals, mask = signals_of(batch, settings), batch["response_mask"]
@@ -45,4 +45,4 @@ def shape_advantages(
                 f"{name} must be (B, {length}) beside response_mask {tuple(mask.shape)}, got {tuple(curve.shape)}"
             )
         cut[name] = curve if name == "entropy" else curve[:, 1:]
-    return shape(batch, settings, signals._replace(**cut), mask[:, 1:].bool(), generator)
+    return scale_advantages(batch, settings, signals._replace(**cut), mask[:, 1:].bool(), generator)

@@ -1,13 +1,13 @@
-"""What a token credit is made of, of no framework: the settings, the curves it looks at, and gamma from both.
+"""The settings of a token credit, the curves that it needs, and gamma from both, independent of any framework.
 
-credit.py has the formulas; `RhythmCredit` chooses among them. Which statistics of which heads and layers a trainer
-has to read is said here, how it reads them is its own module's matter. Used by the modules beside it.
+`RhythmCredit` chooses among the formulas of credit.py and says which statistics of which heads and layers a trainer has
+to read; how it reads them is up to the module of each framework.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,17 +16,17 @@ from attnstats import FAI, WAAD, credit, presets
 from attnstats.statistics import Statistic
 from attnstats.transformers.selection import Layers
 
-Kind = Literal["coupled", "local", "global", "random", "entropy", "entropy-selection"]
-KINDS: tuple[Kind, ...] = ("coupled", "local", "global", "random", "entropy", "entropy-selection")
+CreditKind = Literal["coupled", "local", "global", "random", "entropy", "entropy-selection"]
+KINDS: tuple[CreditKind, ...] = get_args(CreditKind)
 WITH_WAAD, WITH_FAI = ("coupled", "local"), ("coupled", "global")
 WITH_ENTROPY = ("entropy", "entropy-selection")
 
 
 class Signals(NamedTuple):
-    """What a credit looks at, (B, T) over the completion's tokens each; None: not asked for.
+    """The curves that a credit needs, (B, T) over the completion's tokens each; None: not needed.
 
-    `fai_valid` is bool: where FAI is more than a placeholder. Entropy is in nats, of the distribution, temperature
-    included, that the token was drawn from.
+    `fai_valid` is bool, True where FAI has a value. Entropy is in nats, of the distribution, temperature included, that
+    the token was drawn from.
     """
 
     waad: Tensor | None = None
@@ -37,25 +37,26 @@ class Signals(NamedTuple):
 
 @dataclass(frozen=True)
 class RhythmCredit:
-    """Which tokens get more of the advantage, and where that is read (the defaults are the paper's, v2).
+    """The choice of tokens that get more of the advantage, and of what it is read from; the paper's v2 by default.
 
     Attributes:
         kind: "coupled", "local" and "global" are the paper's credits by attention (Eq. 15, 17, 19); "random",
-            "entropy" and "entropy-selection" are what it compares them with.
-        q: share of a response's tokens that is amplified; for "entropy-selection", that keeps its gradient: 0.2.
+            "entropy" and "entropy-selection" are its baselines.
+        q: share of a response's tokens that is amplified; None: 0.4. For "entropy-selection" the share that keeps its
+            gradient; None: 0.2.
         amp: weight of an amplified token, at least 1.
         alpha: share of a dominated anchor's bonus that its intro token gets ("coupled").
-        k: how many tokens before an anchor are looked at ("coupled").
+        k: number of tokens before an anchor that can dominate it ("coupled").
         tau_waad, tau_delta: thresholds of "coupled"; None: each response's median.
-        sign: advantages of which sign are scaled, "both", "positive" or "negative".
-        keep_mean: divide each response's weights by their mean, so that the credit only moves weight between tokens.
+        sign: sign of the advantages that are scaled, "both", "positive" or "negative".
+        keep_mean: divide each response's weights by their mean, so that the credit only shifts weight between tokens.
         window: W of WAAD. lo, hi: the horizon of FAI, in tokens; hi None: to the end of the response.
-        layers: which layers are read, as for `attnstats.capture`.
-        head_share: share of their heads called local, and of those called global; None: all heads are both (Table 14).
-        reprofile_every: optimizer steps after which the heads are classified anew.
+        layers: the layers that are read, as for `attnstats.capture`.
+        head_share: share of their heads that are local, and share that are global; None: all are both (Table 14).
+        reprofile_every: number of optimizer steps after which the heads are classified anew.
     """
 
-    kind: Kind = "coupled"
+    kind: CreditKind = "coupled"
     q: float | None = None
     amp: float = 1.5
     alpha: float = 0.5
@@ -87,7 +88,7 @@ class RhythmCredit:
 
     @classmethod
     def from_preset(cls, preset: presets.Preset, **changes: Any) -> RhythmCredit:
-        """The settings of a version of the paper, changed where said.
+        """The settings of a version of the paper, with some changed.
 
         Example:
             >>> from attnstats import presets
@@ -97,42 +98,48 @@ class RhythmCredit:
         own = {field.name for field in fields(cls)}
         of_preset = {field.name: getattr(preset, field.name) for field in fields(preset) if field.name in own}
         if changes.get("kind") == "entropy-selection":
-            del of_preset["q"]  # that of Wang et al., not the paper's
+            del of_preset["q"]  # its default is that of Wang et al., not the paper's
         return cls(**of_preset | {"lo": preset.fai_lo, "hi": preset.fai_hi} | changes)
 
     @property
     def statistics(self) -> dict[str, Statistic]:
-        """What is read off the attention: "waad", "fai", both or nothing."""
-        found: dict[str, Statistic] = {}
+        """The statistics of the attention that the credit needs: "waad", "fai", both or none."""
+        statistics: dict[str, Statistic] = {}
         if self.kind in WITH_WAAD:
-            found["waad"] = WAAD(self.window)
+            statistics["waad"] = WAAD(self.window)
         if self.kind in WITH_FAI:
-            found["fai"] = FAI(self.lo, self.hi)
-        return found
+            statistics["fai"] = FAI(self.lo, self.hi)
+        return statistics
 
     @property
     def reads(self) -> bool:
-        """Whether the credit looks at anything of the policy."""
+        """True if the credit needs a pass of the policy."""
         return bool(self.statistics) or self.kind in WITH_ENTROPY
 
     def gamma(self, signals: Signals, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The weights (B, T) of the tokens of `mask`, (B, T) bool; 1 outside of it."""
-        waad, fai, valid, entropy = signals
+        """The weights (B, T) of the tokens of `mask`, (B, T) bool; 1 outside it."""
+        waad, fai, valid, entropy = (cast(Tensor, signal) for signal in signals)  # the credit's own are there
         q = (0.2 if self.kind == "entropy-selection" else 0.4) if self.q is None else self.q
         shared: dict[str, Any] = {"q": q, "amp": self.amp, "keep_mean": self.keep_mean}
         if self.kind == "random":
             return credit.random_tokens(mask, generator=generator, **shared)
-        if self.kind in WITH_ENTROPY:
-            assert entropy is not None
-            if self.kind == "entropy":
-                return credit.high_entropy(entropy, mask, **shared)
+        if self.kind == "entropy":
+            return credit.high_entropy(entropy, mask, **shared)
+        if self.kind == "entropy-selection":
             return credit.high_entropy_selection(entropy, mask, q=q)
         if self.kind == "local":
-            assert waad is not None
             return credit.local_chunk(waad, mask, **shared)
-        assert fai is not None
         if self.kind == "global":
             return credit.global_anchor(fai, mask, valid=valid, **shared)
-        assert waad is not None
         shared |= {"alpha": self.alpha, "k": self.k, "tau_waad": self.tau_waad, "tau_delta": self.tau_delta}
         return credit.coupled_rhythm(waad, fai, mask, valid=valid, **shared)
+
+
+def logged(signals: Signals, gamma: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The values to log, by name, each with the mask of the tokens that its mean is over."""
+    values = {"amplified": ((gamma > 1).float(), mask), "gamma": (gamma, mask)}
+    if signals.waad is not None:
+        values["waad"] = signals.waad, mask
+    if signals.fai is not None and signals.fai_valid is not None:
+        values["fai"] = signals.fai, mask & signals.fai_valid
+    return values

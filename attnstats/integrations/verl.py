@@ -1,11 +1,11 @@
 """Token credit on verl's batches, without verl: call `shape_advantages` after its own advantages are computed.
 
-The layout is that of verl 0.10.0.dev (commit 1dda039, read, not run). Padded, a batch holds `prompts` (B, P) padded
-on the left beside `responses` (B, R) padded on the right, and what belongs to a response token is (B, R), 0 in
-`response_mask` where the policy didn't write it. In the V1 trainer the same are jagged nested tensors, (B, j).
+The layout is that of verl 0.10.0.dev (commit 1dda039, read, not run). A padded batch has `prompts` (B, P), padded on
+the left, and `responses` (B, R), padded on the right; tensors of response tokens are (B, R), and `response_mask` is 0
+where the policy didn't write the token. In the V1 trainer the same are jagged nested tensors, (B, j).
 
-`register_adv_est` is of no use here: an estimator is given rewards and masks, not the batch. docs/trainers.md says
-where the lines go.
+`register_adv_est` can't be used: an estimator gets rewards and masks, not the batch. docs/trainers.md says where the
+calls go.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnstats.integrations.batches import Batch, shape, signals_of
+from attnstats.integrations.batches import Batch, scale_advantages, signals_of
 from attnstats.integrations.settings import RhythmCredit
 
 
 def response_part(curve: Tensor, response_mask: Tensor) -> Tensor:
-    """What of a curve over prompt and response belongs to the response, without a shift.
+    """The part of a curve over prompt and response that belongs to the response, without a shift.
 
-    verl's own helpers take the row before each token, whose logits it was drawn from. WAAD and FAI of a token are
-    those of its own row.
+    verl's own helpers take the row before each token, from whose logits it was drawn. WAAD and FAI of a token are those
+    of its own row.
 
     Args:
         curve: (B, P + R) with the responses at the right end, or nested (B, j).
@@ -54,17 +54,17 @@ def shape_advantages(
     """Scale a padded batch's advantages by the credit's weights, in place.
 
     Args:
-        batch: `DataProto.batch`, or any mapping, with (B, R) each: "advantages"; "response_mask", 0 and 1; and what
-            the credit looks at of "waad", "fai", "fai_valid" and "entropy".
+        batch: `DataProto.batch`, or any mapping, with (B, R) each: "advantages"; "response_mask", 0 and 1; and those
+            of "waad", "fai", "fai_valid" and "entropy" that the credit needs.
         settings: the credit; the paper's by default.
         generator: for kind="random".
 
     Returns:
         Means over the response tokens, to log: "rhythm/amplified", the share of tokens with a weight above 1,
-        "rhythm/gamma", and "rhythm/waad" and "rhythm/fai" where the credit looks at them. NaN where there are none.
+        "rhythm/gamma", and "rhythm/waad" and "rhythm/fai" where the credit needs them. NaN without response tokens.
 
     Raises:
-        ValueError, TypeError: a field that is missing or of another shape; see credit.py.
+        ValueError, TypeError: a field is missing or has a wrong shape or dtype.
     """
     settings = RhythmCredit() if settings is None else settings
-    return shape(batch, settings, signals_of(batch, settings), batch["response_mask"].bool(), generator)
+    return scale_advantages(batch, settings, signals_of(batch, settings), batch["response_mask"].bool(), generator)

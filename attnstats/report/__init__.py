@@ -1,15 +1,15 @@
-"""report.html: one file that shows where a response looks far back (WAAD) and what it keeps looking at (FAI).
+"""report.html: one file that shows where a response looks far back (WAAD) and what later tokens look at (FAI).
 
-Self-contained, under a content security policy that allows its one script, its one style sheet and nothing else:
-token text is untrusted. data.py says what the page knows, the scripts beside it (page.js first, start.js last, joined
-into one) draw it, columns.py and scale.py hold what the page shares with the terminal and the figures.
-Called by the command line.
+It is self-contained, under a content security policy that allows only its one script and its one style sheet, because
+token text is untrusted. data.py makes the data of the page, the scripts draw it (page.js first, start.js last, joined
+into one), and columns.py and scale.py hold what the page shares with the terminal and the figures.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js
 def render(
     analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any], couplings: Sequence[Any] = ()
 ) -> str:
-    """The report as HTML. Parts that would make it too large are left out, and it says so.
+    """The report as HTML. Parts that would make it too large are left out, and the page names them.
 
     Args:
         analyses: one or more.
         summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them.
-        couplings: each with name, observed, random, lift, p_value, low, high, count (attnstats.rhythm.Coupling).
+        couplings: objects with the fields of attnstats.rhythm.Coupling.
 
     Raises:
         ValueError: there is no analysis.
@@ -70,7 +70,7 @@ def render(
 
 
 def policy(script: str, style: str) -> str:
-    """A content security policy for this script and this style: no network, no frames, no other code."""
+    """A content security policy that allows this script and this style, and no network, frames or other code."""
 
     def digest(text: str) -> str:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -84,13 +84,8 @@ def policy(script: str, style: str) -> str:
 def _page(settings: Settings, shown: data.Shown) -> dict[str, Any]:
     return {
         "columns": [
-            {
-                "key": column.key,
-                "title": column.title,
-                "unit": column.unit,
-                "digits": column.digits,
-                "about": column.explained(settings),
-            }
+            {name: getattr(column, name) for name in ("key", "title", "unit", "digits")}
+            | {"about": column.explained(settings)}
             for column in COLUMNS
         ],
         "shades": scale.SHADES,
@@ -107,11 +102,11 @@ def _page(settings: Settings, shown: data.Shown) -> dict[str, Any]:
 def _coupling(coupling: Any) -> dict[str, str]:
     """A row of the couplings table as text."""
 
-    def number(value: float | None) -> str:
-        return "-" if value is None or value != value else f"{value:.4g}"
+    def number(value: float | None, form: str = ".4g") -> str:
+        return "-" if value is None or math.isnan(value) else f"{value:{form}}".replace("%", " %")
 
     def percent(value: float | None) -> str:
-        return "-" if value is None or value != value else f"{value:+.1%}".replace("%", " %")
+        return number(value, "+.1%")
 
     return {
         "name": visible(str(coupling.name)),
@@ -119,21 +114,19 @@ def _coupling(coupling: Any) -> dict[str, str]:
         "random": number(coupling.random),
         "lift": percent(coupling.lift),
         "interval": f"{percent(coupling.low)} … {percent(coupling.high)}",
-        "p_value": "-" if coupling.p_value != coupling.p_value else f"{coupling.p_value:.2g}",
+        "p_value": number(coupling.p_value, ".2g"),
         "count": str(coupling.count),
     }
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The summary's small sections as (title, [(key, value)]) for the last part of the page."""
-    peak = {key: f"{value / 2**20:.0f} MiB" for key, value in summary["peak_memory_bytes"].items()}
-    seconds = {key: f"{value:.1f} s" for key, value in summary["timings_seconds"].items()}
+    """The sections of the summary as (title, [(key, value)]) for the last part of the page."""
     sections = {
         "Model": summary["model"],
         "Settings": summary["settings"],
         "Versions": summary["versions"],
-        "Time": seconds,
-        "Peak memory": peak,
+        "Time": {key: f"{value:.1f} s" for key, value in summary["timings_seconds"].items()},
+        "Peak memory": {key: f"{value / 2**20:.0f} MiB" for key, value in summary["peak_memory_bytes"].items()},
     }
     return [
         (title, [(key.replace("_", " "), visible(_value(value))) for key, value in section.items()])

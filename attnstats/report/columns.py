@@ -1,7 +1,6 @@
-"""What a token can be coloured by: WAAD, FAI, entropy, delta and gamma, each with its unit, scale and one sentence.
+"""The statistics that can colour a token: WAAD, FAI, entropy, delta and gamma, each with unit, scale and explanation.
 
-One table for the page, the terminal and the figures, so that all of them show the same number in the same unit.
-`find` is the border for a name that a person typed.
+The page, the terminal and the figures share this table, so that all of them show the same number in the same unit.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from attnstats.study.analysis import Analysis, Settings
 
 @dataclass(frozen=True)
 class Column:
-    """A statistic of the response's tokens as it is shown.
+    """A statistic of the response's tokens with the way it is shown.
 
     Attributes:
         key: its name on the command line and in the page's data.
-        unit: of the values.
-        digits: decimals that are shown.
-        about: what it says, in a sentence; {window} and {horizon} stand for settings.
+        unit: unit of the values.
+        digits: number of decimals.
+        about: explanation in a sentence or two; {window} and {horizon} stand for settings.
         read: (R,) float64 in the unit, NaN where it has no value.
-        is_log: whether its scale is logarithmic.
-        low: where a linear scale starts; None: where half of the tokens stay pale.
+        is_log: True for a logarithmic scale.
+        low: start of a linear scale; None: the median, so that half of the tokens stay pale.
     """
 
     key: str
@@ -57,18 +56,18 @@ COLUMNS = (
     Column(
         "waad", "WAAD", "tokens", 2,
         "How far the token looks back: the mean distance of its attention, capped at {window} tokens, over the local "
-        "heads. It jumps where a new chunk of thought begins (preplan), and decays inside it.",
+        "heads. It is high where a new chunk begins (preplan), and falls within the chunk.",
         lambda a: a.waad[a.response].double(), low=None,
     ),
     Column(
         "fai", "FAI", "% of attention", 3,
         "How much later tokens look at this one: the mean attention it gets from {horizon} further on, over the global "
-        "heads. What is high is what the rest leans on (anchors). The scale is logarithmic.",
+        "heads. It is high for the tokens that the rest of the response relies on (anchors). The scale is logarithmic.",
         _fai, is_log=True,
     ),
     Column(
         "entropy", "Entropy", "nats", 2,
-        "How undecided the model was: the entropy of the distribution that the token was drawn from.",
+        "How uncertain the model was: the entropy of the distribution that the token was drawn from.",
         lambda a: a.entropy[a.response].double(),
     ),
     Column(
@@ -78,15 +77,15 @@ COLUMNS = (
     ),
     Column(
         "gamma", "Gamma", "times", 2,
-        "What the coupled rhythm multiplies the token's advantage by in training (Eq. 19): more than 1 for anchors and "
-        "for the tokens that lead into them.",
+        "The factor by which the coupled rhythm multiplies the token's advantage in training (Eq. 19): above 1 for "
+        "anchors and for the tokens that lead into them.",
         coupled_gamma, low=1.0,
     ),
 )  # fmt: skip
 
 
 def find(name: str, option: str = "--color-by") -> Column:
-    """The column of that name. Raises InputError, which names those there are."""
+    """The column with a name that a user typed. Raises InputError."""
     for column in COLUMNS:
         if column.key == name.lower():
             return column

@@ -1,12 +1,12 @@
 // WAAD and FAI along the answer, one above the other on a common axis of tokens, and the chosen column as a third.
-// Where an answer is too long for its tokens to be told apart, a second chart shows those near the cursor.
+// For an answer that is too long to tell its tokens apart, a second chart shows those near the cursor.
 
 const PANEL = 104;
 const GAP = 34;
 const EDGE = { left: 46, right: 12, top: 24, bottom: 34 };
 const LABELS = 6;
-const CLOSE = 3; // pixels of a token below which there is a second chart
-const WIDE = 9; // pixels of a token there
+const CLOSE = 3; // pixels per token below which there is a second chart
+const WIDE = 9; // pixels per token in the second chart
 
 const overview = chartIn(byId("curves"), "curves");
 const detail = chartIn(byId("detail"), "detail");
@@ -36,7 +36,7 @@ const curvesView = {
 };
 views.push(curvesView);
 
-// A chart's element with the pointer and the keys; what is drawn in it is kept beside it.
+// A chart in an element, with its handlers of pointer and keys.
 function chartIn(node, name) {
   const chart = { node, first: 0, last: 0, panels: [] };
   const tokenAt = (event) => {
@@ -167,8 +167,8 @@ function drawMarks({ picture, first, last, width, step, x }, key, y, at, most) {
   }
 }
 
-// The axis covers the values but for a few far above the rest, which stand at its top with their value: FAI of the last
-// tokens is a mean over one or two queries, and would press everything else to the ground.
+// The range of the axis. A few values far above the rest are left out and written at its top: FAI of the last tokens is a
+// mean over one or two queries and can be so large that all other values would look like zero.
 function axis(values) {
   if (!values.length) return { least: 0, most: 1, tick: 1 };
   const sorted = [...values].sort((a, b) => a - b);

@@ -1,7 +1,7 @@
-"""What the page's script reads: analyses as plain values, quantised where a picture needs no more, within a budget.
+"""The data of the page: analyses as plain values, quantised where a picture needs no more, within a size budget.
 
 Attention is a byte, logarithmic from 1e-5 to 1 in steps of 4.6 %; other values have four digits. Token text is made
-visible here. `embedded` writes a value so that no parser of HTML can find an end or a start of markup in it.
+visible here. `embedded` writes a value so that an HTML parser finds no markup in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,18 +25,18 @@ from attnstats.study.text import token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
 MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question
-WITHOUT_SCRIPT = 20_000  # tokens that the page also shows where scripts don't run
+WITHOUT_SCRIPT = 20_000  # tokens that the page shows without scripts
 SPARK_POINTS = 80
-FLOOR, CODES = 1e-5, 254  # the least attention that is told from none; steps from there to 1
+FLOOR, CODES = 1e-5, 254  # the least attention that is distinguished from 0; steps from there to 1
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of each prompt, and what was left out.
+    """The data of each prompt on the page, and the parts that were left out.
 
     Attributes:
         prompts, maps: JSON; None where maps are left out.
-        cards: for the index. plain: the response for browsers that run no scripts, of the first prompts.
+        cards: entries of the index. plain: responses for browsers without scripts, of the first prompts.
         left_out: sentences.
     """
 
@@ -47,7 +48,7 @@ class Shown:
 
 
 def fit(analyses: Iterable[Analysis], count: int) -> Shown:
-    """As many of `count` analyses as MAX_BYTES hold, in order; the maps of as many as fit beside them."""
+    """As many of `count` analyses, in order, as fit MAX_BYTES, and the maps of as many as fit beside them."""
     shown = Shown([], [], [], [], [])
     room, room_without_script = MAX_BYTES, WITHOUT_SCRIPT
     for number, analysis in enumerate(analyses, 1):
@@ -76,17 +77,17 @@ def fit(analyses: Iterable[Analysis], count: int) -> Shown:
 
 
 def _drop_maps(texts: list[str | None], room: int) -> None:
-    """Drop maps from the last on until they fit."""
-    taken = sum(len(text) for text in texts if text)
+    """Drop maps from the end until the rest fit."""
+    size = sum(len(text) for text in texts if text)
     for i in reversed(range(len(texts))):
-        if taken <= room:
+        if size <= room:
             break
-        taken -= len(texts[i] or "")
+        size -= len(texts[i] or "")
         texts[i] = None
 
 
 def plain(number: int, data: dict[str, Any]) -> dict[str, Any]:
-    """A response coloured by WAAD, for browsers that run no scripts."""
+    """A response coloured by WAAD, for browsers without scripts."""
     values, domain = data["values"]["waad"], data["domains"]["waad"]
     scale = Domain(domain["low"], domain["high"], domain["log"])
     tokens = zip(data["tokens"][data["start"] :], data["breaks"], values, strict=True)
@@ -104,7 +105,7 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
     kept = slice(0, stop - start)
     values = {column.key: column.read(analysis) for column in COLUMNS}
     domains = {column.key: column.domain(values[column.key]) for column in COLUMNS}
-    found = marks(analysis)
+    marked = marks(analysis)
     question = analysis.question[:MAX_CHARACTERS] + ("…" if len(analysis.question) > MAX_CHARACTERS else "")
     return {
         "question": visible(question),
@@ -113,9 +114,9 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
         "breaks": [text.count("\n") for text in analysis.tokens[start:stop]],
         "values": {key: [_short(value) for value in tensor[kept].tolist()] for key, tensor in values.items()},
         "domains": {key: _domain(domain) for key, domain in domains.items()},
-        "preplan": found.preplan[kept],
-        "anchor": found.anchor[kept],
-        "intro": found.intro[kept],
+        "preplan": marked.preplan[kept],
+        "anchor": marked.anchor[kept],
+        "intro": marked.intro[kept],
         "heads": heads(analysis) if analysis.distance.numel() <= MAX_HEADS else None,
     }
 
@@ -134,20 +135,20 @@ def heads(analysis: Analysis) -> dict[str, Any]:
 
 def maps(analysis: Analysis) -> dict[str, Any]:
     """Both mean maps: the segments' boundaries, and attention as bytes, row by row."""
-    found = analysis.maps
-    pooled = torch.cat([found.local_map.flatten(), found.global_map.flatten()])
+    mean = analysis.maps
+    pooled = torch.cat([mean.local_map.flatten(), mean.global_map.flatten()])
     return {
-        "rows": found.rows.tolist(),
-        "columns": found.columns.tolist(),
-        "distances": found.local_band.shape[1],
-        "local": {"map": coded(found.local_map), "band": coded(found.local_band)},
-        "global": {"map": coded(found.global_map), "band": coded(found.global_band)},
+        "rows": mean.rows.tolist(),
+        "columns": mean.columns.tolist(),
+        "distances": mean.local_band.shape[1],
+        "local": {"map": coded(mean.local_map), "band": coded(mean.local_band)},
+        "global": {"map": coded(mean.global_map), "band": coded(mean.global_band)},
         "most": _short(float(pooled.max())),
     }
 
 
 def card(number: int, data: dict[str, Any]) -> dict[str, Any]:
-    """What the index shows of a prompt: its question, its length, and both curves in small."""
+    """The entry of a prompt in the index: its question, its length, and small versions of both curves."""
     return {
         "number": number,
         "question": data["question"][:160],
@@ -158,21 +159,21 @@ def card(number: int, data: dict[str, Any]) -> dict[str, Any]:
 
 
 def spark(values: Sequence[float | None]) -> list[int | None]:
-    """At most SPARK_POINTS points from 0 to 99 of a curve; the highest value of each stretch, so that peaks stay.
+    """At most SPARK_POINTS points of a curve, from 0 to 99: the highest value of each stretch, so that peaks stay.
 
     Example:
         >>> spark([3.0, 1.0, 2.0, None])
         [99, 0, 50, None]
     """
-    all_known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
-    scale = Domain.of(all_known, pale=0.0)
-    count = min(SPARK_POINTS, len(values))
-    points: list[int | None] = []
-    for i in range(count):
-        stretch = values[i * len(values) // count : (i + 1) * len(values) // count]
-        known = [value for value in stretch if value is not None]
-        points.append(round(99 * scale.share(max(known))) if known else None)
-    return points
+    scale = Domain.of(torch.tensor([v for v in values if v is not None], dtype=torch.float64), pale=0.0)
+    highest = highest_of_stretches(values, min(SPARK_POINTS, len(values)))
+    return [None if value is None else round(99 * scale.share(value)) for value in highest]
+
+
+def highest_of_stretches(values: Sequence[float | None], count: int) -> list[float | None]:
+    """The highest value of each of `count` stretches of a curve; None for a stretch without values."""
+    bounds = [i * len(values) // count for i in range(count + 1)]
+    return [max((v for v in values[a:b] if v is not None), default=None) for a, b in pairwise(bounds)]
 
 
 def coded(attention: Tensor) -> str:
@@ -195,7 +196,7 @@ def embedded(value: Any) -> str:
 
 
 def _short(value: float) -> float | None:
-    """Four digits, which is what is shown and a pixel on a curve; None where there is no value."""
+    """A value with the four digits that the page needs; None if it is not finite."""
     if not math.isfinite(value):
         return None
     short = float(f"{value:.4g}")

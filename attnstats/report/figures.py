@@ -1,7 +1,7 @@
 """Figures for papers, by matplotlib: the rhythm of a response, its mean maps, and its heads; one `Analysis` each.
 
-The page's columns, marks and scale on paper, at the width of a text block. Text of a model is drawn as it is made
-visible, never as mathematics. Called by commands/plot.py; matplotlib is imported when a figure is drawn.
+They have the page's columns, marks and scale, at the width of a text block. Text of a model is drawn as `visible` text,
+never as mathematics. matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 6.75  # inches: the text block of most two-column papers
-WORDS = 90  # tokens up to which each is named under the axis
+WORDS = 90  # most tokens that are named under the axis
 LABELS = 5
 LONGEST = 14  # characters of a token's name
 COLOURS = {"waad": "#1f6fb2", "fai": "#b4560a"}
@@ -36,7 +36,7 @@ STYLE: Any = {
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "pdf.fonttype": 42,  # text stays text
+    "pdf.fonttype": 42,  # text stays text, not outlines
     "svg.fonttype": "none",
     "svg.hashsalt": "attnstats",  # the same figure is the same file
     "text.parse_math": False,
@@ -44,21 +44,21 @@ STYLE: Any = {
 
 
 def rhythm(analysis: Analysis, tokens: tuple[int, int] | None = None) -> Figure:
-    """WAAD and FAI along a response, with preplan tokens, anchors, and arcs from an anchor to what leads into it.
+    """WAAD and FAI along a response, with preplan tokens, anchors, and arcs from anchors to their intro tokens.
 
     Args:
         tokens: the first and the last token to show, counted from 1; None: all.
     """
     first, last = (0, int(analysis.response.sum())) if tokens is None else (tokens[0] - 1, tokens[1])
-    found = marks(analysis)
+    marked = marks(analysis)
     words = _words(analysis)
     with _styled() as figure:
         axes = figure.subplots(2, sharex=True)
-        ranks = {"waad": found.preplan, "fai": found.anchor}
+        ranks = {"waad": marked.preplan, "fai": marked.anchor}
         for axis, column in zip(axes, COLUMNS[:2], strict=True):
-            chosen = [i for i in found.among(ranks[column.key]) if first <= i < last]
+            chosen = [i for i in marked.among(ranks[column.key]) if first <= i < last]
             _curve(axis, column, analysis, (first, last), chosen, words)
-        for t, intro in enumerate(found.intro):
+        for t, intro in enumerate(marked.intro):
             if intro is not None and first <= intro and t < last:
                 _arc(axes[1], t + 1, intro + 1)
         if last - first <= WORDS:
@@ -70,12 +70,12 @@ def rhythm(analysis: Analysis, tokens: tuple[int, int] | None = None) -> Figure:
 
 def maps(analysis: Analysis) -> Figure:
     """The mean map of the local and of the global heads side by side: rows are tokens of the response."""
-    found = analysis.maps
-    size = int(found.rows[1] - found.rows[0])
-    rows, columns = found.local_map.shape
+    mean = analysis.maps
+    size = int(mean.rows[1] - mean.rows[0])
+    rows, columns = mean.local_map.shape
     with _styled() as figure:
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, name, values in zip(axes, ("Local", "Global"), (found.local_map, found.global_map), strict=True):
+        for axis, name, values in zip(axes, ("Local", "Global"), (mean.local_map, mean.global_map), strict=True):
             # Whole numbers of the axes are tokens of the response, counted from 1; the prompt is below that.
             picture = axis.imshow(
                 values.clamp(min=ATTENTION.low).numpy(),
@@ -96,7 +96,7 @@ def maps(analysis: Analysis) -> Figure:
 
 
 def heads(analysis: Analysis) -> Figure:
-    """Mean attention distance of each head in tokens, with L and G on the local and the global ones."""
+    """Mean attention distance of each head in tokens, with L on local and G on global heads."""
     distance = analysis.distance
     layers, count = distance.shape
     domain = Domain.of(distance.flatten(), is_log=True, pale=0.0)
@@ -132,7 +132,7 @@ def save(figure: Figure, file: Any) -> None:
 
 @contextmanager
 def _styled() -> Iterator[Figure]:
-    """A figure to draw on, in our style and outside of pyplot, which would keep it."""
+    """A figure in our style, made without pyplot, which would keep it in memory."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -171,17 +171,17 @@ def _curve(
 
 
 def _range(values: Tensor) -> tuple[float, float]:
-    """What the axis must show: all but a few values far above the rest, which stand at its top with their number."""
-    known = values[values.isfinite()]
-    if not len(known):
+    """The range of the axis; a few values far above the rest are left out and written at its top."""
+    finite = values[values.isfinite()]
+    if not len(finite):
         return 0.0, 1.0
-    low, usual = float(known.min()), float(known.quantile(0.98))
-    high = min(float(known.max()), usual + 0.75 * (usual - low))
+    low, usual = float(finite.min()), float(finite.quantile(0.98))
+    high = min(float(finite.max()), usual + 0.75 * (usual - low))
     return low, high if high > low else low + 1.0
 
 
 def _arc(axis: Axes, anchor: int, intro: int) -> None:
-    """From an anchor to the token that leads into it, along the lower edge."""
+    """Draw an arc from an anchor to the token that leads into it, along the lower edge."""
     axis.annotate(
         "",
         (intro, 0.0),
@@ -199,7 +199,7 @@ def _arc(axis: Axes, anchor: int, intro: int) -> None:
 
 
 def _bar(figure: Figure, picture: Any, axes: Any, label: str, factor: int) -> None:
-    """The scale with plain numbers, 1, 2 and 5 times powers of ten."""
+    """Draw the colour scale with plain numbers, 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     bar = figure.colorbar(picture, ax=axes, pad=0.02)

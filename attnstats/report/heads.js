@@ -1,7 +1,7 @@
-// The heads as a layer x head picture: the shade is the mean attention distance, the letter the class it leads to.
+// The heads as a layer x head table: the shade is the mean attention distance, the letter the class.
 
 const CLASS_NAMES = { l: "local", m: "middle", g: "global" };
-const NUMBERED = 16; // heads of a layer up to which a cell has room for its number
+const NUMBERED = 16; // most heads per layer for which a cell has room for its number
 
 views.push({
   open() {

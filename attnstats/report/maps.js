@@ -1,5 +1,5 @@
-// The mean map of the local and of the global heads: the whole of it in cells, and under it a lens on the
-// attention near the cursor. Rows are tokens of the answer, columns what they look at, prompt and answer.
+// The mean maps of the local and of the global heads: each as a whole, in cells, and under it a lens on the attention
+// near the cursor. Rows are tokens of the answer, columns the tokens that they look at, of prompt and answer.
 
 const BAND = { low: 0.0003, high: 0.5, log: true }; // attention from the least to the darkest shade
 const LENSES = [32, 16]; // rows of the lens; it has twice as many columns, all of which the exact band covers
@@ -96,16 +96,14 @@ function makeFigure(name) {
   const title = make("figcaption", {}, make("b", {}, NAMES[name]), name === "local" ? " give WAAD" : " give FAI");
   const node = make("figure", { class: name }, title, whole, lens, reading);
   const figure = { name, whole, lens, reading, node };
-  whole.addEventListener("pointermove", (event) => pointAtWhole(figure, event));
-  lens.addEventListener("pointermove", (event) => pointAtLens(figure, event));
-  whole.addEventListener("click", () => state.hovered !== null && select(state.hovered, "whole"));
-  lens.addEventListener("click", () => state.hovered !== null && select(state.hovered, "lens"));
-  const leave = () => {
-    spot = null;
-    hover(null);
-  };
-  whole.addEventListener("pointerleave", leave);
-  lens.addEventListener("pointerleave", leave);
+  for (const [canvas, source, point] of [[whole, "whole", pointAtWhole], [lens, "lens", pointAtLens]]) {
+    canvas.addEventListener("pointermove", (event) => point(figure, event));
+    canvas.addEventListener("click", () => state.hovered !== null && select(state.hovered, source));
+    canvas.addEventListener("pointerleave", () => {
+      spot = null;
+      hover(null);
+    });
+  }
   return figure;
 }
 
@@ -128,7 +126,7 @@ function written(context, text, x, y, align) {
   context.fillText(text, x, y);
 }
 
-// A canvas of this many pixels of the page, sharp on every screen.
+// The context of a canvas of this height in pixels of the page, sharp on every screen.
 function prepared(canvas, height) {
   const ratio = window.devicePixelRatio || 1;
   const width = canvas.clientWidth;
@@ -141,7 +139,7 @@ function prepared(canvas, height) {
   return context;
 }
 
-// Positions on the axes of the whole map: cells are of one size, but for the first column and the last of both.
+// Positions on the axes of the whole map. All cells are drawn in one size.
 function whereWhole(figure) {
   const { rows, columns } = state.maps;
   const wide = figure.whole.clientWidth / (columns.length - 1);
@@ -180,7 +178,7 @@ function drawWhole(figure) {
   context.strokeRect(left, y(first), x(first + lensRows - 1) + wide - left, (lensRows * wide) / size);
 }
 
-// The code of a token's attention to the one so many back; 0 before the first and after itself.
+// The code of a token's attention to the one `back` tokens before it; 0 before the first token and after itself.
 function exact(name, index, back) {
   const { distances } = state.maps;
   const isThere = back >= 0 && back < distances && back <= state.prompt.start + index;
@@ -218,7 +216,7 @@ function drawLens(figure) {
   readingOf(figure);
 }
 
-// Under each pair of maps: what is under the pointer, else the keys that the token at the cursor looks at most.
+// The line under each map: the cell under the pointer, else the keys that the token at the cursor looks at most.
 function readingOf(figure) {
   const start = state.prompt.start;
   if (spot?.name === figure.name) {

@@ -1,8 +1,7 @@
-"""Which tokens stand out, and which anchor was led in by which token: what the page marks and joins by arcs.
+"""Marks of a response: its preplan tokens, its anchors, and the tokens that lead into locally dominated anchors.
 
-Preplan tokens are those of highest WAAD, anchors those of highest FAI (Analysis.preplan, Analysis.anchors); an anchor
-that is locally dominated (Eq. 18) has an intro token up to three tokens before it. Used by the page, the terminal and
-the figures.
+Preplan tokens are those of highest WAAD, anchors those of highest FAI (Analysis.preplan, Analysis.anchors). A locally
+dominated anchor (Eq. 18) has an intro token up to three tokens before it.
 """
 
 from __future__ import annotations
@@ -17,18 +16,17 @@ from attnstats import credit, rhythm
 from attnstats.presets import paper_v2
 from attnstats.study.analysis import Analysis
 
-SHARE = 0.10  # of the response's tokens that are marked at first
+SHARE = 0.10  # of the response's tokens that are marked by default
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Per token of the response, R of them.
+    """Marks of each of the R tokens of a response.
 
     Attributes:
         preplan: rank by WAAD, 0 the highest.
         anchor: rank by FAI, 0 the highest; None where FAI has no value.
-        intro: for an anchor of credit (the highest 40 % by FAI) that is locally dominated, the token that leads into
-            it; else None.
+        intro: the token that leads into a locally dominated anchor (of the highest 40 % by FAI); None for other tokens.
     """
 
     preplan: list[int | None]
@@ -43,14 +41,25 @@ class Marks:
 
 def marks(analysis: Analysis) -> Marks:
     """The marks of a response."""
-    waad, fai, valid = (x[analysis.response] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
-    everyone = torch.ones_like(valid)
-    sets = credit.coupled_sets(waad[None], fai[None], everyone[None], valid=valid[None], q=paper_v2.q)
+    waad, fai, valid, mask = _curves(analysis)
+    sets = credit.coupled_sets(waad[None], fai[None], mask[None], valid=valid[None], q=paper_v2.q)
     return Marks(
-        preplan=_ranks(waad, everyone),
+        preplan=_ranks(waad, mask),
         anchor=_ranks(fai, valid),
         intro=[t - lead if lead else None for t, lead in enumerate(sets.lead[0].tolist())],
     )
+
+
+def coupled_gamma(analysis: Analysis) -> Tensor:
+    """(R,) float64, the token weights of the coupled rhythm (Eq. 19) with the paper's settings."""
+    waad, fai, valid, mask = (curve[None] for curve in _curves(analysis))
+    return credit.coupled_rhythm(waad.double(), fai.double(), mask, valid=valid, **paper_v2.coupled)[0]
+
+
+def _curves(analysis: Analysis) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """WAAD, FAI, its validity and a mask of ones over the response."""
+    waad, fai, valid = (x[analysis.response] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
+    return waad, fai, valid, torch.ones_like(valid)
 
 
 def _ranks(values: Tensor, valid: Tensor) -> list[int | None]:
@@ -58,10 +67,3 @@ def _ranks(values: Tensor, valid: Tensor) -> list[int | None]:
     for rank, i in enumerate(rhythm.top(values, len(values), valid)):
         ranks[i] = rank
     return ranks
-
-
-def coupled_gamma(analysis: Analysis) -> Tensor:
-    """(R,) float64, the token weights of the coupled rhythm (Eq. 19) with the paper's settings."""
-    waad, fai, valid = (x[analysis.response][None] for x in (analysis.waad, analysis.fai, analysis.fai_valid))
-    mask = torch.ones_like(valid)
-    return credit.coupled_rhythm(waad.double(), fai.double(), mask, valid=valid, **paper_v2.coupled)[0]

@@ -1,5 +1,5 @@
-// What all views share: the data, the state, elements, numbers, and who is told when something changes.
-// Text of a model only ever becomes a text node. Nothing here knows a view.
+// Shared by all views: the data, the state, elements, numbers, and the calls to the views when something changes.
+// Text of a model only ever becomes a text node.
 
 const data = (id) => {
   const element = document.getElementById(id);
@@ -9,10 +9,11 @@ const page = data("data-page");
 const byId = (id) => document.getElementById(id);
 const SVG = byId("mark").namespaceURI;
 
-// `selected` stays, `hovered` is where the pointer is: both count tokens of the response.
+// `selected` and `hovered`, the token under the pointer, are indices of tokens of the response.
 const state = { number: 0, prompt: null, maps: null, column: "waad", share: page.share, selected: 0, hovered: null };
 
-// A view has some of: open() a prompt, paint() after a switch or a change of light, move() to a token, fit() a width.
+// A view has some of: open() for a new prompt, paint() for another column, share or colour scheme, move() for another
+// token, fit() for another width.
 const views = [];
 const tell = (what, ...details) => views.forEach((view) => view[what]?.(...details));
 
@@ -21,7 +22,7 @@ const cursor = () => state.hovered ?? state.selected;
 const column = (key) => page.columns.find((entry) => entry.key === key);
 const tokenText = (index) => state.prompt.tokens[state.prompt.start + index];
 
-// A token as a word of at most so many characters, and tokens in quotation marks, by position in prompt and answer.
+// A token as a word of at most `most` characters, and tokens in quotation marks, by position in prompt and answer.
 const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
 const word = (position, most) => short(state.prompt.tokens[position].trim() || "space", most);
 const quoted = (from, to = from + 1) =>
@@ -60,7 +61,7 @@ const shown = (key, index) => {
   return value === null ? "no value" : `${places(value, digits)} ${unit}`;
 };
 
-// Where a value is on its scale, 0 .. 1; the same as Domain.share in scale.py.
+// The place of a value on its scale, 0 .. 1; the same as Domain.share in scale.py.
 function share(value, { low, high, log }) {
   const place = log
     ? Math.log(Math.max(value, 1e-300) / low) / Math.log(high / low)
@@ -71,7 +72,7 @@ function share(value, { low, high, log }) {
 const shade = (value, domain) => Math.min(page.shades - 1, Math.floor(share(value, domain) * page.shades));
 const valueAt = (place, { low, high, log }) => (log ? low * (high / low) ** place : low + (high - low) * place);
 
-// Three digits or so, without a tail of zeros.
+// Two or three digits, without trailing zeros.
 const brief = (value) => (value === 0 ? "0" : String(Number(value.toPrecision(value >= 100 ? 3 : 2))));
 
 function marked(ranks) {
@@ -111,7 +112,7 @@ function tickStep(span, most) {
   return [1, 2, 5, 10].map((unit) => unit * power).find((step) => span / step <= most) ?? 10 * power;
 }
 
-// Keys that move the cursor, the same in every view; `line` says where up and down lead.
+// Keys that move the cursor, the same in every view; `line` is the move of arrow up and down.
 function moveByKey(event, line) {
   const at = cursor();
   const steps = {

@@ -1,8 +1,8 @@
-"""The one colour scale of the report, the terminal and the figures: from the page's own tone up to the most.
+"""The colour scale of the report, the terminal and the figures, from the background to the strongest colour.
 
-Lightness rises (dark pages) or falls (light pages) evenly and hue turns from yellow over green to indigo, so that the
-order survives every kind of colour blindness and a print in grey. The numbers are ours, in OKLCH. `Domain` says which
-value gets which shade, and is the legend.
+Lightness rises (dark pages) or falls (light pages) evenly while the hue turns from yellow over green to indigo, so that
+the order is seen with every kind of colour blindness and in grey. The stops are our own, in OKLCH. `Domain` maps values
+to shades.
 """
 
 from __future__ import annotations
@@ -16,24 +16,15 @@ from torch import Tensor
 SHADES = 16
 # Lightness, chroma, hue in degrees, from least to most.
 LIGHT = (
-    (1.0, 0.0, 100),
-    (0.93, 0.075, 106),
-    (0.80, 0.110, 150),
-    (0.64, 0.105, 205),
-    (0.46, 0.125, 262),
-    (0.30, 0.115, 285),
-)
+    (1.0, 0.0, 100), (0.93, 0.075, 106), (0.80, 0.110, 150), (0.64, 0.105, 205), (0.46, 0.125, 262), (0.30, 0.115, 285)
+)  # fmt: skip
 DARK = (
-    (0.222, 0.012, 262),
-    (0.36, 0.085, 278),
-    (0.50, 0.110, 255),
-    (0.66, 0.105, 200),
-    (0.81, 0.130, 150),
+    (0.222, 0.012, 262), (0.36, 0.085, 278), (0.50, 0.110, 255), (0.66, 0.105, 200), (0.81, 0.130, 150),
     (0.94, 0.120, 108),
-)
-USUAL = 0.985  # the share of values that the scale spans; the few above share its last shade
-PALE = 0.5  # the share of a response's tokens that stays pale, so that the others stand out
-DECADES = 2  # of a logarithmic scale at most: what is 100 times less than most is nothing to look at
+)  # fmt: skip
+USUAL = 0.985  # share of the values that the scale spans; the few above it have the last shade
+PALE = 0.5  # share of a response's tokens that stays pale, so that the others stand out
+DECADES = 2  # of a logarithmic scale at most
 Rgb = tuple[int, int, int]
 
 
@@ -55,7 +46,7 @@ def ramp(stops: Sequence[tuple[float, float, float]], count: int = SHADES) -> li
 
 
 def from_oklch(lightness: float, chroma: float, hue: float) -> Rgb:
-    """sRGB, 0 .. 255, of a colour in OKLCH (Ottosson 2020), clipped to what sRGB has."""
+    """A colour in OKLCH (Ottosson 2020) as sRGB, 0 .. 255, clipped to the sRGB gamut."""
     a, b = chroma * math.cos(math.radians(hue)), chroma * math.sin(math.radians(hue))
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -86,9 +77,8 @@ def contrast(one: Rgb, other: Rgb) -> float:
 
 
 def ink(background: Rgb) -> Rgb:
-    """Black or white, whichever is read better: at least 4.58 on any colour."""
-    black, white = (0, 0, 0), (255, 255, 255)
-    return max(black, white, key=lambda colour: contrast(colour, background))
+    """Black or white, whichever has more contrast: at least 4.58 on any colour."""
+    return max((0, 0, 0), (255, 255, 255), key=lambda colour: contrast(colour, background))
 
 
 def as_hex(colour: Rgb) -> str:
@@ -96,7 +86,7 @@ def as_hex(colour: Rgb) -> str:
 
 
 def style() -> str:
-    """The scale as CSS: `--s0 ..`, `--i0 ..` for a light and a dark page, and a class per shade."""
+    """The scale as CSS: variables `--s0 ..` and `--i0 ..` for light and dark pages, and a class per shade."""
 
     def variables(stops: Sequence[tuple[float, float, float]]) -> str:
         return " ".join(
@@ -112,7 +102,7 @@ def style() -> str:
 
 @dataclass(frozen=True)
 class Domain:
-    """The values from which and up to which the scale goes, in the statistic's unit; logarithmic or linear."""
+    """The lowest and the highest value of a linear or logarithmic scale, in the statistic's unit."""
 
     low: float
     high: float
@@ -120,20 +110,19 @@ class Domain:
 
     @staticmethod
     def of(values: Tensor, *, is_log: bool = False, low: float | None = None, pale: float = PALE) -> Domain:
-        """The scale of the finite ones of `values`, (N,): from `low`, or from where the `pale` share of them ends."""
-        known = values[values.isfinite()].double()
-        if not len(known):
+        """The scale of the finite ones of `values`, (N,), from `low` or else from their quantile `pale`."""
+        finite = values[values.isfinite()].double()
+        if not len(finite):
             return Domain(0.0, 1.0)
-        high = float(known.quantile(USUAL))
+        high = float(finite.quantile(USUAL))
         if is_log and high > 0:
-            positive = known[known > 0]
-            start = max(float(positive.quantile(pale)), high / 10**DECADES)
+            start = max(float(finite[finite > 0].quantile(pale)), high / 10**DECADES)
             return Domain(min(start, high / 2), high, is_log=True)
-        start = float(known.quantile(pale)) if low is None else low
+        start = float(finite.quantile(pale)) if low is None else low
         return Domain(start, high if high > start else start + 1.0)
 
     def share(self, value: float) -> float:
-        """Where a value is on the scale, from 0 to 1."""
+        """The place of a value on the scale, from 0 to 1."""
         if self.is_log:
             place = math.log(max(value, 1e-300) / self.low) / math.log(self.high / self.low)
         else:
@@ -141,7 +130,7 @@ class Domain:
         return min(1.0, max(0.0, place))
 
     def shade(self, value: float) -> int:
-        """The number of the value's shade, 0 .. SHADES - 1.
+        """The number of a value's shade, 0 .. SHADES - 1.
 
         Example:
             >>> [Domain(0, 8).shade(value) for value in (0, 4, 8, 9)]

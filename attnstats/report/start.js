@@ -1,8 +1,8 @@
-// The index of prompts, the switches, and what happens when the page opens, is resized, or turns light or dark.
+// The index of prompts, the switches, and the handlers for opening a prompt, resizing, and a change of colour scheme.
 
 const count = page.cards.length;
 
-// A prompt of a page with many is parsed when it is opened, and its pictures are drawn then.
+// Show the prompt in the address. Its data is parsed only now.
 function open() {
   const asked = Number(/^#prompt-(\d+)$/.exec(location.hash)?.[1]);
   const number = asked >= 1 && asked <= count ? asked : 1;

@@ -1,31 +1,25 @@
-"""What `attnstats analyze` shows in the terminal: progress, the responses in colour with their curves, and the files.
+"""The terminal output: progress, the responses in colour with their curves, and the names of the files.
 
-The same in short as the report, with its scale, columns and marks. Model output is untrusted: it only gets here as
-`visible` text, and never as markup. Called by commands/.
+It has the scale, columns and marks of the report. Model output is untrusted: it is printed as `visible` text and never
+as markup.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
+from rich import progress
 from rich.color import Color
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from attnstats.report.columns import Column, find
+from attnstats.report.data import highest_of_stretches
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
 from attnstats.study.analysis import Analysis
@@ -38,11 +32,11 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Terminal:
-    """Progress as a bar where there is a terminal, as a line now and then where output goes to a file."""
+    """Progress as a bar in a terminal, and as a line now and then if output goes to a file."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False):
         self.console = console or Console(highlight=False, quiet=quiet)
-        self._bar: Progress | None = None
+        self._bar: progress.Progress | None = None
         self._total, self._done, self._began, self._said = 0, 0, 0.0, 0.0
 
     def say(self, line: str) -> None:
@@ -54,13 +48,13 @@ class Terminal:
         if not self.console.is_terminal:
             self.say(what)
             return
-        self._bar = Progress(
-            TextColumn("[dim]{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(),
+        self._bar = progress.Progress(
+            progress.TextColumn("[dim]{task.description}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("[dim]left"),
+            progress.TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
@@ -86,7 +80,7 @@ class Terminal:
             self._bar = None
 
     def show(self, analyses: Sequence[Analysis], files: Sequence[Path], *, color_by: str = "waad") -> None:
-        """The responses, coloured by a column of report/columns.py, and where the files are.
+        """Print the responses, coloured by a column of report/columns.py, and the names of the files.
 
         Raises:
             InputError: no column has that name.
@@ -120,28 +114,28 @@ class Terminal:
 
 
 def response(analysis: Analysis, column: Column) -> Text:
-    """The response: a shade for the column's value, a line over preplan tokens and one under anchors.
+    """The response, shaded by the column's value, with a line over preplan tokens and one under anchors.
 
-    Half of the tokens have the least shade, which is none: the terminal's own background stays.
+    Half of the tokens have the least shade, which is the terminal's own background.
     """
     values = column.read(analysis)
     domain = column.domain(values)
-    found = marks(analysis)
-    preplan, anchors = set(found.among(found.preplan)), set(found.among(found.anchor))
+    marked = marks(analysis)
+    preplan, anchors = set(marked.among(marked.preplan)), set(marked.among(marked.anchor))
     text = Text()
     for i, value in enumerate(values.tolist()):
         token = visible(analysis.tokens[analysis.response_start + i])
         style = shade_style(domain.shade(value)) if value == value else Style(dim=True)
         if i in preplan or i in anchors:
             style += Style(overline=i in preplan or None, underline=i in anchors or None, bold=True)
-            # What is marked has to be seen.
+            # A marked token must be visible.
             token = token.replace("\n", "↵\n", 1) if "\n" in token else token or PART
         text.append(token, style=style)
     return text
 
 
 def shade_style(shade: int) -> Style:
-    """The colours of a shade; none for the least."""
+    """The colours of a shade; no colours for the least."""
     if shade == 0:
         return Style()
     background = SCALE[shade]
@@ -149,7 +143,7 @@ def shade_style(shade: int) -> Style:
 
 
 def legend(column: Column, domain: Domain) -> Text:
-    """The scale with its ends in the column's unit, and what the lines mean."""
+    """The scale with its ends in the column's unit, and the meaning of the lines."""
     text = Text(f"{column.title} {_brief(domain.low)} ")
     for shade in range(SHADES):
         text.append(" ", shade_style(shade))
@@ -161,22 +155,18 @@ def legend(column: Column, domain: Domain) -> Text:
 
 
 def curve(analysis: Analysis, column: Column, width: int) -> Text:
-    """The column along the response in one line: blocks as high as the highest value of their tokens.
-
-    A space where there is no value.
-    """
+    """The column along the response in one line of blocks, as high as the highest value of their tokens."""
     name = f"{column.title:5}"
     read = column.read(analysis)
-    domain, values = Domain.of(read, pale=0.0), read.tolist()
-    room = max(1, min(len(values), width - len(name) - 1))
-    stretches = [values[start:stop] for start, stop in pairwise(i * len(values) // room for i in range(room + 1))]
-    highest = [max((value for value in stretch if value == value), default=None) for stretch in stretches]
+    domain = Domain.of(read, pale=0.0)
+    values = [None if value != value else value for value in read.tolist()]
+    highest = highest_of_stretches(values, max(1, min(len(values), width - len(name) - 1)))
     line = "".join(" " if value is None else BLOCKS[round(7 * domain.share(value))] for value in highest)
     return Text.assemble((name, "dim"), line)
 
 
 def peaks(analysis: Analysis) -> Table:
-    """The highest tokens of both curves side by side, with position and value."""
+    """The highest tokens of WAAD and FAI side by side, with position and value."""
     table = Table(
         "preplan", "position", "WAAD", "anchor", "position", "FAI, %", box=None, pad_edge=False, padding=(0, 3, 0, 0)
     )

@@ -63,7 +63,7 @@ function drawScale() {
   );
 }
 
-// An arc leads from an anchor back to the token that leads into it; over the end of a line it is drawn in two halves.
+// Arcs from an anchor back to the token that leads into it; an arc across lines is drawn in two halves.
 function drawArcs() {
   if (!state.prompt) return;
   arcs.replaceChildren();

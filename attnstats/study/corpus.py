@@ -1,8 +1,7 @@
 """Many prompts: generate in batches, measure each response, keep what is done.
 
-`run` is the loop that `attnstats analyze` and `attnstats couplings` share; what is measured is the caller's function.
-What the store has already is not done again, and the seed of a batch follows from its place: a run that was killed,
-or that several processes share (shards.py), gives the results of one that went through.
+The measurement is the caller's function. What the store already has is not done again, and the seed of a batch follows
+from its place: a run that was killed, or that several processes share (shards.py), gives the results of a single one.
 """
 
 from __future__ import annotations
@@ -10,30 +9,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor
-
-from attnstats.study.generation import check_lengths, generate
+from attnstats.study.generation import Sampling, check_lengths, generate
 from attnstats.study.models import LoadedModel
 from attnstats.study.prompts import render
 from attnstats.study.shards import Shard
-from attnstats.study.store import Store
+from attnstats.study.store import Item, Store
+
+Measure = Callable[[int, list[int], list[int]], Item]  # (index, prompt, response) to the item to store
 
 BATCH = 8
-MEASURING = 10  # what a measurement counts for on the bar, in steps of generation
-
-Measured = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and texts, as Store.write takes them
+MEASURING = 10  # weight of a measurement on the progress bar, in steps of generation
 
 
 class Progress(Protocol):
-    """Is told what goes on; `total` units of work for what can be long."""
+    """Shows how far a task is, in units of its total work."""
 
     def start(self, what: str, total: int) -> None: ...
 
     def advance(self, amount: int = 1) -> None: ...
 
     def finish(self) -> None: ...
+
+
+@contextmanager
+def task(progress: Progress, what: str, total: int) -> Iterator[None]:
+    """A `with` block as a task that is shown."""
+    progress.start(what, total)
+    try:
+        yield
+    finally:
+        progress.finish()
 
 
 @contextmanager
@@ -47,7 +54,7 @@ def stage(timings: dict[str, float], name: str) -> Iterator[None]:
 
 
 def rendered(loaded: LoadedModel, questions: Sequence[str], system: str, max_tokens: int) -> list[list[int]]:
-    """The token ids that the model reads of each question. Raises InputError where a response doesn't fit behind."""
+    """The token ids that the model reads for each question. Raises InputError if a response doesn't fit after one."""
     prompts = [render(loaded.tokenizer, question, system) for question in questions]
     check_lengths(prompts, loaded, max_tokens)
     return prompts
@@ -56,11 +63,9 @@ def rendered(loaded: LoadedModel, questions: Sequence[str], system: str, max_tok
 def run(
     loaded: LoadedModel,
     prompts: Sequence[list[int]],
-    measure: Callable[[int, list[int], list[int]], Measured],
+    measure: Measure,
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
     store: Store,
     progress: Progress,
     shard: Shard = Shard(),  # noqa: B008 frozen
@@ -69,9 +74,8 @@ def run(
     """Fill `store` with the results of this process's share of the prompts.
 
     Args:
-        prompts: token ids, as `rendered` gives them.
-        max_tokens, temperature, seed: that generation.check_sampling has seen.
-        measure: (index, prompt, response) to what is to be kept of it.
+        prompts: token ids, as `rendered` returns them.
+        sampling: checked.
         timings: gets the seconds of "generate" and "statistics".
 
     Raises:
@@ -79,55 +83,35 @@ def run(
     """
     timings = {} if timings is None else timings
     batches = shard.of([range(start, min(start + BATCH, len(prompts))) for start in range(0, len(prompts), BATCH)])
-    open_ = [batch for batch in batches if not all(map(store.has, batch))]
-    count = sum(map(len, open_))
-    progress.start(
-        f"{count} prompt{'' if count == 1 else 's'}, up to {max_tokens} tokens each",
-        sum(max_tokens + MEASURING * len(batch) for batch in open_),
-    )
-    try:
-        for batch in open_:
+    unfinished = [batch for batch in batches if not all(map(store.has, batch))]
+    count, most = sum(map(len, unfinished)), sampling.max_tokens
+    what = f"{count} prompt{'' if count == 1 else 's'}, up to {most} tokens each"
+    with task(progress, what, sum(most + MEASURING * len(batch) for batch in unfinished)):
+        for batch in unfinished:
             with stage(timings, "generate"):
-                steps = _generate(loaded, prompts, batch, max_tokens, temperature, seed, store, progress)
-            progress.advance(max_tokens - steps)
+                steps = _generate(loaded, prompts, batch, sampling, store, progress)
+            progress.advance(most - steps)
             with stage(timings, "statistics"):
                 for index in batch:
                     if not store.has(index):
                         store.write(index, *measure(index, *store.response(index)))
                     progress.advance(MEASURING)
-    finally:
-        progress.finish()
 
 
 def _generate(
     loaded: LoadedModel,
     prompts: Sequence[list[int]],
     batch: range,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
+    sampling: Sampling,
     store: Store,
     progress: Progress,
 ) -> int:
-    """Make sure that the store has the responses of a batch; how many steps that took."""
+    """Generate the responses of a batch if the store does not have all of them; the number of steps that took."""
     if all(map(store.has_response, batch)):
         return 0
-    steps = 0
-
-    def advance() -> None:
-        nonlocal steps
-        steps += 1
-        progress.advance()
-
-    responses = generate(
-        loaded,
-        [prompts[index] for index in batch],
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=(seed + batch.start) % 2**64,
-        advance=advance,
-    )
+    sampling = sampling._replace(seed=(sampling.seed + batch.start) % 2**64)
+    responses = generate(loaded, [prompts[index] for index in batch], sampling, advance=progress.advance)
     for index, response in zip(batch, responses, strict=True):
-        if not store.has_response(index):  # what has been measured stays with what was measured
+        if not store.has_response(index):  # a response that was measured stays with its measurement
             store.write_response(index, prompts[index], response)
-    return steps
+    return max(map(len, responses))

@@ -1,36 +1,32 @@
-"""The paper's analysis of a corpus: heads profiled over all responses, then couplings under every settlement (Sec. 4).
+"""The paper's study of a corpus: heads profiled over all responses, then couplings under every variant (Sec. 4).
 
 `measure` reads one response in one pass over all layers and heads, with the statistics of all variants at once, for
-corpus.run to keep in a store. `examine` makes the tables of what is kept, in two passes over the store: which heads
-are local, global and receivers, then the curves of each variant. Called by commands/couplings.py.
+corpus.run to store. `examine` makes the tables in two passes over the store: first the local, global and receiver
+heads, then the curves of each variant.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnstats.errors import InputError
 from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean, segment_received
 from attnstats.identity import identity
 from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets, sets
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI, WAAD, MeanDistance, PooledMap
-from attnstats.study.analysis import drawn_entropy, hidden_states, pieces
-from attnstats.study.corpus import Measured
 from attnstats.study.models import LoadedModel
-from attnstats.study.store import Store
-from attnstats.transformers.capture import capture
+from attnstats.study.reading import pieces, read
+from attnstats.study.store import Item, Store
 from attnstats.transformers.selection import middle_third
 
 WINDOWS = (5, 10, 20)
-ANALYSIS = FAI(0, None)  # of the paper's analysis: to the end of the response, the token itself among its queries
-SENTENCES_IGNORED = 4  # the nearest, where sentences are what receives
+ANALYSIS = FAI(0, None)  # the paper's analysis: to the end of the response, the token itself among its queries
+SENTENCES_IGNORED = 4  # number of nearest sentences that don't count for receiver heads of sentences
 HORIZONS = (ANALYSIS, RECEIVED, FAI(10, None), FAI(0, 100), FAI(10, 100), FAI(10, 50))
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 MAXIMA = PeakRule()
@@ -44,12 +40,12 @@ RULES = (
 RECEIVERS = (10, 20, 40)
 
 
-def measure(loaded: LoadedModel, prompt: list[int], response: list[int], temperature: float) -> Measured:
-    """What the tables need of a response, its R tokens and S sentences alone: tensors by name.
+def measure(loaded: LoadedModel, prompt: list[int], response: list[int], temperature: float) -> Item:
+    """The tensors that the tables need of a response of R tokens and S sentences, by name, without the prompt.
 
     `waad.<W>`, `fai.<lo>.<hi>` and `mean_distance` (layers, heads, R); `valid.<lo>.<hi>` (R,) bool; `sentences`
-    (layers, heads, S), what each receives per pair of tokens, NaN for the last; `entropy` (R,) in nats, of the
-    distribution that each token was drawn from; `layers`, their numbers.
+    (layers, heads, S), the attention that each receives per pair of tokens, NaN for the last; `entropy` (R,) in nats,
+    of the distribution that each token was drawn from; `layers`, their numbers.
 
     Raises:
         InputError: attention overflows in the model's dtype, or token entropies can't be computed.
@@ -59,29 +55,22 @@ def measure(loaded: LoadedModel, prompt: list[int], response: list[int], tempera
     bounds = boundaries(pieces(loaded.tokenizer, prompt + response), start=start)
     pooled = PooledMap(bounds, bounds)
     statistics: list[WAAD | FAI | MeanDistance] = [*map(WAAD, WINDOWS), *HORIZONS, MeanDistance()]
-    asked = [*statistics, pooled]
-    # No query mask: what a response's token receives comes from the response.
-    with torch.no_grad(), capture(loaded.model, statistics=asked, layers="all", device="cpu") as run:
-        hidden, last_logits = hidden_states(loaded, ids)
-    tensors = {"layers": torch.tensor(run.layers)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error of its own below
-        for statistic in statistics:
-            tensors[name_of(statistic)] = run[statistic][:, 0, :, start:].float()
-        sizes = torch.tensor(bounds).diff()
-        # The first segment is the prompt.
-        tensors["sentences"] = segment_received(run[pooled][:, 0, :, 1:, 1:], sizes[1:], SENTENCES_IGNORED)
-    for horizon in HORIZONS:
-        tensors[f"valid.{name_of(horizon)}"] = run.valid[horizon][0, start:].cpu()
-    if not tensors[name_of(MeanDistance())].isfinite().all():
-        raise InputError(f"--dtype {loaded.dtype}: attention of {loaded.name} overflows in it; use --dtype float32")
-    # The row before the response's first draws it; no row of the prompt before that is made into logits.
-    tensors["entropy"] = drawn_entropy(loaded, hidden[start - 1 :], last_logits, temperature)[1:]
+    # No query mask: a token of the response is seen by the response only. The row before its first token draws that
+    # token; no earlier row is made into logits.
+    run, entropy = read(
+        loaded, ids, [*statistics, pooled], temperature, start=start, entropy_from=start - 1, layers="all", device="cpu"
+    )
+    tensors = {"layers": torch.tensor(run.layers), "entropy": entropy[1:]}
+    tensors |= {name_of(statistic): run[statistic][:, 0, :, start:].float() for statistic in statistics}
+    tensors |= {f"valid.{name_of(horizon)}": run.valid[horizon][0, start:].cpu() for horizon in HORIZONS}
+    sizes = torch.tensor(bounds).diff()
+    # The first segment is the prompt.
+    tensors["sentences"] = segment_received(run[pooled][:, 0, :, 1:, 1:], sizes[1:], SENTENCES_IGNORED)
     return tensors, {}
 
 
 def name_of(statistic: WAAD | FAI | MeanDistance) -> str:
-    """The name that a statistic's tensor is kept under.
+    """The name of a statistic's tensor in the store.
 
     Example:
         >>> name_of(WAAD(10)), name_of(FAI(0, None))
@@ -95,7 +84,7 @@ def name_of(statistic: WAAD | FAI | MeanDistance) -> str:
 
 
 class Profiles(NamedTuple):
-    """The heads of all layers over all responses, with the kurtosis of what tokens, and of what sentences receive."""
+    """Profiles of all heads over all responses, with the kurtosis of what tokens receive, and of what sentences do."""
 
     tokens: HeadProfile
     sentences: HeadProfile
@@ -103,15 +92,15 @@ class Profiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to settle what the paper leaves open; the default is what the tables are of.
+    """A choice of the settings that the paper leaves open; the main tables are of the default.
 
     Attributes:
-        layers: whose heads are classed; None: all.
-        share: of the heads that are local, and that are global.
-        window: W of WAAD. horizon: of FAI.
-        receivers: how many heads are receivers. sentences: their kurtosis is of sentences and not of tokens.
+        layers: the layers whose heads are classified; None: all.
+        share: share of the heads that are local, and share that are global.
+        window: W of WAAD. horizon: horizon of FAI.
+        receivers: number of receiver heads. sentences: their kurtosis is over sentences and not over tokens.
         distinct: receiver heads are left out of the global class, so that the two curves share no head.
-        rule: which tokens are peaks. null: what chance is.
+        rule: the peak rule. null: the null hypothesis.
     """
 
     layers: tuple[int, ...] | None = None
@@ -125,10 +114,10 @@ class Variant:
     null: Null = "shuffle"
 
     def heads(self, profiles: Profiles) -> tuple[HeadClasses, Tensor]:
-        """Local and global heads, and receivers: masks (layers, heads)."""
+        """Local and global heads, and receiver heads, as masks (layers, heads)."""
         classes = profiles.tokens.classes(self.share, self.layers)
-        of = profiles.sentences if self.sentences else profiles.tokens
-        receivers = of.receivers(self.receivers, self.layers)
+        profile = profiles.sentences if self.sentences else profiles.tokens
+        receivers = profile.receivers(self.receivers, self.layers)
         if self.distinct:
             classes = replace(classes, global_=classes.global_ & ~receivers)
         return classes, receivers
@@ -146,8 +135,8 @@ class Variant:
         )
 
 
-class Labelled(NamedTuple):
-    """A variant, and which setting of the default it changes to what."""
+class LabelledVariant(NamedTuple):
+    """A variant, the setting that it changes, and the value of that setting."""
 
     setting: str
     value: str
@@ -168,34 +157,28 @@ def thirds(layers: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(part) for name, part in zip(names, parts, strict=True) if part}
 
 
-def settlements(layers: Sequence[int], heads: int) -> list[Labelled]:
-    """The default and every variant that changes one setting of it, where the model has heads enough for it."""
-    base = Variant()
-    found = [Labelled("default", "", base)]
-    found += [Labelled("peak rule", str(rule), replace(base, rule=rule)) for rule in RULES if rule != base.rule]
-    found.append(Labelled("chance", "marks shifted round together", replace(base, null="shift")))
+def variants(layers: Sequence[int], heads: int) -> list[LabelledVariant]:
+    """The default and every variant that changes one setting of it, as far as the model has enough heads."""
+    default = Variant()
     five = tuple(layers[i] for i in middle_third(len(layers)))
-    for name, part in {**thirds(layers), "five of the middle third": five}.items():
-        if len(part) * heads > 1:
-            found.append(Labelled("layers", name, replace(base, layers=part)))
-    found += [Labelled("head share", f"{q:.0%}", replace(base, share=q)) for q in SHARES if q != base.share]
-    found += [Labelled("W", str(window), replace(base, window=window)) for window in WINDOWS if window != base.window]
-    for horizon in HORIZONS:
-        if horizon != base.horizon:
-            hi = "open" if horizon.hi is None else horizon.hi
-            found.append(Labelled("lo, hi", f"{horizon.lo}, {hi}", replace(base, horizon=horizon)))
-    found += [
-        Labelled("receiver heads", str(count), replace(base, receivers=count))
-        for count in RECEIVERS
-        if count != base.receivers
+    parts = {**thirds(layers), "five of the middle third": five}
+    changes: list[tuple[str, str, dict[str, Any]]] = [
+        *(("peak rule", str(rule), {"rule": rule}) for rule in RULES),
+        ("chance", "marks shifted round together", {"null": "shift"}),
+        *(("layers", name, {"layers": part}) for name, part in parts.items() if len(part) * heads > 1),
+        *(("head share", f"{share:.0%}", {"share": share}) for share in SHARES),
+        *(("W", str(window), {"window": window}) for window in WINDOWS),
+        *(("lo, hi", f"{fai.lo}, {'open' if fai.hi is None else fai.hi}", {"horizon": fai}) for fai in HORIZONS),
+        *(("receiver heads", str(count), {"receivers": count}) for count in RECEIVERS),
+        ("receiver heads", "of sentences", {"sentences": True}),
+        ("receiver heads", "left out of the global ones", {"distinct": True}),
     ]
-    found.append(Labelled("receiver heads", "of sentences", replace(base, sentences=True)))
-    found.append(Labelled("receiver heads", "left out of the global ones", replace(base, distinct=True)))
-    return found
+    changed = [LabelledVariant(setting, value, replace(default, **change)) for setting, value, change in changes]
+    return [LabelledVariant("default", "", default), *(label for label in changed if label.variant != default)]
 
 
 class Row(NamedTuple):
-    """What a variant comes to: its couplings, None where it has no heads of a kind, and its densities of peaks."""
+    """The couplings of a variant, None if it has no heads of some class, and the densities of its peaks."""
 
     setting: str
     value: str
@@ -204,16 +187,17 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
-    """The tables of a corpus.
+class CorpusTables:
+    """The numbers of the tables of a corpus.
 
     Attributes:
-        profiles: of all heads over all responses.
-        responses, tokens: how many there were.
-        local, global_, receivers: numbers of heads; receivers_global: of receivers that are global heads.
-        rows: the default first, then each variant (`settlements`).
-        offsets: of the default (Table 20), by (of, near, offset).
-        sets: of the default: which share of all tokens is preplan, anchor and both, and of the anchors is dominated.
+        profiles: profiles of all heads over all responses.
+        responses, tokens: their numbers.
+        local, global_, receivers: numbers of heads; receivers_global: number of receivers that are global heads.
+        rows: the default first, then the other variants.
+        offsets: the default's couplings by (of, near, offset) (Table 20).
+        sets: the default's shares of tokens that are chunk boundaries, anchors and both, and of anchors that are
+            dominated.
     """
 
     profiles: Profiles
@@ -224,57 +208,59 @@ class Findings:
     receivers: int
     receivers_global: int
     rows: list[Row]
-    offsets: dict[tuple[str, str, int], Coupling] = field(default_factory=dict)
-    sets: dict[str, float] = field(default_factory=dict)
+    offsets: dict[tuple[str, str, int], Coupling]
+    sets: dict[str, float]
 
 
 def profiles_of(store: Store, loaded: LoadedModel) -> Profiles:
-    """Head profiles over all responses of a store."""
+    """Head profiles over all responses of a store. Raises ValueError for an empty one."""
     heads = int(loaded.model.config.get_text_config().num_attention_heads)
     model = identity(loaded.model)
-    found = None
+    profiles = None
     for tensors, _ in store:
-        if found is None:
+        if profiles is None:
             empty = HeadProfile.empty(tensors["layers"].tolist(), heads, model)
-            found = Profiles(empty, empty)
+            profiles = Profiles(empty, empty)
         received, sentences = tensors[name_of(RECEIVED)], tensors["sentences"]
-        found = Profiles(
-            found.tokens.add(tensors["mean_distance"], None, received, tensors[f"valid.{name_of(RECEIVED)}"]),
-            found.sentences.add(tensors["mean_distance"], None, sentences, sentences[0, 0].isfinite()),
+        profiles = Profiles(
+            profiles.tokens.add(tensors["mean_distance"], None, received, tensors[f"valid.{name_of(RECEIVED)}"]),
+            profiles.sentences.add(tensors["mean_distance"], None, sentences, sentences[0, 0].isfinite()),
         )
-    if found is None:
+    if profiles is None:
         raise ValueError("store: holds no results")
-    return found
+    return profiles
 
 
 def curves_of(store: Store, profiles: Profiles, variants: Sequence[Variant]) -> dict[Variant, list[Curves]]:
-    """The curves of all responses under each variant that has heads of every kind; each response is read once."""
-    chosen = {}
-    for variant in variants:
-        classes, receivers = variant.heads(profiles)
-        if all(mask.any() for mask in (classes.local, classes.global_, receivers)):
-            chosen[variant] = classes, receivers
-    found: dict[Variant, list[Curves]] = {variant: [] for variant in chosen}
+    """The curves of all responses under each variant that has heads of every class; each response is read once."""
+    heads_of = {variant: variant.heads(profiles) for variant in variants}
+    curves: dict[Variant, list[Curves]] = {
+        variant: []
+        for variant, (classes, receivers) in heads_of.items()
+        if classes.local.any() and classes.global_.any() and receivers.any()
+    }
     for tensors, _ in store:
-        for variant, heads in chosen.items():
-            found[variant].append(variant.curves(tensors, *heads))
-    return found
+        for variant, of_variant in curves.items():
+            of_variant.append(variant.curves(tensors, *heads_of[variant]))
+    return curves
 
 
-def examine(store: Store, loaded: LoadedModel, chance: Chance) -> Findings:
+def examine(store: Store, loaded: LoadedModel, chance: Chance) -> CorpusTables:
     """All tables of the responses in a store."""
     profiles = profiles_of(store, loaded)
     profile = profiles.tokens
-    labelled = settlements(profile.layers, profile.distance.shape[1])
+    labelled = variants(profile.layers, profile.distance.shape[1])
     curves = curves_of(store, profiles, [label.variant for label in labelled])
-    base = labelled[0].variant
-    classes, receivers = base.heads(profiles)
+    default = labelled[0].variant
+    classes, receivers = default.heads(profiles)
     rows = []
     for setting, value, variant in labelled:
-        of = curves.get(variant)
-        found = None if of is None else couplings(of, variant.rule, replace(chance, null=variant.null))
-        rows.append(Row(setting, value, found, {} if of is None else densities(of, variant.rule)))
-    return Findings(
+        if variant in curves:
+            of_corpus = couplings(curves[variant], variant.rule, replace(chance, null=variant.null))
+            rows.append(Row(setting, value, of_corpus, densities(curves[variant], variant.rule)))
+        else:
+            rows.append(Row(setting, value, None, {}))
+    return CorpusTables(
         profiles=profiles,
         responses=profile.sequences,
         tokens=profile.rows,
@@ -283,22 +269,23 @@ def examine(store: Store, loaded: LoadedModel, chance: Chance) -> Findings:
         receivers=int(receivers.sum()),
         receivers_global=int((receivers & classes.global_).sum()),
         rows=rows,
-        offsets=offsets(curves[base], base.rule, chance) if base in curves else {},
-        sets=shares_of_sets(curves.get(base, [])),
+        offsets=offsets(curves[default], default.rule, chance) if default in curves else {},
+        sets=shares_of_sets(curves.get(default, [])),
     )
 
 
 def shares_of_sets(curves: Sequence[Curves]) -> dict[str, float]:
-    """How large the sets of rhythm.sets are over all responses, each a share of 0..1; nothing where there are none."""
+    """The shares in 0..1 of the sets of rhythm.sets over all responses; empty without responses."""
     if not curves:
         return {}
-    found = [sets(c) for c in curves]
-    preplan, anchor, dominated = (
-        torch.cat([getattr(one, name) for one in found]) for name in ("preplan", "anchor", "dominated")
+    of_responses = [sets(c) for c in curves]
+    chunk, anchor, dominated = (
+        torch.cat([getattr(of_response, name) for of_response in of_responses])
+        for name in ("chunk", "anchor", "dominated")
     )
     return {
-        "preplan": preplan.double().mean().item(),
+        "chunk": chunk.double().mean().item(),
         "anchor": anchor.double().mean().item(),
-        "preplan and anchor": (preplan & anchor).double().mean().item(),
+        "chunk and anchor": (chunk & anchor).double().mean().item(),
         "dominated, of anchors": dominated.sum().item() / max(1, int(anchor.sum())),
     }

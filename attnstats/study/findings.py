@@ -1,7 +1,7 @@
-"""What analyses have in common: the profile of their heads and the couplings between their curves.
+"""The head profile of a set of analyses, and the couplings between their curves.
 
-Both read analyses one at a time and keep of each a few numbers or its mean curves. Called by commands/analyze.py and
-commands/report.py; commands/couplings.py is the paper's study of them, over all layers and settings.
+Both read analyses one at a time and keep a few numbers or the mean curves of each. couplings.py is the paper's study of
+the couplings, over all layers and settings.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ RECEIVERS = 20
 
 
 def profile(analyses: Iterable[Analysis], model: ModelIdentity | None = None) -> HeadProfile:
-    """The heads of the captured layers over all responses.
+    """The profile of the captured layers' heads over all responses.
 
     Raises:
         ValueError: there is no analysis.
     """
-    found: HeadProfile | None = None
+    total: HeadProfile | None = None
     for analysis in analyses:
-        if found is None:
-            found = HeadProfile.empty(analysis.layers, analysis.distance.shape[1], model)
-        counted = analysis.response & analysis.received_valid
-        found = found.add(analysis.head_mean_distance, analysis.response, analysis.head_received, counted)
-    if found is None:
+        if total is None:
+            total = HeadProfile.empty(analysis.layers, analysis.distance.shape[1], model)
+        valid = analysis.response & analysis.received_valid
+        total = total.add(analysis.head_mean_distance, analysis.response, analysis.head_received, valid)
+    if total is None:
         raise ValueError("analyses is empty: a profile is of one response or more")
-    return found
+    return total
 
 
 def curves(analysis: Analysis, receivers: Tensor) -> Curves:
-    """The curves of a response; of its heads those of `receivers`, (L, H) bool, are the corpus's receiver heads."""
+    """The curves of a response; `receivers`, (L, H) bool, are the receiver heads of the corpus."""
     response = analysis.response
     received = class_mean(analysis.head_received, receivers)
     return Curves(
@@ -50,7 +50,7 @@ def curves(analysis: Analysis, receivers: Tensor) -> Curves:
 
 
 def coupled(analyses: Sequence[Analysis], heads: HeadProfile, chance: Chance = Chance()) -> tuple[Coupling, ...]:  # noqa: B008
-    """The paper's three couplings over the responses (Table 2); none where no head is a receiver."""
+    """The paper's three couplings over the responses (Table 2); none if no head is a receiver."""
     receivers = heads.receivers(RECEIVERS)
     if not receivers.any():
         return ()

@@ -1,8 +1,8 @@
-"""The mean maps of the local and of the global heads (Eq. 8), small enough to look at: pooled, and exact where near.
+"""Mean maps of the local and of the global heads (Eq. 8), small enough to show: pooled, and exact near the diagonal.
 
-A map of T x T is never made. What is kept is its picture in at most 256 x 256 cells (PooledMap) and the band of the
-nearest keys, one distance at a time: a statistic of our own, weight 1 at one distance, that costs O(T). Both are of
-the response's rows. Needs head classes, so a second forward pass; called by analyze.py, drawn by report/.
+A T x T map is never made: it is pooled into at most 256 x 256 cells (PooledMap), and the band of the nearest keys is
+read one distance at a time, by a statistic with weight 1 at one distance that costs O(T). Only rows of the response are
+read. The maps need head classes, so they take a second forward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ BAND = 64  # distances of the exact band: 2 maps of 2,000 tokens are 1 MB
 
 @dataclass(frozen=True)
 class AtDistance(RowStatistic):
-    """The attention to the one key that is `distance` tokens back, `A[t, t - distance]`; 0 where there is none.
+    """The attention to the key `distance` tokens back, `A[t, t - distance]`; 0 before the first token.
 
-    `of` tells apart what one pass records of two classes of heads.
+    `of` names the class of heads, so that one pass can record it for two classes.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class AtDistance(RowStatistic):
 
 @dataclass(frozen=True)
 class MapOf(PooledMap):
-    """A PooledMap of the heads that `of` names."""
+    """A PooledMap of the class of heads that `of` names."""
 
     of: str = ""
 
@@ -60,11 +60,12 @@ class Maps:
     """Two mean maps of one sequence: R response tokens, I x J cells, D distances.
 
     Attributes:
-        rows: (I + 1,) int64, the positions at which the segments of queries begin and the last ends; the response's.
-        columns: (J + 1,) int64, likewise of the keys; prompt and response, and where the response begins so does one.
-        local_map, global_map: (I, J) float32, the attention that a query of segment i gives to all keys of segment j
-            together, as a mean over these queries; in [0, 1], and a row sums to 1 (less with sinks).
-        local_band, global_band: (R, D) float32, `A[t, t - d]` for the response's tokens t and d = 0, 1, ...
+        rows: (I + 1,) int64, boundaries of the query segments, which cover the response.
+        columns: (J + 1,) int64, boundaries of the key segments, which cover prompt and response; the start of the
+            response is one.
+        local_map, global_map: (I, J) float32, the attention of a query of segment i to segment j, a mean over the
+            queries; a row sums to 1 (less with sinks).
+        local_band, global_band: (R, D) float32, `A[t, t - d]` for tokens t of the response and d = 0, 1, ...
     """
 
     rows: Tensor
@@ -75,19 +76,19 @@ class Maps:
     global_band: Tensor
 
 
-def segments(start: int, length: int, cells: int = CELLS) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Boundaries of query and key segments: of one size, at most `cells` of each, both with a boundary at `start`.
+def cell_boundaries(start: int, length: int, cells: int = CELLS) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Boundaries of query and key segments of one size, at most `cells` of each, both with a boundary at `start`.
 
     Args:
         start: first position of the response, 0 <= start < length.
-        length: of prompt and response.
+        length: number of positions of prompt and response.
 
     Returns:
-        Of the queries from `start` to `length`, of the keys from 0 to `length`; the keys' first and both's last
-        segment may be shorter.
+        Boundaries of the queries from `start` to `length`, and of the keys from 0 to `length`; the first segment of
+        keys and the last of both can be shorter.
 
     Example:
-        >>> segments(3, 9, cells=5)
+        >>> cell_boundaries(3, 9, cells=5)
         ((3, 5, 7, 9), (0, 1, 3, 5, 7, 9))
     """
     size = 1
@@ -102,20 +103,17 @@ def segments(start: int, length: int, cells: int = CELLS) -> tuple[tuple[int, ..
 def mean_maps(
     model: Any, ids: Tensor, response: Tensor, classes: HeadClasses, layers: tuple[int, ...], distances: int = BAND
 ) -> Maps:
-    """The maps of a sequence, by one forward pass that stops after the last layer.
+    """The maps of a sequence on the CPU, from one forward pass that stops after the last layer of `layers`.
 
     Args:
         model: a transformers model that `attnstats.capture` takes.
         ids: (1, T) int64, prompt and response.
         response: (T,) bool, the response: the last positions, at least one.
-        classes: of the heads of `layers`.
-        distances: width of the exact band, at least 1; no more than T are kept.
-
-    Returns:
-        Tensors on the CPU.
+        classes: classes of the heads of `layers`.
+        distances: width of the exact band, at least 1; at most T.
     """
     length, start = ids.shape[1], int(response.nonzero()[0])
-    queries, keys = segments(start, length)
+    queries, keys = cell_boundaries(start, length)
     rows = queries if start == 0 else (0, *queries)
     chosen = {"local": classes.local, "global": classes.global_}
     pooled = {name: MapOf(rows, keys, name) for name in chosen}

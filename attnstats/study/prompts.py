@@ -1,7 +1,6 @@
-"""What is asked of the model: prompts from the command line, a file or our own three, as the model's chat format.
+"""Prompts from a file or our own three questions, and their rendering in the model's chat format.
 
-A prompt is a question; the paper's system text (App. A.1) goes before it. Called by commands/ (reading) and
-analyze.py (rendering).
+A prompt is a question; the paper's system text (App. A.1) goes before it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnstats.errors import InputError
+from attnstats.segments import sentences
 
 OTHER_TABLES = (".json", ".tsv", ".xls", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".pkl", ".pt", ".npy")
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -31,16 +31,16 @@ QUESTIONS = (
 def read_prompts(file: Path, field: str | None = None, option: str = "--prompts") -> list[str]:
     """The prompts of a file or of a data set's folder.
 
-    .jsonl, .csv, .parquet and a folder that `datasets.Dataset.save_to_disk` wrote have a prompt in a field of each
-    row; any other file has one in each line that isn't blank. Lines end in LF, CRLF or CR; other separators of Unicode
-    are text: JSON allows them inside a string.
+    .jsonl, .csv, .parquet and a folder of `datasets.Dataset.save_to_disk` have a prompt in a field of each row; any
+    other file has one in each line that isn't blank. Lines end in LF, CRLF or CR; other Unicode separators are text, as
+    JSON allows them inside a string.
 
     Args:
-        field: where a row has the prompt, default "question".
+        field: the field with the prompt, default "question".
 
     Raises:
-        InputError: nothing there, not readable as what its name says, a row without a text in the field (its line or
-            row is named), no prompt in it.
+        InputError: no such file, not readable as its name says, a row without a text in the field (its line or row is
+            named), or no prompt in it.
     """
     where = f"{option} {file}"
     name = "question" if field is None else field
@@ -104,8 +104,8 @@ def _prompt(record: Mapping[str | None, Any], field: str, where: str) -> str:
         return prompt
     if field in record:
         raise InputError(f'{where}: needs a text under "{field}", got {_cut(repr(prompt))}')
-    there = _cut(", ".join(repr(key) for key in record if key is not None)) or "nothing"
-    raise InputError(f'{where}: needs an object with a text under "{field}"; it has {there} (choose with --field)')
+    fields = _cut(", ".join(repr(key) for key in record if key is not None)) or "nothing"
+    raise InputError(f'{where}: needs an object with a text under "{field}"; it has {fields} (choose with --field)')
 
 
 def _cut(text: str, length: int = 80) -> str:
@@ -118,13 +118,13 @@ def _dataset(folder: Path, where: str) -> Any:
     except ImportError as error:
         raise InputError(f"{where}: to read a data set's folder, run: pip install datasets") from error
     try:
-        found = datasets.load_from_disk(str(folder))
+        dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{where}: not a folder of Dataset.save_to_disk ({error})") from error
-    if isinstance(found, datasets.DatasetDict):
-        splits = ", ".join(str(folder / split) for split in found)
+    if isinstance(dataset, datasets.DatasetDict):
+        splits = ", ".join(str(folder / split) for split in dataset)
         raise InputError(f"{where}: has several splits; name one of {splits}")
-    return found.data.table
+    return dataset.data.table
 
 
 def _parquet(file: Path, where: str) -> Any:
@@ -139,45 +139,45 @@ def _parquet(file: Path, where: str) -> Any:
 
 def _column(table: Any, field: str, where: str) -> list[str]:
     if field not in table.column_names:
-        there = _cut(", ".join(map(repr, table.column_names)))
-        raise InputError(f"{where}: has no column {field!r}, only {there}; choose with --field")
+        columns = _cut(", ".join(map(repr, table.column_names)))
+        raise InputError(f"{where}: has no column {field!r}, only {columns}; choose with --field")
     rows = enumerate(table.column(field).to_pylist(), 1)
     return [_prompt({field: value}, field, f"{where}, row {number}") for number, value in rows]
 
 
 def paper_prompt(question: str) -> str:
-    """The question as the paper puts it (App. A.1): its last sentence as `Question`, all before it as `Context`.
+    """The question in the paper's template (App. A.1): its last sentence as `Question`, the rest as `Context`.
 
     Example:
         >>> print(paper_prompt("A tray holds 12 rolls. How many do 4 trays hold?"))
         Context: A tray holds 12 rolls.
         Question: How many do 4 trays hold?
     """
-    from attnstats.segments import sentences
-
     *context, last = sentences(question.strip())
     before = "".join(context).strip()
     return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
 
 
 def render(tokenizer: Any, question: str, system: str) -> list[int]:
-    """Token ids of the question as the model expects it: its chat template, or plain text where it has none."""
+    """Token ids of the question in the model's chat template, or as plain text if it has none."""
     if not tokenizer.chat_template:
         text = f"{system}\n\n{question}\n\n" if system else f"{question}\n\n"
         return list(tokenizer(text)["input_ids"])
     from jinja2.exceptions import TemplateError
 
-    user = {"role": "user", "content": question}
-    messages = [{"role": "system", "content": system}, user] if system else [user]
+    def apply(*messages: tuple[str, str]) -> list[int]:
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        return list(
+            tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except TemplateError:
-        # Some templates refuse a system message; its text then opens the user's.
-        merged = [{"role": "user", "content": f"{system}\n\n{question}"}]
         try:
-            ids = tokenizer.apply_chat_template(merged, add_generation_prompt=True, return_dict=True)["input_ids"]
-        except TemplateError as error:
-            raise InputError(f"--model: its chat template cannot be used ({error})") from error
+            ids = apply(*([("system", system)] if system else []), ("user", question))
+        except TemplateError:  # some templates refuse a system message; its text then opens the user's
+            ids = apply(("user", f"{system}\n\n{question}"))
+    except TemplateError as error:
+        raise InputError(f"--model: its chat template cannot be used ({error})") from error
     if not ids:
         raise InputError("--model: its chat template makes nothing of a question; use a model with another one")
-    return list(ids)
+    return ids

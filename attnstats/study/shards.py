@@ -1,7 +1,7 @@
-"""Which part of a corpus is this process's: all of it, or a share under torchrun or `accelerate launch`.
+"""This process's share of a corpus: all of it, or a part under torchrun or `accelerate launch`.
 
-Batches are dealt out whole, in turn, so that every batch has the same rows, and thus the same bits, on any number of
-processes. The processes meet only at the ends: nothing is sent but "I am here". Called by corpus.py and the commands.
+Whole batches are dealt out in turn, so that every batch has the same rows, and thus the same bits, on any number of
+processes. The processes only wait for each other; no data is sent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_WAIT = timedelta(days=7)  # for the slowest process of a large corpus
 
 @dataclass(frozen=True)
 class Shard:
-    """This process among `count`; `local` is its number on its machine."""
+    """This process among `count` processes; `local` is its number on its machine."""
 
     rank: int = 0
     count: int = 1
@@ -33,7 +33,7 @@ class Shard:
         return self.rank == 0
 
     def of(self, batches: Sequence[T]) -> list[T]:
-        """The batches that are this process's.
+        """The batches of this process.
 
         Example:
             >>> Shard(rank=1, count=2).of(["a", "b", "c", "d"])
@@ -42,33 +42,33 @@ class Shard:
         return list(batches[self.rank :: self.count])
 
     def first(self, action: Callable[[], T]) -> T | None:
-        """Let the first process do something while the others wait: its result there, None elsewhere.
+        """Run `action` in the first process while the others wait: its result there, None elsewhere.
 
-        What it raises reaches all: an InputError as it is, anything else as one that says what happened.
+        An exception is raised in all processes, in the others as an InputError with its message.
         """
-        found, failed = None, None
+        result, failure = None, None
         if self.is_first:
             try:
-                found = action()
+                result = action()
             except BaseException as error:
-                failed = error
+                failure = error
         if self.count > 1:
-            said = [None if failed is None else str(failed) or type(failed).__name__]
-            torch.distributed.broadcast_object_list(said)
-            if failed is None and said[0] is not None:
-                raise InputError(said[0])
-        if failed is not None:
-            raise failed
-        return found
+            message = [None if failure is None else str(failure) or type(failure).__name__]
+            torch.distributed.broadcast_object_list(message)
+            if failure is None and message[0] is not None:
+                raise InputError(message[0])
+        if failure is not None:
+            raise failure
+        return result
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Return once every process has called this."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
 def from_environment() -> Shard:
-    """What a launcher told this process by RANK, WORLD_SIZE and LOCAL_RANK; the only process without one.
+    """The shard that a launcher set by RANK, WORLD_SIZE and LOCAL_RANK; without one, the only process.
 
     Raises:
         InputError: the variables contradict each other.

@@ -1,9 +1,8 @@
-"""A folder of results, one prompt at a time, that a killed run goes on from and that several processes fill.
+"""A folder of results, prompt by prompt, from which a killed run is resumed and which several processes can fill.
 
 A response is written when it has been generated (items/00007.json), its statistics when they have been computed
-(items/00007.safetensors); each file appears whole or not at all. run.json says what the results are of, so that a
-run is never continued with another model or other settings, and a lock that one process at a time begins it. Called by
-corpus.py; outputs.py makes tables of it.
+(items/00007.safetensors); each file appears whole or not at all. run.json says which model and settings the results are
+of, so that a run is only resumed with the same; a lock lets one process at a time begin it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from attnstats.errors import InputError
 if TYPE_CHECKING:
     from filelock import FileLock
 
+Item = tuple[dict[str, Tensor], dict[str, Any]]  # the results of a prompt: tensors and texts by name
+
 RUN, ITEMS, LOCK = "run.json", "items", ".lock"
 _TEXTS = "attnstats"  # the key of the texts in the header of a safetensors file
 _ITEM = re.compile(r"\d{6,}\.(json|safetensors)")
@@ -32,8 +33,8 @@ class Store:
     """The results of one run.
 
     Args:
-        folder: must exist; `begin` makes one, or finds one to go on with.
-        lock: held until `close`: nobody else begins or resumes the run meanwhile.
+        folder: must exist; `begin` makes a new one or takes one to resume.
+        lock: held until `close`, so that no other process begins or resumes the run.
     """
 
     def __init__(self, folder: Path, lock: FileLock | None = None):
@@ -41,7 +42,7 @@ class Store:
         self._lock = lock
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         if self._lock is not None:
             (self.folder / LOCK).unlink(missing_ok=True)
             self._lock.release()
@@ -54,12 +55,12 @@ class Store:
         return self.path(index).is_file()
 
     def write_response(self, index: int, prompt: list[int], response: list[int]) -> None:
-        """Keep the token ids of a prompt and of what was generated."""
+        """Write the token ids of a prompt and its response."""
         text = json.dumps({"prompt": prompt, "response": response})
         _whole(self._path(index, "json"), lambda part: part.write_text(text, encoding="ascii"))
 
     def response(self, index: int) -> tuple[list[int], list[int]]:
-        """The token ids of a prompt and of its response. Raises InputError where they cannot be read."""
+        """The token ids of a prompt and of its response. Raises InputError if they cannot be read."""
         record = read_json(self._path(index, "json"))
         try:
             prompt, response = ([int(token) for token in record[name]] for name in ("prompt", "response"))
@@ -70,15 +71,15 @@ class Store:
         return prompt, response
 
     def write(self, index: int, tensors: dict[str, Tensor], texts: dict[str, Any]) -> None:
-        """Keep the results of a prompt: tensors by name, and whatever of `texts` JSON can hold."""
+        """Write the results of a prompt: tensors by name, and `texts`, which JSON must be able to hold."""
         from safetensors.torch import save_file
 
         header = {_TEXTS: json.dumps(texts, ensure_ascii=True, allow_nan=False)}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _whole(self.path(index), lambda part: save_file(contiguous, str(part), metadata=header))
 
-    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and texts of a prompt. Raises InputError where they cannot be read."""
+    def read(self, index: int) -> Item:
+        """The tensors and texts of a prompt. Raises InputError if they cannot be read."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(index)
@@ -90,7 +91,7 @@ class Store:
             raise corrupt(path, str(error)) from error
 
     def discard_empty(self) -> bool:
-        """Remove the folder where nothing has been kept in it yet; whether it was removed."""
+        """Remove the folder if it has no items; True if it was removed."""
         empty = not self.folder.exists() or not any(_ITEM.fullmatch(path.name) for path in self._items())
         if empty:
             self.close()
@@ -98,12 +99,12 @@ class Store:
         return empty
 
     def foreign(self) -> str | None:
-        """The name of something among the items that isn't one."""
-        others = (path.name for path in self._items() if not _ITEM.fullmatch(path.name))
-        return next((f"{ITEMS}/{name}" for name in sorted(others)), None)
+        """The name of a file among the items that isn't one, or None."""
+        names = (path.name for path in self._items() if not _ITEM.fullmatch(path.name))
+        return next((f"{ITEMS}/{name}" for name in sorted(names)), None)
 
     def sweep(self) -> None:
-        """Remove what writers that were killed have left half."""
+        """Remove the partial files of killed writers."""
         for path in self._items():
             if path.name.startswith("."):
                 path.unlink(missing_ok=True)
@@ -113,16 +114,16 @@ class Store:
         return list(folder.iterdir()) if folder.is_dir() else []
 
     def indices(self) -> list[int]:
-        """The prompts whose results are here, in order."""
+        """The numbers of the prompts with results, ascending."""
         return sorted(
             int(path.stem) for path in self._items() if path.suffix == ".safetensors" and _ITEM.fullmatch(path.name)
         )
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Item]:
         return (self.read(index) for index in self.indices())
 
     def path(self, index: int) -> Path:
-        """The file of a prompt's results."""
+        """The file with the results of a prompt."""
         return self._path(index, "safetensors")
 
     def _path(self, index: int, suffix: str) -> Path:
@@ -130,14 +131,14 @@ class Store:
 
 
 def begin(folder: Path, identity: dict[str, Any], *, resume: bool, option: str = "--out") -> Store:
-    """The store to work in: a new one, or with `resume` the one that a run of the same identity left.
+    """A new store, or with `resume` the one that a run of the same identity left.
 
     Args:
-        identity: all that decides the results, as JSON holds it: model, settings, prompts, versions.
+        identity: everything that decides the results, as JSON can hold it: model, settings, prompts, versions.
 
     Raises:
-        InputError: results are there and `resume` isn't given, or they are of something else, or another process is
-            at work, or the folder can't be written.
+        InputError: the folder has results and `resume` isn't given, or they are of another identity, or another process
+            is at work, or the folder can't be written.
     """
     identity = json.loads(json.dumps(identity))
     try:
@@ -176,17 +177,16 @@ def _begin(store: Store, identity: dict[str, Any], resume: bool, option: str) ->
         require_same(folder, identity)
         store.sweep()
         return
-    # A kill right after the folder was made leaves one without run.json and without items.
-    if any(path.name not in (LOCK, ITEMS) and not path.name.startswith(f".{RUN}") for path in folder.iterdir()) or any(
-        store._items()
-    ):
+    # A run killed right at its start leaves a folder without run.json and without items.
+    foreign = any(path.name not in (LOCK, ITEMS) and not path.name.startswith(f".{RUN}") for path in folder.iterdir())
+    if foreign or any(store._items()):
         raise InputError(f"{option} {folder}: is there and isn't an unfinished run of ours; name another folder")
     _whole(folder / RUN, lambda part: part.write_text(json.dumps(identity, indent=2) + "\n", encoding="ascii"))
     (folder / ITEMS).mkdir(exist_ok=True)
 
 
 def require_same(folder: Path, identity: dict[str, Any]) -> None:
-    """Raises InputError where the results of a folder are of something else."""
+    """Raises InputError if the results of a folder are of another identity."""
     try:
         before = read_json(folder / RUN)
     except InputError as error:
@@ -212,7 +212,7 @@ def _short(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a results folder. Raises InputError."""
+    """The JSON object in a file of a results folder. Raises InputError."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -223,17 +223,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def corrupt(path: Path, why: str) -> InputError:
+    """The error for a file of a run that can't be read."""
     return InputError(f"{path}: cannot be read ({why}); delete this file and run again with --resume")
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then give it that name. Raises InputError where there is no room."""
+    """Let `write` make a file under another name, then rename it to `path`. Raises InputError if that fails."""
     from safetensors import SafetensorError
 
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(part)
-        part.chmod(0o666 & ~umask())  # safetensors writes for the owner alone
+        part.chmod(0o666 & ~umask())  # safetensors makes files for the owner only
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)

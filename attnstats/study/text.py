@@ -1,7 +1,7 @@
-"""Untrusted text made safe to look at: what a model writes can hold terminal escapes, bidi overrides and formulas.
+"""Untrusted text made safe to show: text of a model can hold terminal escapes, bidi overrides and formulas.
 
-`visible` is for eyes (terminal and report; HTML is escaped by the template on top of it), `spreadsheet_cell` for
-CSV. Neither loses information that a reader could need.
+`visible` is for the terminal and the report (whose template also escapes HTML), `spreadsheet_cell` for CSV. Neither
+loses information that a reader could need.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import unicodedata
 
 # Controls, surrogates, formats (all bidi marks, overrides and isolates are among them), line and paragraph separators.
-_UNSEEN = ("Cc", "Cs", "Cf", "Zl", "Zp")
-PART = "·"  # stands for a token without text of its own: it begins a character that the next one ends
+_INVISIBLE = ("Cc", "Cs", "Cf", "Zl", "Zp")
+PART = "·"  # shown for a token that adds no text because it only begins a character
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
 
 
 def visible(text: str, *, newline: str = "\n", tab: str = "\t") -> str:
-    """`text` with everything that is not seen, or that moves what is seen, replaced by something to see.
+    """`text` with every invisible or direction-changing character replaced by a visible one.
 
     Example:
         >>> visible("a\\x1b[31m\\u202eb")
@@ -25,7 +25,7 @@ def visible(text: str, *, newline: str = "\n", tab: str = "\t") -> str:
 
 
 def token_text(token: str) -> str:
-    """What a token adds, on one line; PART where that is nothing.
+    """The text of a token on one line; PART if it is empty.
 
     Example:
         >>> token_text("\\n"), token_text("")
@@ -35,7 +35,7 @@ def token_text(token: str) -> str:
 
 
 def token_name(token: str) -> str:
-    """A token as a table or an axis names it: without the blanks around it, and never nothing."""
+    """The text of a token for a table or an axis: without the blanks around it, "space" if it has only blanks."""
     return token_text(token).strip() or "space"
 
 
@@ -45,11 +45,11 @@ def _visible(character: str) -> str:
         return chr(0x2400 + code)
     if code == 0x7F:
         return "␡"
-    if unicodedata.category(character) in _UNSEEN:
+    if unicodedata.category(character) in _INVISIBLE:
         return f"⟨U+{code:04X}⟩"
     return character
 
 
 def spreadsheet_cell(text: str) -> str:
-    """`text` with a leading `'` where a spreadsheet would take it for a formula."""
+    """`text` with a leading `'` if a spreadsheet would run it as a formula."""
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text

@@ -1,8 +1,8 @@
-"""`attnstats analyze --verify`: the same numbers once more, from the definitions on eager attention's full maps.
+"""The numbers of `attnstats analyze` once more for --verify, from the definitions on the full maps of eager attention.
 
-Shares nothing with the code that it checks but the model and the token ids: the T x T maps come from
-`output_attentions=True`, and every formula is written out on them. Takes O(T^2) memory for each head of the
-model, which is what the package exists to avoid. Called by cli.py.
+It shares only the model and the token ids with the code that it checks: the T x T maps come from
+`output_attentions=True`, and every formula is written out on them. It takes O(T^2) memory for each head of the model,
+which the package exists to avoid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnstats.heads import RECEIVED
 from attnstats.study.analysis import Analysis, Settings
-from attnstats.study.corpus import Progress
+from attnstats.study.corpus import Progress, task
 from attnstats.study.models import LoadedModel
 
 TOLERANCE = 1e-4
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
-    """Inside the `with` the model makes its full attention maps."""
+    """Inside the `with` the model computes its full attention maps."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -38,21 +38,21 @@ def differences(
 ) -> dict[str, float]:
     """The largest absolute difference of each statistic between the analyses and eager attention.
 
-    Per head and of the class means; classes are those of the analysis. That of the entropy is times the temperature
-    where it is below 1. A NaN on either side counts as infinite.
+    Statistics are per head and of the means over the analysis's classes. Differences of the entropy are multiplied by a
+    temperature below 1. A NaN on either side counts as infinite.
     """
     largest: dict[str, float] = {}
-    progress.start("Recomputing with eager attention", len(analyses))
-    for analysis in analyses:
-        for name, (ours, eager) in _pairs(loaded, analysis, settings).items():
-            difference = float((ours.double() - eager.double()).abs().nan_to_num(torch.inf).max())
-            largest[name] = max(largest.get(name, 0.0), difference)
-        progress.advance()
-    progress.finish()
+    with task(progress, "Recomputing with eager attention", len(analyses)):
+        for analysis in analyses:
+            for name, (ours, eager) in _pairs(loaded, analysis, settings).items():
+                difference = float((ours.double() - eager.double()).abs().nan_to_num(torch.inf).max())
+                largest[name] = max(largest.get(name, 0.0), difference)
+            progress.advance()
     return largest
 
 
 def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each statistic by name, from the analysis and from eager attention."""
     with torch.no_grad(), eager_attention(loaded.model):
         output = loaded.model(
             input_ids=analysis.token_ids[None].to(loaded.device), output_attentions=True, use_cache=False
@@ -60,7 +60,7 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
     maps = torch.stack([output.attentions[layer][0].float().cpu() for layer in analysis.layers])  # (L, H, T, T)
     temperature = settings.temperature or 1.0
     log_p = (output.logits[0, :-1].float().cpu() / temperature).log_softmax(-1)
-    unit = min(1.0, temperature)  # below 1 it magnifies how the logits were rounded
+    unit = min(1.0, temperature)  # a temperature below 1 magnifies the rounding of the logits
     length = maps.shape[-1]
     position = torch.arange(length)
     ahead = position[:, None] - position[None]  # [t, s] = t - s

@@ -13,55 +13,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, Step, divisor_of
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, RowStatistic, Statistic
+from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.scores import softcap_
+from attnstats.statistics import Statistic
 from attnstats.tiled.sweep import heads_of
 
-BAND_LIMIT = 1024  # bands that reach further are swept: the buffer grows with the square of the reach
 BAND_ROWS = 64  # rows of a block: each computes BAND_ROWS - 1 scores more than the band is wide
 BLOCK_ELEMENTS = 2**18  # scores of the blocks that are worked on together
 
 
-def is_narrow(statistic: DistanceWeighted) -> bool:
-    """Whether the band is the cheaper way."""
-    return statistic.band is not None and max(map(abs, statistic.band)) < BAND_LIMIT
-
-
 def evaluate(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[DistanceWeighted, ...]
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
     """Row statistics, and columns as sums (`Geometry.finish` divides), from the same scores."""
     band = _Band.of(geometry, statistics)
     divisor = divisor_of(lse)
     tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
-    met = [s for s in statistics if band.clip(s)[0] <= band.clip(s)[1]]
-    by_distance = {s: band.weight(s, lse) for s in met}
-    counted = geometry.counted()
-    room = _Workspace.of(geometry, band)
+    rows_of = [s for s in band.spans if s.axis == "row"]
+    columns_of = [s for s in band.spans if s.axis == "column"]
+    query_mask = geometry.query_mask
+    space = _Workspace.of(geometry, band)
     for batch, heads, key_head in heads_of(geometry):
-        hidden = _fill_keys_(room.keys, key[batch, key_head], band, geometry, batch)
+        hidden = _fill_keys_(space.keys, key[batch, key_head], band, geometry, batch)
         for head in range(heads.start, heads.stop):
-            for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, room):
+            for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, space):
                 rows = slice(start, start + len(weights))
-                for s in met:
-                    if isinstance(s, RowStatistic):
-                        lo, hi = band.clip(s)
-                        near = weights[:, band.behind - hi : band.behind - lo + 1]
-                        tensors[s][batch, head, rows] = near @ by_distance[s].flip(0)
-                if counted is not None:
-                    weights.masked_fill_(~counted[batch, rows, None], 0.0)
-                for s in met:
-                    if isinstance(s, ColumnStatistic):
-                        first = geometry.offset + start
-                        _add_columns_(tensors[s][batch, head], room.band, first, len(weights), band, s, by_distance[s])
-    mass = geometry.row_mass(lse) if any(s.tail for s in statistics) else None
-    return {s: tensors[s] if mass is None or not s.tail else tensors[s] + s.tail * mass for s in statistics}
+                for s in rows_of:
+                    lo, hi = band.spans[s]
+                    near = weights[:, band.behind - hi : band.behind - lo + 1]
+                    tensors[s][batch, head, rows] = near @ band.weights[s].flip(0)
+                if query_mask is not None:
+                    weights.masked_fill_(~query_mask[batch, rows, None], 0.0)
+                for s in columns_of:
+                    _add_columns_(tensors[s][batch, head], space.band, geometry.offset + start, len(weights), band, s)
+    tails = {s: s.tail for s in statistics if s.axis == "row"}
+    if any(tails.values()):
+        mass = geometry.row_mass(lse)
+        tensors |= {s: tensors[s] + tail * mass for s, tail in tails.items() if tail}
+    return tensors
 
 
 class _Workspace(NamedTuple):
-    """Buffers that every head uses again: fresh ones of this size would be mapped and unmapped by each."""
+    """Buffers that all heads share: fresh ones of this size would be mapped and unmapped for each."""
 
-    keys: Tensor  # [blocks * BAND_ROWS + width - 1, D] from `behind` before the first query on
+    keys: Tensor  # [blocks * BAND_ROWS + width - 1, D], beginning `behind` positions before the first query
     queries: Tensor  # [step, D] scaled
     divisor: Tensor  # [step]
     scores: Tensor  # [step / BAND_ROWS, BAND_ROWS, window]
@@ -73,21 +68,21 @@ class _Workspace(NamedTuple):
         blocks = -(-geometry.query_length // BAND_ROWS)
         together = min(blocks, max(1, BLOCK_ELEMENTS // (BAND_ROWS * window)))
         step = together * BAND_ROWS
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=geometry.accumulator, device=geometry.device)
-
-        return _Workspace(
-            keys=zeros(blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
-            queries=zeros(step, geometry.head_dim),
-            divisor=zeros(step),
-            scores=zeros(together, BAND_ROWS, window),
-            band=zeros(band.width + step + band.width, band.width),
+        shapes = (
+            (blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
+            (step, geometry.head_dim),
+            (step,),
+            (together, BAND_ROWS, window),
+            (band.width + step + band.width, band.width),
         )
+        return _Workspace(*[torch.zeros(s, dtype=geometry.accumulator, device=geometry.device) for s in shapes])
 
 
 def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batch: int) -> Tensor:
-    """Copy one head's keys to where the band needs them; [len(keys)] bool: which are none or may not be seen."""
+    """Copy one head's keys to the rows where the band reads them.
+
+    Returns [len(keys)] bool, True in rows without a key, or with one that no query may see.
+    """
     first = geometry.offset - band.behind  # the position at index 0
     begin = max(0, -first)
     inside = slice(begin, max(begin, min(len(keys), geometry.key_length - first)))
@@ -99,26 +94,22 @@ def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batc
 
 
 def _band_blocks(
-    query: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry, room: _Workspace
+    query: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry, space: _Workspace
 ) -> Iterator[tuple[int, Tensor]]:
-    """For one head, yield (first row, A as [rows, width]), which stands in `room.band` between rows of zeros."""
+    """For one head, yield the first row and A as [rows, width], a part of `space.band` between rows of zeros."""
     length, dim = query.shape
-    together, _, window = room.scores.shape
+    together, _, window = space.scores.shape
     for start in range(0, length, together * BAND_ROWS):
         rows = min(together * BAND_ROWS, length - start)
         blocks = -(-rows // BAND_ROWS)
-        room.queries[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # cast first, then scale
-        room.divisor.fill_(torch.inf)[:rows] = divisor[start : start + rows]
-        windows = room.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
-        scores = torch.bmm(room.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=room.scores[:blocks])
+        space.queries[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # cast first, then scale
+        space.divisor.fill_(torch.inf)[:rows] = divisor[start : start + rows]
+        windows = space.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
+        scores = torch.bmm(space.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=space.scores[:blocks])
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
-        weights = room.band[band.width : band.width + blocks * BAND_ROWS]
-        divided = room.divisor.view(-1, BAND_ROWS, 1)[:blocks]
-        if geometry.softcap is None:
-            torch.sub(diagonals, divided, out=weights.view_as(diagonals))
-        else:
-            capped = torch.div(diagonals, geometry.softcap, out=weights.view_as(diagonals))
-            capped.tanh_().mul_(geometry.softcap).sub_(divided)
+        weights = space.band[band.width : band.width + blocks * BAND_ROWS]
+        divided = space.divisor.view(-1, BAND_ROWS, 1)[:blocks]
+        torch.sub(softcap_(diagonals, geometry.softcap), divided, out=weights.view_as(diagonals))
         weights.exp_()  # 0 beyond the last row, whose divisor is +inf
         first = geometry.offset + start
         # Without a key mask only the first and the last rows reach beyond the keys.
@@ -129,73 +120,75 @@ def _band_blocks(
             if size > 0:
                 outside = hidden[start + edge.start :].as_strided((size, band.width), (1, 1))
                 weights[edge].masked_fill_(outside, 0.0)
-        room.band[band.width + rows :].zero_()
+        space.band[band.width + rows :].zero_()
         yield start, weights[:rows]
 
 
-def _add_columns_(
-    column: Tensor,
-    padded: Tensor,
-    first: int,
-    rows: int,
-    band: _Band,
-    statistic: ColumnStatistic,
-    by_distance: Tensor,
-) -> None:
-    """Add to `column` [Tk] what it receives from a block of rows, the first of them at position `first`.
+def _add_columns_(column: Tensor, padded: Tensor, first: int, rows: int, band: _Band, statistic: Statistic) -> None:
+    """Add to `column` [Tk] the sums over a block of rows, the first of them at position `first`.
 
-    A key's weights stand on an antidiagonal of the band: one row further down, one column further left.
+    A key's weights lie on an antidiagonal of the band: one row further down, one column further left.
     """
-    lo, hi = band.clip(statistic)
+    lo, hi = band.spans[statistic]
     start = (band.width - hi + lo) * band.width + band.behind - lo
     antidiagonals = padded.as_strided((rows + hi - lo, hi - lo + 1), (band.width, band.width - 1), start)
-    mean_of_all = statistic.horizon == statistic.band  # so the weight is 1 throughout
-    received = (antidiagonals if mean_of_all else antidiagonals * by_distance).sum(1)
+    received = (antidiagonals if statistic in band.unweighted else antidiagonals * band.weights[statistic]).sum(1)
     skip = max(0, hi - first)
     keys = slice(first - hi + skip, min(first - lo + rows, len(column)))
     if keys.start < keys.stop:
         column[keys] += received[skip : skip + keys.stop - keys.start]
 
 
-def plan(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> Step:
-    """What `evaluate` does."""
+def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:
+    """The description of `evaluate`, its floating-point operations and its scratch memory in bytes."""
     band = _Band.of(geometry, statistics)
     window = BAND_ROWS + band.width - 1
     rows = geometry.batch * geometry.query_heads * geometry.query_length
     scratch = 4 * 2 * BLOCK_ELEMENTS + 4 * geometry.head_dim * geometry.query_length
-    names = ", ".join(s.name for s in statistics)
-    runs = f"band, blocks of {BAND_ROWS} rows x {window} keys"
-    return Step(runs, names, 2 * rows * window * geometry.head_dim, scratch)
+    description = f"band, blocks of {BAND_ROWS} rows x {window} keys"
+    return description, 2 * rows * window * geometry.head_dim, scratch
 
 
 class _Band(NamedTuple):
-    """Distances `-ahead .. behind`, laid out as [rows, distance] with column j at distance `behind - j`."""
+    """Distances `-ahead .. behind`, laid out as [rows, distance] with column j at distance `behind - j`.
+
+    Attributes:
+        width: the number of distances.
+        spans: (lo, hi), the part of each statistic's band that lies within this one; empty ones are left out.
+        weights: [hi - lo + 1] each statistic's weight less its tail, from distance lo upwards.
+        unweighted: column means over the whole band, whose weight is 1 throughout.
+    """
 
     behind: int
     ahead: int
+    width: int
+    spans: dict[Statistic, tuple[int, int]]
+    weights: dict[Statistic, Tensor]
+    unweighted: frozenset[Statistic]
 
     @staticmethod
-    def of(geometry: Geometry, statistics: tuple[DistanceWeighted, ...]) -> _Band:
+    def of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Band:
         """The union of the statistics' bands, as far as there are keys that can be seen."""
-        bands = [s.band for s in statistics if s.band]
-        behind = min(max(hi for _, hi in bands), geometry.offset + geometry.query_length - 1)
-        ahead = max(-lo for lo, _ in bands)
+        cached = geometry.memo.get(("band", statistics))
+        if cached is None:
+            cached = geometry.memo["band", statistics] = _Band._of(geometry, statistics)
+        return cached
+
+    @staticmethod
+    def _of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Band:
+        bands = {s: s.band for s in statistics if s.band}
+        behind = min(max(hi for _, hi in bands.values()), geometry.offset + geometry.query_length - 1)
+        ahead = max(-lo for lo, _ in bands.values())
         if geometry.left is not None:
             behind = min(behind, geometry.left)
         if geometry.right is not None:
             ahead = min(ahead, geometry.right)
-        return _Band(max(0, behind), max(0, min(ahead, geometry.key_length - 1 - geometry.offset)))
-
-    @property
-    def width(self) -> int:
-        return self.behind + self.ahead + 1
-
-    def clip(self, statistic: DistanceWeighted) -> tuple[int, int]:
-        """The statistic's own band within this one; empty where the second is less than the first."""
-        lo, hi = statistic.band or (0, -1)
-        return max(lo, -self.ahead), min(hi, self.behind)
-
-    def weight(self, statistic: DistanceWeighted, like: Tensor) -> Tensor:
-        """[hi - lo + 1] the statistic's weight less its tail, from distance lo upwards."""
-        lo, hi = self.clip(statistic)
-        return statistic.weight(torch.arange(lo, hi + 1, device=like.device)).to(like.dtype) - statistic.tail
+        behind, ahead = max(0, behind), max(0, min(ahead, geometry.key_length - 1 - geometry.offset))
+        clipped = {s: (max(lo, -ahead), min(hi, behind)) for s, (lo, hi) in bands.items()}
+        spans = {s: (lo, hi) for s, (lo, hi) in clipped.items() if lo <= hi}
+        weights = {
+            s: s.weight_as(torch.arange(lo, hi + 1, device=geometry.device), geometry.accumulator) - s.tail
+            for s, (lo, hi) in spans.items()
+        }
+        unweighted = frozenset(s for s in spans if s.horizon == s.band)
+        return _Band(behind, ahead, behind + ahead + 1, spans, weights, unweighted)

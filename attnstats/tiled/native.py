@@ -1,4 +1,4 @@
-"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them: what `tiled` tries first.
+"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them.
 
 The library is optional. It has a plain C interface, so one build serves every Python and torch; it shares torch's
 threads, because it asks for libgomp by the name under which torch has loaded its own (a torch that calls it otherwise
@@ -13,22 +13,23 @@ import importlib.machinery
 import os
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, Step
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, Entropy, MaxLogit, Statistic
-from attnstats.tiled import band as diagonal
+from attnstats.core.geometry import Geometry
+from attnstats.statistics import Entropy, MaxLogit, Statistic
+from attnstats.tiled import band
 
-VERSION = 1  # of the interface; a library that says another is not used
+VERSION = 1  # of the interface; a library of another version is not used
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)
-UNBOUNDED = 2**40  # a distance beyond all others
+ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
+WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
+UNBOUNDED = 2**40  # larger than any distance
 
 enabled = os.environ.get("ATTNSTATS_NATIVE", "1") != "0"
-lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: what the machine has
+lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: the machine's widest
 
 
 class _Tensor(Structure):
@@ -46,7 +47,7 @@ class _Statistic(Structure):
         ("weights", c_void_p),
         ("farthest", c_int64),
         ("distances", c_int64),
-        ("counted", c_void_p),
+        ("query_mask", c_void_p),
     )
 
 
@@ -75,68 +76,97 @@ class _Call(Structure):
     )
 
 
-def takes(geometry: Geometry, statistic: Statistic) -> bool:
-    """Whether the library is there and can compute this one."""
-    return (
-        enabled
-        and geometry.device.type == "cpu"
-        and geometry.dtype in TYPES
-        and isinstance(statistic, (DistanceWeighted, Entropy, MaxLogit))
-        and _library() is not None
-    )
+def takes(geometry: Geometry) -> bool:
+    """True if the library is installed and takes tensors of this device and dtype."""
+    return enabled and geometry.device.type == "cpu" and geometry.dtype in TYPES and _library() is not None
+
+
+def computes(statistic: Statistic) -> bool:
+    """True for the statistics that the library has code for."""
+    return statistic.method == "weight" or type(statistic) in WHOLE_ROWS
 
 
 def evaluate(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
-    """Statistics that it takes, as sums (`Geometry.finish` divides), all from the same scores."""
-    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
-    weights = {s: _weights(s, geometry) for s in statistics}
-    counted = {s: _counted(s, geometry) for s in statistics}
-    key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
-    call = _call(geometry, weights)
-    call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
-    call.key_mask = _pointer(key_mask)
-    for s, asked in zip(statistics, call.statistics, strict=False):  # a C pointer has no length
-        asked.result, asked.counted = tensors[s].data_ptr(), _pointer(counted[s])
+    """Statistics that `computes` is True for, as sums (`Geometry.finish` divides), all from the same scores."""
     library = _library()
     assert library is not None
+    query, key = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key)]
+    tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
+    query_masks = {}
+    for s in statistics:
+        if s.axis == "column" and (query_mask := geometry.query_mask_of(s.last_queries)) is not None:
+            query_masks[s] = query_mask.contiguous()
+    key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
+    template = geometry.memo.get(("native", statistics))
+    if template is None:
+        template = geometry.memo["native", statistics] = _template(geometry, statistics)
+    requests = type(template.requests).from_buffer_copy(template.requests)
+    for s, request in zip(statistics, requests, strict=True):
+        request.result = tensors[s].data_ptr()
+        if s in query_masks:
+            request.query_mask = query_masks[s].data_ptr()
+    call = _Call.from_buffer_copy(template.call)
+    call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
+    call.statistics, call.threads, call.lanes = requests, torch.get_num_threads(), lanes
+    if key_mask is not None:
+        call.key_mask = key_mask.data_ptr()
     if library.attnstats_evaluate(ctypes.byref(call)):
         raise MemoryError("attnstats: no memory for the statistics' working space")
-    mass = geometry.row_mass(lse) if any(_tail(s) for s in statistics) else None
-    return {s: x if mass is None or not _tail(s) else x.add_(mass, alpha=_tail(s)) for s, x in tensors.items()}
+    if template.tails:
+        mass = geometry.row_mass(lse)
+        for s, tail in template.tails.items():
+            tensors[s].add_(mass, alpha=tail)
+    return tensors
 
 
-def plan(geometry: Geometry, statistics: tuple[Statistic, ...]) -> Step:
-    """What `evaluate` does."""
-    weights = {s: _weights(s, geometry) for s in statistics}
+def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:
+    """The description of `evaluate`, its floating-point operations and its scratch memory in bytes."""
     library = _library()
     assert library is not None
-    scratch = library.attnstats_scratch_bytes(ctypes.byref(_call(geometry, weights)))
-    banded = tuple(s for s in statistics if isinstance(s, DistanceWeighted) and diagonal.is_narrow(s))
-    if len(banded) == len(statistics):
-        return diagonal.plan(geometry, banded)._replace(runs="band, compiled", scratch_bytes=scratch)
+    template = _template(geometry, statistics)
+    call = _Call.from_buffer_copy(template.call)
+    call.statistics, call.threads, call.lanes = template.requests, torch.get_num_threads(), lanes
+    scratch = library.attnstats_scratch_bytes(ctypes.byref(call))
+    if all(s.method == "weight" and s.is_banded for s in statistics):
+        return "band, compiled", band.cost(geometry, statistics)[1], scratch
     flops = 2 * geometry.visible_pairs() * geometry.query_heads * geometry.head_dim
-    return Step("sweep, compiled", ", ".join(s.name for s in statistics), flops, scratch)
+    return "sweep, compiled", flops, scratch
 
 
 class _Weights(NamedTuple):
-    """What a statistic weights A with, from the farthest distance down, less its tail; None: 1 everywhere."""
+    """A statistic's weights less its tail, from the farthest distance down; None: 1 everywhere."""
 
     farthest: int
     weights: Tensor | None
 
 
-def _call(geometry: Geometry, weights: dict[Statistic, _Weights]) -> _Call:
-    """The call without its tensors."""
-    asked = (_Statistic * len(weights))()
-    for statistic, (s, (farthest, by_distance)) in zip(asked, weights.items(), strict=True):
-        statistic.kind, statistic.farthest = _kind(s), farthest
+class _Template(NamedTuple):
+    """The parts of a call that depend on its geometry alone.
+
+    Attributes:
+        call: without its tensors.
+        requests: one for each statistic, without their results.
+        weights: the tensors that the requests point into.
+        tails: the weights that are added as a share of the row's mass.
+    """
+
+    call: _Call
+    requests: Any
+    weights: list[_Weights]
+    tails: dict[Statistic, float]
+
+
+def _template(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Template:
+    requests = (_Statistic * len(statistics))()
+    weights = [_weights(s, geometry) for s in statistics]
+    for request, s, (farthest, by_distance) in zip(requests, statistics, weights, strict=True):
+        request.kind, request.farthest = _kind(s), farthest
         if by_distance is not None:
-            statistic.weights, statistic.distances = by_distance.data_ptr(), len(by_distance)
+            request.weights, request.distances = by_distance.data_ptr(), len(by_distance)
     left, right = _window(geometry)
-    return _Call(
+    call = _Call(
         type=TYPES[geometry.dtype],
         batch=geometry.batch,
         heads=geometry.query_heads,
@@ -149,32 +179,30 @@ def _call(geometry: Geometry, weights: dict[Statistic, _Weights]) -> _Call:
         right=right,
         scale=geometry.scale,
         softcap=geometry.softcap or 0.0,
-        count=len(asked),
-        statistics=asked,
-        threads=torch.get_num_threads(),
-        lanes=lanes,
+        count=len(statistics),
     )
+    return _Template(call, requests, weights, {s: tail for s in statistics if (tail := _tail(s))})
 
 
 def _window(geometry: Geometry) -> tuple[int, int]:
-    """How far behind and ahead of itself a query sees."""
+    """`left` and `right` of the interface, whose distances are never None."""
     left, right = (UNBOUNDED if reach is None else min(reach, UNBOUNDED) for reach in (geometry.left, geometry.right))
     return left, right
 
 
 def _kind(statistic: Statistic) -> int:
-    if isinstance(statistic, DistanceWeighted):
-        return COLUMN_SUM if isinstance(statistic, ColumnStatistic) else ROW_SUM
-    return ENTROPY if isinstance(statistic, Entropy) else MAX_LOGIT
+    if statistic.method == "weight":
+        return COLUMN_SUM if statistic.axis == "column" else ROW_SUM
+    return WHOLE_ROWS[type(statistic)]
 
 
 def _tail(statistic: Statistic) -> float:
-    """What is summed as a share of the row's mass, so that the band suffices; 0 where that would cost digits."""
-    return statistic.tail if isinstance(statistic, DistanceWeighted) and diagonal.is_narrow(statistic) else 0.0
+    """The weight that is added as a share of the row's mass, so that the band suffices; 0 for wide bands."""
+    return statistic.tail if statistic.is_banded else 0.0
 
 
 def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
-    if not isinstance(statistic, DistanceWeighted) or not statistic.uses_distance:
+    if statistic.method != "weight" or not statistic.uses_distance:
         return _Weights(0, None)
     left, right = _window(geometry)
     farthest = min(geometry.offset + geometry.query_length - 1, left)
@@ -182,32 +210,21 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
     tail = _tail(statistic)
     if statistic.band is not None and statistic.tail == tail:
         nearest, farthest = max(nearest, statistic.band[0]), min(farthest, statistic.band[1])
-    if nearest > farthest:  # no key is that near
+    if nearest > farthest:  # no key is within the band
         return _Weights(0, torch.zeros(1))
     weights = statistic.weight(torch.arange(farthest, nearest - 1, -1)).to(torch.float32)
     return _Weights(farthest, (weights - tail if tail else weights).contiguous())
 
 
-def _counted(statistic: Statistic, geometry: Geometry) -> Tensor | None:
-    if not isinstance(statistic, ColumnStatistic):
-        return None
-    counted = geometry.counted(statistic.last_queries)
-    return None if counted is None else counted.contiguous()
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _path() -> Path | None:
-    """Beside this file, and nowhere else: another installation's library isn't this one's."""
+    """The library beside this file; nowhere else, as another installation's may differ from this one's."""
     beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in beside if path.exists()), None)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """None where setup.py found no compiler, or what it built does not load or fit here."""
+    """None if there is no library, as setup.py found no compiler, or if it does not load or is of another version."""
     path = _path()
     if path is None:
         return None

@@ -1,7 +1,7 @@
-"""Following a transformers cache: when its batch rows move or its last tokens are dropped, somebody is told.
+"""Following a transformers cache: a follower is notified when batch rows move or the last tokens are dropped.
 
-A cache that is followed changes its class for a subclass made here, which does what the class did and then tells. A
-copy of it is not followed, and `release` gives the class back. Used by capture.py while a model generates.
+A followed cache changes its class for a subclass made here, whose methods notify the follower after they ran. A copy
+of the cache is not followed, and `unfollow` gives the class back.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Follower(Protocol):
-    def select(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
+    def rows_selected(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
         """`change` was done to the batch dimension of what is cached."""
 
-    def cut(self, cache: Any, length: int) -> None:
+    def truncated(self, cache: Any, length: int) -> None:
         """Only the first `length` tokens are still cached."""
 
 
@@ -26,16 +26,16 @@ _FOLLOWERS: WeakKeyDictionary[Any, Follower] = WeakKeyDictionary()
 
 
 def follow(cache: Any, follower: Follower) -> None:
-    """Tell `follower` from now on; once per cache."""
+    """Notify `follower` from now on; a cache has one follower."""
     if cache not in _FOLLOWERS:
         _FOLLOWERS[cache] = follower
         kind: Any = type(cache)
         cache.__class__ = _following(kind)
 
 
-def release(follower: Follower) -> None:
-    """Give every cache that tells `follower` its class back."""
-    for cache in [cache for cache, told in _FOLLOWERS.items() if told is follower]:
+def unfollow(follower: Follower) -> None:
+    """Give every cache that notifies `follower` its class back."""
+    for cache in [cache for cache, other in _FOLLOWERS.items() if other is follower]:
         del _FOLLOWERS[cache]
         cache.__class__ = type(cache).__mro__[1]
 
@@ -48,7 +48,7 @@ def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
 
 @functools.cache
 def _following(kind: Any) -> type:
-    def told(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
+    def notifying(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
         method = getattr(kind, name)
 
         @functools.wraps(method)
@@ -62,15 +62,15 @@ def _following(kind: Any) -> type:
         return wrapper
 
     methods: dict[str, Callable[[Follower, Any, Any], None]] = {
-        "reorder_cache": lambda f, c, rows: f.select(c, lambda x: x.index_select(0, rows.to(x.device))),
-        "batch_select_indices": lambda f, c, rows: f.select(c, lambda x: x[rows.to(x.device)]),
-        "batch_repeat_interleave": lambda f, c, times: f.select(c, lambda x: x.repeat_interleave(times, dim=0)),
-        "crop": lambda f, c, _: f.cut(c, int(c.get_seq_length())),
+        "reorder_cache": lambda f, c, rows: f.rows_selected(c, lambda x: x.index_select(0, rows.to(x.device))),
+        "batch_select_indices": lambda f, c, rows: f.rows_selected(c, lambda x: x[rows.to(x.device)]),
+        "batch_repeat_interleave": lambda f, c, times: f.rows_selected(c, lambda x: x.repeat_interleave(times, dim=0)),
+        "crop": lambda f, c, _: f.truncated(c, int(c.get_seq_length())),
     }
 
     def reduce(cache: Any, protocol: Any) -> Any:
         """Copies and pickles are of the class that the cache had."""
         return _rebuilt, (kind, cache.__dict__)
 
-    replaced: dict[str, Any] = {n: told(n, after) for n, after in methods.items() if hasattr(kind, n)}
+    replaced: dict[str, Any] = {n: notifying(n, after) for n, after in methods.items() if hasattr(kind, n)}
     return type(kind.__name__, (kind,), replaced | {"__reduce_ex__": reduce})

@@ -1,9 +1,9 @@
-"""Who sees whom in a transformers model, as a small description instead of a (B, 1, Tq, Tk) tensor.
+"""The attention mask of a transformers model as a small description instead of a (B, 1, Tq, Tk) tensor.
 
-`describe_mask` is the mask function that hooks.py registers with transformers. It takes apart the function of indices
-that transformers composes (causal, sliding window, chunks, packed rows, padding), and checks what it understood against
-that function on a sample of rows. A mask that somebody made as a tensor is read by tensor_masks.py. What they do not
-understand is named in the description and raises where attention is computed, never before: a model may not use it.
+`describe_mask` is the mask function registered with transformers. It takes apart the function of indices that
+transformers composes (causal, sliding window, chunks, packed rows, padding), and checks its reading against that
+function on a sample of rows. A mask that was made as a tensor is read by core/patterns.py. Parts that neither
+understands are named in the description and raise where attention is computed, not before: a model may never use it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from attnstats.core import patterns as tensor_masks
+from attnstats.core import patterns
+from attnstats.core.visibility import within
 from attnstats.errors import InputError
 
 MaskFunction = Callable[..., Any]
@@ -40,20 +41,20 @@ class MaskIsNoTensor(InputError, AttributeError):
 
 
 @dataclass(frozen=True, eq=False)
-class MaskDescription(tensor_masks.Sided):
+class MaskDescription:
     """Query t sees key s, both absolute positions, where `-right <= t - s <= left` and nothing below hides it.
 
     Attributes:
         query_offset, key_offset: positions of the first query and of the first key.
-        query_length, key_length: what the model announced, to be compared with what arrives.
-        left, right: how far behind and ahead of itself a query sees; None: all the way.
-        padding: (B, key_length) bool, True for real tokens; None: all are.
+        query_length, key_length: the lengths that the mask was made for.
+        left, right: how far behind and ahead of itself a query sees; None: no limit. Causal is right = 0.
+        key_mask: (B, key_length) bool, True for real tokens; None: all are.
         segments: (B, T) integers, the packed sequence that each token belongs to, queries and keys being the same
             tokens; None: a row is one sequence.
         chunks: attention stays within chunks; None: it does not.
-        unknown: names of the parts that are not understood; () if the description is the whole truth.
-        dense: makes the mask itself, (B, 1, Tq, Tk) bool, for who allows that.
-        memo: what was derived from it and is needed again by the next layer.
+        unknown: names of the parts that are not understood; () if the description is complete.
+        dense: makes the mask itself, (B, 1, Tq, Tk) bool, where allow_dense=True.
+        memo: values derived from the mask that the next layer needs again.
     """
 
     # `generate` makes the masks of static caches in advance, calls `.contiguous()` on them, and the model then tells
@@ -66,25 +67,25 @@ class MaskDescription(tensor_masks.Sided):
     key_length: int
     left: int | None = None
     right: int | None = None
-    padding: Tensor | None = None
+    key_mask: Tensor | None = None
     segments: Tensor | None = None
     chunks: Chunks | None = None
     unknown: tuple[str, ...] = ()
     dense: Callable[[], Tensor] | None = None
-    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def seen(self) -> int:
-        """Keys from here on lie behind the last query's horizon: the unused slots of a static cache."""
+    def used_keys(self) -> int:
+        """The number of keys up to the last one that a query sees; behind it are the unused slots of a static cache."""
         if self.right is None:
             return self.key_length
         return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
 
     @property
     def real_queries(self) -> Tensor | None:
-        """(B, Tq) bool, False where a query is padding; None: none is. For attention of a sequence to itself."""
+        """(B, Tq) bool, False where a query of self-attention is padding; None: none is."""
         start = self.query_offset - self.key_offset
-        return None if self.padding is None else self.padding[:, start : start + self.query_length]
+        return None if self.key_mask is None else self.key_mask[:, start : start + self.query_length]
 
     def contiguous(self) -> MaskDescription:
         return self
@@ -93,17 +94,14 @@ class MaskDescription(tensor_masks.Sided):
         return self
 
     def visible(self, rows: Tensor) -> Tensor:
-        """(B, len(rows), key_length) bool: what the queries of these indices see."""
+        """(B, len(rows), key_length) bool: the keys that the queries of these indices see."""
         query = (rows + self.query_offset)[:, None]
         key = torch.arange(self.key_length, device=rows.device) + self.key_offset
         distance = query - key
-        visible = torch.ones_like(distance, dtype=torch.bool)[None]
-        if self.left is not None:
-            visible = visible & (distance <= self.left)
-        if self.right is not None:
-            visible = visible & (distance >= -self.right)
-        if self.padding is not None:
-            visible = visible & self.padding[:, None]
+        window = within(distance, self.left, self.right)
+        visible = (torch.ones_like(distance, dtype=torch.bool) if window is None else window)[None]
+        if self.key_mask is not None:
+            visible = visible & self.key_mask[:, None]
         if self.segments is not None:
             visible = visible & (self.segments[:, rows, None] == self.segments[:, None])
         if self.chunks is not None:
@@ -113,8 +111,8 @@ class MaskDescription(tensor_masks.Sided):
 
     def __getitem__(self, index: Any) -> MaskDescription:
         """The mask of the last queries, `mask[:, :, start:, :]`; a model may attend with these alone."""
-        everything = slice(None)
-        if isinstance(index, tuple) and len(index) == 4 and all(index[i] == everything for i in (0, 1, 3)):
+        whole = slice(None)
+        if isinstance(index, tuple) and len(index) == 4 and all(index[i] == whole for i in (0, 1, 3)):
             rows = range(self.query_length)[index[2]] if isinstance(index[2], slice) else range(0)
             if len(rows) == self.query_length:
                 return self
@@ -131,7 +129,7 @@ class MaskDescription(tensor_masks.Sided):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """A function of torch got the mask."""
+        """Raises: a function of torch got the mask."""
         if getattr(function, "__name__", "") == "scaled_dot_product_attention":
             raise InputError(
                 "attnstats: torch's scaled_dot_product_attention got the mask of an attached model that is attached no "
@@ -161,7 +159,7 @@ def describe_mask(
     mask_function: MaskFunction | None = None,
     attention_mask: Tensor | MaskDescription | None = None,
     device: Any = "cpu",
-    **others: Any,
+    **settings: Any,
 ) -> MaskDescription:
     """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
     from transformers.masking_utils import causal_mask_function
@@ -169,22 +167,23 @@ def describe_mask(
     if isinstance(attention_mask, MaskDescription):
         return attention_mask
     function = causal_mask_function if mask_function is None else mask_function
-    query_offset, key_offset = (x if isinstance(x, int) else int(x) for x in (q_offset, kv_offset))
-    padding = None
+    query_offset = q_offset if isinstance(q_offset, int) else int(q_offset)
+    key_offset = kv_offset if isinstance(kv_offset, int) else int(kv_offset)
+    key_mask = None
     if attention_mask is not None:
-        padding = attention_mask[:, key_offset : key_offset + kv_length].bool()
-        if padding.shape[1] < kv_length:
-            padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]), value=False)
+        key_mask = attention_mask[:, key_offset : key_offset + kv_length].bool()
+        if key_mask.shape[1] < kv_length:
+            key_mask = torch.nn.functional.pad(key_mask, (0, kv_length - key_mask.shape[1]), value=False)
 
     def dense() -> Tensor:
         rows, keys = torch.arange(q_length, device=device), torch.arange(kv_length, device=device)
         visible = _evaluate(function, batch_size, rows + query_offset, keys + key_offset, device)
-        return (visible if padding is None else visible & padding[:, None])[:, None]
+        return (visible if key_mask is None else visible & key_mask[:, None])[:, None]
 
     compiling = torch.compiler.is_compiling()
-    pattern = _announced(others) if compiling else _pattern(function)
+    facts = _announced(settings) if compiling else _facts(function)
     description = MaskDescription(
-        query_offset, key_offset, q_length, kv_length, padding=padding, dense=dense, **pattern
+        query_offset, key_offset, q_length, kv_length, key_mask=key_mask, dense=dense, **facts
     )
     if compiling:
         _check_in_graph(description, function, batch_size, device)
@@ -194,49 +193,48 @@ def describe_mask(
     return _simplified(description)
 
 
-def unannounced(query_length: int, key_length: int, causal: bool, across: bool) -> MaskDescription:
-    """What no mask means: SDPA's convention is causal, aligned top left, except for a single query."""
-    if causal and query_length > 1 and not across:
+def describe_no_mask(query_length: int, key_length: int, is_causal: bool) -> MaskDescription:
+    """The meaning of no mask, by SDPA's convention: causal aligned top left, or nothing hidden from a single query."""
+    if is_causal and query_length > 1:
         return MaskDescription(0, 0, query_length, key_length, right=0)
     return MaskDescription(max(0, key_length - query_length), 0, query_length, key_length)
 
 
-def recognise(
-    mask: Tensor, query_length: int, key_length: int, announced: str, causal: bool = False
-) -> MaskDescription:
-    """The description of a mask that somebody made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive.
+def describe_tensor(mask: Tensor, query_length: int, key_length: int, is_causal: bool = False) -> MaskDescription:
+    """The description of a mask that was made as a tensor, (B | 1, H | 1, Tq, Tk), bool or additive.
 
     Where attention is causal, a single query stands at the last key that it sees.
     """
     last = max(0, key_length - query_length)
-    description = MaskDescription(
-        last, 0, query_length, key_length, unknown=(announced,), dense=lambda: mask[..., :key_length]
-    )
-    found = None
+    pattern = None
     if mask.dim() == 4 and mask.shape[-2] in (1, query_length) and mask.shape[-1] >= key_length:
         hidden = 0.0 if mask.dtype == torch.bool else min(-1e4, torch.finfo(mask.dtype).min / 2)
-        found = tensor_masks.recognise(mask[..., :key_length], query_length, hidden=hidden)
-    if found is None:
-        return description
-    if query_length == 1 and causal and found.keep is not None and bool(found.keep.any()):
-        last = int(found.keep.any(0).nonzero()[-1])
-        return replace(description, unknown=(), query_offset=last, right=0, padding=found.keep)
-    return replace(
-        description,
-        unknown=(),
-        query_offset=last if found.offset is None else found.offset,
-        left=found.left,
-        right=found.right,
-        padding=found.keep,
+        pattern = patterns.recognise(mask[..., :key_length], query_length, hidden=hidden)
+    unknown = () if pattern is not None else (f"{tuple(mask.shape)} that was passed as a tensor",)
+    key_mask, query_offset, left, right = patterns.MaskPattern() if pattern is None else pattern
+    if query_length == 1 and is_causal and key_mask is not None and bool(key_mask.any()):
+        query_offset, left, right = int(key_mask.any(0).nonzero()[-1]), None, 0
+    if query_offset is None:
+        query_offset = last
+    return MaskDescription(
+        query_offset,
+        0,
+        query_length,
+        key_length,
+        left,
+        right,
+        key_mask,
+        unknown=unknown,
+        dense=lambda: mask[..., :key_length],
     )
 
 
 def _simplified(description: MaskDescription) -> MaskDescription:
-    """Without padding, packed rows and chunks that hide nothing, and without bounds beyond every key."""
+    """Without padding, packed rows and chunks that hide nothing, and without a left side beyond every key."""
     changes: dict[str, Any] = {}
-    padding, segments, chunks = description.padding, description.segments, description.chunks
-    if padding is not None and bool(padding[:, : description.seen].all()):
-        changes["padding"] = None
+    key_mask, segments, chunks = description.key_mask, description.segments, description.chunks
+    if key_mask is not None and bool(key_mask[:, : description.used_keys].all()):
+        changes["key_mask"] = None
     if segments is not None and bool((segments == segments[:, :1]).all()):
         changes["segments"] = None
     last = description.query_offset + description.query_length - 1
@@ -247,11 +245,11 @@ def _simplified(description: MaskDescription) -> MaskDescription:
     return replace(description, **changes) if changes else description
 
 
-# A graph can take no function apart: what it was announced as is checked where the graph runs.
+# In a graph no function can be taken apart: what transformers announces beside it is checked where the graph runs.
 
 
 def _announced(settings: dict[str, Any]) -> dict[str, Any]:
-    """left and right by what transformers tells a mask function beside its pattern."""
+    """left and right by the settings that transformers gives a mask function besides."""
     size, config = settings.get("local_size"), settings.get("config")
     full = "allow_is_bidirectional_skip" in settings
     if size is None or getattr(config, "attention_chunk_size", None) == size:  # a first chunk hides nothing
@@ -263,11 +261,8 @@ def _check_in_graph(description: MaskDescription, function: MaskFunction, batch:
     # The last row among them: packed rows, full chunks and the like hide most from it.
     last = description.query_length - 1
     rows = torch.arange(4, device=device) * last // 3
-    keys = torch.arange(description.key_length, device=device) + description.key_offset
-    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
-    understood = replace(description, padding=None).visible(rows)
     torch._assert_async(
-        (understood == expected).all(),
+        _agree(description, function, batch, rows),
         "attnstats: in a compiled model only causal, full and sliding-window attention with padding can be described; "
         "packed position_ids, chunks that are full and masks of the model's own can not: do not compile it",
     )
@@ -276,8 +271,8 @@ def _check_in_graph(description: MaskDescription, function: MaskFunction, batch:
 # Taking mask functions apart
 
 
-def _pattern(function: MaskFunction) -> dict[str, Any]:
-    """left, right, padding, segments, chunks of a composed mask function, and the names of unknown parts."""
+def _facts(function: MaskFunction) -> dict[str, Any]:
+    """left, right, segments, chunks of a composed mask function, and the names of unknown parts."""
     # By name: the functions are closures, made anew in every forward pass.
     name = getattr(function, "__qualname__", repr(function)).removesuffix(".<locals>.inner_mask")
     code = getattr(function, "__code__", None)
@@ -296,18 +291,18 @@ def _pattern(function: MaskFunction) -> dict[str, Any]:
     if name == "packed_sequence_mask_function":
         return {"segments": held["packed_sequence_mask"]}
     if name == "remap_positions_for_packed_sequence":  # within a sequence positions differ as indices do
-        return _pattern(held["mask_function"])
+        return _facts(held["mask_function"])
     if name.startswith("and_masks.<locals>"):
-        return functools.reduce(_both, (_pattern(part) for part in held["mask_functions"]))
+        return functools.reduce(_both, (_facts(part) for part in held["mask_functions"]))
     if name.startswith("or_masks.<locals>"):
         parts = [part for part in held["mask_functions"] if not _is_empty_overlay(part)]
         if len(parts) == 1:
-            return _pattern(parts[0])
+            return _facts(parts[0])
     return {"unknown": tuple(_names(function))}
 
 
 def _is_empty_overlay(function: MaskFunction) -> bool:
-    """Whether it is blocks that see each other, of which this input has none."""
+    """True for an overlay of blocks that see each other where this input has no such block."""
     if not getattr(function, "__qualname__", "").startswith("blockwise_overlay"):
         return False
     held: Any = function
@@ -343,22 +338,26 @@ def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor,
     return visible.expand(batch, len(queries), len(keys)).bool()
 
 
+def _agree(description: MaskDescription, function: MaskFunction, batch: int, rows: Tensor) -> Tensor:
+    """() bool: on these rows the description, without its key mask, shows the keys that the mask function shows."""
+    keys = torch.arange(description.key_length, device=rows.device) + description.key_offset
+    expected = _evaluate(function, batch, rows + description.query_offset, keys, rows.device)
+    return (replace(description, key_mask=None).visible(rows) == expected).all()
+
+
 _CHECKED: set[tuple[Any, ...]] = set()
 
 
 def _check(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
     """Compare with the mask function itself on a few rows; steps of decoding only the first time."""
-    known = (tuple(_names(function)), description.left, description.right, description.chunks and description.chunks[0])
-    if description.query_length == 1 and known in _CHECKED:
+    chunk_size = description.chunks and description.chunks.size
+    reading = tuple(_names(function)), description.left, description.right, chunk_size
+    if description.query_length == 1 and reading in _CHECKED:
         return
     rows = torch.linspace(0, description.query_length - 1, PROBED_ROWS, dtype=torch.float64).round().long()
-    rows = rows.unique().to(device)
-    keys = torch.arange(description.key_length, device=device) + description.key_offset
-    expected = _evaluate(function, batch, rows + description.query_offset, keys, device)
-    understood = replace(description, padding=None).visible(rows)
-    if not torch.equal(understood.expand_as(expected), expected):
+    if not bool(_agree(description, function, batch, rows.unique().to(device))):
         raise RuntimeError(
             f"attnstats misread the attention mask {' with '.join(_names(function))} of this version of transformers; "
             "please report it, and use the model's eager attention meanwhile"
         )
-    _CHECKED.add(known)
+    _CHECKED.add(reading)

@@ -1,6 +1,6 @@
-"""Which layers and heads of a model are captured: every spelling of `layers` and `heads` as plain integers.
+"""The layers and heads of a model that are captured: every form of `layers` and `heads` as plain integers.
 
-Pure functions, called by capture.py. A layer's number is the model's own; layers without attention don't exist here.
+Pure functions. A layer's number is the model's own; layers without attention are left out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from attnstats.statistics import Statistic
 
 Layers = Literal["middle-third", "all"] | slice | Iterable[int]
-Heads = Iterable[int] | Mapping[int, Iterable[int]] | Tensor
+HeadSelection = Iterable[int] | Mapping[int, Iterable[int]] | Tensor
 # The chosen heads of each captured layer; None: all that the layer has.
-Choice = dict[Statistic, dict[int, tuple[int, ...] | None]]
+ChosenHeads = dict[Statistic, dict[int, tuple[int, ...] | None]]
 
 
 def middle_third(count: int) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def middle_third(count: int) -> tuple[int, ...]:
 
 
 def resolve_layers(layers: Layers, present: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers asked for, ascending, of those present. Raises TypeError or ValueError."""
+    """The layers that `layers` chooses of those present, ascending. Raises TypeError or ValueError."""
     forms = "'middle-third', 'all', a slice or a list of layer indices"
     count = present[-1] + 1
     if isinstance(layers, str):
@@ -50,16 +50,21 @@ def resolve_layers(layers: Layers, present: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(indices))
 
 
-def resolve_heads(heads: Any, statistics: tuple[Statistic, ...], layers: tuple[int, ...], count: int | None) -> Choice:
-    """Every spelling of `heads`. Raises TypeError or ValueError; count None: not the same in every layer."""
+def resolve_heads(
+    heads: Any, statistics: tuple[Statistic, ...], layers: tuple[int, ...], count: int | None
+) -> ChosenHeads:
+    """The heads that `heads` chooses, by statistic and layer. Raises TypeError or ValueError.
+
+    `count` is the number of heads of a layer; None: not the same in every layer.
+    """
     if not isinstance(heads, Mapping) or not any(isinstance(key, (str, Statistic)) for key in heads):
         return {s: _per_layer(heads, layers, count) for s in statistics}
     choice = {s: _per_layer(None, layers, count) for s in statistics}
     for key, value in heads.items():
         matches = [s for s in statistics if key in (s, s.name)]
         if len(matches) != 1:
-            found = "names more than one" if matches else "isn't one"
-            raise ValueError(f"heads: the key {key!r} {found} of the statistics {', '.join(map(str, statistics))}")
+            fault = "names more than one" if matches else "isn't one"
+            raise ValueError(f"heads: the key {key!r} {fault} of the statistics {', '.join(map(str, statistics))}")
         choice[matches[0]] = _per_layer(value, layers, count)
     return choice
 
@@ -84,8 +89,8 @@ def _per_layer(heads: Any, layers: tuple[int, ...], count: int | None) -> dict[i
             raise ValueError(f"heads: layer {layer!r} isn't captured; layers is {layers}")
         listed = tuple(integers(indices, "heads", "a list of heads for each layer"))
         if not all(head >= 0 and (count is None or head < count) for head in listed):
-            known = "" if count is None else f"query heads 0..{count - 1}, "
-            raise ValueError(f"heads: the model has {known}got {listed} for layer {layer}")
+            available = "" if count is None else f"query heads 0..{count - 1}, "
+            raise ValueError(f"heads: the model has {available}got {listed} for layer {layer}")
         if len(set(listed)) < len(listed):
             raise ValueError(f"heads: a head is given twice in {listed} for layer {layer}")
         if listed:
@@ -93,7 +98,7 @@ def _per_layer(heads: Any, layers: tuple[int, ...], count: int | None) -> dict[i
     return chosen
 
 
-def check_heads(choice: Choice, layers: tuple[int, ...], reduce: tuple[str, ...]) -> None:
+def check_heads(choice: ChosenHeads, layers: tuple[int, ...], reduce: tuple[str, ...]) -> None:
     """Raise ValueError where a statistic has no heads, or layers whose results fill no tensor."""
     for statistic, chosen in choice.items():
         counts = {layer: len(heads) if heads is not None else "all" for layer, heads in chosen.items()}

@@ -1,4 +1,4 @@
-"""Which kernel, or which loop of it, computes each statistic. Made and read by the backend "triton" (ops.py)."""
+"""The passes of a call on the backend "triton", and which list of which kernel computes each statistic."""
 
 from __future__ import annotations
 
@@ -6,112 +6,106 @@ import functools
 from typing import NamedTuple
 
 from attnstats.core.geometry import Geometry
-from attnstats.statistics import (
-    LSE,
-    ColumnStatistic,
-    DistanceWeighted,
-    Entropy,
-    MaxLogit,
-    MeanDistance,
-    PooledMap,
-    RowStatistic,
-    SinkMass,
-    Statistic,
-)
-from attnstats.tiled.band import is_narrow
+from attnstats.core.passes import Pass
+from attnstats.statistics import Entropy, MaxLogit, MeanDistance, Statistic
 
-Heads = tuple[int, ...] | None  # of a statistic; None: all
+Heads = tuple[int, ...] | None  # of a pass; None: all
+
+# The whole-row statistics that the forward kernel computes, in the order in which it stores them, and the constant that
+# switches each on in forward and combine.
+WHOLE_ROWS: dict[type[Statistic], str] = {Entropy: "ENTROPY", MaxLogit: "MAX_LOGIT"}
+
+
+def passes(geometry: Geometry, attends: bool, splits: int) -> tuple[Pass, ...]:
+    """The launches of `attend`, or of `from_lse`, in order; splits: parts into which the keys are cut, 0 for none."""
+    heads = tuple(map(geometry.heads.get, geometry.statistics))
+    return _passes(geometry.statistics, heads, attends, bool(splits))
+
+
+@functools.lru_cache(maxsize=256)
+def _passes(
+    statistics: tuple[Statistic, ...], heads: tuple[Heads, ...], attends: bool, split: bool
+) -> tuple[Pass, ...]:
+    of = dict(zip(statistics, heads, strict=True))
+    bands = [s for s in statistics if s.is_banded]
+    loop = [s for s in statistics if _is_loop_row(s) and (attends or s.from_lse)]
+    in_epilogue = bands if attends and not split else []
+    planned = []
+    if attends or loop:
+        chosen = tuple(s for s in statistics if s in loop or s in in_epilogue)
+        planned.append(Pass("decode" if split else "forward" if attends else "rows", chosen, attends=attends))
+    if not in_epilogue:
+        for of_band in dict.fromkeys(of[s] for s in bands):
+            planned.append(Pass("band", tuple(s for s in bands if of[s] == of_band), of_band))
+    columns = [s for s in statistics if s.axis == "column" and not s.is_banded]
+    for last, of_column in dict.fromkeys((s.last_queries, of[s]) for s in columns):
+        together = tuple(s for s in columns if (s.last_queries, of[s]) == (last, of_column))
+        planned.append(Pass("column", together, of_column, last_queries=last))
+    planned += [Pass(str(s.method), (s,), of[s]) for s in statistics if s.method in ("pooled", "first_keys", "lse")]
+    return tuple(planned)
+
+
+def _is_loop_row(statistic: Statistic) -> bool:
+    """True for row statistics of the forward kernel's main loop."""
+    if statistic.method == "weight":
+        return statistic.axis == "row" and not statistic.is_banded
+    return statistic.method == "row"
 
 
 class Plan(NamedTuple):
-    moment: tuple[MeanDistance, ...]  # forward's main loop; under a causal mask it is a first moment of the positions
-    loop_rows: tuple[DistanceWeighted, ...]  # forward's main loop, any weight
-    entropy: tuple[Statistic, ...]
-    max_logit: tuple[Statistic, ...]
-    band_rows: tuple[DistanceWeighted, ...]  # forward's epilogue, or the band kernel
-    band_columns: tuple[DistanceWeighted, ...]
-    columns: tuple[ColumnStatistic, ...]  # the column kernel
-    maps: tuple[PooledMap, ...]  # the column kernel, once per map
-    sinks: tuple[SinkMass, ...]  # plain PyTorch on a few keys
-    lse: tuple[Statistic, ...]
+    """The statistics of a pass by the list of the forward or the band kernel that computes them."""
+
+    moment: tuple[Statistic, ...]  # forward's main loop; under a causal mask it is a first moment of the positions
+    loop_rows: tuple[Statistic, ...]  # forward's main loop, any weight
+    whole_rows: tuple[Statistic, ...]  # forward's main loop, in the order of WHOLE_ROWS
+    band_rows: tuple[Statistic, ...]  # forward's epilogue, or the band kernel
+    band_columns: tuple[Statistic, ...]
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def of(statistics: tuple[Statistic, ...], causal: bool) -> Plan:
         moment = tuple(s for s in statistics if type(s) is MeanDistance and causal)
-        rows = [s for s in statistics if isinstance(s, RowStatistic)]
-        columns = [s for s in statistics if isinstance(s, ColumnStatistic)]
         return Plan(
             moment=moment,
-            loop_rows=tuple(s for s in rows if not is_narrow(s) and s not in moment),
-            entropy=tuple(s for s in statistics if isinstance(s, Entropy)),
-            max_logit=tuple(s for s in statistics if isinstance(s, MaxLogit)),
-            band_rows=tuple(s for s in rows if is_narrow(s)),
-            band_columns=tuple(s for s in columns if is_narrow(s)),
-            columns=tuple(s for s in columns if not is_narrow(s)),
-            maps=tuple(s for s in statistics if isinstance(s, PooledMap)),
-            sinks=tuple(s for s in statistics if isinstance(s, SinkMass)),
-            lse=tuple(s for s in statistics if isinstance(s, LSE)),
+            loop_rows=tuple(s for s in statistics if s.method == "weight" and _is_loop_row(s) and s not in moment),
+            whole_rows=tuple(s for kind in WHOLE_ROWS for s in statistics if type(s) is kind),
+            band_rows=tuple(s for s in statistics if s.is_banded and s.axis == "row"),
+            band_columns=tuple(s for s in statistics if s.is_banded and s.axis == "column"),
         )
 
-    def without_bands(self) -> Plan:
-        return self._replace(band_rows=(), band_columns=())
-
     @property
-    def bands(self) -> tuple[DistanceWeighted, ...]:
+    def bands(self) -> tuple[Statistic, ...]:
         return (*self.band_rows, *self.band_columns)
 
     @property
-    def has_passes_beside(self) -> bool:
-        return bool(self.columns or self.maps or self.sinks or self.lse)
-
-    @property
     def in_loop(self) -> tuple[Statistic, ...]:
-        """What forward can compute from an lse."""
-        return (*self.moment, *self.loop_rows, *self.entropy)
+        """The row statistics of the main loop that can be computed from an lse."""
+        return (*self.moment, *self.loop_rows, *(s for s in self.whole_rows if s.from_lse))
 
     @property
     def in_rows(self) -> tuple[Statistic, ...]:
-        """What the forward kernel stores per query, in its order."""
-        return (*self.moment, *self.loop_rows, *self.band_rows, *self.entropy, *self.max_logit)
+        """The row statistics that the forward kernel stores, in its order."""
+        return (*self.moment, *self.loop_rows, *self.band_rows, *self.whole_rows)
 
     @property
-    def in_forward(self) -> tuple[Statistic, ...]:
-        return (*self.in_rows, *self.band_columns)
-
-    def band_passes(self, geometry: Geometry) -> dict[Heads, Plan]:
-        """The band kernel's passes: statistics of the same heads go together."""
-        wanted = dict.fromkeys(geometry.heads.get(s) for s in self.bands)
-        return {
-            heads: self._replace(
-                band_rows=tuple(s for s in self.band_rows if geometry.heads.get(s) == heads),
-                band_columns=tuple(s for s in self.band_columns if geometry.heads.get(s) == heads),
-            )
-            for heads in wanted
-        }
-
-    def column_passes(self, geometry: Geometry) -> dict[tuple[int | None, Heads], tuple[ColumnStatistic, ...]]:
-        """The column kernel's passes: statistics that count the same queries of the same heads go together."""
-        passes: dict[tuple[int | None, Heads], tuple[ColumnStatistic, ...]] = {}
-        for s in self.columns:
-            counting = s.last_queries, geometry.heads.get(s)
-            passes[counting] = (*passes.get(counting, ()), s)
-        return passes
+    def whole_row_constants(self) -> dict[str, int]:
+        """1 for each constant of WHOLE_ROWS whose statistic is asked for, else 0."""
+        return {constant: sum(type(s) is kind for s in self.whole_rows) for kind, constant in WHOLE_ROWS.items()}
 
     def reach(self, geometry: Geometry) -> tuple[int, int]:
-        """How far the band goes behind and ahead of a query."""
+        """The distances that the band reaches behind and ahead of a query."""
         return _reach(self.bands, geometry)
 
     def rows_behind(self, geometry: Geometry) -> int:
-        """How far behind a query rows need it."""
+        """The distance that row statistics of the band reach behind a query."""
         return _reach(self.band_rows, geometry)[0]
 
     def bound(self, geometry: Geometry) -> bool:
-        """Whether the window hides keys that the band would reach."""
+        """True if the window hides keys that the band would reach."""
         return geometry.left is not None and any(s.band is not None and s.band[1] > geometry.left for s in self.bands)
 
     def reach_of_heads(self, geometry: Geometry) -> tuple[int, ...] | None:
-        """How far the band goes behind a query of each head, -1: nowhere; None: as far in all of them."""
+        """The distance that the band reaches behind a query of each head, -1 for none; None: the same in all heads."""
         if not any(s in geometry.heads for s in self.bands):
             return None
         reach = [-1] * geometry.query_heads
@@ -123,47 +117,48 @@ class Plan(NamedTuple):
 
 
 class GradientPlan(NamedTuple):
-    """Which statistics that carry gradients have a weight in which list of the backward kernels."""
+    """The statistics that carry gradients by the list of the backward kernels that has their weight."""
 
-    far_rows: tuple[RowStatistic, ...]
-    near_rows: tuple[RowStatistic, ...]  # those with a band: looked at near the diagonal alone
+    far_rows: tuple[Statistic, ...]
+    near_rows: tuple[Statistic, ...]  # those with a band: looked at near the diagonal alone
     entropy: bool
-    far_columns: tuple[ColumnStatistic, ...]
-    near_columns: tuple[ColumnStatistic, ...]
+    far_columns: tuple[Statistic, ...]
+    near_columns: tuple[Statistic, ...]
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def of(statistics: tuple[Statistic, ...]) -> GradientPlan:
-        rows = [s for s in statistics if isinstance(s, RowStatistic)]
-        columns = [s for s in statistics if isinstance(s, ColumnStatistic)]
+        rows = [s for s in statistics if s.method == "weight" and s.axis == "row"]
+        columns = [s for s in statistics if s.axis == "column"]
         return GradientPlan(
             far_rows=tuple(s for s in rows if s.band is None),
             near_rows=tuple(s for s in rows if s.band is not None),
-            entropy=any(isinstance(s, Entropy) for s in statistics),
+            entropy=any(s.method == "row" for s in statistics),
             far_columns=tuple(s for s in columns if s.band is None),
             near_columns=tuple(s for s in columns if s.band is not None),
         )
 
     @property
     def weighs(self) -> bool:
-        """Whether there is anything to do for a tile."""
+        """True if a tile has anything to add for statistics."""
         return self.entropy or bool(self.rows or self.columns)
 
     @property
-    def rows(self) -> tuple[RowStatistic, ...]:
-        """In the kernels' order."""
+    def rows(self) -> tuple[Statistic, ...]:
+        """The row statistics in the kernels' order."""
         return (*self.far_rows, *self.near_rows)
 
     @property
-    def columns(self) -> tuple[ColumnStatistic, ...]:
+    def columns(self) -> tuple[Statistic, ...]:
+        """The column statistics in the kernels' order."""
         return (*self.far_columns, *self.near_columns)
 
     def reach(self, geometry: Geometry) -> tuple[int, int]:
-        """How far weights with a band go behind and ahead of a query."""
+        """The distances that weights with a band reach behind and ahead of a query."""
         return _reach((*self.near_rows, *self.near_columns), geometry)
 
 
-def _reach(statistics: tuple[DistanceWeighted, ...], geometry: Geometry) -> tuple[int, int]:
+def _reach(statistics: tuple[Statistic, ...], geometry: Geometry) -> tuple[int, int]:
     bands = [s.band for s in statistics if s.band]
     behind, ahead = max((hi for _, hi in bands), default=0), max((-lo for lo, _ in bands), default=0)
     behind = behind if geometry.left is None else min(behind, geometry.left)

@@ -3,7 +3,7 @@
 Every contender is a plain function of `Inputs`, causal, grouped heads un-repeated; where one has to repeat them
 that is part of its time. What depends on the shape alone (block masks, distance weights) is prepared once and not
 timed. Rivals are written as their users would: compiled where that is faster, half precision where the maths
-allows. The settings are those of the CPU's benchmarks/contenders.py.
+allows. Settings, eager attention and its chunked form are those of benchmarks/contenders.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import attnstats
 from attnstats import Received
-from benchmarks.contenders import HI, LO, STATISTICS, WINDOW
+from benchmarks import contenders
+from benchmarks.contenders import CHUNK, HI, LO, STATISTICS, WINDOW, Answer, repeated
 
-CHUNK = 256  # query rows of the query-chunked rival
 BLOCK = 128  # rows of a block of the plain band
 FLEX = 2**15  # tokens up to which create_block_mask, which goes through a T x T mask, is no burden
 
@@ -34,13 +34,6 @@ class Inputs(NamedTuple):
     key: Tensor  # [B, Hkv, Tk, D]
     value: Tensor
     lse: Tensor | None = None  # [B, Hq, Tq], what the groups "band" and "column" start from
-
-
-class Answer(NamedTuple):
-    output: Tensor | None = None
-    waad: Tensor | None = None
-    fai: Tensor | None = None
-    received: Tensor | None = None
 
 
 class Contender(NamedTuple):
@@ -59,15 +52,9 @@ def _group(inputs: Inputs) -> int:
     return inputs.query.shape[1] // inputs.key.shape[1]
 
 
-def _repeated(x: Tensor, group: int) -> Tensor:
-    return x if group == 1 else x.repeat_interleave(group, dim=1)
-
-
 def counts(inputs: Inputs) -> Tensor:
-    """[Tk] queries at distance LO..HI of each key, at least 1; the queries are the last ones."""
-    rows, length = inputs.query.shape[2], inputs.key.shape[2]
-    key = torch.arange(length, device=inputs.query.device)
-    return (key + HI + 1).clamp(length - rows, length).sub((key + LO).clamp(length - rows, length)).clamp(min=1)
+    """[Tk] queries at distance LO..HI of each key, at least 1."""
+    return contenders.counts(inputs.query.shape[2], inputs.key.shape[2], inputs.query.device)
 
 
 # torch's kernels
@@ -81,14 +68,14 @@ def sdpa(inputs: Inputs) -> Answer:
 
 def sdpa_repeated(inputs: Inputs) -> Answer:
     """For a backend that takes no grouped heads."""
-    group = _group(inputs)
-    query, key, value = inputs.query, _repeated(inputs.key, group), _repeated(inputs.value, group)
+    query, key, value = inputs.query, repeated(inputs.key, inputs.query), repeated(inputs.value, inputs.query)
     return Answer(scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1))
 
 
-def flash_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """By a private operator: SDPA itself keeps the lse it has."""
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, query.shape[2] > 1)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention
+    output, lse, *_ = operator(query, key, value, 0.0, query.shape[2] > 1, scale=scale)
     return output, lse[..., : query.shape[2]]
 
 
@@ -134,60 +121,19 @@ def column(inputs: Inputs) -> Answer:
 # Plain PyTorch
 
 
-class _Dense(NamedTuple):
-    """[T, T] tensors of the distance: additive causal mask, WAAD's weight, FAI's horizon."""
-
-    mask: Tensor
-    near: Tensor
-    horizon: Tensor
-
-
-@functools.lru_cache(maxsize=1)
-def _dense(length: int, dtype: torch.dtype, device: torch.device) -> _Dense:
-    position = torch.arange(length, device=device, dtype=torch.int32)
-    distance = position[:, None] - position
-    mask = torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(distance < 0, torch.finfo(dtype).min)
-    return _Dense(mask, distance.clamp(0, WINDOW).to(dtype), ((distance >= LO) & (distance <= HI)).to(dtype))
-
-
 def eager(inputs: Inputs) -> Answer:
-    """The map as transformers' eager attention makes it, the statistics read off it."""
-    query, group = inputs.query, _group(inputs)
-    dense = _dense(query.shape[2], query.dtype, query.device)
-    key, value = _repeated(inputs.key, group), _repeated(inputs.value, group)
-    scores = query @ key.mT * query.shape[3] ** -0.5 + dense.mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    del scores
-    waad = torch.einsum("bhts,ts->bht", weights, dense.near)
-    fai = (weights * dense.horizon).sum(-2, dtype=torch.float32) / counts(inputs)
-    return Answer(weights @ value, waad, fai)
+    return contenders.eager(*inputs[:3])
 
 
 def chunked(inputs: Inputs) -> Answer:
-    """Eager for CHUNK query rows at a time: O(T) memory. Skips future keys, and distances that carry no weight."""
-    query, group = inputs.query, _group(inputs)
-    length, device = query.shape[2], query.device
-    key, value = _repeated(inputs.key, group), _repeated(inputs.value, group)
-    output = torch.empty_like(query)
-    waad, fai = (query.new_zeros(query.shape[:3], dtype=torch.float32) for _ in range(2))
-    for start in range(0, length, CHUNK):
-        end = min(start + CHUNK, length)
-        rows, first = slice(start, end), max(0, start - HI)
-        distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
-        scores = query[:, :, rows] @ key[:, :, :end].mT * query.shape[3] ** -0.5
-        weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(-1, dtype=torch.float32)
-        output[:, :, rows] = weights.to(query.dtype) @ value[:, :, :end]
-        near, distance = weights[..., first:], distance[:, first:]
-        waad[:, :, rows] = WINDOW - (near * (WINDOW - distance).clamp(0)).sum(-1)
-        fai[:, :, first:end] += (near * ((distance >= LO) & (distance <= HI))).sum(-2)
-    return Answer(output, waad, fai / counts(inputs))
+    return contenders.chunked(*inputs[:3])
 
 
 def chunked_column(inputs: Inputs) -> Answer:
     """exp(score - lse) for CHUNK query rows at a time, summed."""
     query, lse, length = inputs.query, inputs.lse, inputs.query.shape[2]
     assert lse is not None
-    key = _repeated(inputs.key, _group(inputs))
+    key = repeated(inputs.key, query)
     received = query.new_zeros(query.shape[:3], dtype=torch.float32)
     for start in range(0, length, CHUNK):
         end = min(start + CHUNK, length)
@@ -297,15 +243,14 @@ def flex_band(inputs: Inputs) -> Answer:
     query, key, _, lse = inputs
     near, horizon = (_block_mask(kind, query.shape[2], query.device) for kind in ("near", "horizon"))
     waad = _compiled(_flex_waad, query)(query, key, _thin(key), lse, near)
-    repeated = _repeated(key, _group(inputs))
-    fai = _compiled(_flex_columns, query)(query, repeated, _thin(query), lse, horizon)
+    fai = _compiled(_flex_columns, query)(query, repeated(key, query), _thin(query), lse, horizon)
     return Answer(None, waad, fai / counts(inputs))
 
 
 def flex_column(inputs: Inputs) -> Answer:
     query, key, _, lse = inputs
-    repeated, later = _repeated(key, _group(inputs)), _block_mask("later", query.shape[2], query.device)
-    return Answer(received=_compiled(_flex_columns, query)(query, repeated, _thin(query), lse, later))
+    later = _block_mask("later", query.shape[2], query.device)
+    return Answer(received=_compiled(_flex_columns, query)(query, repeated(key, query), _thin(query), lse, later))
 
 
 def plain_band(inputs: Inputs) -> Answer:
@@ -320,7 +265,7 @@ def plain_beside(inputs: Inputs) -> Answer:
 
 def forget() -> None:
     """Drop what was prepared or compiled for a shape."""
-    _dense.cache_clear()
+    contenders.dense.cache_clear()
     _block_mask.cache_clear()
     torch.compiler.reset()
 

@@ -28,6 +28,7 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
 from benchmarks.gpu import workers
 from benchmarks.gpu.environment import ROOT
+from benchmarks.gpu.measure import peak_mib
 from benchmarks.gpu.part import Part
 from tests.cases import Case, check
 
@@ -193,15 +194,10 @@ def _memory(from_lse: bool) -> dict[str, Any]:
     for length in (4096, 8192, 16384):
         query, key = (torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2))
         lse = torch.full((1, 4, length), 6.0, device="cuda")
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        call: Callable[..., Any] = functools.partial(attnstats.attention, query, key, key)
         if from_lse:
-            attnstats.statistics_from_lse(query, key, lse, statistics=asked, enable_gqa=True, backend="triton")
-        else:
-            attnstats.attention(query, key, key, statistics=asked, enable_gqa=True, backend="triton")
-        torch.cuda.synchronize()
-        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+            call = functools.partial(attnstats.statistics_from_lse, query, key, lse)
+        peaks.append(peak_mib(functools.partial(call, statistics=asked, enable_gqa=True, backend="triton")))
     ratios = [later / earlier for earlier, later in itertools.pairwise(peaks)]
     assert max(ratios) < 2.2, f"peaks of {', '.join(f'{peak:.1f}' for peak in peaks)} MiB at T = 4k, 8k, 16k"
     return {"peak_mib": [round(peak, 2) for peak in peaks]}

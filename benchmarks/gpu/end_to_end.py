@@ -21,8 +21,9 @@ import attnstats
 from attnstats import FAI, WAAD
 from attnstats.presets import paper_v2
 from attnstats.transformers.selection import middle_third
+from benchmarks.gpu.contenders import flash_with_lse
 from benchmarks.gpu.measure import Entrant, race, ratio
-from benchmarks.gpu.part import Part, release_memory
+from benchmarks.gpu.part import Part, release_memory, wrong
 
 PROMPT = 512
 CHUNK = 1024  # tokens whose logits are held at once
@@ -208,8 +209,8 @@ def _agreement(part: Part, case: Case, entrants: dict[str, Entrant], choice: Cho
         if isinstance(answer, str) or isinstance(right, str):
             continue
         errors = found[name]["errors"] = _errors(answer, right, choice.counted)
-        if wrong := {key: e for key, e in errors.items() if not e <= TOLERANCE[key]}:
-            found[name]["failure"] = f"wrong: {', '.join(f'{key} by {e:.2g}' for key, e in wrong.items())}"
+        if failure := wrong(errors, TOLERANCE):
+            found[name]["failure"] = failure
     return found
 
 
@@ -294,11 +295,10 @@ def _in_pass(
 def _beside_sdpa(
     query: Tensor, key: Tensor, value: Tensor, scale: Any, heads: dict[Any, list[int]], counted: Tensor
 ) -> Any:
-    operator = torch.ops.aten._scaled_dot_product_flash_attention
-    output, lse, *_ = operator(query, key, value, 0.0, True, scale=scale)
+    output, lse = flash_with_lse(query, key, value, scale)
     stats = attnstats.statistics_from_lse(
-        query, key, lse[..., : query.shape[2]], statistics=list(heads), heads=heads, scale=scale, enable_gqa=True,
-        query_mask=counted, backend="triton",
+        query, key, lse, statistics=list(heads), heads=heads, scale=scale, enable_gqa=True, query_mask=counted,
+        backend="triton",
     )  # fmt: skip
     return output, stats
 

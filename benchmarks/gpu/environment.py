@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import attnstats
+from benchmarks.summary import version
 
 ROOT = Path(__file__).parents[2]
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw", "temperature.gpu")
@@ -27,8 +27,8 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "attnstats": attnstats.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
         "ptxas": ptxas_version(),
         "cpu_threads": os.cpu_count(),
         "interpreter": device.type == "cpu",
@@ -84,13 +84,6 @@ def commit() -> str | None:
         return None
     dirty = output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return told.strip() + ("+changes" if dirty else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def output_of(command: list[str]) -> str:

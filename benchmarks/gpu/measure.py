@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.gpu.part import Part
+from benchmarks.summary import in_turn, over
 
 BATCH_SECONDS = 0.003  # of GPU time between two events, whose resolution is half a microsecond
 MOST_CALLS = 40  # in a batch: a thousand kernels fit the launch queue
@@ -55,8 +56,7 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
     batches: dict[str, list[Batch]] = {name: [] for name in warm}
     names = list(warm)
     for turn in range(max(quota.values(), default=0)):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(names, turn):
             if turn < quota[name] and name not in found:
                 batch = part.attempt(
                     f"{prefix}: {name}", _batch, part, entrants[name], inputs, calls[name], warm[name].host, turn
@@ -73,7 +73,7 @@ def race(part: Part, prefix: str, entrants: dict[str, Entrant], inputs: int, sec
 
 def ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Median over rounds of one's time divided by the other's in the same round."""
-    return statistics.median(a / b for a, b in zip(one["rounds"], other["rounds"], strict=False))
+    return over(one["rounds"], other["rounds"])
 
 
 def single(part: Part, call: Callable[[], Any], seconds: float) -> float:
@@ -91,14 +91,18 @@ def _warm_up(part: Part, entrant: Entrant, inputs: int) -> tuple[Batch, float | 
         return _batch(part, entrant, inputs, 1, 0.0), None
     with torch.no_grad(), entrant.around():
         entrant.call(0)
-        part.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = entrant.call(0)
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        del result
+        peak = peak_mib(lambda: entrant.call(0))
     return _batch(part, entrant, inputs, 1, 0.0), peak
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """MiB that a call allocates on the GPU at its peak, its result included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _ = call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _batch(part: Part, entrant: Entrant, inputs: int, calls: int, host: float, turn: int = 0) -> Batch:

@@ -82,7 +82,7 @@ class Part:
         failures[name] = failure
         self.save()
         release_memory()
-        if not self._usable():
+        if not usable(self.device):
             raise Poisoned(name)
         return Outcome(None, failure)
 
@@ -95,18 +95,25 @@ class Part:
         beside.write_text(json.dumps(self.section))
         beside.replace(self.file)
 
-    def _usable(self) -> bool:
-        """True if the device still works; after an illegal access nothing does."""
-        try:
-            torch.ones(1, device=self.device).add_(1).item()
-        except Exception:
-            return False
-        return True
+
+def usable(device: torch.device) -> bool:
+    """True if the device still works; after an illegal access nothing does."""
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except Exception:
+        return False
+    return True
 
 
 def in_flight(file: Path) -> Path:
     """The file with the name that the part that fills `file` is attempting."""
     return file.with_suffix(".flight")
+
+
+def wrong(errors: dict[str, float], tolerance: dict[str, float]) -> str | None:
+    """The failure of an answer with these errors; None: it is right."""
+    beyond = [f"{name} by {error:.2g}" for name, error in errors.items() if not error <= tolerance[name]]
+    return f"wrong: {', '.join(beyond)}" if beyond else None
 
 
 def message_of(error: Exception) -> str:

@@ -16,6 +16,7 @@ from benchmarks.gpu import floors
 from benchmarks.gpu.contenders import AUTO, BAND, BARE, COLUMN, FLASH, FUSED
 from benchmarks.gpu.measure import ratio
 from benchmarks.gpu.sweep import best
+from benchmarks.summary import short, table
 
 LAYOUT = 1  # of the JSON: another number where the entries of a section change
 LONG = ("T = 8k", "T = 32k")  # the cases that targets are set for
@@ -241,7 +242,7 @@ def _provenance(section: dict[str, Any]) -> list[str]:
     commit = c.get("commit") or "unknown"
     parts = [
         c.get("date"),
-        f"commit {commit[:9]}{'+changes' if commit.endswith('+changes') else ''}",
+        f"commit {short(commit)}",
         *(f"{name} {c[name]}" for name in ("torch", "triton", "transformers", "cuda", "cudnn") if c.get(name)),
         f"ptxas {c['ptxas']}" if c.get("ptxas") else None,
         f"driver {clocks['driver_version']}" if clocks else None,
@@ -252,11 +253,6 @@ def _provenance(section: dict[str, Any]) -> list[str]:
     if section.get("error"):
         lines += [f"**Came to no end: {section['error']}**", ""]
     return lines
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    cells = [header, tuple("--" if i == 0 else "--:" for i in range(len(header))), *rows]
-    return ["| " + " | ".join(row) + " |" for row in cells] + [""]
 
 
 def _ceilings(measured: dict[str, float]) -> list[str]:
@@ -299,7 +295,7 @@ def _write_timing(section: dict[str, Any]) -> list[str]:
             members = [row for row in mine if row["group"] == group]
             if members:
                 cells = [_cells(row, fastest) for row in members]
-                lines += _table((title, *header[1:]), cells)
+                lines += [*table((title, *header[1:]), cells), ""]
     return lines
 
 
@@ -335,7 +331,7 @@ def _write_models(section: dict[str, Any]) -> list[str]:
             else:
                 cells.append((name, row.get("failure", "not timed"), "", "", ""))
         lines += [f"### {case}", ""]
-        lines += _table(("forward pass", "ms", "quartiles", "added to log-probs", "peak MiB"), cells)
+        lines += [*table(("forward pass", "ms", "quartiles", "added to log-probs", "peak MiB"), cells), ""]
     return lines
 
 
@@ -362,7 +358,7 @@ def _write_sweep(section: dict[str, Any]) -> list[str]:
                 cells.append((f"{place}. {what}", options, f"{row['ms']:.4g}", _number(row.get("over_shipped"), ".3f")))
         unable = sum(r["job"] == job and not r.get("ms") for r in section["rows"])
         lines += [f"### {job}", "", f"{len(mine)} timed, {unable} can't run.", ""]
-        lines += _table(("tiles", "options", "ms", "x shipped"), cells)
+        lines += [*table(("tiles", "options", "ms", "x shipped"), cells), ""]
     return lines
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import attnstats
 from attnstats import Received, reference
-from benchmarks.contenders import STATISTICS
+from benchmarks.contenders import STATISTICS, Answer
 from benchmarks.gpu import contenders, floors, workers
-from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Answer, Contender, Inputs, Packed
+from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Contender, Inputs, Packed
 from benchmarks.gpu.environment import l2_bytes
 from benchmarks.gpu.floors import Shape
 from benchmarks.gpu.measure import Entrant, race
-from benchmarks.gpu.part import OUT_OF_MEMORY, Part
+from benchmarks.gpu.part import OUT_OF_MEMORY, Part, wrong
 
 TRUTH_LENGTH = 16384  # up to which a head's map in float64 is affordable: 2 GiB, a few times over
 WARMING = 0.3  # of the time at most, for compiling side by side
@@ -110,8 +110,8 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
             errors, row["against"] = outcome.value
             row["errors"] = errors
             tolerance = OUR_TOLERANCE if contender.ours else TOLERANCE
-            if wrong := {k: e for k, e in errors.items() if not e <= tolerance[k]}:
-                row["failure"] = f"wrong: {', '.join(f'{k} by {e:.2g}' for k, e in wrong.items())}"
+            if failure := wrong(errors, tolerance):
+                row["failure"] = failure
             else:
                 entrants[name] = Entrant(_call(contender, inputs), contender.around)
     for name, found in race(part, case.name, entrants, len(inputs), 0.6 * share).items():

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.environment import ROOT
-from benchmarks.gpu.part import message_of, release_memory
+from benchmarks.gpu.part import message_of, release_memory, usable
 
 MARK = "RESULT "  # of the lines that are answers: kernels and libraries print, too
 MOST = 16
@@ -105,18 +105,10 @@ def main() -> None:
             answer = {"ok": False, "failure": message_of(error)}
         if not answer["ok"]:
             release_memory()
-            answer["lost"] = _lost(smoke)
+            # With the CUDA context lost, this process can do nothing more.
+            answer["lost"] = not usable(torch.device("cpu" if smoke else "cuda"))
         answer["seconds"] = round(time.monotonic() - started, 2)
         print(MARK + json.dumps(answer), flush=True)
-
-
-def _lost(smoke: bool) -> bool:
-    """True if the CUDA context is lost: then this process can do nothing more."""
-    try:
-        torch.ones(1, device="cpu" if smoke else "cuda").add_(1).item()
-    except Exception:
-        return True
-    return False
 
 
 if __name__ == "__main__":

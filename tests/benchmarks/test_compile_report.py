@@ -223,6 +223,7 @@ class Sm90:
 driver.set_active(Sm90())
 from attnstats import *
 from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
 from attnstats.triton import backend
 from attnstats.triton.launch import launching_with
 
@@ -233,10 +234,10 @@ def warm_up(launch, arguments):
 
 statistics = (WAAD(10), FAI(10, 100), Received(), Entropy())
 query = torch.empty(1, 8, 512, 128, dtype=torch.bfloat16)
-geometry = resolve(query, query, query, statistics)
+geometry = resolve(query, query, query, Options(statistics=statistics))
 with launching_with(warm_up):
-    backend.attend(query, query, query, geometry, statistics)
-    backend.from_lse(query, query, torch.zeros(1, 8, 512), geometry, statistics)
+    backend.attend(query, query, query, geometry)
+    backend.from_lse(query, query, torch.zeros(1, 8, 512), geometry)
 """
 
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from attnstats import Received, reference
-from benchmarks.contenders import STATISTICS
+from benchmarks.contenders import STATISTICS, Answer
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import (
     contenders,
@@ -28,23 +27,21 @@ from benchmarks.gpu import (
     timing,
     workers,
 )  # fmt: skip
-from benchmarks.gpu.contenders import CONTENDERS, PACKED, Answer, Inputs
+from benchmarks.gpu.contenders import CONTENDERS, PACKED, Inputs
 from benchmarks.gpu.floors import Ceilings, Shape
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import OUT_OF_MEMORY, Part, in_flight
 from tests.cases import EVERY
+from tests.process import python
 
-ROOT = Path(__file__).parents[2]
 H100 = Ceilings(copy=3.35e12, matmul=989e12, exp2=16 * 132 * 1.83e9)  # as published
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--minutes", "30", "--results", str(folder)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    command = ["-m", "benchmarks.gpu", "--smoke", "--minutes", "30", "--results", str(folder)]
+    python(*command, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     return json.loads((folder / "smoke.json").read_text()), folder
 
 
@@ -348,7 +345,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(Part, "_usable", lambda _: True)
+    monkeypatch.setattr("benchmarks.gpu.part.usable", lambda _: True)
     return made
 
 

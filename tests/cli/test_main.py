@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from attnstats.cli import analyze
-from attnstats.cli import main as cli
-from attnstats.cli.options import parse_layers
-from attnstats.study import analysis as pipeline
+from attnstats.cli.analyze import settings_from
+from attnstats.cli.arguments import parse_layers
+from attnstats.cli.main import main, parser
+from attnstats.presets import PRESETS
+from attnstats.study.analysis import Settings
 from attnstats.study.outputs import FILES
 from attnstats.study.store import Store
-from tests.tiny import save_tiny_model
+from tests.process import python
+from tests.tiny import interrupted_in_pass, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
     options += (
         f" --layers 0,3-5 --head-share 0.25 --max-tokens 20 --device cpu --dtype bfloat16 --seed 5 --out {tmp_path}/out"
     )
-    code = cli.main(["analyze", *options.split(), "--temperature", "0.9", "--system", ""])
+    code = main(["analyze", *options.split(), "--temperature", "0.9", "--system", ""])
     assert code == 0, capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["model"] == {"name": tiny.name, "dtype": "bfloat16", "device": "cpu"}
@@ -89,11 +91,15 @@ def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
     assert [prompt["layers"] for prompt in summary["prompts"]] == [[0, 3, 4, 5]] * 2
 
 
-@pytest.mark.parametrize(("arguments", "hi"), [((), 100), (("--preset", "paper_v1"), 50)])
-def test_presets(arguments, hi):
-    settings = analyze.settings_from(cli.parser().parse_args(["analyze", *arguments]))
-    assert (settings.window, settings.fai_lo, settings.fai_hi, settings.head_share) == (10, 10, hi, 0.3)
-    assert settings.layers == "middle-third"
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    preset, settings = PRESETS[name], settings_from(parser().parse_args(["analyze", "--preset", name]))
+    for field in ("window", "fai_lo", "fai_hi", "layers", "head_share"):
+        assert getattr(settings, field) == getattr(preset, field)
+
+
+def test_the_settings_of_python_and_of_the_command_line_have_the_same_defaults():
+    assert settings_from(parser().parse_args(["analyze"])) == Settings()
 
 
 @pytest.mark.parametrize(("text", "layers"), [
@@ -112,19 +118,12 @@ def test_layers(text, layers):
     (["analyze", "--window", "0"], "--window"),
     (["analyze", "--horizon", "10"], "--horizon"),
     (["analyze", "--horizon", "10", "x"], "--horizon"),
-    (["analyze", "--horizon", "9", "3"], "--horizon"),
     (["analyze", "--layers", "x"], "--layers"),
     (["analyze", "--layers", "99"], "--layers"),
-    (["analyze", "--head-share", "0.9"], "--head-share"),
     (["analyze", "--dtype", "int4"], "--dtype"),
     (["analyze", "--verify", "--dtype", "bfloat16"], "--dtype"),
     (["analyze", "--device", "abacus"], "--device"),
     (["analyze", "--device", "meta"], "--device"),
-    (["analyze", "--window", "4294967296"], "--window"),
-    (["analyze", "--temperature", "nan"], "--temperature"),
-    (["analyze", "--temperature", "inf"], "--temperature"),
-    (["analyze", "--seed", "99999999999999999999"], "--seed"),
-    (["analyze", "--max-tokens", "0"], "--max-tokens"),
     (["analyze", "--preset", "v3"], "--preset"),
     (["analyze", "--prompt", ""], "--prompt"),
     (["analyze", "--prompts", "absent.jsonl"], "--prompts"),
@@ -143,7 +142,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny, capsys, arguments
     if arguments[:1] == ["analyze"]:
         arguments += [] if "--model" in arguments else ["--model", str(tiny)]
         arguments += [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("attnstats: error: ")
@@ -154,27 +153,28 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny, capsys, arguments
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path, tiny, monkeypatch):
-    from attnstats import report
-
-    monkeypatch.setattr(report, "render", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("jinja2.Environment.get_template", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["analyze", "--model", str(tiny), "--max-tokens", "4", "--out", str(tmp_path / "out")])
+        main(["analyze", "--model", str(tiny), "--max-tokens", "4", "--out", str(tmp_path / "out")])
     assert [path.name for path in tmp_path.iterdir()] == ["out.part"]  # what took long to compute
 
 
-def test_a_difference_is_exit_code_1(tmp_path, tiny, monkeypatch, capsys):
-    from attnstats import heads
-
-    mean = heads.class_mean
-    monkeypatch.setattr(heads, "class_mean", lambda *arguments: mean(*arguments) + 0.01)
-    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "8", "--out", str(tmp_path / "out"), "--verify"]
-    assert cli.main(arguments) == 1
+def test_a_difference_is_exit_code_1(tmp_path, tiny, finished, capsys):
+    """A number of one prompt is changed and another prompt is lost, so that the run is resumed and then verified."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    store = Store(out)
+    tensors, texts = store.read(0)
+    store.write(0, tensors | {"waad": tensors["waad"] + 0.01}, texts)
+    store.path(1).unlink()
+    arguments = ["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out), "--resume", "--verify"]
+    assert main(arguments) == 1
     assert "DIFFERS from eager attention" in capsys.readouterr().out
 
 
 def test_what_is_not_installed_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert cli.main(["analyze"]) == 2
+    assert main(["analyze"]) == 2
     assert "jinja2 is not installed; run: pip install 'attnstats[cli]'" in capsys.readouterr().err
 
 
@@ -213,7 +213,7 @@ def test_interrupt_is_exit_code_130_and_says_what_is_kept(tmp_path, tiny):
 def test_help_and_version(capsys):
     for arguments in (["--version"], ["--help"], ["analyze", "--help"]):
         with pytest.raises(SystemExit) as exit_:
-            cli.main(arguments)
+            main(arguments)
         assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert "attnstats 0.1.0" in shown
@@ -221,37 +221,35 @@ def test_help_and_version(capsys):
 
 
 def test_help_does_not_import_what_is_heavy():
-    heavy = "{'transformers', 'pandas', 'rich'}"
-    code = f"import sys; from attnstats.cli import parser; parser(); print(*{heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == ""
-    assert torch.__version__
+    heavy = "{'transformers', 'pandas', 'matplotlib', 'rich', 'scipy'}"
+    code = f"import sys; from attnstats.cli.main import parser; parser(); print(*{heavy} & set(sys.modules))"
+    assert python("-c", code).strip() == ""
 
 
 def test_heads_of_a_corpus_are_taken_for_another(tmp_path, tiny, capsys):
     options = ["analyze", "--model", str(tiny), "--layers", "all", "--max-tokens", "12", "--prompt"]
-    assert cli.main([*options, "how many rolls", "--out", str(tmp_path / "a")]) == 0
+    assert main([*options, "how many rolls", "--out", str(tmp_path / "a")]) == 0
     profile = ["--head-profile", str(tmp_path / "a" / "heads.json")]
-    assert cli.main([*options, "so", "--out", str(tmp_path / "b"), *profile]) == 0
+    assert main([*options, "so", "--out", str(tmp_path / "b"), *profile]) == 0
     one, two = (pandas.read_csv(tmp_path / name / "heads.csv") for name in "ab")
     assert one["class"].tolist() == two["class"].tolist()
     assert one.mean_distance.tolist() != two.mean_distance.tolist()
     other = save_tiny_model(tmp_path / "other", hidden_size=16)
-    code = cli.main(["analyze", "--model", str(other), "--max-tokens", "4", "--out", str(tmp_path / "c"), *profile])
+    code = main(["analyze", "--model", str(other), "--max-tokens", "4", "--out", str(tmp_path / "c"), *profile])
     assert code == 2
     assert "heads.json: the profile is of another model: " in capsys.readouterr().err
-    assert cli.main([*options, "so", "--out", str(tmp_path / "c"), "--head-profile", str(tmp_path / "none")]) == 2
+    assert main([*options, "so", "--out", str(tmp_path / "c"), "--head-profile", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "c").exists()
 
 
 def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
     out = tmp_path / "out"
-    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    assert main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
     before = (out / "report.html").read_text()
     (out / "report.html").unlink()
-    assert cli.main(["report", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
     assert (out / "report.html").read_text() == before
-    assert cli.main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").read_text() == before
 
 
@@ -267,45 +265,37 @@ def test_a_damaged_folder_is_refused_with_a_remedy(tmp_path, finished, capsys, d
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     damage(out)
-    assert cli.main(["report", str(out)]) == 2
+    assert main(["report", str(out)]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
+    assert main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
     return out
 
 
-def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finished, monkeypatch, capsys):
+def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finished, capsys):
     out = tmp_path / "out"
     arguments = ["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]
-    measure, calls = pipeline.measure, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "measure", interrupted)
-        assert cli.main(arguments) == 130
+    # Two passes per prompt: one for the statistics, one for the maps.
+    with interrupted_in_pass(3):
+        assert main(arguments) == 130
     kept = f"1 of 3 prompts are done and kept in {out}.part; go on with --resume"
     assert capsys.readouterr().err == f"attnstats: interrupted; {kept}\n"
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     assert "holds an unfinished run with 1 prompt done; go on with it by --resume" in capsys.readouterr().err
-    assert cli.main([*arguments, "--resume", "--seed", "1"]) == 2
+    assert main([*arguments, "--resume", "--seed", "1"]) == 2
     assert "was begun with seed 0, this run has 1" in capsys.readouterr().err
     for others in (["--prompt", "so"], ["--head-profile", str(finished / "heads.json")]):
-        assert cli.main([*arguments, "--resume", *others]) == 2
+        assert main([*arguments, "--resume", *others]) == 2
         assert "was begun with" in capsys.readouterr().err
-    assert cli.main([*arguments, "--resume"]) == 0
+    assert main([*arguments, "--resume"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     before = (out / "summary.json").read_bytes()
     capsys.readouterr()
-    assert cli.main([*arguments, "--resume"]) == 0
+    assert main([*arguments, "--resume"]) == 0
     assert f"{out} is finished" in capsys.readouterr().out.replace("\n", "")
     assert (out / "summary.json").read_bytes() == before
 
@@ -316,7 +306,7 @@ def test_statistics_stay_with_their_tokens_when_a_response_is_lost(tmp_path, tin
     (out / "items" / "000001.json").unlink()
     (out / "items" / "000001.safetensors").unlink()
     before = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
-    assert cli.main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out), "--resume"]) == 0
+    assert main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out), "--resume"]) == 0
     after = {path.name: path.read_bytes() for path in (out / "items").iterdir()}
     assert after | before == after
     assert after.keys() - before.keys() == {"000001.json", "000001.safetensors"}
@@ -334,11 +324,11 @@ def test_an_item_that_is_no_analysis_is_named(tmp_path, finished, capsys, name, 
     store = Store(out)
     tensors, texts = store.read(1)
     store.write(1, tensors | {name: change(tensors[name])}, texts)
-    assert cli.main(["report", str(out)]) == 2
+    assert main(["report", str(out)]) == 2
     assert "000001.safetensors: cannot be read (not an analysis: " in capsys.readouterr().err
 
 
 def test_a_file_cannot_write_to_the_terminal(tmp_path, capsys):
     pandas.DataFrame({"\x1b]0;x\x07\x1b[2Jq": ["a"]}).to_parquet(tmp_path / "a.parquet")
-    assert cli.main(["analyze", "--prompts", str(tmp_path / "a.parquet")]) == 2
+    assert main(["analyze", "--prompts", str(tmp_path / "a.parquet")]) == 2
     assert "\x1b" not in capsys.readouterr().err

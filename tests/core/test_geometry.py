@@ -7,6 +7,7 @@ import attnstats
 from attnstats import FAI, WAAD
 from attnstats.core.arguments import resolve
 from attnstats.core.geometry import Geometry
+from attnstats.core.options import Options
 from tests.cases import Case
 
 Q, K, V = Case(batch=2, key_heads=2, group=2).tensors()  # (2, 4, 37, 16), (2, 2, 37, 16) twice
@@ -61,7 +62,7 @@ def test_bad_arguments_are_named(changed, error, match):
 
 
 def geometry(case: Case) -> Geometry:
-    return resolve(*case.tensors(), (), **case.arguments())
+    return resolve(*case.tensors(), Options(**case.arguments()))
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
@@ -70,7 +71,7 @@ def geometry(case: Case) -> Geometry:
 def test_counts_equal_dense_counts(padding, counted, queries, keys, offset):
     case = Case(query_length=queries, key_length=keys, query_offset=offset, padding=padding, counted=counted)
     facts = geometry(case)
-    counts = facts.counted()
+    counts = facts.query_mask
     counts = torch.ones(case.batch, queries, dtype=torch.bool) if counts is None else counts
     distance = (torch.arange(queries) + facts.offset)[:, None] - torch.arange(keys)
     for statistic in (FAI(0, 0), FAI(2, 9), FAI(3, None), FAI(50, 60)):
@@ -85,6 +86,6 @@ def test_counts_equal_dense_counts(padding, counted, queries, keys, offset):
 
 def test_the_last_counted_queries():
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
-    facts = resolve(Q[:, :, :5], K, V, (), enable_gqa=True, query_mask=mask)
+    facts = resolve(Q[:, :, :5], K, V, Options(enable_gqa=True, query_mask=mask))
     expected = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
-    assert torch.equal(facts.counted(2), expected)
+    assert torch.equal(facts.query_mask_of(2), expected)

@@ -1,14 +1,12 @@
 """The verl adapter on batches of the shape that verl documents; verl itself is not needed."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from attnstats.integrations import verl
 from attnstats.integrations.settings import RhythmCredit
 from tests import plain_credit as plain
+from tests.process import python
 
 PROMPT, RESPONSE = 4, 12
 
@@ -163,5 +161,4 @@ def test_no_framework_is_imported():
         "import sys, attnstats.credit, attnstats.integrations.verl, attnstats.integrations.roll;"
         "print(*{'transformers', 'accelerate', 'trl', 'verl', 'roll', 'tensordict', 'ray'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == []
+    assert python("-c", program).split() == []

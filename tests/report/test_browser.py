@@ -321,7 +321,7 @@ def test_hostile_text_stays_text(visit):
 
 
 def test_the_policy_stops_what_it_forbids(browser, folder):
-    """What would be an injection is blocked: an inline handler, an inline script, a style, an image from elsewhere."""
+    """Injections are blocked: an inline handler, an inline script, a style, an image from elsewhere."""
     page = browser.new_page()
     blocked = []
     page.on("console", lambda message: blocked.append(message.text))

@@ -40,7 +40,7 @@ def analysis():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, analysis):
-    """What `attnstats analyze` leaves, as far as the command reads it: two prompts."""
+    """A run of `attnstats analyze` with two prompts, as far as the command reads it."""
     folder = tmp_path_factory.mktemp("run") / "out"
     store = begin(folder, {"command": "analyze"}, resume=False)
     for index in range(2):

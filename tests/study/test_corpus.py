@@ -12,31 +12,22 @@ import psutil
 import pytest
 import torch
 
-from attnstats.cli import main as cli
+from attnstats.cli.main import main
 from attnstats.errors import InputError
-from attnstats.study import corpus, models
+from attnstats.study import corpus
+from attnstats.study.generation import Sampling
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import begin
-from tests.tiny import WORDS, Silent, save_tiny_model
+from tests.tiny import WORDS, Silent
 
 COUNT = 19  # two batches and a part of a third
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny):
-    return models.load(str(tiny), dtype="float32", device="cpu")
-
-
-def fill(loaded, store, measure, shard=Shard(), temperature=0.8):  # noqa: B008
+def fill(tiny, store, measure, shard=Shard(), temperature=0.8):  # noqa: B008
     prompts = [[5 + i % 7] * (1 + i % 4) for i in range(COUNT)]
     progress = Silent()
-    options = {"max_tokens": 6, "temperature": temperature, "seed": 3}
-    corpus.run(loaded, prompts, measure, **options, store=store, progress=progress, shard=shard)
+    sampling = Sampling(6, temperature, seed=3)
+    corpus.run(tiny, prompts, measure, sampling, store=store, progress=progress, shard=shard)
     assert progress.steps == progress.total
     store.close()
     return {i: (*store.response(i), store.read(i)[0]["sum"].item()) for i in store.indices()}
@@ -46,8 +37,8 @@ def total(index, prompt, response):
     return {"sum": torch.tensor(sum(prompt) + 1000 * sum(response))}, {}
 
 
-def test_what_is_done_is_not_done_again(tmp_path, loaded, monkeypatch):
-    whole = fill(loaded, begin(tmp_path / "whole", {}, resume=False), total)
+def test_what_is_done_is_not_done_again(tmp_path, tiny, monkeypatch):
+    whole = fill(tiny, begin(tmp_path / "whole", {}, resume=False), total)
     assert sorted(whole) == list(range(COUNT))
     assert len({tuple(response) for _, response, _ in whole.values()}) > COUNT / 2, "sampled, each on its own"
     store = begin(tmp_path / "cut", {}, resume=False)
@@ -58,28 +49,28 @@ def test_what_is_done_is_not_done_again(tmp_path, loaded, monkeypatch):
         return total(index, prompt, response)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(loaded, store, cut)
+        fill(tiny, store, cut)
     store.close()
     assert store.indices() == list(range(11))
     measured, generated = [], []
-    generate = corpus.generate
-    monkeypatch.setattr(corpus, "generate", lambda *a, **k: generated.append(k["seed"]) or generate(*a, **k))
+    generate = tiny.model.generate
+    monkeypatch.setattr(tiny.model, "generate", lambda **k: generated.append(len(k["input_ids"])) or generate(**k))
 
     def count(index, prompt, response):
         measured.append(index)
         return total(index, prompt, response)
 
-    assert fill(loaded, begin(tmp_path / "cut", {}, resume=True), count) == whole
+    assert fill(tiny, begin(tmp_path / "cut", {}, resume=True), count) == whole
     assert measured == list(range(11, COUNT))
-    assert generated == [3 + 16], "the second batch had its responses"
+    assert generated == [COUNT - 2 * corpus.BATCH], "the second batch had its responses"
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_shards_give_what_one_process_gives(tmp_path, loaded, count):
-    whole = fill(loaded, begin(tmp_path / "whole", {}, resume=False), total)
+def test_shards_give_what_one_process_gives(tmp_path, tiny, count):
+    whole = fill(tiny, begin(tmp_path / "whole", {}, resume=False), total)
     store = begin(tmp_path / "shared", {}, resume=False)
     for rank in range(count):
-        found = fill(loaded, store, total, Shard(rank, count))
+        found = fill(tiny, store, total, Shard(rank, count))
     assert found == whole
 
 
@@ -100,20 +91,20 @@ def write_prompts(folder):
     return folder / "prompts.jsonl"
 
 
-def arguments(tiny, prompts, out):
-    options = f"--model {tiny} --prompts {prompts} --max-tokens 24 --layers all --temperature 0.9 --device cpu"
+def arguments(folder, prompts, out):
+    options = f"--model {folder} --prompts {prompts} --max-tokens 24 --layers all --temperature 0.9 --device cpu"
     return ["analyze", *options.split(), "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
+def whole(folder, tmp_path_factory):
     """(prompts, out) of one process that went through, with one thread like those it is compared with."""
-    folder = tmp_path_factory.mktemp("whole")
-    prompts = write_prompts(folder)
+    place = tmp_path_factory.mktemp("whole")
+    prompts = write_prompts(place)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert cli.main(arguments(tiny, prompts, folder / "out")) == 0
-    yield prompts, folder / "out"
+    assert main(arguments(folder, prompts, place / "out")) == 0
+    yield prompts, place / "out"
     torch.set_num_threads(threads)
 
 
@@ -130,7 +121,7 @@ def assert_same_data(one, two):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_writes_the_data_set_of_one_process(tmp_path, tiny, whole):
+def test_accelerate_launch_writes_the_data_set_of_one_process(tmp_path, folder, whole):
     prompts, out = whole
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -138,16 +129,16 @@ def test_accelerate_launch_writes_the_data_set_of_one_process(tmp_path, tiny, wh
     # --multi_gpu is how it starts several processes of torch, with or without a GPU; --cpu would start one.
     how = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
     command = ["accelerate.commands.launch", *how.split(), f"--main_process_port={port}", "-m", "attnstats.cli"]
-    assert launch(*command, *arguments(tiny, prompts, tmp_path / "two")).wait(200) == 0
+    assert launch(*command, *arguments(folder, prompts, tmp_path / "two")).wait(200) == 0
     assert_same_data(out, tmp_path / "two")
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_loses_only_what_it_was_computing(tmp_path, tiny, whole):
+def test_a_rank_that_dies_loses_only_what_it_was_computing(tmp_path, folder, whole):
     """SIGKILL of one of two ranks, then one process goes on: what was there is untouched, the results are the same."""
     prompts, out = whole
-    run = arguments(tiny, prompts, tmp_path / "cut")
+    run = arguments(folder, prompts, tmp_path / "cut")
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attnstats.cli"]
     process = launch(*command, *run)
     items = tmp_path / "cut.part" / "items"
@@ -159,8 +150,8 @@ def test_a_rank_that_dies_loses_only_what_it_was_computing(tmp_path, tiny, whole
     before = {path.name: path.stat().st_mtime_ns for path in items.glob("0*.*")}
     assert 3 <= sum(name.endswith(".safetensors") for name in before) < COUNT
     assert not (tmp_path / "cut").exists()
-    assert cli.main(run) == 2, "without --resume it says what is there"
-    assert cli.main([*run, "--resume"]) == 0
+    assert main(run) == 2, "without --resume it says what is there"
+    assert main([*run, "--resume"]) == 0
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "items").glob("0*.*")}
     assert len(after) == 2 * COUNT
     assert after | before == after

@@ -21,9 +21,6 @@ from attnstats.errors import InputError
 from attnstats.rhythm import Chance, couplings
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI
-from attnstats.study import corpus, models
-from attnstats.study import couplings as module
-from attnstats.study.analysis import pieces
 from attnstats.study.couplings import (
     ANALYSIS,
     HORIZONS,
@@ -34,12 +31,13 @@ from attnstats.study.couplings import (
     measure,
     name_of,
     profiles_of,
-    settlements,
     thirds,
+    variants,
 )
+from attnstats.study.reading import pieces
 from attnstats.study.store import Store, begin
 from benchmarks import couplings_control
-from tests.tiny import save_tiny_model
+from tests.tiny import interrupted_in_pass, run_with, save_tiny_model
 
 QUESTIONS = ["how many rolls", "are w1 w2 w3 w4 left w5 w6 w7", "so", "many w9 w8", "left"]
 FAST = Chance(permutations=50, resamples=50)
@@ -49,11 +47,6 @@ FAST = Chance(permutations=50, resamples=50)
 def folder(tmp_path_factory):
     """A model that hardly ever ends its responses."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny"), eos_token_id=None, initializer_range=0.15)
-
-
-@pytest.fixture(scope="module")
-def tiny(folder):
-    return models.load(str(folder), dtype="float32", device="cpu")
 
 
 def data_file(folder, questions=QUESTIONS):
@@ -88,14 +81,8 @@ def store(finished):
 
 
 def maps_of(tiny, ids):
-    before = tiny.model.config._attn_implementation
-    tiny.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            output = tiny.model(torch.tensor([ids]), output_attentions=True)
-    finally:
-        tiny.model.set_attn_implementation(before)
-    return torch.stack(output.attentions)[:, 0].double(), output.logits[0].double()
+    output = run_with(tiny.model, "eager", input_ids=torch.tensor([ids]))
+    return torch.cat(output.attentions).double(), output.logits[0].double()
 
 
 @pytest.mark.parametrize("response", [[5, 9, 11, 8, 20, 31, 6, 7, 17, 22, 25, 30, 33, 12, 9, 8], [7], [7, 8]])
@@ -133,13 +120,6 @@ def test_what_is_measured_is_what_the_maps_say(tiny, response, temperature):
     torch.testing.assert_close(tensors["entropy"].double(), entropy, rtol=1e-4, atol=1e-4)
 
 
-def test_attention_that_overflows_is_an_error(folder):
-    broken = models.load(str(folder), dtype="float32", device="cpu")
-    broken.model.model.layers[0].self_attn.q_proj.weight.data.fill_(torch.nan)
-    with pytest.raises(InputError, match=r"--dtype float32: attention of .* overflows"):
-        measure(broken, [3, 5], [6, 7, 8], 0.0)
-
-
 @pytest.mark.parametrize(("count", "sizes"), [(30, [10, 10, 10]), (28, [9, 9, 10]), (2, [1, 1]), (1, [1])])
 def test_thirds_are_all_layers(count, sizes):
     parts = thirds(range(count))
@@ -147,8 +127,8 @@ def test_thirds_are_all_layers(count, sizes):
     assert [layer for part in parts.values() for layer in part] == list(range(count))
 
 
-def test_every_settlement_is_changed_alone():
-    labelled = settlements(tuple(range(30)), 9)
+def test_every_variant_changes_one_setting():
+    labelled = variants(tuple(range(30)), 9)
     default = labelled[0].variant
     assert default == Variant()
     assert (default.layers, default.share, default.window, default.horizon) == (None, 0.3, 10, FAI(0, None))
@@ -237,20 +217,20 @@ def test_a_killed_run_goes_on(finished, folder, tmp_path):
     """Killed without mercy while it measures: what was finished is not touched, and the numbers are the same."""
     out = tmp_path / "out"
     arguments = list(map(str, arguments_of(folder, out)))
-    program = (
-        "import sys, time, argparse\n"
-        "from attnstats import couplings\n"
-        "from attnstats.commands import couplings as command\n"
-        "measure = couplings.measure\n"
-        "def slow(*arguments):\n"
-        "    time.sleep(0.5)\n"
-        "    return measure(*arguments)\n"
-        "couplings.measure = slow\n"
-        "parser = argparse.ArgumentParser()\n"
-        "command.add_parser(parser.add_subparsers())\n"
-        "options = parser.parse_args(['couplings', *sys.argv[1:]])\n"
-        "command.run(options)\n"
-    )
+    program = """
+import functools, sys, time, transformers
+from attnstats.cli.main import main
+
+forward = transformers.LlamaForCausalLM.forward
+
+@functools.wraps(forward)
+def slow(*args, **inputs):
+    time.sleep(0.5 if inputs.get("use_cache") is False else 0)
+    return forward(*args, **inputs)
+
+transformers.LlamaForCausalLM.forward = slow
+main(["couplings", *sys.argv[1:]])
+"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stdout=subprocess.DEVNULL)
     items = out / command.CORPUS / "items"
@@ -341,13 +321,12 @@ def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
     }  # fmt: skip
 
 
-def test_the_papers_template(folder, tmp_path):
+def test_the_papers_template(folder, tiny, tmp_path):
     out = tmp_path / "out"
     data = data_file(tmp_path, ["so w1. how many?"])
     options = options_of(*arguments_of(folder, out, "--template", "paper", "--max-tokens", 3, data=data))
     assert command.run(options) == 0
     prompt, _ = Store(out / command.CORPUS).response(0)
-    tiny = models.load(str(folder), dtype="float32", device="cpu")
     expected = tiny.tokenizer("user Context: so w1.\nQuestion: how many? so ")["input_ids"]
     assert prompt == expected
 
@@ -357,18 +336,10 @@ def test_an_empty_store_has_no_profile(tmp_path, tiny):
         profiles_of(begin(tmp_path / "new", {}, resume=False), tiny)
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path, monkeypatch):
-    calls = []
-    original = module.measure
-
-    def interrupted(*arguments):
-        if len(calls) == 4:  # the first is of the model, before anything is generated
-            raise KeyboardInterrupt
-        calls.append(1)
-        return original(*arguments)
-
-    monkeypatch.setattr(module, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=r"3 of 5 responses are done and kept in .*out; go on with --resume"):
+def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path):
+    message = r"3 of 5 prompts are done and kept in .*corpus; go on with --resume"
+    # The first pass is a check of the model, before anything is generated.
+    with interrupted_in_pass(5), pytest.raises(KeyboardInterrupt, match=message):
         command.run(options_of(*arguments_of(folder, tmp_path / "out")))
     assert Store(tmp_path / "out" / command.CORPUS).indices() == [0, 1, 2]
 
@@ -411,9 +382,8 @@ def test_the_control_reads_the_same_text_with_other_weights(finished, folder, tm
     ({"kind": "Bloom"}, "--model model: "),
     ({"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}, "one head is neither"),
 ])  # fmt: skip
-def test_models_without_what_it_takes_say_so_before_generating(tmp_path, monkeypatch, model, message):
+def test_models_without_what_it_takes_say_so_before_generating(tmp_path, model, message):
     path = save_tiny_model(tmp_path / "model", **model)
-    monkeypatch.setattr(corpus, "run", None)
     with pytest.raises(InputError, match=message):
         command.run(options_of(*arguments_of(path, tmp_path / "out", data=data_file(tmp_path))))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What analyses have in common: profiles against plain means, couplings on curves made by hand."""
+"""Profiles of analyses against plain means, and couplings on curves made by hand."""
 
 import dataclasses
 

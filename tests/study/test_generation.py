@@ -5,7 +5,7 @@ import torch
 
 from attnstats.errors import InputError
 from attnstats.study import models
-from attnstats.study.generation import check_lengths, check_sampling, end_tokens, generate
+from attnstats.study.generation import Sampling, check_lengths, end_tokens, generate
 from tests.tiny import save_tiny_model
 
 PROMPTS = [[5, 6, 7], [8]]
@@ -23,23 +23,23 @@ def tiny(tmp_path):
 ])  # fmt: skip
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_settings_of_the_model_change_nothing(tiny, own, temperature):
-    options = {"max_tokens": 8, "temperature": temperature, "seed": 3}
-    expected = generate(tiny, PROMPTS, **options)
+    sampling = Sampling(8, temperature, seed=3)
+    expected = generate(tiny, PROMPTS, sampling)
     for name, value in own.items():
         setattr(tiny.model.generation_config, name, value)
     before = tiny.model.generation_config
-    assert generate(tiny, PROMPTS, **options) == expected
+    assert generate(tiny, PROMPTS, sampling) == expected
     assert tiny.model.generation_config is before
     assert len(expected) == 2
     if temperature:
-        assert generate(tiny, PROMPTS, **options | {"seed": 4}) != expected
+        assert generate(tiny, PROMPTS, sampling._replace(seed=4)) != expected
 
 
 def test_the_random_numbers_of_others_are_left_alone(tiny):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    generate(tiny, PROMPTS, max_tokens=4, temperature=1.0, seed=5)
+    generate(tiny, PROMPTS, Sampling(4, temperature=1.0, seed=5))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -51,7 +51,7 @@ def test_a_response_ends_with_its_end_token(tiny):
     with torch.no_grad():
         tiny.model.lm_head.weight.zero_()
         tiny.model.lm_head.weight[9] = 1e-3 * tiny.model.model.norm.weight
-    for response in generate(tiny, PROMPTS, max_tokens=6):
+    for response in generate(tiny, PROMPTS, Sampling(6)):
         assert 9 not in response[:-1]
 
 
@@ -62,6 +62,6 @@ def test_what_cannot_be(tiny):
         ((1, 0.0, 2**64), "--seed"),
     ):
         with pytest.raises(InputError, match=option):
-            check_sampling(*numbers)
+            Sampling(*numbers).check()
     with pytest.raises(InputError, match=r"prompt of 200 tokens \(prompt 2\) .* the 256 positions .*; at most 56 fit"):
         check_lengths([[5], [5] * 200], tiny, 100)

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnstats import heads, reference
-from attnstats.study.maps import CELLS, AtDistance, mean_maps, segments
+from attnstats.study.maps import CELLS, AtDistance, cell_boundaries, mean_maps
+from tests.tiny import run_with, small_llama
 
 LAYERS = (1, 3)
 CLASSES = heads.HeadClasses(
@@ -19,18 +19,13 @@ CLASSES = heads.HeadClasses(
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 5}
-    config = LlamaConfig(vocab_size=50, num_key_value_heads=2, initializer_range=0.3, **sizes)
-    return LlamaForCausalLM(config).eval()
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return small_llama(vocab_size=50, hidden_size=32, initializer_range=0.3, **heads)
 
 
 def eager_mean_maps(model, ids):
     """(T, T) float64 each: the plain mean of A over the chosen heads of all layers."""
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = model(ids, output_attentions=True).attentions
-    model.set_attn_implementation("sdpa")
+    maps = run_with(model, "eager", input_ids=ids).attentions
     per_head = torch.stack([maps[layer][0] for layer in LAYERS]).double()
     return [per_head[chosen].mean(0) for chosen in (CLASSES.local, CLASSES.global_)]
 
@@ -73,7 +68,7 @@ def test_the_model_is_as_it_was_afterwards(model):
 @pytest.mark.parametrize("response", [1, 2, 50, 256, 257, 999, 4000])
 def test_segments_are_of_one_size_and_fit(start, response):
     length = start + response
-    queries, keys = segments(start, length)
+    queries, keys = cell_boundaries(start, length)
     assert (queries[0], queries[-1]) == (start, length)
     assert (keys[0], keys[-1]) == (0, length)
     assert start in keys

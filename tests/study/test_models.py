@@ -30,11 +30,27 @@ def quiet(line: str) -> None:
     """A notify that says nothing."""
 
 
-def converted(gguf: Path, target: Path) -> None:
-    """In place of the conversion: quick, but not instant, and it must be alone."""
-    time.sleep(0.5)  # long enough that all processes find no folder
-    target.mkdir()
-    (target / "done").write_text(str(gguf))
+@pytest.fixture
+def conversion(tiny, tmp_path, monkeypatch):
+    """Reads of GGUF files give the tiny model after half a second; the file with a line for each read."""
+    import transformers
+
+    reads = tmp_path / "reads"
+
+    def instead_of(kind):
+        small = getattr(transformers, f"Auto{kind}").from_pretrained(tiny)
+
+        def read(*arguments, **options):
+            time.sleep(0.5)  # long enough that all processes find no folder
+            with reads.open("a") as file:
+                print(kind, file=file)
+            return small
+
+        monkeypatch.setattr(getattr(transformers, f"Auto{kind}"), "from_pretrained", read)
+
+    for kind in ("ModelForCausalLM", "Tokenizer"):
+        instead_of(kind)
+    return reads
 
 
 def test_loads_a_folder(tiny):
@@ -76,18 +92,18 @@ def test_cache_folder(monkeypatch, environment, expected):
     assert models.cache_folder() == Path(expected)
 
 
-def test_conversion_happens_once(cache, monkeypatch):
-    monkeypatch.setattr(models, "_convert", converted)
+def test_conversion_happens_once(cache, conversion):
     said: list[str] = []
     first = models.default_model_folder(said.append)
     assert first.parent == cache
     assert models.default_model_folder(said.append) == first
     assert len(said) == 1
     assert str(first) in said[0]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in first.iterdir()}
+    assert conversion.read_text().split() == ["ModelForCausalLM", "Tokenizer"]
 
 
-def test_processes_do_not_convert_beside_each_other(cache, monkeypatch):
-    monkeypatch.setattr(models, "_convert", converted)  # mkdir fails for a second one
+def test_processes_do_not_convert_beside_each_other(cache, conversion):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=models.default_model_folder, args=(quiet,)) for _ in range(3)]
     for process in processes:
@@ -95,6 +111,7 @@ def test_processes_do_not_convert_beside_each_other(cache, monkeypatch):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert conversion.read_text().split() == ["ModelForCausalLM", "Tokenizer"]
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -119,26 +136,12 @@ def test_a_conversion_that_breaks_off_leaves_nothing(cache, monkeypatch, failure
     assert [path.name for path in cache.iterdir() if path.is_dir()] == []
 
 
-def test_what_a_killed_conversion_left_is_cleared_away(cache, tiny, monkeypatch):
-    import transformers
-
-    monkeypatch.setattr(models, "_convert", converted)
+def test_what_a_killed_conversion_left_is_cleared_away(cache, conversion):
     target = models.default_model_folder(quiet)
-    (target / "done").unlink()
-    target.rmdir()
     abandoned = target.with_name(f"{target.name}.part-killed")
-    abandoned.mkdir()
-    monkeypatch.undo()
-    monkeypatch.setenv("ATTNSTATS_CACHE", str(cache))
-    model, tokenizer = (getattr(transformers, f"Auto{kind}") for kind in ("ModelForCausalLM", "Tokenizer"))
-    for kind, small in (
-        ("ModelForCausalLM", model.from_pretrained(tiny)),
-        ("Tokenizer", tokenizer.from_pretrained(tiny)),
-    ):
-        monkeypatch.setattr(getattr(transformers, f"Auto{kind}"), "from_pretrained", lambda *a, small=small, **k: small)
+    target.rename(abandoned)
     assert models.default_model_folder(quiet) == target
     assert not abandoned.exists()
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in target.iterdir()}
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):

@@ -1,8 +1,7 @@
-"""What is written: tables and tensors read back, and a folder that changes whole or not at all."""
+"""The output folder: tables and tensors read back, and a folder that changes whole or not at all."""
 
 import csv
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -124,7 +123,6 @@ def test_versions_and_memory():
 
 def test_where_posix_is_absent_resident_memory_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    importlib.reload(outputs)
     assert "resident" not in outputs.peak_memory()
 
 

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from attnstats.rhythm import Chance
-from attnstats.study import models
-from attnstats.study import perturb as module
 from attnstats.study.perturb import (
-    Choice,
     Overlaps,
     Perturbation,
-    choose,
+    Positions,
+    choose_positions,
     content_words,
     overlap,
     perturb,
@@ -24,32 +22,30 @@ from tests.tiny import save_tiny_model
 
 SETTINGS = Perturbation(positions=2, candidates=3, tokens=6)
 PROMPT, RESPONSE = [3, 5, 6, 7], [12, 20, 21, 9, 33, 14, 8, 8, 25, 30, 31, 7, 13, 39, 22]
-CHOICE = Choice(high=[7, 2], low=[0, 8])
+CHOSEN = Positions(high=[7, 2], low=[0, 8])
 SLIDING = {"kind": "Mistral", "sliding_window": 4}
 
 
 @pytest.fixture(
     scope="module", params=[{}, SLIDING, {"kind": "Gemma2", "head_dim": 8}], ids=["Llama", "Mistral", "Gemma2"]
 )
-def tiny(request, tmp_path_factory):
-    return models.load(
-        str(save_tiny_model(tmp_path_factory.mktemp("tiny"), **request.param)), dtype="float32", device="cpu"
-    )
+def folder(request, tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), **request.param)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
-    (Perturbation(positions=2, tokens=1), Choice([2, 4], [0, 1])),
-    (Perturbation(positions=1, tokens=3), Choice([2], [0])),
+    (Perturbation(positions=2, tokens=1), Positions([2, 4], [0, 1])),
+    (Perturbation(positions=1, tokens=3), Positions([2], [0])),
     (Perturbation(positions=2, tokens=3), None),  # two positions have three tokens after them
 ])  # fmt: skip
 def test_positions_have_room_after_them(settings, expected):
     fai = torch.tensor([0.0, 0.1, 0.5, 0.2, 0.3, 0.9])
-    assert choose(fai, torch.ones(6, dtype=torch.bool), settings) == expected
+    assert choose_positions(fai, torch.ones(6, dtype=torch.bool), settings) == expected
 
 
 def test_positions_are_valid_and_ties_go_to_the_lower_index():
     fai, valid = torch.tensor([0.0, 1.0, 1.0, 5.0, 1.0, 0.0, 0.0]), torch.tensor([True] * 3 + [False] + [True] * 3)
-    assert choose(fai, valid, Perturbation(positions=2, tokens=1)) == Choice([1, 2], [0, 5])
+    assert choose_positions(fai, valid, Perturbation(positions=2, tokens=1)) == Positions([1, 2], [0, 5])
 
 
 @pytest.mark.parametrize(("text", "words"), [
@@ -72,7 +68,7 @@ def test_overlap(one, other, expected):
 
 
 def greedy(tiny, ids, tokens):
-    """What the model writes after ids, every step from the beginning."""
+    """The greedy continuation of ids, with every step from the beginning."""
     written = []
     for _ in range(tokens):
         with torch.no_grad():
@@ -84,12 +80,12 @@ def greedy(tiny, ids, tokens):
 
 
 def test_overlaps_are_those_of_continuations_one_by_one(tiny):
-    found = perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
+    found = perturb(tiny, PROMPT, RESPONSE, CHOSEN, SETTINGS)
     ids = PROMPT + RESPONSE
     with torch.no_grad():
         logits = tiny.model(input_ids=torch.tensor([ids])).logits[0]
     for overlaps, written, positions in (
-        (found.high, found.high_written, CHOICE.high), (found.low, found.low_written, CHOICE.low),
+        (found.high, found.high_written, CHOSEN.high), (found.low, found.low_written, CHOSEN.low),
     ):  # fmt: skip
         assert overlaps.shape == written.shape == (2, 4)
         for i, position in enumerate(positions):
@@ -107,7 +103,7 @@ def test_overlaps_are_those_of_continuations_one_by_one(tiny):
 def test_the_token_that_was_written_is_among_the_candidates_of_a_greedy_response(tiny):
     starts = [[*PROMPT, first] for first in range(3, 40)]
     prompt, response = next((p, r) for p in starts if len(r := greedy(tiny, p, 12)) == 12)
-    found = perturb(tiny, prompt, response, Choice([4], [5]), dataclasses.replace(SETTINGS, positions=1))
+    found = perturb(tiny, prompt, response, Positions([4], [5]), dataclasses.replace(SETTINGS, positions=1))
     assert found.high_written.tolist() == found.low_written.tolist() == [[True, False, False, False]]
     assert found.high[0, 0] == found.low[0, 0] == 1.0  # what follows is what was written
     assert found.high.isfinite().all()
@@ -115,44 +111,47 @@ def test_the_token_that_was_written_is_among_the_candidates_of_a_greedy_response
 
 def test_a_continuation_ends_with_its_end_token(tiny, monkeypatch):
     monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", [RESPONSE[-1], *range(2, 40)])
-    found = perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
+    found = perturb(tiny, PROMPT, RESPONSE, CHOSEN, SETTINGS)
     # Every token ends the text, so that nothing follows, and the original has words.
     assert found.high.nan_to_num().max() == 0
 
 
-def test_one_batch_behind_one_pass(tiny, monkeypatch):
-    calls = []
-    original = tiny.model.generate
-    monkeypatch.setattr(
-        tiny.model, "generate", lambda **inputs: calls.append(inputs["input_ids"].shape) or original(**inputs)
-    )
-    found = perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
+@pytest.fixture
+def generations(tiny, monkeypatch):
+    """The (inputs, sequences) of each call of the model's generate."""
+    calls: list[tuple[dict, list]] = []
+    generate = tiny.model.generate
+
+    def recorded(**inputs):
+        sequences = generate(**inputs)
+        calls.append((inputs, sequences.tolist()))
+        return sequences
+
+    monkeypatch.setattr(tiny.model, "generate", recorded)
+    return calls
+
+
+def test_one_batch_behind_one_pass(tiny, generations):
+    found = perturb(tiny, PROMPT, RESPONSE, CHOSEN, SETTINGS)
     rows = sum(int(x.isfinite().sum()) for x in (found.high, found.low))
-    assert calls == [(rows, len(PROMPT) + max(*CHOICE.high, *CHOICE.low) + 1)]
+    ((inputs, _),) = generations
+    assert inputs["input_ids"].shape == (rows, len(PROMPT) + max(*CHOSEN.high, *CHOSEN.low) + 1)
 
 
-def test_caches_that_only_grow_are_read_once(tiny, monkeypatch):
+def test_caches_that_only_grow_are_read_once(tiny, generations):
     """A sliding cache has forgotten what a cut would need, and is not cut."""
-    anew = []
-
-    def read(loaded, prompts, *, max_tokens, **cache):
-        anew.extend([] if cache else [1])
-        return [[5]] * len(prompts)
-
-    monkeypatch.setattr(module, "generate", read)
-    perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
-    assert bool(anew) == (tiny.model.config.model_type in ("mistral", "gemma2"))
+    perturb(tiny, PROMPT, RESPONSE, CHOSEN, SETTINGS)
+    ((inputs, _),) = generations
+    is_sliding = tiny.model.config.model_type in ("mistral", "gemma2")
+    assert bool(inputs.keys() & {"cache", "past_key_values"}) == (not is_sliding)
 
 
-def test_settings_of_the_model_change_nothing(tiny, monkeypatch):
-    texts: list[str] = []
-    monkeypatch.setattr(module, "overlap", lambda text, original: texts.append(text) or 0.0)
-    perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
-    expected, texts[:] = texts[:], []
-    assert any(expected)
+def test_settings_of_the_model_change_nothing(tiny, generations, monkeypatch):
+    perturb(tiny, PROMPT, RESPONSE, CHOSEN, SETTINGS)
     monkeypatch.setattr(tiny.model.generation_config, "suppress_tokens", list(range(2, 39)))
-    perturb(tiny, PROMPT, RESPONSE, CHOICE, SETTINGS)
-    assert texts == expected
+    perturb(tiny, PROMPT, RESPONSE, CHOSEN, SETTINGS)
+    (_, before), (_, after) = generations
+    assert before == after
 
 
 def overlaps(high, low, high_written=None, low_written=None):

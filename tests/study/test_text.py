@@ -1,4 +1,4 @@
-"""What is not seen becomes visible, and what a spreadsheet would run becomes text."""
+"""Invisible characters become visible, and formulas become text."""
 
 import sys
 import unicodedata

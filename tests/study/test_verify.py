@@ -5,17 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from attnstats.study import models
-from attnstats.study.analysis import Settings, analyze
+from attnstats.study.analysis import Settings
+from attnstats.study.pipeline import analyze
 from attnstats.study.verify import differences, eager_attention
-from tests.tiny import Silent, save_tiny_model
+from tests.tiny import Silent
 
 SETTINGS = Settings(max_tokens=16, fai_lo=2, fai_hi=9, layers="all")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return models.load(str(save_tiny_model(tmp_path_factory.mktemp("tiny"))), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")

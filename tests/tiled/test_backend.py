@@ -1,8 +1,5 @@
 """The plain PyTorch path: memory, and the ways it splits the work."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +8,7 @@ from attnstats import FAI, WAAD, reference
 from attnstats.tiled import band as diagonal
 from attnstats.tiled import native, sweep
 from tests.cases import Case, check
+from tests.process import python
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -40,8 +38,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.parametrize("changed", ["is_causal=True", "is_causal=False", "query_offset=1"])
 def test_no_map_at_16384(changed):
     script = MEMORY.replace("CHANGED", changed).replace("BACKWARD", str(changed == "query_offset=1"))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 192, f"{run.stdout} MiB"
+    assert int(python("-c", script)) < 192  # MiB
 
 
 @pytest.mark.usefixtures("sums")
@@ -69,6 +66,6 @@ def test_a_wide_band_is_swept():
 
 @pytest.mark.usefixtures("sums")
 def test_without_torchs_private_kernel(monkeypatch):
-    monkeypatch.setattr("attnstats.tiled.backend._flash_takes", lambda geometry: False)
+    monkeypatch.setattr("attnstats.tiled.cpu_flash.takes", lambda geometry: False)
     for case in (Case(), Case(is_causal=False, padding="left"), Case(dtype="bfloat16", padding="all")):
         check(case, "tiled")

@@ -1,15 +1,13 @@
 """The compiled sums: every instruction set against the reference, the same bits from any threads, no need of them."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
 from attnstats.tiled import native
 from tests.cases import Case, check
+from tests.process import python
 
 compiled = pytest.mark.skipif(native._library() is None, reason="attnstats.tiled._native was not built")
 ASKED = (WAAD(10), FAI(10, 100), FAI(5, None), Received(), Received(40), MeanDistance(), Entropy(), MaxLogit())
@@ -65,17 +63,11 @@ def test_many_chunks_and_blocks(changed):
 
 
 @compiled
-def test_bands_of_any_reach():
-    asked = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
-    case = Case(batch=1, key_heads=1, query_length=601, key_length=601)
-    query, key, value = case.tensors()
-    wide = [x.double() for x in (query, key, value)]
-    for is_causal in (True, False):
-        _, truth = reference.attention(*wide, statistics=asked, is_causal=is_causal, enable_gqa=True)
-        _, found = attnstats.attention(query, key, value, statistics=asked, is_causal=is_causal, enable_gqa=True)
-        for s in asked:
-            bound = s.window if isinstance(s, WAAD) else 1
-            torch.testing.assert_close(found[s].double(), truth[s], rtol=0, atol=8e-6 * bound)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_bands_of_any_reach(is_causal):
+    bands = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
+    case = Case(batch=1, key_heads=1, query_length=601, key_length=601, is_causal=is_causal)
+    check(case, "tiled", statistics=bands)
 
 
 MEMORY = """
@@ -95,21 +87,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 @pytest.mark.slow
 def test_memory_is_linear():
     """One T x T map of float32 would be 16 GiB."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 48, f"{run.stdout} MiB"
+    assert int(python("-c", MEMORY)) < 48  # MiB
 
 
 @compiled
 def test_it_is_what_runs(monkeypatch):
     query, key, value = Case().tensors()
-    calls = []
-    monkeypatch.setattr(native, "evaluate", lambda *a, real=native.evaluate: calls.append(a[-1]) or real(*a))
-    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
-    assert calls == [ASKED]
-    attnstats.attention(*(x.double() for x in (query, key, value)), statistics=ASKED, enable_gqa=True)
+    plan = attnstats.explain(query, key, value, statistics=ASKED, enable_gqa=True)
+    assert [(each.run, each.computes) for each in plan.passes[1:]] == [("compiled", tuple(s.name for s in ASKED))]
     monkeypatch.setattr(native, "enabled", False)
-    attnstats.attention(query, key, value, statistics=ASKED, enable_gqa=True)
-    assert calls == [ASKED]
+    plain = attnstats.explain(query, key, value, statistics=ASKED, enable_gqa=True)
+    wide = attnstats.explain(*(x.double() for x in (query, key, value)), statistics=ASKED, enable_gqa=True)
+    assert "compiled" not in {each.run for each in (*plain.passes, *wide.passes)}
 
 
 @compiled

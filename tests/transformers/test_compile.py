@@ -1,4 +1,4 @@
-"""Captured transformers models under torch.compile(fullgraph=True): what they compute, record and how often."""
+"""Captured transformers models under torch.compile(fullgraph=True): outputs, records, and how many graphs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import attnstats
 from attnstats import FAI, WAAD
 from attnstats.transformers.capture import capture
-from tests.transformers.test_capture import LENGTH, padding, tiny, tokens
+from tests.tiny import LENGTH, gradients, padding, tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -70,17 +70,10 @@ def test_lengths_do_not_compile_anew():
 def test_a_compiled_training_step_has_the_gradients_of_sdpa(backend):
     model = two_layers(num_hidden_layers=1 if backend == "inductor" else 2).train()  # inductor compiles for long
     ids = tokens()
-
-    def gradients(run_model):
-        model.zero_grad()
-        run_model(ids, labels=ids, use_cache=False).loss.backward()
-        return [p.grad.clone() for p in model.parameters()]
-
-    expected = gradients(model)
+    expected = gradients(model, ids, use_cache=False)
     attnstats.attach(model)
-    actual = gradients(torch.compile(model, backend=backend, fullgraph=True))
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    actual = gradients(model, ids, torch.compile(model, backend=backend, fullgraph=True), use_cache=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_graph_cannot_describe_is_an_error_when_it_runs():

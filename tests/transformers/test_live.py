@@ -1,5 +1,5 @@
 """Statistics kept up to date while a model generates, against one teacher-forced pass over the same tokens: caches,
-chunks, beams, sampling, assisted decoding; stopping; what a step looks at."""
+chunks, beams, sampling, assisted decoding; stopping; the keys that a step looks at."""
 
 import copy
 import gc
@@ -15,8 +15,8 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass
 from attnstats.tiled import backend as tiled
 from attnstats.transformers.capture import capture
-from attnstats.transformers.recording import UNDONE_ROWS
-from tests.transformers.test_capture import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
+from attnstats.transformers.live import UNDOABLE_ROWS
+from tests.tiny import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
 NEW = 20
@@ -163,10 +163,10 @@ def test_a_decoding_step_looks_at_the_band_alone(llama, monkeypatch):
     looked_at = []
     evaluate = tiled.from_lse
 
-    def spy(query, key, lse, geometry, statistics):
-        if statistics:
+    def spy(query, key, lse, geometry):
+        if geometry.statistics:
             looked_at.append((query.shape[2], key.shape[2]))
-        return evaluate(query, key, lse, geometry, statistics)
+        return evaluate(query, key, lse, geometry)
 
     monkeypatch.setattr(tiled, "from_lse", spy)
     with capture(llama, statistics=[WAAD(3), FAI(1, 4)], layers=[2], live=True):
@@ -343,7 +343,7 @@ def test_more_than_the_last_tokens_cannot_be_taken_back(llama):
     cache = transformers.DynamicCache(config=llama.config)
     with torch.no_grad(), capture(llama, statistics=["fai"], live=True):
         llama(tokens(1, 100), past_key_values=cache)
-        with pytest.raises(RuntimeError, match=f"{UNDONE_ROWS} at most"):
+        with pytest.raises(RuntimeError, match=f"{UNDOABLE_ROWS} at most"):
             cache.crop(-90)
 
 

@@ -5,8 +5,7 @@ import torch
 from transformers import masking_utils
 
 from attnstats.errors import InputError
-from attnstats.transformers import masks
-from attnstats.transformers.masks import MaskDescription, describe_mask, recognise
+from attnstats.transformers.masks import MaskDescription, describe_mask, describe_tensor
 
 B, T = 2, 19
 LEFT = torch.tensor([0, 5])
@@ -66,16 +65,15 @@ def test_it_may_begin_anywhere(name, query, key, slots):
     padding = torch.nn.functional.pad(PADDING[:, : query + length], (0, max(0, key + slots - query - length)))
     expected = truth(UNDERSTOOD[name], query + torch.arange(length), key + torch.arange(slots), padding)
     assert torch.equal(visible, expected)
-    assert found.seen == min(slots, query + length - key)
-    assert not visible[..., found.seen :].any()
+    assert found.used_keys == min(slots, query + length - key)
+    assert not visible[..., found.used_keys :].any()
 
 
 def test_what_hides_nothing_is_left_out():
-    everything = torch.ones(B, T)
     found = describe_mask(B, T, T, mask_function=masking_utils.sliding_window_causal_mask_function(T))
     assert (found.left, found.right) == (None, 0)
-    found = describe_mask(B, T, T, mask_function=CAUSAL, attention_mask=everything)
-    assert found.padding is None
+    found = describe_mask(B, T, T, mask_function=CAUSAL, attention_mask=torch.ones(B, T))
+    assert found.key_mask is None
     found = describe_mask(B, T, T, mask_function=masking_utils.chunked_causal_mask_function(T, LEFT * 0))
     assert found.chunks is None
     one = masking_utils.packed_sequence_mask_function(torch.zeros(B, T, dtype=torch.long))
@@ -93,10 +91,13 @@ def test_a_mask_of_the_models_own_is_named_and_can_be_made():
     assert torch.equal(found.dense()[:, 0], truth(function, torch.arange(T), torch.arange(T)))
 
 
-def test_a_misread_mask_is_an_error(monkeypatch):
-    monkeypatch.setattr(masks, "_pattern", lambda _: {"right": 0, "left": 5})
+def test_a_misread_mask_is_an_error():
+    def causal_mask_function(batch_idx, head_idx, q_idx, kv_idx):  # the name means another mask in this version
+        return (kv_idx <= q_idx) & (kv_idx + 5 >= q_idx)
+
+    causal_mask_function.__qualname__ = "causal_mask_function"
     with pytest.raises(RuntimeError, match="misread the attention mask causal_mask_function"):
-        describe_mask(B, T, T, mask_function=CAUSAL)
+        describe_mask(B, T, T, mask_function=causal_mask_function)
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -106,16 +107,16 @@ def test_a_mask_made_as_a_tensor_is_recognised(left, right, padded, additive):
     made = MaskDescription(0, 0, T, T, left, right, PADDING if padded else None)
     visible = made.visible(torch.arange(T)).expand(B, -1, -1)[:, None]
     mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
-    found = recognise(mask, T, T, "mine")
+    found = describe_tensor(mask, T, T)
     assert found.unknown == ()
     assert torch.equal(found.visible(torch.arange(T)).expand(B, -1, -1), visible[:, 0])
 
 
 def test_queries_are_the_last_positions_or_the_first():
     visible = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
-    last = recognise(visible[:, :, -5:], 5, T, "mine")
+    last = describe_tensor(visible[:, :, -5:], 5, T)
     assert (last.query_offset, last.right) == (T - 5, 0)
-    first = recognise(visible[:, :, :5], 5, T, "mine")
+    first = describe_tensor(visible[:, :, :5], 5, T)
     assert first.unknown == ()
     assert torch.equal(first.visible(torch.arange(5)), visible[:, 0, :5])
 
@@ -132,8 +133,8 @@ def test_queries_are_the_last_positions_or_the_first():
     ids=["bias", "holes", "by head", "two dimensions", "too short"],
 )
 def test_other_tensors_are_not(mask):
-    found = recognise(mask, T, T, "mine")
-    assert found.unknown == ("mine",)
+    found = describe_tensor(mask, T, T)
+    assert found.unknown == (f"{tuple(mask.shape)} that was passed as a tensor",)
     assert torch.equal(found.dense(), mask[..., :T])
 
 

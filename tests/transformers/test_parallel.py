@@ -1,19 +1,17 @@
 """Models spread over two processes, DDP, FSDP2 and tensor parallel, capture and train as one process does."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, logging
 
 from attnstats import FAI, WAAD
 from attnstats.transformers.capture import capture
-from tests.transformers.test_capture import tiny, tokens
+from tests.process import two_ranks
+from tests.tiny import tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
 HEADS = 8
@@ -115,25 +113,18 @@ def _spread(folder):
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto", tp_size=2))
 
 
-def on_rank(rank: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def on_rank(rank: int, folder: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in ranks.items()})
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     for check, arguments in ((ddp, (rank,)), (fsdp2, (rank,)), (tensor_parallel, (folder,))):
         try:
             check(*arguments)
         except Exception as error:
             raise AssertionError(f"rank {rank}, {check.__name__}: {error}") from error
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path: Path):
     small().save_pretrained(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(on_rank, (str(tmp_path), port), nprocs=2)
+    two_ranks(on_rank, str(tmp_path))

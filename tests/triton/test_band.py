@@ -5,26 +5,15 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, LocalMass, reference
-from tests.cases import Case
+from tests.cases import Case, check
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 11])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_bands_of_many_blocks(group, is_causal, device):
     case = Case(batch=1, key_heads=2, group=group, query_length=75, key_length=75, is_causal=is_causal)
-    query, key, value = case.tensors(device)
     statistics = [WAAD(70), WAAD(2), LocalMass(33), FAI(0, 0), FAI(31, 33), FAI(1, 74), FAI(70, 500)]
-    if group > 3:
-        statistics = statistics[:4]
-    arguments = case.arguments(device)
-    wide = [x.double() for x in (query, key, value)]
-    _, expected = reference.attention(*wide, statistics=statistics, **arguments)
-    results = attnstats.statistics_from_lse(
-        query, key, expected.lse.float(), statistics=statistics, backend="triton", **arguments
-    )
-    for s in statistics:
-        scale = s.window if isinstance(s, WAAD) else 1
-        torch.testing.assert_close(results[s].double(), expected[s], rtol=0, atol=scale * 5e-6)
+    check(case, "triton", device, from_lse=True, statistics=statistics[:4] if group > 3 else statistics)
 
 
 def test_a_band_wider_than_the_sequence_and_one_row(device):

@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
-from attnstats.core.arguments import resolve
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
 from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
-from attnstats.triton.plan import Plan
 from tests.cases import Case, check
 from tests.guards import Guarded
 
@@ -85,6 +83,7 @@ SMALLER = """
 import torch
 from triton.runtime.errors import OutOfResources
 from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
 from attnstats.triton import backend
 from attnstats.triton.launch import launching_with
 
@@ -95,13 +94,13 @@ def start(launch, arguments):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
 query = torch.zeros(1, 2, 512, 128, dtype=torch.float16)
-geometry = resolve(query, query, query, ())
+geometry = resolve(query, query, query, Options())
 with launching_with(start):
-    backend.attend(query, query, query, geometry, ())
-    backend.attend(query, query, query, geometry, ())
+    backend.attend(query, query, query, geometry)
+    backend.attend(query, query, query, geometry)
     fits = 0
     try:
-        backend.attend(query, query, query, geometry, ())
+        backend.attend(query, query, query, geometry)
     except ValueError as error:
         print(error)
 """
@@ -122,31 +121,31 @@ def test_a_configuration_that_does_not_fit_gives_way():
 def test_each_statistic_goes_where_it_is_cheapest():
     band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
     whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))
-    statistics = (*band, *whole, Entropy(), MaxLogit())
     query = torch.zeros(1, 2, 8, 16)
-    causal, full = (resolve(query, query, None, statistics, is_causal=is_causal) for is_causal in (True, False))
-    plan = Plan.of(statistics, causal=True)
-    assert plan.band_rows == (WAAD(10),)
-    assert plan.band_columns == (FAI(10, 100),)
-    assert plan.moment == (MeanDistance(),)
-    assert Plan.of(statistics, causal=False).loop_rows == (MeanDistance(),)
-    together = (FAI(0, None), FAI(0, 5000), Received())
-    assert plan.column_passes(causal) == {(None, None): together, (4, None): (Received(4),)}
-    assert plan.reach(causal) == (100, 0)
-    assert plan.reach(full) == (100, 9)
-    assert plan.rows_behind(causal) == 9
-    assert plan.reach_of_heads(causal) is None
+    plan = attnstats.explain(query, query, query, statistics=[*band, *whole, Entropy(), MaxLogit()], backend="triton")
+    assert [(each.run, each.computes) for each in plan.passes] == [
+        ("forward", ("output", "lse", "waad", "fai", "mean_distance", "entropy", "max_logit")),
+        ("column", ("fai", "fai", "received")),
+        ("column", ("received",)),
+    ]
 
 
 def test_heads_that_ask_for_less_get_less():
-    statistics: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100), Received())
     query = torch.zeros(1, 4, 8, 16)
     heads = {"waad": [2, 0], "fai": [2], "received": [1]}
-    geometry = resolve(query, query, None, statistics, heads=heads, window_size=(50, 0))
-    plan = Plan.of(statistics, causal=True)
-    assert plan.reach_of_heads(geometry) == (9, -1, 50, -1)
-    assert [passed.bands for passed in plan.band_passes(geometry).values()] == [(WAAD(10),), (FAI(10, 100),)]
-    assert plan.column_passes(geometry) == {(None, (1,)): (Received(),)}
+    plan = attnstats.explain(
+        query,
+        query,
+        statistics=[WAAD(10), FAI(10, 100), Received()],
+        heads=heads,
+        window_size=(50, 0),
+        backend="triton",
+    )
+    assert [(each.run, each.computes, each.heads) for each in plan.passes] == [
+        ("band", ("waad",), (2, 0)),
+        ("band", ("fai",), (2,)),
+        ("column", ("received",), (1,)),
+    ]
 
 
 @triton.jit
@@ -196,15 +195,11 @@ class WithoutKernel(LocalMass):
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_statistics_that_users_define(backend, is_causal, device):
-    query, key, value = Case(group=1).tensors(device if backend == "triton" else "cpu")
-    statistics = [SquaredDistance(), EveryOther(), WAAD(3)]
-    results = attnstats.attention(query, key, value, statistics=statistics, is_causal=is_causal, backend=backend)
-    wide = (x.double() for x in (query, key, value))
-    expected = reference.attention(*wide, statistics=statistics, is_causal=is_causal)
-    for s in statistics:
-        torch.testing.assert_close(results.statistics[s].double(), expected.statistics[s], rtol=1e-5, atol=1e-4)
-    assert results.statistics["squared_distance"] is results.statistics[SquaredDistance()]
+def test_statistics_that_users_define(backend, is_causal, where):
+    case, statistics = Case(group=1, is_causal=is_causal), [SquaredDistance(), EveryOther(), WAAD(3)]
+    check(case, backend, where, statistics=statistics)
+    results = case.call(attnstats, case.tensors(where), statistics=statistics, backend=backend).statistics
+    assert results["squared_distance"] is results[SquaredDistance()]
 
 
 def test_a_statistic_without_a_device_weight_says_so(device):
@@ -231,16 +226,14 @@ def test_a_namesake_of_ours_does_not_get_our_device_weight(device):
     torch.testing.assert_close(results["waad"], 2 * results["mean_distance"])
 
 
-def test_explain_names_kernels_tiles_and_costs(capsys, device):
+def test_explain_names_kernels_tiles_and_costs(device):
     query, key, value = Case(group=1).tensors(device)
-    attnstats.explain(query, key, value, statistics=[WAAD(), FAI(), Received(), "sink_mass"], backend="triton")
-    text = capsys.readouterr().out
-    assert "backend: triton" in text
-    assert "kernel forward" in text
-    assert "band of 100 keys as epilogue" in text
-    assert "kernel column" in text
-    assert "first keys" in text
-    attnstats.explain(query, key, statistics=[WAAD(), Entropy()], backend="triton")
-    text = capsys.readouterr().out
-    assert "kernel band" in text
-    assert "rows only" in text
+    asked = [WAAD(), FAI(), Received(), "sink_mass"]
+    plan = attnstats.explain(query, key, value, statistics=asked, backend="triton")
+    assert plan.backend == "triton"
+    assert [each.run for each in plan.passes] == ["forward", "column", "first_keys"]
+    assert "band of 100 keys as epilogue" in plan.passes[0].description
+    assert plan.flops == sum(each.flops for each in plan.passes) > 0
+    assert str(plan).startswith("backend: triton (as asked)\n  kernel forward: queries x ")
+    plan = attnstats.explain(query, key, statistics=[WAAD(), Entropy()], backend="triton")
+    assert {each.run for each in plan.passes} == {"band", "rows"}

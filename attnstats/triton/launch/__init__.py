@@ -3,16 +3,16 @@
 Nothing here waits for the device, and no size depends on data, so a call can be captured into a CUDA graph.
 """
 
-from attnstats.triton.launch.arguments import block_dim, on_device
-from attnstats.triton.launch.backward_pass import Asked, backward, backward_kernels
+from attnstats.triton.launch.arguments import block_dim, kernel_weight, on_device
+from attnstats.triton.launch.backward_pass import MapGradients, backward, backward_kernels
 from attnstats.triton.launch.band_pass import band, band_tile, slot_count
 from attnstats.triton.launch.column_pass import columns, pooled
-from attnstats.triton.launch.forward_pass import forward, splits
+from attnstats.triton.launch.forward_pass import forward, forward_tile, splits
 from attnstats.triton.launch.start import Launch, launching_with
 
 __all__ = [
-    "Asked",
     "Launch",
+    "MapGradients",
     "backward",
     "backward_kernels",
     "band",
@@ -20,6 +20,8 @@ __all__ = [
     "block_dim",
     "columns",
     "forward",
+    "forward_tile",
+    "kernel_weight",
     "launching_with",
     "on_device",
     "pooled",

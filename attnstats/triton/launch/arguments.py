@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Dropout, Score, Sequences, Sizes, Visibility
-from attnstats.statistics import CATALOGUE, DistanceWeighted, Summed
+from attnstats.statistics import CATALOGUE, Statistic, Summed
 from attnstats.triton.configs import interpreted
 from attnstats.triton.plan import Heads
 
@@ -35,8 +35,11 @@ def bounded(distance: int) -> int:
 
 
 def as_input(x: Tensor) -> Tensor:
-    """As the kernels can take it: no bfloat16 in the interpreter, whose arithmetic on it is wrong (it works on bit
-    patterns), and no rows so far apart that an offset within a tile passes 32 bits."""
+    """The tensor in a form that kernels take.
+
+    The interpreter gets no bfloat16, on which its arithmetic is wrong (it works on bit patterns), and rows are never so
+    far apart that an offset within a tile passes 32 bits.
+    """
     if x.requires_grad:
         x = x.detach()
     if max(x.stride()[2:]) > 2**22:
@@ -135,28 +138,23 @@ def dims(geometry: Geometry, with_value: bool = True) -> dict[str, int]:
     return constants
 
 
-def weights(statistics: Iterable[DistanceWeighted], tails: bool = True) -> tuple[Any, ...]:
+def weights(statistics: Iterable[Any], tails: bool = True) -> tuple[Any, ...]:
     """The statistics' weights as the flat constexpr tuple of kernels/tiles.py."""
     flat: list[Any] = []
     for s in statistics:
-        weight = _kernel_weight(s)
+        weight = kernel_weight(s)
         # Triton's cache key of a tuple names the functions in it but not their source: the digest does.
         digest = getattr(weight, "cache_key", "")
         flat += [weight, *(*s.parameters, 0, 0)[:2], s.tail if tails else 0.0, digest]
     return tuple(flat)
 
 
-def _kernel_weight(statistic: DistanceWeighted) -> Any:
+def kernel_weight(statistic: Statistic) -> Any:
+    """The device function of a statistic's weight: its own, or for the catalogue the one of its name; None: none."""
     from attnstats.kernels import weights
 
     if isinstance(statistic, Summed):
-        return _kernel_weight(statistic.of)
-    weight = statistic.kernel_weight
-    if weight is None and CATALOGUE.get(statistic.name) is type(statistic):
-        weight = getattr(weights, statistic.name, None)
-    if weight is None:
-        raise ValueError(
-            f"statistics: {type(statistic).__name__} has no device weight: set kernel_weight to a @triton.jit "
-            "function (distance, a, b), or use backend='tiled'"
-        )
-    return weight
+        return kernel_weight(statistic.of)
+    if statistic.kernel_weight is None and CATALOGUE.get(statistic.name) is type(statistic):
+        return getattr(weights, statistic.name, None)
+    return statistic.kernel_weight

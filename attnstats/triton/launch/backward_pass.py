@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnstats.core.autograd import Residuals
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, StatisticGradients, Strides
 from attnstats.triton.configs import Config, Kernel
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import as_input, bounded, dims, empty, flags, sequence_count, weights
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import GradientPlan
 
 
-class Asked(NamedTuple):
+class MapGradients(NamedTuple):
     """The gradients that statistics have for A, on top of the output's."""
 
     plan: GradientPlan
@@ -33,31 +33,29 @@ def backward_kernels(geometry: Geometry, plan: GradientPlan) -> tuple[Kernel, Ke
 
 
 def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    geometry: Geometry,
-    asked: Asked,
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_map: MapGradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
     dim = max(geometry.head_dim, geometry.value_dim)
-    inputs = (query, key, value, output, lse, grad_output)
-    by_queries, by_keys = backward_kernels(geometry, asked.plan)
-    grad_query, delta = fitting(by_queries, geometry, dim, lambda config: _queries(inputs, geometry, asked, config))
-    grad_key, grad_value = fitting(by_keys, geometry, dim, lambda config: _keys(inputs, delta, geometry, asked, config))
+    inputs = (*residuals, grad_output)
+    by_queries, by_keys = backward_kernels(geometry, of_map.plan)
+    grad_query, delta = fitting(by_queries, geometry, dim, lambda config: _queries(inputs, geometry, of_map, config))
+    grad_key, grad_value = fitting(
+        by_keys, geometry, dim, lambda config: _keys(inputs, delta, geometry, of_map, config)
+    )
     return grad_query, grad_key, grad_value, delta
 
 
-def _queries(inputs: tuple[Tensor, ...], geometry: Geometry, asked: Asked, config: Config) -> tuple[Tensor, Tensor]:
+def _queries(
+    inputs: tuple[Tensor, ...], geometry: Geometry, of_map: MapGradients, config: Config
+) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
-    query, key, value, output, lse, grad_output = (as_input(x) for x in inputs)
-    grad_query, delta = _like(query, geometry), empty(geometry, lse.shape)
-    prepared = remembered(geometry, _prepare_backward, asked.plan, config, False)
-    start(
-        prepared.launch,
+    query, key, value, output, lse, grad_output = (arguments.as_input(x) for x in inputs)
+    grad_query, delta = _like(query, geometry), arguments.empty(geometry, lse.shape)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         value=value,
@@ -68,20 +66,21 @@ def _queries(inputs: tuple[Tensor, ...], geometry: Geometry, asked: Asked, confi
         delta=delta,
         near=prepared.reach,
         strides=Strides(*(x.stride() for x in (query, key, value, output, grad_output, grad_query))),
-        **_shared_arguments(geometry, asked, prepared),
+        **_shared_arguments(geometry, of_map),
     )
     return grad_query.to(dtype), delta
 
 
 def _keys(
-    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, asked: Asked, config: Config
+    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, of_map: MapGradients, config: Config
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
-    query, key, value, _, lse, grad_output = (as_input(x) for x in inputs)
+    query, key, value, _, lse, grad_output = (arguments.as_input(x) for x in inputs)
     grad_key, grad_value = _like(key, geometry), _like(value, geometry)
-    prepared = remembered(geometry, _prepare_backward, asked.plan, config, True)
-    start(
-        prepared.launch,
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         value=value,
@@ -98,20 +97,16 @@ def _keys(
             d_key=grad_key.stride(),
             d_value=grad_value.stride(),
         ),
-        **_shared_arguments(geometry, asked, prepared),
+        **_shared_arguments(geometry, of_map),
     )
     return grad_key.to(dtype), grad_value.to(dtype)
 
 
-def _shared_arguments(geometry: Geometry, asked: Asked, prepared: Prepared) -> dict[str, Any]:
+def _shared_arguments(geometry: Geometry, of_map: MapGradients) -> dict[str, Any]:
     """The other arguments of both kernels."""
     return {
-        "grads": StatisticGradients(asked.rows, asked.columns, asked.shift),
-        "query_mask": flags(geometry.counted()) if asked.plan.columns else None,
-        "sequences": arguments.sequences(geometry),
-        "sizes": prepared.sizes,
-        "visible": arguments.visibility(prepared.visible, geometry),
-        "score": prepared.score,
+        "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
+        "query_mask": arguments.flags(geometry.query_mask) if of_map.plan.columns else None,
         "dropout": arguments.dropout(geometry),
     }
 
@@ -123,20 +118,20 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
     blocks = -(-sizes.longest // (config.BN if by_keys else config.BM))
     heads = geometry.key_heads if by_keys else geometry.query_heads
     constants = {
-        "ROWS": weights(plan.far_rows, tails=False),
-        "NEAR_ROWS": weights(plan.near_rows),
+        "ROWS": arguments.weights(plan.far_rows, tails=False),
+        "NEAR_ROWS": arguments.weights(plan.near_rows),
         "ENTROPY": int(plan.entropy),
-        "COLUMNS": weights(plan.far_columns),
-        "NEAR_COLUMNS": weights(plan.near_columns),
+        "COLUMNS": arguments.weights(plan.far_columns),
+        "NEAR_COLUMNS": arguments.weights(plan.near_columns),
         "BM": config.BM,
         "BN": config.BN,
-        **dims(geometry),
+        **arguments.dims(geometry),
     }
     kernel = backward_keys if by_keys else backward_queries
-    launch = Launch(kernel, blocks * heads * sequence_count(geometry), geometry.device, constants, config)
-    near = Near(*map(bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
-    score = arguments.score(geometry)._replace(scale=geometry.scale)
-    return Prepared(launch, sizes, arguments.window(geometry), score, reach=near)
+    programs = blocks * heads * arguments.sequence_count(geometry)
+    near = Near(*map(arguments.bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
+    prepared = prepare(geometry, kernel, programs, constants, config, sizes, reach=near)
+    return prepared._replace(score=prepared.score._replace(scale=geometry.scale))
 
 
 def _like(x: Tensor, geometry: Geometry) -> Tensor:

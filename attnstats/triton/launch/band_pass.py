@@ -10,19 +10,7 @@ from attnstats.kernels.arguments import Strides
 from attnstats.statistics import Statistic
 from attnstats.triton.configs import MAX_PACKED_HEADS, Config, interpreted
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import (
-    LOG2E,
-    as_input,
-    dims,
-    empty,
-    flags,
-    head_count,
-    on_device,
-    power_of_two,
-    sequence_count,
-    weights,
-)
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import Heads, Plan
 
 
@@ -45,7 +33,7 @@ def band_reach(geometry: Geometry, plan: Plan) -> dict[str, int]:
 
 def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Config]:
     """Heads packed into a tile of the band kernel, and the tile's positions and keys."""
-    packed = 1 if heads is not None else min(MAX_PACKED_HEADS, power_of_two(geometry.group))
+    packed = 1 if heads is not None else min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
     if geometry.dtype == torch.float32 and not interpreted():
         packed = min(packed, max(1, config.BM // 16))  # more rows than the table says would spill
     positions = max(16, config.BM // packed)
@@ -64,24 +52,21 @@ def _band(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads, config: Config
 ) -> dict[Statistic, Tensor]:
     prepared = remembered(geometry, _prepare_band, plan, config, heads)
-    query, key = as_input(query), as_input(key)
-    count = head_count(geometry, heads)
-    rows = empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
+    query, key = arguments.as_input(query), arguments.as_input(key)
+    count = arguments.head_count(geometry, heads)
+    rows = arguments.empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
     columns = column_slots(geometry, plan, prepared.slots, count)
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
-        lse2=divisor_of(lse) * LOG2E,
+        lse2=divisor_of(lse) * arguments.LOG2E,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.counted()),
+        query_mask=arguments.flags(geometry.query_mask),
         sinks=arguments.sinks2(geometry),
-        sequences=arguments.sequences(geometry),
-        heads=on_device(heads, geometry.device),
-        sizes=prepared.sizes,
-        visible=arguments.visibility(prepared.visible, geometry),
-        score=prepared.score,
+        heads=arguments.on_device(heads, geometry.device),
         strides=Strides(query.stride(), key.stride()),
     )
     results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
@@ -95,24 +80,20 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
 
     packed, config = band_tile(geometry, heads, config)
     constants = {
-        "ROWS": weights(plan.band_rows),
-        "COLUMNS": weights(plan.band_columns),
+        "ROWS": arguments.weights(plan.band_rows),
+        "COLUMNS": arguments.weights(plan.band_columns),
         "HEADS": packed,
         "BM": config.BM,
         "BN": config.BN,
         **band_reach(geometry, plan),
-        **dims(geometry, with_value=False),
+        **arguments.dims(geometry, with_value=False),
     }
-    count = head_count(geometry, heads)
+    count = arguments.head_count(geometry, heads)
     sizes = arguments.sizes(geometry)._replace(n_heads=count)
     of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
-    programs = -(-sizes.longest // config.BM) * of_sequence * sequence_count(geometry)
-    launch = Launch(kernel, programs, geometry.device, constants, config)
-    window = arguments.window(geometry)
-    return Prepared(
-        launch,
-        sizes,
-        window if plan.bound(geometry) else window._replace(left=None),
-        arguments.score(geometry),
-        slots=slot_count(*plan.reach(geometry), config.BM),
-    )
+    programs = -(-sizes.longest // config.BM) * of_sequence * arguments.sequence_count(geometry)
+    slots = slot_count(*plan.reach(geometry), config.BM)
+    prepared = prepare(geometry, kernel, programs, constants, config, sizes, slots)
+    if plan.bound(geometry):
+        return prepared
+    return prepared._replace(visible=prepared.visible._replace(left=None))

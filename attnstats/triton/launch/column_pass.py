@@ -12,22 +12,10 @@ from torch import Tensor
 
 from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.kernels.arguments import Segments, Strides
-from attnstats.statistics import ColumnStatistic, DistanceWeighted, PooledMap, Received
+from attnstats.statistics import PooledMap, Received, Statistic
 from attnstats.triton.configs import Config
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import (
-    LOG2E,
-    as_input,
-    bounded,
-    dims,
-    empty,
-    head_count,
-    on_device,
-    power_of_two,
-    sequence_count,
-    weights,
-)
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import Heads
 
 
@@ -36,17 +24,17 @@ def columns(
     key: Tensor,
     lse: Tensor,
     geometry: Geometry,
-    statistics: Sequence[ColumnStatistic],
+    statistics: Sequence[Statistic],
     query_mask: Tensor | None,
     heads: Heads,
 ) -> Tensor:
     """[statistics, B, heads, Tk] column sums over the queries that count."""
-    shape = (len(statistics), geometry.batch, head_count(geometry, heads), geometry.key_length)
+    shape = (len(statistics), geometry.batch, arguments.head_count(geometry, heads), geometry.key_length)
 
     def run(config: Config) -> Tensor:
         if (queries := arguments.longest(geometry)[0]) < config.BM:
-            config = config._replace(BM=max(16, power_of_two(queries)))
-        sums = empty(geometry, shape)
+            config = config._replace(BM=max(16, arguments.power_of_two(queries)))
+        sums = arguments.empty(geometry, shape)
         _column(query, key, lse, geometry, tuple(statistics), query_mask, heads, sums, None, config)
         return sums
 
@@ -60,12 +48,14 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
 
     def run(config: Config) -> Tensor:
         # A segment fills whole tiles of queries: short ones get short tiles.
-        rows = max(16, power_of_two(geometry.query_length // segments))
+        rows = max(16, arguments.power_of_two(geometry.query_length // segments))
         config = config._replace(BM=min(config.BM, rows))
         pieces = _pieces(key_bounds, config.BN, geometry.device)
-        sums = empty(geometry, (pieces.total, geometry.batch, head_count(geometry, heads), segments))
-        cuts = Segments(on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
-        _column(query, key, lse, geometry, (Received(),), geometry.counted(), heads, sums, cuts, config)
+        sums = arguments.empty(
+            geometry, (pieces.total, geometry.batch, arguments.head_count(geometry, heads), segments)
+        )
+        cuts = Segments(arguments.on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
+        _column(query, key, lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
     return fitting("pooled", geometry, geometry.head_dim, run)
@@ -76,68 +66,58 @@ def _column(
     key: Tensor,
     lse: Tensor,
     geometry: Geometry,
-    statistics: tuple[ColumnStatistic, ...],
+    statistics: tuple[Statistic, ...],
     query_mask: Tensor | None,
     heads: Heads,
     sums: Tensor,
     segments: Segments | None,
     config: Config,
 ) -> None:
-    """Fills `sums`."""
-    query, key = as_input(query), as_input(key)
-    lse2 = divisor_of(lse) * LOG2E
+    """Fill `sums`."""
+    query, key = arguments.as_input(query), arguments.as_input(key)
+    lse2 = divisor_of(lse) * arguments.LOG2E
     if query_mask is not None:
         lse2 = lse2.masked_fill(~query_mask[:, None], torch.inf)
     prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
-    start(
-        prepared.launch,
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         lse2=lse2,
         columns=sums,
-        sequences=arguments.sequences(geometry),
-        heads=on_device(heads, geometry.device),
+        heads=arguments.on_device(heads, geometry.device),
         segments=segments,
-        sizes=prepared.sizes,
-        visible=arguments.visibility(prepared.visible, geometry),
         reach=prepared.reach,
-        score=prepared.score,
         strides=Strides(query.stride(), key.stride()),
     )
 
 
 def _prepare_column(
-    geometry: Geometry, config: Config, statistics: tuple[ColumnStatistic, ...], heads: Heads, counted: bool
+    geometry: Geometry, config: Config, statistics: tuple[Statistic, ...], heads: Heads, has_query_mask: bool
 ) -> Prepared:
     from attnstats.kernels.column import column as kernel
 
     far = [s.far for s in statistics]
     constants = {
-        "COLUMNS": weights(statistics),
-        "FAR": bounded(max(distance for distance, _ in filter(None, far))) if all(far) else None,
+        "COLUMNS": arguments.weights(statistics),
+        "FAR": arguments.bounded(max(distance for distance, _ in filter(None, far))) if all(far) else None,
         "FAR_WEIGHTS": tuple(weight for _, weight in filter(None, far)),
-        "COUNTED": counted,
+        "COUNTED": has_query_mask,
         "BM": config.BM,
         "BN": config.BN,
-        **dims(geometry, with_value=False),
+        **arguments.dims(geometry, with_value=False),
     }
-    count = head_count(geometry, heads)
+    count = arguments.head_count(geometry, heads)
     sizes = arguments.sizes(geometry, by_keys=True)._replace(n_heads=count)
-    programs = -(-sizes.longest // config.BN) * count * sequence_count(geometry)
-    launch = Launch(kernel, programs, geometry.device, constants, config)
-    return Prepared(
-        launch,
-        sizes,
-        arguments.window(geometry),
-        arguments.score(geometry),
-        reach=_farthest(statistics),
-    )
+    programs = -(-sizes.longest // config.BN) * count * arguments.sequence_count(geometry)
+    return prepare(geometry, kernel, programs, constants, config, sizes, reach=_farthest(statistics))
 
 
-def _farthest(statistics: Sequence[DistanceWeighted]) -> int | None:
+def _farthest(statistics: Sequence[Statistic]) -> int | None:
     """The farthest distance at which a weight is not 0; None: there is none."""
     ends = [None if s.band is None else s.band[1] for s in statistics]
-    return None if None in ends else bounded(max((end for end in ends if end is not None), default=0))
+    return None if None in ends else arguments.bounded(max((end for end in ends if end is not None), default=0))
 
 
 class _Pieces(NamedTuple):

@@ -19,20 +19,8 @@ from attnstats.triton.configs import (
     interpreted,
 )
 from attnstats.triton.launch import arguments
-from attnstats.triton.launch.arguments import (
-    LOG2E,
-    as_input,
-    block_dim,
-    dims,
-    empty,
-    flags,
-    on_device,
-    power_of_two,
-    sequence_count,
-    weights,
-)
 from attnstats.triton.launch.band_pass import band_reach, column_slots, slot_count
-from attnstats.triton.launch.start import Launch, Prepared, fitting, remembered, start
+from attnstats.triton.launch.start import Launch, Prepared, fitting, prepare, remembered, start, start_prepared
 from attnstats.triton.plan import Plan
 
 COMBINE = Config(16, 0, 4, 2)
@@ -73,26 +61,27 @@ def _forward(
 ) -> Evaluation:
     prepared = remembered(geometry, _prepare_forward, plan, config, value is None, parts, chunk(geometry.device))
     dtype = query.dtype
-    query, key = as_input(query), as_input(key)
+    query, key = arguments.as_input(query), arguments.as_input(key)
     shape: tuple[int, ...] = (geometry.batch, geometry.query_heads, geometry.query_length)
     if parts:
         shape = (parts, *shape)
     output: Tensor | None = None
     if value is None:
         assert lse is not None
-        lse = divisor_of(lse) * LOG2E
-        strides = Strides(query.stride(), key.stride())
+        lse = divisor_of(lse) * arguments.LOG2E
     else:
-        value = as_input(value)
+        value = arguments.as_input(value)
         output = _output(geometry, shape, query.dtype)
-        lse = empty(geometry, shape, fill=-torch.inf)
-        of_output = output.stride()[1:] if parts else output.stride()
-        strides = Strides(query.stride(), key.stride(), value.stride(), of_output)
-    rows = empty(geometry, (len(plan.in_rows), *shape))
+        lse = arguments.empty(geometry, shape, fill=-torch.inf)
+    rows = arguments.empty(geometry, (len(plan.in_rows), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
     sinks2 = arguments.sinks2(geometry)
-    start(
-        prepared.launch,
+    strides = Strides(query.stride(), key.stride())
+    if value is not None and output is not None:
+        strides = Strides(*strides[:2], value.stride(), (output[0] if parts else output).stride())
+    start_prepared(
+        prepared,
+        geometry,
         query=query,
         key=key,
         value=value,
@@ -100,13 +89,9 @@ def _forward(
         lse=lse,
         rows=rows,
         columns=columns,
-        query_mask=flags(geometry.counted()),
+        query_mask=arguments.flags(geometry.query_mask),
         sinks=None if parts else sinks2,
-        sequences=arguments.sequences(geometry),
-        reach=on_device(plan.reach_of_heads(geometry), geometry.device),
-        sizes=prepared.sizes,
-        visible=arguments.visibility(prepared.visible, geometry),
-        score=prepared.score,
+        reach=arguments.on_device(plan.reach_of_heads(geometry), geometry.device),
         dropout=arguments.dropout(geometry),
         strides=strides,
     )
@@ -123,10 +108,21 @@ def _forward(
 def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[*shape, value_dim]: float32 for splits; else in BTHD memory order, which models continue with."""
     if len(shape) == 4:
-        return empty(geometry, (*shape, geometry.value_dim))
+        return arguments.empty(geometry, (*shape, geometry.value_dim))
     size = (*shape, geometry.value_dim)
     output = torch.empty_permuted(size, (0, 2, 1, 3), dtype=dtype, device=geometry.device)
     return output if geometry.packing is None else output.zero_()
+
+
+def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
+    """Heads packed into a tile of the forward kernel, and the tile's positions and keys."""
+    if splits(geometry):
+        heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
+        rows = arguments.power_of_two(arguments.longest(geometry)[0])
+        return heads, config._replace(BM=max(config.BM // heads, rows))
+    # No row of a tile is empty: a power of two that divides the group. Heads in one tile share the band's keys.
+    heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
+    return heads, config._replace(BM=config.BM // heads)
 
 
 def _prepare_forward(
@@ -134,21 +130,14 @@ def _prepare_forward(
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
-    sizes = arguments.sizes(geometry)._replace(n_sequences=sequence_count(geometry))
-    if parts:
-        heads = min(MAX_PACKED_HEADS, power_of_two(geometry.group))
-        config = config._replace(BM=max(config.BM // heads, power_of_two(sizes.longest)))
-    else:
-        # Heads of a group share a tile's keys either way. In one tile they also share the band's keys and weights.
-        heads = min(config.BM // 16, MAX_PACKED_HEADS, geometry.group & -geometry.group)
-        config = config._replace(BM=config.BM // heads)
+    sizes = arguments.sizes(geometry)._replace(n_sequences=arguments.sequence_count(geometry))
+    heads, config = forward_tile(geometry, config)
     constants = {
         "MOMENT": len(plan.moment),
-        "LOOP_ROWS": weights(plan.loop_rows, tails=False),
-        "ENTROPY": len(plan.entropy),
-        "MAX_LOGIT": len(plan.max_logit),
-        "BAND_ROWS": weights(plan.band_rows),
-        "BAND_COLUMNS": weights(plan.band_columns),
+        "LOOP_ROWS": arguments.weights(plan.loop_rows, tails=False),
+        **plan.whole_row_constants,
+        "BAND_ROWS": arguments.weights(plan.band_rows),
+        "BAND_COLUMNS": arguments.weights(plan.band_columns),
         "BAND_BOUND": plan.bound(geometry),
         "FROM_LSE": from_lse,
         "SPLIT_KEYS": _split_keys() if parts else 0,
@@ -158,13 +147,12 @@ def _prepare_forward(
         "BN": config.BN,
         "BAND_BN": min(64, config.BN),
         **band_reach(geometry, plan),
-        **dims(geometry),
+        **arguments.dims(geometry),
     }
     blocks = -(-sizes.longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
-    programs = blocks * sequence_count(geometry) * max(parts, 1)
-    launch = Launch(kernel, programs, geometry.device, constants, config)
+    programs = blocks * arguments.sequence_count(geometry) * max(parts, 1)
     slots = slot_count(*plan.reach(geometry), config.BM)
-    return Prepared(launch, sizes, arguments.window(geometry), arguments.score(geometry), slots=slots)
+    return prepare(geometry, kernel, programs, constants, config, sizes, slots)
 
 
 def _combine(
@@ -203,11 +191,10 @@ def _prepare_combine(geometry: Geometry, plan: Plan) -> Launch:
 
     constants = {
         "LOOP_ROWS": len(plan.moment) + len(plan.loop_rows),
-        "ENTROPY": len(plan.entropy),
-        "MAX_LOGIT": len(plan.max_logit),
+        **plan.whole_row_constants,
         "BM": COMBINE.BM,
         "VALUE_DIM": geometry.value_dim,
-        "BLOCK_VALUE_DIM": block_dim(geometry.value_dim),
+        "BLOCK_VALUE_DIM": arguments.block_dim(geometry.value_dim),
     }
     rows = geometry.batch * geometry.query_heads * geometry.query_length
     return Launch(kernel, -(-rows // COMBINE.BM), geometry.device, constants, COMBINE)

@@ -12,7 +12,7 @@ import torch
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, Score, Sizes, Visibility
 from attnstats.triton.configs import Config, Kernel, candidates, table_version
-from attnstats.triton.launch.arguments import block_dim
+from attnstats.triton.launch.arguments import block_dim, score, sequences, visibility, window
 
 T = TypeVar("T")
 
@@ -34,6 +34,32 @@ class Prepared(NamedTuple):
     score: Score
     slots: int = 0  # of each band column
     reach: Near | int | None = None  # how far from the diagonal weights are not 0; None: no limit
+
+
+def prepare(
+    geometry: Geometry,
+    kernel: Any,
+    programs: int,
+    constants: dict[str, Any],
+    config: Config,
+    sizes: Sizes,
+    slots: int = 0,
+    reach: Near | int | None = None,
+) -> Prepared:
+    launch = Launch(kernel, programs, geometry.device, constants, config)
+    return Prepared(launch, sizes, window(geometry), score(geometry), slots, reach)
+
+
+def start_prepared(prepared: Prepared, geometry: Geometry, **tensors: Any) -> None:
+    """Start with these tensors and the arguments that all but `combine` take."""
+    start(
+        prepared.launch,
+        sequences=sequences(geometry),
+        sizes=prepared.sizes,
+        visible=visibility(prepared.visible, geometry),
+        score=prepared.score,
+        **tensors,
+    )
 
 
 def remembered(geometry: Geometry, prepare: Callable[..., T], *arguments: Any) -> T:

@@ -4,25 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from attnstats.errors import InputError
-from attnstats.statistics import FAI, WAAD, MeanDistance
-from attnstats.study import analysis as pipeline
-from attnstats.study import corpus, models
-from attnstats.study.analysis import Settings, analyze
+from attnstats.study import models
+from attnstats.study.analysis import Settings
+from attnstats.study.corpus import BATCH
+from attnstats.study.pipeline import analyze, measure
+from attnstats.study.reading import ENTROPY_ROWS
 from attnstats.study.verify import differences
 from tests.tiny import VOCABULARY, Silent, save_tiny_model
 
 SETTINGS = Settings(max_tokens=40, fai_lo=3, fai_hi=12, window=4, layers="all", system="")
 QUESTIONS = ("how many rolls", "are w1 w2 w3 w4 left w5 w6 w7", "so")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return models.load(str(save_tiny_model(tmp_path_factory.mktemp("tiny"))), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +90,18 @@ def test_entropy_is_that_of_the_temperature(tiny, temperature):
     assert max(wrong.values()) < 2e-5
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_entropy_is_made_in_chunks(tiny, analyses, monkeypatch, rows):
+def test_logits_of_a_long_response_are_never_all_there(tiny):
     sizes: list[int] = []
     handle = tiny.model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[-2]))
-    monkeypatch.setattr(pipeline, "ENTROPY_ROWS", rows)
-    first = analyses[0]
-    start = first.response_start
+    ids = torch.randint(VOCABULARY, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     try:
-        again = pipeline.measure(
-            tiny, first.question, first.token_ids[:start].tolist(), first.token_ids[start:].tolist(), SETTINGS
-        )
+        analysis = measure(tiny, "", ids[:4], ids[4:], SETTINGS)
     finally:
         handle.remove()
-    assert max(sizes) == rows
-    torch.testing.assert_close(again.entropy, first.entropy, equal_nan=True)
+    assert max(sizes) == ENTROPY_ROWS < 200
+    with torch.no_grad():
+        entropy = torch.distributions.Categorical(logits=tiny.model(torch.tensor([ids])).logits[0]).entropy()
+    torch.testing.assert_close(analysis.entropy[1:], entropy[:-1], atol=1e-5, rtol=1e-5)
 
 
 def test_one_pass_for_the_statistics_and_one_for_the_maps(tiny, analyses):
@@ -121,7 +111,7 @@ def test_one_pass_for_the_statistics_and_one_for_the_maps(tiny, analyses):
     )
     first = analyses[0]
     try:
-        pipeline.measure(tiny, "", first.token_ids[:4].tolist(), first.token_ids[4:].tolist(), SETTINGS)
+        measure(tiny, "", first.token_ids[:4].tolist(), first.token_ids[4:].tolist(), SETTINGS)
     finally:
         handle.remove()
     assert lengths == [len(first.tokens)] * 2
@@ -134,11 +124,11 @@ def test_greedy_responses_do_not_depend_on_the_batch(tiny, analyses):
         torch.testing.assert_close(alone.waad, together.waad)
 
 
-def test_more_prompts_than_a_batch(tiny, analyses, monkeypatch):
-    monkeypatch.setattr(corpus, "BATCH", 2)
-    progress = Silent()
-    again = analyze(tiny, QUESTIONS, SETTINGS, progress)
-    assert [a.token_ids.tolist() for a in again] == [a.token_ids.tolist() for a in analyses]
+def test_more_prompts_than_a_batch(tiny):
+    settings = dataclasses.replace(SETTINGS, max_tokens=6)
+    alone = [analyze(tiny, [question], settings, Silent())[0].token_ids.tolist() for question in QUESTIONS]
+    repeats = BATCH // len(QUESTIONS) + 1
+    assert [a.token_ids.tolist() for a in analyze(tiny, QUESTIONS * repeats, settings, Silent())] == alone * repeats
 
 
 def test_greedy_takes_the_likeliest_token_whatever_the_model_prefers(tiny, monkeypatch):
@@ -176,64 +166,6 @@ def test_the_system_text_goes_before_the_question(tiny):
     (analysis,) = analyze(tiny, ["how many"], settings, Silent())
     expected = ["system", "are", "left", "user", "how", "many", "so"]
     assert analysis.tokens[: analysis.response_start] == expected
-
-
-TEXTS = (
-    "how many rolls? 48 - 30 = 18.",
-    "  two spaces,\n\n\ttabs and don't . clean up",
-    "漢字 é 🥐🥖 ß",
-    "a🥐",
-    "�� a real replacement character",
-    "",
-)
-
-
-def words_with_a_mark_for_spaces():
-    """As Llama 2 has it: `▁` for a space, bytes for what isn't in the vocabulary, the first space dropped."""
-    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz,.'", "▁h", "ma"]
-    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, [("▁", "h"), ("m", "a")], byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    drop = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), drop])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def bytes_alone():
-    """As GPT-2 has it, without a merge: every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.mark.parametrize("make", [words_with_a_mark_for_spaces, bytes_alone])
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_pieces_of_a_text_are_the_text(make, text):
-    tokenizer = make()
-    ids = tokenizer(text)["input_ids"]
-    pieces = pipeline.pieces(tokenizer, ids)
-    assert len(pieces) == len(ids)
-    assert "".join(pieces) == text
-    # Each character is whole, in the token that ends it.
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-
-
-def test_pieces_keep_the_spaces_between_words():
-    tokenizer = words_with_a_mark_for_spaces()
-    assert pipeline.pieces(tokenizer, tokenizer("so how ma é")["input_ids"]) == [
-        "", "s", "o", " h", "o", "w", " ", "ma", " ", "", "é",
-    ]  # fmt: skip
-
-
-def test_bytes_that_are_no_text_do_not_hold_up_the_rest():
-    tokenizer = bytes_alone()
-    lone, rest = tokenizer.convert_tokens_to_ids("\u0122"), tokenizer("a b")["input_ids"]  # the byte 0x80
-    ids = [lone] * 9 + rest
-    pieces = pipeline.pieces(tokenizer, ids)
-    assert "".join(pieces) == "\ufffd" * 9 + "a b"
-    assert pieces[-2:] == [" ", "b"]
-    assert next(i for i, piece in enumerate(pieces) if piece) < 5
 
 
 def test_tokens_are_the_pieces_of_prompt_and_response(tiny, analyses):
@@ -310,7 +242,7 @@ def test_logits_that_are_not_the_output_embedding_are_refused(tiny, monkeypatch)
 
     monkeypatch.setattr(tiny.model, "forward", scaled)
     with pytest.raises(InputError, match="its logits are not its output embedding"):
-        pipeline.measure(tiny, "", [3, 5], [6, 7, 8], SETTINGS)
+        measure(tiny, "", [3, 5], [6, 7, 8], SETTINGS)
 
 
 def test_attention_that_overflows_is_an_error(tiny, monkeypatch):
@@ -319,12 +251,6 @@ def test_attention_that_overflows_is_an_error(tiny, monkeypatch):
     try:
         weight.data.fill_(torch.nan)
         with pytest.raises(InputError, match=r"--dtype float32: attention of .* overflows"):
-            pipeline.measure(tiny, "", [3, 5], [6, 7, 8], SETTINGS)
+            measure(tiny, "", [3, 5], [6, 7, 8], SETTINGS)
     finally:
         weight.data.copy_(kept)
-
-
-def test_defaults_are_the_papers():
-    assert Settings().statistics == (WAAD(10), FAI(10, 100), MeanDistance())
-    assert Settings().layers == "middle-third"
-    assert VOCABULARY > 30

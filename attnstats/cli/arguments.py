@@ -1,0 +1,94 @@
+"""Options that several commands share, and the values of horizons and layers given as text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnstats.errors import InputError
+from attnstats.study.prompts import SYSTEM
+
+if TYPE_CHECKING:
+    from attnstats.transformers.selection import Layers
+
+
+MOST_LAYERS = 10_000
+SHOWN = 5  # responses shown in the terminal; the report has all
+PROMPT_FILE = ".jsonl, .csv, .parquet, a data set's folder, or text with one prompt a line"
+
+
+def add_model(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--model", help="local folder or hub name (default: SmolLM2-135M-Instruct, from its wheel)")
+
+
+def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int, temperature: float) -> None:
+    parser.add_argument("--field", help=f"the field of a row of {rows} with the prompt (default: question)")
+    parser.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="greatest length of a response")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0 is greedy; entropies are those at this temperature"
+    )
+
+
+def add_machine(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a finished `attnstats analyze`")
+
+
+def add_color(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--color-by", default="waad", metavar="COLUMN",
+        help="statistic that colours the tokens in the terminal: waad, fai, entropy, delta or gamma",
+    )  # fmt: skip
+
+
+def require(*packages: str) -> None:
+    """Raises InputError if a package is absent, with its name and the command that installs it."""
+    import importlib
+
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InputError(f"{error.name or package} is not installed; run: pip install 'attnstats[cli]'") from error
+
+
+@contextmanager
+def writing(out: Path, remedy: str = "name a file that can be written") -> Iterator[None]:
+    """Inside the `with` an OSError becomes an InputError about --out."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror or error}; {remedy}") from error
+
+
+def parse_horizon(lo: str, hi: str) -> tuple[int, int | None]:
+    """FAI's horizon as numbers; `open` is None. Raises InputError."""
+    try:
+        return int(lo), None if hi == "open" else int(hi)
+    except ValueError as error:
+        raise InputError(f"--horizon {lo} {hi}: needs two whole numbers, or a number and `open`") from error
+
+
+def parse_layers(text: str) -> Layers:
+    """Layers as `attnstats.capture` takes them. Raises InputError."""
+    if text in ("middle-third", "all"):
+        return text  # type: ignore[return-value]
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if not 0 < len(span) <= MOST_LAYERS:
+                raise ValueError
+            layers += span
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"--layers {text}: needs middle-third, all, or a list such as 9,11,14-16") from error
+    return tuple(layers)

@@ -1,0 +1,88 @@
+"""The steps that `analyze` and `couplings` share: loading a model, and working in a store until done or interrupted.
+
+Under torchrun or `accelerate launch` each process does its share, and the first one alone shows progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from attnstats.report.terminal import Terminal
+from attnstats.study import corpus, models
+from attnstats.study.corpus import Measure, stage
+from attnstats.study.generation import Sampling
+from attnstats.study.models import LoadedModel
+from attnstats.study.shards import Shard, from_environment
+from attnstats.study.store import Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """A loaded model, and this process's share of the work and way to show it."""
+
+    loaded: LoadedModel
+    shard: Shard
+    terminal: Terminal
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def store(self, open_store: Callable[[], Store], folder: Path, total: int) -> Iterator[Store]:
+        """The store that `open_store` opens in the first process; what is in it stays when the run is cut short.
+
+        Raises:
+            InputError: as `open_store`.
+            KeyboardInterrupt: with what is done and how to go on.
+        """
+        store = self.shard.first(open_store) or Store(folder)
+        try:
+            yield store
+        except BaseException as stop:
+            if self.shard.count == 1 and store.discard_empty():
+                raise
+            if not isinstance(stop, KeyboardInterrupt):
+                raise
+            raise KeyboardInterrupt(
+                f"{len(store.indices())} of {total} prompts are done and kept in {folder}; go on with --resume"
+            ) from stop
+        finally:
+            store.close()
+
+    def run(self, prompts: Sequence[list[int]], measure: Measure, sampling: Sampling, store: Store) -> None:
+        """Fill the store with this process's share of the results, and wait for the other processes."""
+        corpus.run(
+            self.loaded, prompts, measure, sampling,
+            store=store, progress=self.terminal, shard=self.shard, timings=self.timings,
+        )  # fmt: skip
+        self.shard.wait()
+
+
+def load(options: argparse.Namespace, dtype: str) -> Job:
+    """The job of this process, with the model loaded; of several processes on a machine each takes a GPU of its own."""
+    shard = from_environment()
+    terminal = Terminal(quiet=not shard.is_first)
+    terminal.say("Loading the model")
+    # Progress bars and advice of transformers would stand between our lines; its errors are still printed.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = options.device
+    if device in ("auto", "cuda") and shard.count > 1:
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{shard.local % gpus}" if gpus else device
+    timings: dict[str, float] = {}
+    with stage(timings, "load"):
+        loaded = models.load(options.model, dtype=dtype, device=device, notify=terminal.say)
+    return Job(loaded, shard, terminal, timings)
+
+
+def digest(prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of the token ids of prompts."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -1,0 +1,88 @@
+"""Gradients of a forward pass that returns an lse: its backward pass recomputes the map from it.
+
+`differentiable_pass` ties a backend's forward pass to its `gradients` for autograd; backends differ only in these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attnstats.core.geometry import Evaluation, Geometry, full_precision
+from attnstats.statistics import Statistic
+
+
+class Residuals(NamedTuple):
+    """The inputs and results of a forward pass that its backward pass reads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    lse: Tensor
+
+
+class Gradients(NamedTuple):
+    """The gradients of one call; sinks: None where it has none."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None = None
+
+
+GradientsByStatistic = Mapping[Statistic, tuple[Tensor, Tensor]]  # value and gradient of each statistic that has one
+ForwardPass = Callable[[Tensor, Tensor, Tensor, Geometry], Evaluation]
+BackwardPass = Callable[[Residuals, Tensor, Geometry, GradientsByStatistic], Gradients]
+
+
+def differentiable_pass(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, forward: ForwardPass, backward: BackwardPass
+) -> Evaluation:
+    """`forward(query, key, value, geometry)`, whose output carries gradients, and its statistics if differentiable."""
+    inputs = (query, key, value, geometry.sinks)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return forward(query, key, value, geometry)
+    output, lse, *tensors = _Recomputed.apply(*inputs, geometry, forward, backward)
+    return Evaluation(output, lse, dict(zip(geometry.statistics, tensors, strict=True)))
+
+
+class _Recomputed(torch.autograd.Function):
+    """Returns output, lse and statistics in one tuple."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        geometry: Geometry,
+        forward: ForwardPass,
+        backward: BackwardPass,
+    ) -> Any:
+        output, lse, tensors = forward(query, key, value, geometry)
+        tensors = {s: x.clone() if x is lse else x for s, x in tensors.items()}
+        saved = tuple(tensors.values()) if geometry.differentiable else ()
+        ctx.save_for_backward(query, key, value, output, lse, *saved)
+        ctx.geometry, ctx.backward_pass = geometry, backward
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse, *(() if geometry.differentiable else tensors.values()))
+        return output, lse, *tensors.values()
+
+    @staticmethod
+    @once_differentiable  # the lse is a constant here, so second derivatives would be wrong
+    def backward(ctx: Any, grad_output: Tensor | None, _: None, *grads: Tensor | None) -> Any:
+        (*saved,) = ctx.saved_tensors
+        residuals, values = Residuals(*saved[:5]), saved[5:]
+        triples = zip(ctx.geometry.statistics, values, grads, strict=False)  # no values: not differentiable
+        of_statistics = {s: (x, grad) for s, x, grad in triples if grad is not None}
+        if grad_output is None:
+            grad_output = torch.zeros_like(residuals.output)
+        with full_precision(residuals.query.device):
+            gradients = ctx.backward_pass(residuals, grad_output, ctx.geometry, of_statistics)
+        return *gradients, None, None, None

@@ -1,0 +1,142 @@
+"""The main job: generate responses, read the statistics of each in one pass, and make an `Analysis` of it.
+
+`analyze` does it in memory. The command line runs a corpus (corpus.run) with the same `check` and `measurement`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from attnstats import heads
+from attnstats.curves import delta
+from attnstats.errors import InputError
+from attnstats.study import corpus
+from attnstats.study.analysis import Analyses, Analysis, Settings
+from attnstats.study.corpus import Measure, Progress
+from attnstats.study.maps import mean_maps
+from attnstats.study.models import LoadedModel
+from attnstats.study.reading import pieces, read
+from attnstats.study.store import Item, begin
+from attnstats.transformers.capture import capture
+
+
+def analyze(
+    loaded: LoadedModel,
+    questions: Sequence[str],
+    settings: Settings,
+    progress: Progress,
+    timings: dict[str, float] | None = None,
+) -> list[Analysis]:
+    """Generate a response to each question and compute its statistics.
+
+    Args:
+        timings: gets the seconds of each stage.
+
+    Raises:
+        InputError: settings, a question or a model that cannot be used.
+    """
+    check(settings, loaded, questions)
+    with tempfile.TemporaryDirectory() as folder:
+        store = begin(Path(folder) / "run", {}, resume=False)
+        prompts = corpus.rendered(loaded, questions, settings.system, settings.max_tokens)
+        measure_one = measurement(loaded, questions, settings)
+        corpus.run(loaded, prompts, measure_one, settings.sampling, store=store, progress=progress, timings=timings)
+        store.close()
+        return list(Analyses(store, len(questions)))
+
+
+def measurement(
+    loaded: LoadedModel, questions: Sequence[str], settings: Settings, profile: heads.HeadProfile | None = None
+) -> Measure:
+    """`measure` in the form that corpus.run takes."""
+
+    def measured(index: int, prompt: list[int], response: list[int]) -> Item:
+        return measure(loaded, questions[index], prompt, response, settings, profile).stored()
+
+    return measured
+
+
+def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> None:
+    """Raises InputError for everything that can be known to be wrong before the model has run."""
+    if not questions:
+        raise InputError("no prompt: give --prompt or --prompts")
+    for number, question in enumerate(questions, 1):
+        if not question.strip():
+            raise InputError(f"--prompt: prompt {number} is empty; write a question")
+    settings.sampling.check()
+    if not 0 < settings.head_share <= 0.5:
+        raise InputError(f"--head-share must be in (0, 0.5], got {settings.head_share}")
+    try:
+        statistics = settings.statistics
+    except ValueError as error:
+        option = "--window" if "WAAD" in str(error) else "--horizon"
+        raise InputError(f"{option}: {error}") from error
+    try:
+        # A pass over one token finds absent layers and attention that cannot be captured, before generating.
+        with torch.no_grad(), capture(loaded.model, statistics=statistics, layers=settings.layers) as run:
+            loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False)
+            count = len(run.layers)
+    except (TypeError, ValueError) as error:
+        option = "--layers" if str(error).startswith("layers") else f"--model {loaded.name}"
+        raise InputError(f"{option}: {str(error).removeprefix('layers: ').removeprefix('model: ')}") from error
+    if count * loaded.model.config.get_text_config().num_attention_heads < 2:
+        raise InputError("--layers: one layer with one head has no local and global heads; capture more layers")
+
+
+def measure(
+    loaded: LoadedModel,
+    question: str,
+    prompt: list[int],
+    response: list[int],
+    settings: Settings,
+    profile: heads.HeadProfile | None = None,
+) -> Analysis:
+    """The analysis of a prompt and its response: one forward pass for the statistics, another for the maps.
+
+    Args:
+        profile: its local and global heads are taken; None: those of this response.
+    """
+    ids = torch.tensor([prompt + response], device=loaded.device)
+    in_response = torch.arange(ids.shape[1]) >= len(prompt)
+    run, entropy = read(
+        loaded,
+        ids,
+        list(dict.fromkeys([*settings.statistics, heads.RECEIVED])),
+        settings.temperature,
+        start=len(prompt),
+        layers=settings.layers,
+        query_mask=in_response[None].to(loaded.device),
+    )
+    waad, fai, mean_distance, received = (
+        run[statistic][:, 0].float().cpu() for statistic in (*settings.statistics, heads.RECEIVED)
+    )
+    distance = heads.head_distance(mean_distance, in_response)
+    if profile is None:
+        classes = heads.classify(distance, settings.head_share)
+    else:
+        classes = profile.classes(settings.head_share, run.layers).of([profile.layers.index(i) for i in run.layers])
+    mean_waad = heads.class_mean(waad, classes.local)
+    return Analysis(
+        question=question,
+        token_ids=ids[0].cpu(),
+        tokens=pieces(loaded.tokenizer, prompt + response),
+        response=in_response,
+        layers=run.layers,
+        head_waad=waad,
+        head_fai=fai,
+        head_mean_distance=mean_distance,
+        head_received=received,
+        received_valid=run.valid[heads.RECEIVED][0].cpu(),
+        distance=distance,
+        classes=classes,
+        waad=mean_waad,
+        fai=heads.class_mean(fai, classes.global_),
+        fai_valid=run.valid[settings.statistics[1]][0].cpu(),
+        delta=delta(mean_waad[in_response]),
+        entropy=entropy,
+        maps=mean_maps(loaded.model, ids, in_response, classes, run.layers),
+    )

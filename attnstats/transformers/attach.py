@@ -1,0 +1,282 @@
+"""`attach` and `detach`: a transformers model attends through attnstats.
+
+One attention function and one mask function (masks.py) are registered with transformers under the name "attnstats";
+no model class is touched. While a model is attached each of its attention modules carries a `Site`, by which the
+attention function knows its layer, and an `Observer` may see every call. Nothing here depends on statistics.
+transformers is imported on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from attnstats.core.geometry import as_autocast
+from attnstats.core.options import Options
+from attnstats.errors import InputError
+from attnstats.functional import Backend
+from attnstats.transformers.calls import AttentionCall
+from attnstats.transformers.masks import MaskDescription, describe_mask, describe_no_mask, describe_tensor
+from attnstats.transformers.passes import NO_MAPS, ForwardPasses, Observer
+from attnstats.transformers.sites import AttentionKind, attention_modules, base_model, configs, stacks
+
+# transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
+NAME = "attnstats"
+SITE = "_attnstats_site"  # the attribute of an attention module that holds its Site
+
+# Keyword arguments of an attention function that do not change attention, or only repeat what the mask says.
+HARMLESS = frozenset({
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "labels", "max_length_k", "max_length_q",
+    "num_items_in_batch", "position_ids", "token_type_ids",
+})  # fmt: skip
+
+HOW_TO = (
+    "its eager attention with output_attentions=True still gives its maps, and attnstats.statistics_from_lse takes the "
+    "query, key and lse of any attention of your own"
+)
+
+
+@dataclass(eq=False)
+class Attachment:
+    """One model that attends through attnstats.
+
+    Attributes:
+        modules: by kind and layer, the modules that may attend there.
+        implementations: each config with the attention implementation that it named before.
+        real_queries: (B, Tq) bool, the tokens of a decoder that are not padding, as its self-attention's mask has them;
+            the mask of its cross-attention does not say.
+    """
+
+    backend: Backend
+    allow_dense: bool
+    modules: dict[AttentionKind, dict[int, list[nn.Module]]] = field(default_factory=dict)
+    implementations: list[tuple[Any, str]] = field(default_factory=list)
+    observer: Observer | None = None
+    real_queries: Tensor | None = None
+
+
+_ATTACHMENTS: WeakSet[Attachment] = WeakSet()
+
+
+@dataclass(eq=False)
+class Site:
+    """The place of an attention module in its model."""
+
+    attachment: Attachment
+    kind: AttentionKind
+    layer: int
+
+    def __deepcopy__(self, _: Any) -> None:
+        """A copy of the model attends like its original, without an observer."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) -> Any:
+    """Let a transformers model attend through attnstats, until `detach`. A second time changes the two settings.
+
+    Logits and gradients are those of the model's SDPA or eager path. `attnstats.capture` attaches for its duration by
+    itself; this is for models that are trained, compiled or served so for longer.
+
+    Args:
+        model: a loaded model (`PreTrainedModel`).
+        backend: as for `attnstats.attention`.
+        allow_dense: as for `attnstats.capture`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model isn't a transformers model.
+        ValueError: its attention can't be replaced; the message says why.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        _attach(model, backend, allow_dense)
+    else:
+        attachment.backend, attachment.allow_dense = backend, allow_dense
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Undo `attach`; a model that isn't attached is left as it is. Returns the model."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        if attachment.observer is not None:
+            raise InputError("model: it is being captured; leave the `with attnstats.capture(...)` before detaching")
+        _release(attachment)
+    elif any(config._attn_implementation == NAME for config in configs(model)):  # a copy of an attached model
+        try:
+            model.set_attn_implementation("sdpa")
+        except ValueError:
+            model.set_attn_implementation("eager")
+    return model
+
+
+@contextmanager
+def observed(model: Any, observer: Observer, backend: Backend, allow_dense: bool) -> Iterator[None]:
+    """Let `observer` see the attached model's calls, attaching it for the duration if it isn't.
+
+    Raises:
+        TypeError, ValueError: as `attach`; the model is observed already.
+    """
+    attachment = attachment_of(model)
+    if attachment is not None and attachment.observer is not None:
+        raise InputError(
+            f"model: this {type(model).__name__}, or one that it is part of, is being captured already; one at a time"
+        )
+    attached_here = attachment is None
+    if attachment is None:
+        attachment = _attach(model, backend, allow_dense)
+    before = attachment.backend, attachment.allow_dense
+    attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
+    handles: list[Any] = []
+    try:
+        handles += ForwardPasses(stacks(model, observer.kind), observer).hook()
+        attachment.observer = observer
+        yield
+    finally:
+        attachment.observer = None
+        attachment.backend, attachment.allow_dense = before
+        for handle in handles:
+            handle.remove()
+        if attached_here:
+            _release(attachment)
+
+
+def attachment_of(model: Any) -> Attachment | None:
+    """The attachment of the model, or of one that it is part of. Raises TypeError for what is no model."""
+    base_model(model)
+    for module in model.modules():
+        site = module.__dict__.get(SITE)
+        if site is not None:
+            return site.attachment
+    return None
+
+
+def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, describe_mask)
+    attachment = Attachment(backend, allow_dense)
+    attachment.implementations = [(config, config._attn_implementation) for config in configs(model)]
+    name = type(model).__name__
+    shared = [config for other in _ATTACHMENTS for config, _ in other.implementations]
+    if any(config is other for config, _ in attachment.implementations for other in shared):
+        raise InputError(f"model: this {name} shares its config with a model that is attached already; one at a time")
+    try:
+        try:
+            model.set_attn_implementation(NAME)
+        except ValueError as error:
+            raise InputError(f"model: the attention of {name} cannot be replaced: {error}; {HOW_TO}") from error
+        attachment.modules = attention_modules(model)
+        if model.config.get_text_config()._attn_implementation != NAME or not attachment.modules:
+            raise InputError(
+                f"model: {name} does not call its attention through transformers' AttentionInterface, so its place "
+                f"cannot be taken; {HOW_TO}"
+            )
+        for kind, layers in attachment.modules.items():
+            for layer, modules in layers.items():
+                for module in modules:
+                    module.__dict__[SITE] = Site(attachment, kind, layer)
+    except BaseException:
+        _release(attachment)
+        raise
+    _ATTACHMENTS.add(attachment)
+    return attachment
+
+
+def _release(attachment: Attachment) -> None:
+    _ATTACHMENTS.discard(attachment)
+    for layers in attachment.modules.values():
+        for modules in layers.values():
+            for module in modules:
+                module.__dict__.pop(SITE, None)
+    for config, implementation in attachment.implementations:
+        # The public property would set the sub-configs as well, whose implementations may differ.
+        config._attn_implementation_internal = implementation
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskDescription | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers: (B, H, T, D) in, (B, Tq, Hq, Dv) out.
+
+    Of the other keyword arguments sliding_window is ignored: some models pass another one than their mask has, and the
+    mask is what their eager attention follows.
+    """
+    site = module.__dict__.get(SITE)
+    if site is None:  # a copy of an attached model
+        site = Site(Attachment("auto", allow_dense=False), "self", getattr(module, "layer_idx", -1))
+    attachment, observer, cross = site.attachment, site.attachment.observer, site.kind == "cross"
+    where = f"attnstats: {type(module).__name__} of layer {site.layer}"
+    if isinstance(attention_mask, MaskDescription):
+        mask = attention_mask
+    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and not cross
+        lengths = query.shape[2], key.shape[2]
+        mask = (
+            describe_no_mask(*lengths, causal)
+            if attention_mask is None
+            else describe_tensor(attention_mask, *lengths, causal)
+        )
+    _check_arguments(where, mask, kwargs)
+    query, key, value = as_autocast(query, key, value)
+    if site.kind == "self" and observer is not None and observer.kind == "cross":
+        attachment.real_queries = mask.real_queries
+    options = Options(scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout, backend=attachment.backend)
+    call = AttentionCall(
+        where,
+        query,
+        key,
+        value,
+        mask,
+        options,
+        cross,
+        position_bias,
+        attachment.allow_dense,
+        attachment.real_queries if cross else None,
+    )
+    if observer is not None and observer.kind == site.kind:
+        output = observer.attend(site.layer, call)
+    else:
+        output = call.attend().output
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _check_arguments(where: str, mask: MaskDescription, kwargs: dict[str, Any]) -> None:
+    """Raise InputError for what a model passes to its attention function and would silently be ignored."""
+    if kwargs.get("output_attentions"):
+        raise InputError(NO_MAPS)
+    for name, argument in kwargs.items():
+        if isinstance(argument, (Tensor, float)) and name not in HARMLESS:
+            raise InputError(
+                f"{where} passes {name}, which changes its attention in a way that attnstats does not know; detach the "
+                "model and use attn_implementation='eager'"
+            )
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+        raise InputError(f"{where} attends to a paged cache (continuous batching), which cannot be read; use generate")
+    packed = kwargs.get("cu_seq_lens_q")
+    if packed is not None and mask.segments is None and len(packed) > 2:
+        raise InputError(
+            f"{where} got cu_seq_lens_q of packed sequences, but a mask that lets them see each other: pass their "
+            "position_ids, no attention_mask and use_cache=False"
+        )

@@ -1,0 +1,220 @@
+"""Captured statistics added up over the steps of a generation.
+
+Rows and columns are placed by absolute position, so that a prompt in chunks, single tokens, reordered beams and
+rejected tokens all give the results of one teacher-forced pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.statistics import Statistic
+from attnstats.transformers.calls import AttentionCall, Request
+from attnstats.transformers.recording import Recording, Sums
+
+UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
+
+
+class GrowingTensor:
+    """A tensor (..., T) that grows along its last dimension by doubling."""
+
+    def __init__(self, like: Tensor):
+        self._buffer = _zeros(like, max(256, 2 * like.shape[-1]))
+        self.length = 0
+
+    @property
+    def values(self) -> Tensor:
+        return self._buffer[..., : self.length]
+
+    def add(self, start: int, x: Tensor) -> None:
+        """Add x from index `start` on. All elements start at 0 (False)."""
+        end = start + x.shape[-1]
+        if end > self._buffer.shape[-1]:
+            larger = _zeros(self._buffer, max(end, 2 * self._buffer.shape[-1]))
+            larger[..., : self.length] = self.values
+            self._buffer = larger
+        target = self._buffer[..., start:end]
+        x = x.to(target.device)
+        if x.dtype == torch.bool:
+            target |= x
+        else:
+            target += x
+        self.length = max(self.length, end)
+
+    def truncate(self, length: int) -> None:
+        self._buffer[..., length : self.length] = 0
+        self.length = min(self.length, length)
+
+    def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Select or repeat batch rows, the first dimension, by `change`."""
+        self._buffer = change(self._buffer)
+
+
+def _zeros(like: Tensor, length: int) -> Tensor:
+    shape = (*like.shape[:-1], length)
+    if not torch.is_inference_mode_enabled():
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):  # the next step may be outside of it, and adds in place
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+class LastStep(NamedTuple):
+    """The last queries of a layer's most recent call, from which the column sums of rejected tokens are recomputed."""
+
+    call: AttentionCall
+    request: Request  # for column statistics
+
+
+class GenerationRecording(Recording):
+    """All steps since the sequence began at position 0.
+
+    Attributes:
+        length: tokens that went through the model.
+        tokens: (B, length) their ids; None: the model was called without ids.
+    """
+
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
+        super().__init__(reduce, device)
+        self.length = 0
+        self.tokens: GrowingTensor | None = None
+        self._sums: dict[Statistic, dict[int | None, GrowingTensor]] = {}
+        self._query_mask: GrowingTensor | None = None  # (B, T) bool
+        self._key_mask: GrowingTensor | None = None
+        self._last_steps: dict[int, LastStep] = {}  # by layer
+        self._begin = 0
+
+    def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
+        """The output of the call, whose statistics are recorded."""
+        sums = request.summed()
+        narrow = tuple(s for s in sums.statistics if s.band is not None)
+        reach = max((s.band[1] for s in narrow if s.band is not None), default=0)
+        if not call.can_skip_keys(reach):
+            narrow = ()
+        full = tuple(s for s in sums.statistics if s not in narrow)
+        output, in_full = call.attend(sums.only(full))
+        results, starts = dict(in_full), dict.fromkeys(full, call.first_key)
+        if narrow:
+            with torch.no_grad():
+                start, near = call.near(in_full.lse.detach(), sums.only(narrow), reach)
+            results |= dict(near)
+            starts |= dict.fromkeys(narrow, start)
+        key = None if self.over_layers else layer
+        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
+            of_layers = self._sums.setdefault(s, {})
+            if key not in of_layers:
+                of_layers[key] = GrowingTensor(x)
+            of_layers[key].add(starts[s.summed] if s.axis == "column" else call.begin, x)
+        self._begin = call.begin
+        if self.length < call.end:
+            self._add_masks(call, request.query_mask)
+        self._remember(layer, call, request)
+        return output
+
+    def add_tokens(self, start: int, ids: Tensor | None) -> None:
+        """Record the ids of this step's tokens; None: the model was called with embeddings."""
+        if ids is None or (self.tokens is None and start > 0):
+            self.tokens = None
+            return
+        if self.tokens is None:
+            self.tokens = GrowingTensor(ids)
+        self.tokens.add(start, ids)
+
+    def release(self) -> None:
+        """Drop the last step's tensors, among them the cache: no token can be taken back any more."""
+        self._last_steps.clear()
+
+    def finish(self) -> None:
+        """The forward pass came to its end."""
+
+    def read(self, statistic: Statistic) -> Tensor:
+        sums: Sums = {layer: x.values[..., : self.length] for layer, x in self._sums[statistic].items()}
+        mean = self.mean(statistic, self.over_ranks(statistic, sums))
+        if statistic.is_mean:
+            count = self._counts(statistic).clamp(min=1)
+            mean = mean / (count if self.over_heads else count[:, None])
+        return mean if self.device is None else mean.to(self.device)
+
+    def valid(self, statistic: Statistic) -> Tensor:
+        assert self._query_mask is not None
+        assert self._key_mask is not None
+        if statistic.axis != "column":
+            return self._query_mask.values.clone()
+        key_mask = self._key_mask.values
+        return key_mask & (self._counts(statistic) > 0) if statistic.is_mean else key_mask.clone()
+
+    def _counts(self, statistic: Statistic) -> Tensor:
+        """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
+        assert self._query_mask is not None
+        assert statistic.horizon is not None
+        lo, hi = statistic.horizon
+        counted = self._query_mask.values
+        before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
+        position = torch.arange(self.length, device=counted.device)
+        first = (position + lo).clamp(max=self.length)
+        end = torch.full_like(first, self.length) if hi is None else (position + hi + 1).clamp(max=self.length)
+        return before[:, torch.maximum(first, end)] - before[:, first]
+
+    def _add_masks(self, call: AttentionCall, query_mask: Tensor | None) -> None:
+        """Record, once per step, which of its queries count and which of its tokens are real."""
+        batch = call.query.shape[0]
+        ones = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
+        real = ones if call.mask.real_queries is None else call.mask.real_queries.to(ones.device)
+        if self._query_mask is None or self._key_mask is None:
+            self._query_mask, self._key_mask = GrowingTensor(ones), GrowingTensor(ones)
+        self._query_mask.add(call.begin, real if query_mask is None else real & query_mask.to(real.device))
+        self._key_mask.add(call.begin, real)
+        self.length = call.end
+
+    # Batch rows that are reordered, tokens that are taken back
+
+    def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The cache's batch rows were selected or repeated by `change`, which does it to a tensor's first dimension."""
+        for tensor in self._tensors():
+            tensor.select_rows(change)
+        self._last_steps.clear()
+
+    def truncate(self, length: int) -> None:
+        """The tokens from position `length` on were rejected."""
+        if length >= self.length:
+            return
+        columns = any(s.axis == "column" for s in self._sums)
+        if columns and (length < max(self._begin, self.length - UNDOABLE_ROWS) or not self._last_steps):
+            raise RuntimeError(
+                f"attnstats.capture(live=True): the cache was cut from {self.length} to {length} tokens; only "
+                f"tokens of the last step, {UNDOABLE_ROWS} at most and once, can be taken back. Start a new generation"
+            )
+        for layer, step in self._last_steps.items():
+            self._subtract(layer, step, length)
+        for tensor in self._tensors():
+            tensor.truncate(length)
+        self.length = length
+        self._last_steps.clear()
+
+    def _tensors(self) -> list[GrowingTensor]:
+        sums = [x for by_layer in self._sums.values() for x in by_layer.values()]
+        return sums + [x for x in (self._query_mask, self._key_mask, self.tokens) if x is not None]
+
+    def _remember(self, layer: int, call: AttentionCall, request: Request) -> None:
+        """Keep the last queries for `truncate`, where columns depend on them."""
+        columns = tuple(s for s in request.statistics if s.axis == "column")
+        if columns:
+            rows = min(UNDOABLE_ROWS, call.query.shape[2])
+            mask = None if request.query_mask is None else request.query_mask[:, -rows:]
+            self._last_steps[layer] = LastStep(call.last(rows), request.only(columns)._replace(query_mask=mask))
+
+    def _subtract(self, layer: int, step: LastStep, length: int) -> None:
+        """Subtract from the column sums the attention of the tokens from position `length` on."""
+        call, request = step
+        rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
+        rejected = rejected.expand(call.query.shape[0], -1)
+        if request.query_mask is not None:
+            rejected = rejected & request.query_mask.to(rejected.device)
+        with torch.no_grad():
+            results = call.attend(request.summed()._replace(query_mask=rejected)).statistics
+        key = None if self.over_layers else layer
+        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
+            self._sums[s][key].add(call.first_key, -x)

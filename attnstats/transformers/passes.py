@@ -1,0 +1,128 @@
+"""Forward passes of a model, reported to an observer as they begin and end.
+
+Nested modules may each be called first: a head that calls the decoder past the model's body, users who call the body
+without its head. `ForwardPasses` reports the pass of whichever is outermost.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from attnstats.errors import InputError
+from attnstats.transformers.calls import AttentionCall
+from attnstats.transformers.sites import AttentionKind
+
+NO_MAPS = (
+    "model: output_attentions=True asks for the maps that attnstats is there to avoid; ask attnstats.capture for "
+    "statistics of them (PooledMap is a picture of the map), or detach the model and use attn_implementation='eager'"
+)
+
+
+class Observer(Protocol):
+    """Sees every forward pass of an attached model, and every attention call of one kind."""
+
+    kind: AttentionKind
+
+    def begin(self, ids: Tensor | None, cache: Any) -> None:
+        """A forward pass starts, with these input_ids and this cache, where it has them."""
+
+    def attend(self, layer: int, call: AttentionCall) -> Tensor:
+        """The output of a call of its kind."""
+
+    def end(self, cache: Any) -> None:
+        """The forward pass came to its end; not called after an exception."""
+
+    def leave(self) -> None:
+        """The forward pass is over, also after an exception."""
+
+
+class ForwardPasses:
+    """Hooks on nested modules that tell the observer of each forward pass once.
+
+    Attributes:
+        stacks: the outer before the inner.
+        outermost: by thread, the stack whose forward pass is running.
+    """
+
+    def __init__(self, stacks: list[nn.Module], observer: Observer | None):
+        self.stacks = stacks
+        self.observer = observer
+        self.outermost: dict[int, nn.Module | None] = {}
+
+    def hook(self) -> list[Any]:
+        """Register the hooks; returns their handles."""
+        handles = []
+        for stack in self.stacks:
+            handles += [
+                stack.register_forward_pre_hook(self._begin, with_kwargs=True),
+                stack.register_forward_hook(self._end),
+                stack.register_forward_hook(self._leave, always_call=True),
+            ]
+        return handles
+
+    def __deepcopy__(self, _: Any) -> ForwardPasses:
+        """A copy of the model has copies of these hooks, without an observer."""
+        return ForwardPasses([], None)
+
+    def __reduce__(self) -> Any:
+        return ForwardPasses, ([], None)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.observer is None:
+            return
+        thread = _thread()
+        if self._is_inner(module, self.outermost.get(thread)):
+            return
+        self.outermost[thread] = module
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = getattr(module.config, "output_attentions", False)
+        if output_attentions:
+            raise InputError(NO_MAPS)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if getattr(module.config, "is_encoder_decoder", False):
+            ids = kwargs.get("decoder_input_ids")
+        self.observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
+
+    def _end(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self.observer is not None and self.outermost.get(_thread()) is module:
+            self.observer.end(_cache(output))
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        thread = _thread()
+        if self.observer is not None and self.outermost.get(thread) is module:
+            self.outermost[thread] = None
+            self.observer.leave()
+
+    def _is_inner(self, module: nn.Module, running: nn.Module | None) -> bool:
+        """True if a stack around this one is running.
+
+        A pass that ended with a KeyboardInterrupt never reported its end. So a module that seems to be running already,
+        or that holds the one that does, starts a new pass.
+        """
+        for stack in self.stacks:
+            if stack is module:
+                return False
+            if stack is running:
+                return True
+        return True
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _cache(fields: Any) -> Any:
+    """The cache among a forward pass's arguments or in its output; transformers has renamed it.
+
+    An output warns whoever asks for the old name, so its fields are looked up as in any dict.
+    """
+    for name in ("cache", "past_key_values"):
+        cache = dict.get(fields, name) if isinstance(fields, dict) else getattr(fields, name, None)
+        if cache is not None:
+            return cache
+    return None

@@ -1,0 +1,371 @@
+"""`Capture`, the object that `with attnstats.capture(...) as run` gives: it observes a model and holds the results."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnstats.distributed import local_heads, tensor_parallel_group
+from attnstats.errors import InputError
+from attnstats.results import ByStatistic, find
+from attnstats.statistics import LSE, MaxLogit, Statistic
+from attnstats.transformers import caches
+from attnstats.transformers.calls import AttentionCall, Request
+from attnstats.transformers.live import GenerationRecording
+from attnstats.transformers.recording import PassRecording, Ranks
+from attnstats.transformers.selection import ChosenHeads
+from attnstats.transformers.sites import AttentionKind, head_count
+
+Reduce = Literal["heads", "layers"]
+
+
+class StopForward(RuntimeError):
+    """Raised after the last captured layer to stop the model, where stop_after_last_layer=True."""
+
+
+class MemoryUse(NamedTuple):
+    """The bytes that results take, by statistic."""
+
+    bytes: dict[Statistic, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    def __str__(self) -> str:
+        lines = [f"{statistic}: {size / 1e6:.2f} MB" for statistic, size in self.bytes.items()]
+        return "\n".join([*lines, f"kept in all: {self.total / 1e6:.2f} MB"])
+
+
+class Capture:
+    """The statistics of the model's most recent forward pass, or of a whole generation; `capture` makes it.
+
+    `run["waad"]` or `run[WAAD(10)]` is (L, B, H, ...), one slice per captured layer and chosen head, in the order of
+    `run.layers` and of `run.heads`; without L where layers are reduced, without H where heads are. It stays readable
+    after the `with`. Reading it before a forward pass, or after one that raised, is a RuntimeError.
+
+    Attributes:
+        statistics: those recorded.
+        layers: numbers of the captured layers, ascending.
+        heads: per statistic and layer the heads chosen, None for all.
+        stopped: True once `on_token` asked to stop.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kind: AttentionKind,
+        statistics: tuple[Statistic, ...],
+        layers: tuple[int, ...],
+        heads: ChosenHeads,
+        reduce: tuple[Reduce, ...],
+        live: bool,
+        on_token: Callable[[Capture], bool | None] | None,
+        device: torch.device | None,
+        stop_after_last_layer: bool,
+    ):
+        self.kind = kind
+        self.statistics = statistics
+        self.layers = layers
+        self.heads = heads
+        self.stopped = False
+        self._model = model
+        self._head_count = head_count(model, kind)
+        self._reduce = reduce
+        self._live = live
+        self._on_token = on_token
+        self._device = device
+        of_layers = {layer: tuple(s for s in statistics if layer in heads[s]) for layer in layers}
+        self._statistics_of = {layer: of_layer for layer, of_layer in of_layers.items() if of_layer}
+        self._stop_after = max(self._statistics_of) if stop_after_last_layer else None
+        self._query_mask: Tensor | None = None
+        self._recording: PassRecording | GenerationRecording = self._new_recording()
+        self._complete = False
+        self._running = False
+        self._thread = 0
+        self._last_call: tuple[int, Tensor] | None = None  # layer and query of the last one recorded
+        self._recorded: set[int] = set()  # layers of this forward pass
+        self._ids: Tensor | None = None
+        self._stopping = False  # True until generate has asked should_stop
+        self._cache: weakref.ref[Any] | None = None  # of the sequence that a live run follows
+        self._resumed: bool | None = None
+
+    # Reading
+
+    def __getitem__(self, key: Statistic | str) -> Tensor:
+        self._require_complete()
+        statistic = find(key, self.statistics, "recorded")
+        result = self._recording.read(statistic)
+        self._check_finite(statistic, result)
+        return result
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.statistics or any(statistic.name == key for statistic in self.statistics)
+
+    @property
+    def valid(self) -> ByStatistic:
+        """Per statistic a bool tensor, (B, Tq), (B, Tk) or (B, I, J): False where a value is a placeholder."""
+        self._require_complete()
+        return ByStatistic({s: self._recording.valid(s) for s in self.statistics})
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """(B, Tq) bool, which queries of the coming forward passes count in column statistics; None: all."""
+        return self._query_mask
+
+    @query_mask.setter
+    def query_mask(self, mask: Tensor | None) -> None:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2):
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"query_mask must be a bool tensor (B, T) in the shape of input_ids, or None; got {got}")
+        self._query_mask = mask
+
+    @property
+    def length(self) -> int:
+        """Of a live capture: how many tokens went through the model."""
+        return self._recording.length if isinstance(self._recording, GenerationRecording) else 0
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of a live capture: (B, length) the ids of these tokens, in the order of the results' batch rows."""
+        tokens = self._recording.tokens if isinstance(self._recording, GenerationRecording) else None
+        if tokens is None:
+            raise RuntimeError(
+                "tokens: nothing was generated with live=True, or the model was called without input_ids"
+            )
+        return tokens.values
+
+    def kept(self, batch: int = 1, length: int = 1024) -> MemoryUse:
+        """The memory that the results of a batch of that many rows and tokens will take.
+
+        Example: see `attnstats.capture`.
+        """
+        sizes = {}
+        for s in self.statistics:
+            counts = [self._head_count or 1 if heads is None else len(heads) for heads in self.heads[s].values()]
+            per_layer = 1 if "heads" in self._reduce else max(counts)
+            slices = per_layer * (1 if "layers" in self._reduce else len(counts))
+            values = math.prod(s.shape(length, length))
+            sizes[s] = 4 * batch * slices * values * (2 if self._live else 1)
+        return MemoryUse(sizes)
+
+    # Running
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the model; with `stop_after_last_layer` no further than the last captured layer, and return None."""
+        if self._stop_after is None:
+            return self._model(**inputs)
+        with torch.no_grad():
+            try:
+                self._model(**inputs)
+            except StopForward:
+                self.end(None)
+        return None
+
+    def should_stop(self, input_ids: Tensor, scores: Any = None, **_: Any) -> Tensor:
+        """Goes into `generate(..., stopping_criteria=[run.should_stop])`: stops once `on_token` returned True."""
+        stop, self._stopping = self._stopping, False
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
+
+    # As an observer of the model (passes.py) and of its cache (caches.py)
+
+    def begin(self, ids: Tensor | None, cache: Any) -> None:
+        """A forward pass starts: the results of the last one are dropped, unless this one adds to them."""
+        if self._running and self._thread != threading.get_ident():
+            raise RuntimeError("attnstats.capture: two threads run the captured model at once; one after the other")
+        if not self._live:
+            self._recording = self._new_recording()
+        else:
+            self._ids = ids
+            # True if this pass goes on with the cache of the last one; None: there are none to compare.
+            self._resumed = None if cache is None or self._cache is None else self._is_current(cache)
+            self._follow(cache)
+        self._complete = False
+        self._recorded, self._last_call = set(), None
+        self._running = True
+        if not torch.compiler.is_compiling():
+            self._thread = threading.get_ident()
+
+    def attend(self, layer: int, call: AttentionCall) -> Tensor:
+        """The output of a layer's attention call, which is recorded if the layer is captured."""
+        statistics = self._statistics_of.get(layer)
+        # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
+        if statistics is None or not self._running:
+            return call.attend().output
+        if layer in self._recorded:
+            if self._last_call is not None and self._last_call[0] == layer and self._last_call[1] is call.query:
+                return call.attend().output  # the same map again, for the other half of the values
+            raise InputError(
+                f"model: layer {layer} attends twice in one forward pass, with different queries, so that it has no "
+                "single map; capture other layers"
+            )
+        if self._live and not self._recorded:
+            self._place(call)
+        count = call.query.shape[1]
+        self._recording.ranks = None if self._head_count in (None, count) else self._ranks(count)
+        self._recorded.add(layer)
+        self._last_call = layer, call.query
+        heads = None
+        for s in statistics:
+            if self.heads[s][layer] is not None:
+                heads = self._local_heads(statistics, layer, count)
+                break
+        query_mask = None
+        if self._query_mask is not None or call.real_queries is not None:
+            query_mask = self._query_mask_of(call)
+        output = self._recording.attend(layer, call, Request(statistics, query_mask, heads))
+        if layer == self._stop_after:
+            raise StopForward(
+                "stop_after_last_layer=True: the model has no output; call run.forward(**inputs), not model(**inputs)"
+            )
+        return output
+
+    def end(self, cache: Any) -> None:
+        """The forward pass is complete: results become readable."""
+        if len(self._recorded) < len(self._statistics_of):
+            missing = sorted(self._statistics_of.keys() - self._recorded)
+            raise RuntimeError(
+                f"attnstats.capture: layers {missing} did not call attnstats in this forward pass; the model skipped "
+                "them, has no attention there, or their attention was replaced inside the `with`"
+            )
+        self._recording.finish()
+        self._complete = True
+        if self._live:
+            self._follow(cache)
+            if self._stopping:
+                raise RuntimeError(
+                    "on_token returned True, but the generation goes on; pass it stopping_criteria=[run.should_stop]"
+                )
+            if self._on_token is not None and self._on_token(self):
+                self.stopped = self._stopping = True
+
+    def leave(self) -> None:
+        """The forward pass is over, also after an exception."""
+        if torch.compiler.is_compiling() or self._thread == threading.get_ident():
+            self._running, self._last_call = False, None
+
+    def rows_selected(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
+        """The batch rows of a cache were selected or repeated by `change`."""
+        if isinstance(self._recording, GenerationRecording) and self._is_current(cache):
+            self._recording.select_rows(change)
+
+    def truncated(self, cache: Any, length: int) -> None:
+        """A cache dropped its last tokens."""
+        if isinstance(self._recording, GenerationRecording) and self._is_current(cache):
+            if length == 0:
+                self._recording = self._new_recording()
+            else:
+                self._recording.truncate(length)
+
+    def release(self) -> None:
+        """The `with` is over: drop all but the results."""
+        caches.unfollow(self)
+        if isinstance(self._recording, GenerationRecording):
+            self._recording.release()
+
+    def _follow(self, cache: Any) -> None:
+        if cache is not None:
+            caches.follow(cache, self)
+            self._cache = weakref.ref(cache)
+
+    def _is_current(self, cache: Any) -> bool:
+        return self._cache is not None and self._cache() is cache
+
+    def _new_recording(self) -> PassRecording | GenerationRecording:
+        return (GenerationRecording if self._live else PassRecording)(self._reduce, self._device)
+
+    def _place(self, call: AttentionCall) -> None:
+        """Before the first layer of a live step: continue at its position, take tokens back, or start a sequence."""
+        recording = self._recording
+        assert isinstance(recording, GenerationRecording)
+        if call.begin == 0:
+            recording = self._recording = GenerationRecording(self._reduce, self._device)
+            self.stopped = self._stopping = False
+        elif recording.length and self._resumed is False:
+            raise InputError(
+                f"attnstats.capture(live=True): the model goes on at position {call.begin} with another cache than the "
+                "one that was followed; a live capture is of one sequence at a time"
+            )
+        elif call.begin > recording.length:
+            raise InputError(
+                f"attnstats.capture(live=True): the model goes on at position {call.begin}, but only the first "
+                f"{recording.length} tokens were seen; let the whole sequence run inside the `with`"
+            )
+        elif call.begin < recording.length:
+            recording.truncate(call.begin)
+        recording.add_tokens(call.begin, self._ids)
+
+    def _query_mask_of(self, call: AttentionCall) -> Tensor:
+        """(B, Tq) bool: the call's queries that count, by the user's mask and without padding."""
+        mask = self._query_mask
+        if call.real_queries is not None:
+            mask = call.real_queries if mask is None else mask.to(call.real_queries.device) & call.real_queries
+        assert mask is not None
+        batch, length = call.query.shape[0], call.end - call.begin
+        if not self._live and tuple(mask.shape) != (batch, length):
+            raise InputError(
+                f"query_mask must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(mask.shape)}"
+                "; while a model generates, live=True takes the prompt's"
+            )
+        if self._live:  # the mask is that of the prompt, and every later token counts
+            mask = torch.nn.functional.pad(mask, (0, max(0, call.end - mask.shape[1])), value=True)
+            mask = mask[:, call.begin : call.end]
+            if batch != len(mask) and batch % len(mask) == 0:
+                mask = mask.repeat_interleave(batch // len(mask), dim=0)  # beams
+        return mask.to(call.query.device)
+
+    def _ranks(self, count: int) -> Ranks | None:
+        """The ranks that have the other heads, where fewer arrive than the model has."""
+        if not torch.distributed.is_initialized():
+            return None
+        group = tensor_parallel_group(self._model)
+        if group is None or torch.distributed.get_world_size(group) * count != self._head_count:
+            return None
+        return Ranks(group, count, self.heads)
+
+    def _local_heads(
+        self, statistics: tuple[Statistic, ...], layer: int, count: int
+    ) -> dict[Statistic, tuple[int, ...]] | None:
+        """The chosen heads as they are numbered on this rank, of statistics that are not of all its heads."""
+        local: dict[Statistic, tuple[int, ...]] = {}
+        ranks = self._recording.ranks
+        for s in statistics:
+            heads = self.heads[s][layer]
+            if heads is not None and ranks is not None:  # a rank without any computes one, which is then dropped
+                heads = tuple(local_heads(heads, count, group=ranks.group)) or (0,)
+            if heads is None or heads == tuple(range(count)):
+                continue
+            if max(heads) >= count:
+                raise InputError(f"heads: layer {layer} has query heads 0..{count - 1}, got {heads}")
+            local[s] = heads
+        return local or None
+
+    def _check_finite(self, statistic: Statistic, result: Tensor) -> None:
+        """Warn of heads that have NaN, by name; raise ValueError where they were averaged with others."""
+        if isinstance(statistic, (LSE, MaxLogit)) or torch.compiler.is_compiling() or not result.isnan().any():
+            return
+        by_layer = self._recording.heads_with_nan(statistic, self.heads[statistic])
+        named = ", ".join(f"layer {layer} heads {heads}" for layer, heads in by_layer.items())
+        where = named or "heads of another rank"
+        message = f"{statistic} is NaN in {where}: query or key hold NaN or infinities there"
+        if self._reduce:
+            raise ValueError(f"{message}; leave them out with `heads`, or capture without `reduce`")
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+    def _require_complete(self) -> None:
+        if self._complete:
+            return
+        if self._recorded or self._running:
+            done = [layer for layer in self.layers if layer in self._recorded]
+            raise RuntimeError(
+                f"the last forward pass is incomplete, it recorded layers {done} of {list(self.layers)}: "
+                "it raised, or it is still running; run the model again inside the `with`"
+            )
+        raise RuntimeError("nothing was recorded: call model(**inputs) inside `with attnstats.capture(model, ...)`")

@@ -1,0 +1,232 @@
+"""Attaching a model and giving it back: what is restored, what is refused, copies, two models at once."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import attnstats
+from attnstats.transformers.capture import capture
+from tests.tiny import (
+    HEADS,
+    LENGTH,
+    LOGITS_TOLERANCE,
+    SIZES,
+    gradients,
+    padding,
+    run_with,
+    tiny,
+    tokens,
+)
+
+
+def attributes(model):
+    """The names of what each module holds."""
+    return [sorted(module.__dict__) for module in model.modules()]
+
+
+def test_the_old_attention_is_back_also_after_an_exception(llama):
+    ids = tokens()
+    untouched = attributes(llama)
+    before = run_with(llama, "sdpa", input_ids=ids).logits
+
+    def hooks():
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in (llama, llama.model)]
+
+    assert hooks() == [0, 0]
+    for implementation in ("sdpa", "eager"):
+        llama.set_attn_implementation(implementation)
+        with capture(llama, statistics=["waad"]):
+            assert llama.config._attn_implementation == "attnstats"
+        assert llama.config._attn_implementation == implementation
+        with pytest.raises(ZeroDivisionError), capture(llama, statistics=["waad"]):
+            raise ZeroDivisionError
+        assert llama.config._attn_implementation == implementation
+    assert torch.equal(run_with(llama, "sdpa", input_ids=ids).logits, before)
+    assert hooks() == [0, 0]
+    assert attributes(llama) == untouched
+
+
+def test_implementations_of_sub_configs_are_back():
+    torch.manual_seed(0)
+    text = transformers.AutoConfig.for_model("llama", **SIZES)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=8
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=96)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
+    before = [c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)]
+    assert len(set(before)) == 2
+    ids = tokens() % 90 + 3
+    expected = model(ids).logits
+    with capture(model, statistics=["waad"]) as run:
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+    assert run["waad"].shape == (3, 2, HEADS, LENGTH)
+    assert [
+        c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)
+    ] == before
+
+
+def test_two_models_at_once_keep_their_runs_apart():
+    first, second = tiny("llama"), tiny("qwen3")
+    ids, other = tokens(), tokens(seed=5, length=9)
+    with torch.no_grad():
+        with capture(first, statistics=["waad"]) as alone:
+            first(ids)
+        with capture(first, statistics=["waad"]) as outer:
+            first(ids)
+            with capture(second, statistics=["waad"]) as inner:
+                second(other)
+            first(ids)
+            second(other)
+    assert torch.equal(outer["waad"], alone["waad"])
+    assert inner["waad"].shape == (3, 2, HEADS, 9)
+    assert second.config._attn_implementation == first.config._attn_implementation == "sdpa"
+
+
+def test_one_model_twice_at_once_is_an_error(llama):
+    with capture(llama, statistics=["waad"]) as run:
+        for same in (llama, llama.model):
+            with pytest.raises(ValueError, match="captured already"), capture(same, statistics=["waad"]):
+                pass
+        llama(tokens())
+    assert run["waad"].shape == (3, 2, HEADS, LENGTH)
+    assert llama.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: m.model], ids=["head", "body"])
+def test_the_body_is_seen_however_it_is_called(llama, wrap):
+    with torch.no_grad(), capture(wrap(llama), statistics=["waad"]) as run:
+        llama(tokens())
+        whole = run["waad"]
+        llama.model(tokens())
+    assert torch.equal(run["waad"], whole)
+
+
+@pytest.mark.parametrize("thing", [None, "llama", torch.nn.Linear(2, 2)], ids=["None", "name", "module"])
+def test_what_is_no_model_is_a_type_error(thing):
+    with (
+        pytest.raises(TypeError, match=f"PreTrainedModel.*{type(thing).__name__}"),
+        capture(thing, statistics=["waad"]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("falcon", {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}),
+        (
+            "gpt_neo",
+            {
+                "vocab_size": 50,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "num_layers": 2,
+                "attention_types": [[["global"], 2]],
+            },
+        ),
+        ("bloom", {"vocab_size": 50, "hidden_size": 32, "n_head": 2, "n_layer": 3}),
+    ],
+)
+def test_families_without_the_interface_are_refused(family, sizes):
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes))
+    before = model.config._attn_implementation
+    with (
+        pytest.raises(ValueError, match=r"model: .* AttentionInterface"),
+        capture(model, statistics=["waad"]),
+    ):
+        pass
+    assert model.config._attn_implementation == before
+
+
+def test_tensors_that_change_attention_in_an_unknown_way_are_refused(llama):
+    with capture(llama, statistics=["waad"]):
+        with pytest.raises(ValueError, match="layer 0 passes indices"):
+            llama(tokens(), indices=torch.zeros(2, LENGTH, 4))
+        llama(tokens(), labels=tokens(), num_items_in_batch=torch.tensor(3))
+
+
+def test_maps_are_not_to_be_had_beside_statistics(llama):
+    with capture(llama, statistics=["waad"]), pytest.raises(ValueError, match=r"output_attentions=True.*PooledMap"):
+        llama(tokens(), output_attentions=True)
+
+    llama.set_attn_implementation("eager")
+    llama.config.output_attentions = True
+    with capture(llama, statistics=["waad"]), pytest.raises(ValueError, match=r"output_attentions=True.*PooledMap"):
+        llama(tokens())
+
+
+def test_an_exception_while_attaching_leaves_nothing_behind(llama, monkeypatch):
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(llama, "get_decoder", broken)
+    untouched = attributes(llama)
+    with pytest.raises(ZeroDivisionError), capture(llama, statistics=["waad"]):
+        pass
+    assert llama.config._attn_implementation == "sdpa"
+    assert attributes(llama) == untouched
+
+
+def test_a_copy_of_a_captured_model_is_not_captured(llama):
+    with torch.no_grad(), capture(llama, statistics=["waad"]) as run:
+        llama(tokens())
+        before = run["waad"]
+        copied = copy.deepcopy(llama)
+        copied(tokens(seed=7))
+        assert torch.equal(run["waad"], before)
+    with torch.no_grad(), capture(copied, statistics=["waad"]) as run:
+        copied(tokens())
+    assert torch.equal(run["waad"], before)
+    assert attnstats.detach(copied).config._attn_implementation == "sdpa"
+    fresh = tiny()
+    with torch.no_grad(), capture(fresh, statistics=["waad"]):
+        kept = io.BytesIO()
+        torch.save(fresh, kept)
+    kept.seek(0)
+    loaded = attnstats.detach(torch.load(kept, weights_only=False))
+    torch.testing.assert_close(loaded(tokens()).logits, fresh(tokens()).logits)
+
+
+def test_a_capture_left_open_lets_go_when_it_is_dropped(llama):
+    opened = capture(llama, statistics=["waad"])
+    opened.__enter__()
+    assert llama.config._attn_implementation == "attnstats"
+    del opened
+    gc.collect()
+    assert llama.config._attn_implementation == "sdpa"
+
+
+def test_an_attached_model_attends_through_attnstats_until_it_is_detached(llama):
+    ids = tokens()
+    untouched = attributes(llama)
+    with torch.no_grad():
+        expected = llama(ids).logits
+        assert attnstats.attach(llama) is llama
+        attnstats.attach(llama, backend="reference")
+        assert llama.config._attn_implementation == "attnstats"
+        torch.testing.assert_close(llama(ids).logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+        with capture(llama, statistics=["waad"]) as run:
+            llama(ids)
+            with pytest.raises(ValueError, match="being captured"):
+                attnstats.detach(llama)
+        assert run["waad"].shape[0] == 3
+        assert llama.config._attn_implementation == "attnstats"
+        attnstats.detach(attnstats.detach(llama))
+        assert torch.equal(llama(ids).logits, expected)
+    assert llama.config._attn_implementation == "sdpa"
+    assert attributes(llama) == untouched
+
+
+def test_an_attached_model_trains_as_before(llama):
+    ids = tokens()
+    expected = gradients(llama, ids, attention_mask=padding("left"))
+    attnstats.attach(llama)
+    found = gradients(llama, ids, attention_mask=padding("left"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
