@@ -141,7 +141,7 @@ def run_with(model: Any, implementation: str, **inputs: Any) -> Any:
 def gradients(model: Any, ids: Tensor, call: Any = None, **inputs: Any) -> list[Tensor]:
     """Gradients of the loss by parameter; `call` runs in the place of the model, such as its compiled form."""
     model.zero_grad()
-    (call or model)(ids, labels=ids, **inputs).loss.backward()
+    (model if call is None else call)(ids, labels=ids, **inputs).loss.backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 

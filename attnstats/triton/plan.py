@@ -31,12 +31,13 @@ def _passes(
     loop = [s for s in statistics if _is_loop_row(s) and (attends or s.from_lse)]
     in_epilogue = bands if attends and not split else []
     planned = []
-    if attends or loop:
-        chosen = tuple(s for s in statistics if s in loop or s in in_epilogue)
-        planned.append(Pass("decode" if split else "forward" if attends else "rows", chosen, attends=attends))
     if not in_epilogue:
         for of_band in dict.fromkeys(of[s] for s in bands):
             planned.append(Pass("band", tuple(s for s in bands if of[s] == of_band), of_band))
+    if attends or loop:
+        chosen = tuple(s for s in statistics if s in loop or s in in_epilogue)
+        forward = Pass("decode" if split else "forward" if attends else "rows", chosen, attends=attends)
+        planned.insert(0 if attends else len(planned), forward)
     columns = [s for s in statistics if s.axis == "column" and not s.is_banded]
     for last, of_column in dict.fromkeys((s.last_queries, of[s]) for s in columns):
         together = tuple(s for s in columns if (s.last_queries, of[s]) == (last, of_column))
