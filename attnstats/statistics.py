@@ -136,7 +136,7 @@ class Statistic:
         return (key_length if self.axis == "column" else query_length,)
 
     def weight(self, distance: Tensor) -> Tensor:
-        """The weight at each signed distance, elementwise. Distances are whole numbers, in an integer dtype or float64."""
+        """The weight at each signed distance, elementwise; distances are whole numbers, as integers or in float64."""
         raise TypeError(f"{type(self).__name__} defines no weight(distance)")
 
     def weight_as(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
