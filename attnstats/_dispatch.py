@@ -53,13 +53,13 @@ def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
     query, key, value, geometry = _batched(query, key, value, options)
     if value is None:
         _check_from_lse(geometry)
-    backend = choose(options.backend, geometry)
+    backend, reason = _choose(options.backend, geometry)
     costs = []
     for each in backend.passes(geometry, value is not None):
         description, flops, scratch_bytes = backend.cost(each, geometry)
         work = each.run, description, each.attends, each.statistics, each.heads
         costs.append(PassCost(*work, flops, scratch_bytes))
-    return Explanation(backend.NAME, _choose(options.backend, geometry)[1], tuple(costs))
+    return Explanation(backend.NAME, reason, tuple(costs))
 
 
 def gradients(
