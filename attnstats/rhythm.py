@@ -23,6 +23,19 @@ from attnstats.curves import delta, top_share
 
 CURVES = ("waad", "fai", "receiver_fai", "entropy")
 Null = Literal["shuffle", "shift"]
+# Below so many responses there is no interval and no p. A bootstrap draws responses: of one it draws the same each
+# time, of four the ends of a 95 % interval are single responses.
+FEWEST = 5
+
+
+def too_few(count: int, what: str) -> str:
+    """The reason why a mean over `count` responses has no interval and no p; empty if it has them.
+
+    Example:
+        >>> too_few(1, "responses with a peak")
+        'no interval and no p over fewer than 5 responses with a peak'
+    """
+    return "" if count >= FEWEST else f"no interval and no p over fewer than {FEWEST} {what}"
 
 
 def top(values: Tensor, count: int, valid: Tensor | None = None) -> list[int]:
@@ -185,7 +198,8 @@ class Coupling:
         observed: mean over the marked tokens of all responses. random: the mean by chance.
         p_value: share of the permutations, the observed one counted, whose mean is at least the observed: one-sided.
         low, high: 95 % bootstrap interval of the lift; responses are drawn with replacement.
-        count: number of marked tokens.
+        count: number of marked tokens. responses: number of responses with one; p_value, low and high are NaN if they
+            are fewer than FEWEST.
     """
 
     name: str
@@ -195,6 +209,12 @@ class Coupling:
     low: float
     high: float
     count: int
+    responses: int
+
+    @property
+    def reason(self) -> str:
+        """Why the coupling has no interval and no p; empty if it has them."""
+        return too_few(self.responses, "responses with a peak")
 
     @property
     def lift(self) -> float:
@@ -311,8 +331,11 @@ def coupling(name: str, responses: Sequence[Marked], chance: Chance, shuffled: b
     sums = np.array([_sums(r, shuffled) for r in responses if len(r.values)]).reshape(-1, 4)
     totals = sums.sum(0)
     if not totals[1] or not totals[3]:
-        return Coupling(name, math.nan, math.nan, math.nan, math.nan, math.nan, 0)
-    observed, random = totals[0] / totals[1], totals[2] / totals[3]
+        return Coupling(name, math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0)
+    observed, random = float(totals[0] / totals[1]), float(totals[2] / totals[3])
+    count, with_marks = int(totals[1]), int((sums[:, 1] > 0).sum())
+    if with_marks < FEWEST:
+        return Coupling(name, observed, random, math.nan, math.nan, math.nan, count, with_marks)
     placed = np.zeros(chance.permutations)
     for response in responses:
         if response.marks.any():
@@ -327,7 +350,7 @@ def coupling(name: str, responses: Sequence[Marked], chance: Chance, shuffled: b
     lifts = lifts[np.isfinite(lifts)]
     low, high = np.quantile(lifts, [0.025, 0.975]) if len(lifts) else (math.nan, math.nan)
     p_value = (1 + reached) / (1 + chance.permutations)
-    return Coupling(name, float(observed), float(random), p_value, float(low), float(high), int(totals[1]))
+    return Coupling(name, observed, random, p_value, float(low), float(high), count, with_marks)
 
 
 def _sums(response: Marked, shuffled: bool) -> tuple[float, float, float, float]:

@@ -12,6 +12,7 @@ import torch
 from attnstats.curves import delta
 from attnstats.rhythm import (
     CURVES,
+    FEWEST,
     Chance,
     Coupling,
     Curves,
@@ -27,6 +28,8 @@ from attnstats.rhythm import (
 )
 
 FAST = Chance(permutations=400, resamples=400)
+# Responses with a mark at a value of 0: enough of them for a p, which they don't change.
+ENOUGH = [Marked(np.ones(1, dtype=bool), np.zeros(1))] * (FEWEST - 1)
 
 
 def test_delta_is_the_change_to_the_next_token():
@@ -198,8 +201,8 @@ def test_permutations_are_exact():
     """Binary values are drawn as hypergeometric numbers, others one by one: the same distribution."""
     values = (drawn(60, 1) > 0.7).double()
     marks = drawn(60, 2) > 0.6
-    binary = [Marked.of(marks, values, torch.ones(60, dtype=torch.bool))]
-    tripled = [Marked.of(marks, 3 * values, torch.ones(60, dtype=torch.bool))]
+    binary = [Marked.of(marks, values, torch.ones(60, dtype=torch.bool)), *ENOUGH]
+    tripled = [Marked.of(marks, 3 * values, torch.ones(60, dtype=torch.bool)), *ENOUGH]
     many = Chance(permutations=20000)
     hits, ones, count = int(values[marks].sum()), int(values.sum()), int(marks.sum())
     exact = scipy.stats.hypergeom(60, ones, count).sf(hits - 1)
@@ -210,13 +213,13 @@ def test_permutations_are_exact():
 def test_a_shift_keeps_the_distances_between_marks():
     """Marks and values that both alternate always fit or never do: as shifts go, half of them are as good."""
     marks = torch.arange(40) % 2 == 0
-    response = [Marked.of(marks, marks.double(), torch.ones(40, dtype=torch.bool))]
+    response = [Marked.of(marks, marks.double(), torch.ones(40, dtype=torch.bool)), *ENOUGH]
     assert coupling("x", response, Chance(null="shuffle")).p_value < 0.001
     assert coupling("x", response, Chance(null="shift")).p_value == pytest.approx(0.5, abs=0.05)
 
 
 def test_the_seed_decides():
-    curves = [without_rhythm(seed) for seed in range(4)]
+    curves = [without_rhythm(seed) for seed in range(FEWEST)]
     first = couplings(curves, chance=FAST)
     assert couplings(curves, chance=FAST) == first
     assert couplings(curves, chance=dataclasses.replace(FAST, seed=1)) != first
@@ -240,6 +243,26 @@ def test_responses_of_a_few_tokens_do_no_harm(length):
     assert all(math.isfinite(c.lift) for c in offsets([short, *long], chance=FAST).values())
     tokens = torch.cat([short.entropy, *(c.entropy for c in long)])
     assert found[0].random == pytest.approx(tokens.double().mean().item())
+
+
+@pytest.mark.parametrize("count", [1, FEWEST - 1, FEWEST])
+def test_a_few_responses_have_no_interval_and_no_p(count):
+    """One response alone is what every resample draws: an interval from +27.4 % to +27.4 % says nothing."""
+    for found in couplings([with_rhythm(seed) for seed in range(count)], chance=FAST):
+        assert math.isfinite(found.lift)
+        assert found.responses == count
+        for number in (found.p_value, found.low, found.high):
+            assert math.isfinite(number) == (count >= FEWEST)
+        assert bool(found.reason) == (count < FEWEST)
+        assert found.reason in ("", "no interval and no p over fewer than 5 responses with a peak")
+
+
+def test_responses_without_a_peak_give_no_interval():
+    """Ten responses of which one has peaks are one response."""
+    flat = torch.ones(30)
+    for found in couplings([with_rhythm(0), *[Curves(flat, flat, flat, flat)] * 9], chance=FAST):
+        assert found.responses == 1
+        assert math.isnan(found.low)
 
 
 def test_nothing_is_over_no_responses():
@@ -282,8 +305,8 @@ def test_densities_are_shares_of_valid_tokens():
 
 
 def test_a_coupling_over_nothing_has_no_lift():
-    assert math.isnan(Coupling("x", 0.5, 0.0, 1.0, 0.0, 0.0, 1).lift)
-    assert Coupling("x", 0.3608, 0.2386, 1.0, 0.0, 0.0, 1).lift == pytest.approx(0.5122, abs=1e-4)  # Table 2
+    assert math.isnan(Coupling("x", 0.5, 0.0, 1.0, 0.0, 0.0, 1, 1).lift)
+    assert Coupling("x", 0.3608, 0.2386, 1.0, 0.0, 0.0, 1, 1).lift == pytest.approx(0.5122, abs=1e-4)  # Table 2
 
 
 @pytest.mark.parametrize("q", [0.2, 0.4])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -50,10 +51,10 @@ def table_1(tests: dict[str, OverlapTest]) -> Table:
     for name, test in tests.items():
         table.add_row(
             name, f"{test.high:.3f}", f"{test.low:.3f}", _percent(test.lower), _p(test.p_value),
-            f"{test.difference_low:+.3f} .. {test.difference_high:+.3f}", str(test.count),
+            _interval(test.difference_low, test.difference_high, "{:+.3f}".format), str(test.count),
         )  # fmt: skip
     table.add_row("the paper", *(f"{value:.3f}" for value in TABLE_1[:2]), _percent(TABLE_1[2]), "", "", "70")
-    return table
+    return _with_reasons(table, tests.values())
 
 
 def table_2(tables: CorpusTables) -> Table:
@@ -64,10 +65,10 @@ def table_2(tables: CorpusTables) -> Table:
     for i, (ours, (observed, random)) in enumerate(zip(tables.rows[0].couplings or (), TABLE_2, strict=False), 1):
         table.add_row(
             f"{i}: {ours.name}", f"{ours.observed:.4f}", f"{ours.random:.4f}", _lift(ours.lift),
-            f"{_lift(ours.low)} .. {_lift(ours.high)}", _p(ours.p_value), str(ours.count),
+            _interval(ours.low, ours.high, _lift), _p(ours.p_value), str(ours.count),
             f"{observed:.4f}", f"{random:.4f}", _lift((observed - random) / random),
         )  # fmt: skip
-    return table
+    return _with_reasons(table, tables.rows[0].couplings or ())
 
 
 def peaks(tables: CorpusTables) -> Table:
@@ -87,7 +88,8 @@ def table_10(tables: CorpusTables) -> Table:
         if row.setting == "layers" and row.value in TABLE_10 and row.couplings:
             both = zip(row.couplings, TABLE_10[row.value], strict=True)
             table.add_row(row.value, *(cell for ours, paper in both for cell in (_cell(ours), _lift(paper))))
-    return table
+    shown = [row.couplings or () for row in tables.rows if row.setting == "layers" and row.value in TABLE_10]
+    return _with_reasons(table, itertools.chain.from_iterable(shown))
 
 
 def table_20(tables: CorpusTables) -> Table:
@@ -99,7 +101,7 @@ def table_20(tables: CorpusTables) -> Table:
     table.columns[1].justify = "left"
     for of, near in dict.fromkeys((of, near) for of, near, _ in tables.offsets):
         table.add_row(NAMES[of], NAMES[near], *(_cell(tables.offsets[of, near, offset]) for offset in reach))
-    return table
+    return _with_reasons(table, tables.offsets.values())
 
 
 def variants(tables: CorpusTables) -> Table:
@@ -114,7 +116,19 @@ def variants(tables: CorpusTables) -> Table:
             continue
         densities = (_percent(row.densities["waad"]), _percent(row.densities["fai"]))
         table.add_row(row.setting, row.value, *densities, *map(_cell, row.couplings))
+    return _with_reasons(table, itertools.chain.from_iterable(row.couplings or () for row in tables.rows))
+
+
+def _with_reasons(table: Table, rows: Iterable[Coupling | OverlapTest]) -> Table:
+    """The table with a line under it that says why some of its rows have a dash for an interval and for p."""
+    if reasons := {row.reason for row in rows if row.reason}:
+        table.caption = f"-: {'; '.join(sorted(reasons))}"
+    table.caption_justify = "left"
     return table
+
+
+def _interval(low: float, high: float, shown: Callable[[float], str]) -> str:
+    return "-" if math.isnan(low) else f"{shown(low)} .. {shown(high)}"
 
 
 def _cell(coupling: Coupling) -> str:
@@ -146,7 +160,9 @@ def as_json(tables: CorpusTables, tests: dict[str, OverlapTest]) -> dict[str, An
             "receivers": tables.receivers,
             "receivers_that_are_global": tables.receivers_global,
         },
-        "perturbation": {name: _finite(asdict(test)) for name, test in tests.items()},
+        "perturbation": {
+            name: _finite({**asdict(test), "reason": test.reason or None}) for name, test in tests.items()
+        },
         "couplings": _row(tables.rows[0])["couplings"],
         "densities": _finite(tables.rows[0].densities),
         "sets": _finite(tables.sets),
@@ -168,8 +184,8 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _coupling(coupling: Coupling) -> dict[str, Any]:
-    """A coupling with its lift."""
-    return _finite({**asdict(coupling), "lift": coupling.lift})
+    """A coupling with its lift, and the reason if it has no interval and no p."""
+    return _finite({**asdict(coupling), "lift": coupling.lift, "reason": coupling.reason or None})
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -113,9 +113,10 @@ def _coupling(coupling: Any) -> dict[str, str]:
         "observed": number(coupling.observed),
         "random": number(coupling.random),
         "lift": percent(coupling.lift),
-        "interval": f"{percent(coupling.low)} … {percent(coupling.high)}",
+        "interval": "-" if math.isnan(coupling.low) else f"{percent(coupling.low)} … {percent(coupling.high)}",
         "p_value": number(coupling.p_value, ".2g"),
         "count": str(coupling.count),
+        "reason": coupling.reason,
     }
 
 

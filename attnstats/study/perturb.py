@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attnstats.rhythm import Chance, top
+from attnstats.rhythm import FEWEST, Chance, too_few, top
 from attnstats.study.generation import Sampling, end_tokens, generate, until_end
 from attnstats.study.models import LoadedModel
 
@@ -194,7 +194,7 @@ class OverlapTest:
         lower: share of the trials whose overlap is lower after high-FAI positions; in the paper 0.8714, 61 of 70.
         p_value: share of sign flips of the differences whose mean is at least that of `low - high`: one-sided.
         difference_low, difference_high: 95 % bootstrap interval of `low - high`.
-        count: number of trials.
+        count: number of trials; p_value and the interval are NaN if they are fewer than rhythm.FEWEST.
     """
 
     high: float = math.nan
@@ -204,6 +204,11 @@ class OverlapTest:
     difference_low: float = math.nan
     difference_high: float = math.nan
     count: int = 0
+
+    @property
+    def reason(self) -> str:
+        """Why the test has no interval and no p; empty if it has them."""
+        return too_few(self.count, "trials")
 
 
 def summarise(trials: Sequence[Overlaps], chance: Chance, written: bool = True) -> OverlapTest:
@@ -217,21 +222,17 @@ def summarise(trials: Sequence[Overlaps], chance: Chance, written: bool = True) 
     if not pairs:
         return OverlapTest()
     high, low = np.array(pairs).T
+    means = OverlapTest(float(high.mean()), float(low.mean()), float((high < low).mean()), count=len(pairs))
+    if len(pairs) < FEWEST:
+        return means
     difference = low - high
     rng = np.random.default_rng(chance.seed)
     signs = rng.choice([-1.0, 1.0], size=(chance.permutations, len(pairs)))
     reached = int((signs @ difference >= difference.sum() - 1e-9).sum())
     resampled = difference[rng.integers(len(pairs), size=(chance.resamples, len(pairs)))].mean(1)
     least, most = np.quantile(resampled, [0.025, 0.975])
-    return OverlapTest(
-        high=float(high.mean()),
-        low=float(low.mean()),
-        lower=float((high < low).mean()),
-        p_value=(1 + reached) / (1 + chance.permutations),
-        difference_low=float(least),
-        difference_high=float(most),
-        count=len(pairs),
-    )
+    p_value = (1 + reached) / (1 + chance.permutations)
+    return replace(means, p_value=p_value, difference_low=float(least), difference_high=float(most))
 
 
 def _mean(overlaps: Tensor, is_written: Tensor, written: bool) -> float:

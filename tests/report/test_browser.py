@@ -29,6 +29,7 @@ COLUMNS = ["waad", "fai", "entropy", "delta", "gamma"]
 COUPLING = types.SimpleNamespace(
     name="entropy at WAAD peaks, a name as long as it takes to wrap on a phone", observed=0.3608, random=0.2386,
     lift=0.5122, p_value=0.001, low=0.41, high=0.62, count=812,
+    reason="",
 )  # fmt: skip
 
 

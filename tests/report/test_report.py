@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import html.parser
 import json
+import math
 import re
 import types
 from itertools import pairwise
@@ -19,6 +20,7 @@ from attnstats import report
 from attnstats.errors import InputError
 from attnstats.report import columns, data, scale
 from attnstats.report.columns import COLUMNS
+from attnstats.rhythm import Coupling
 from attnstats.study.analysis import Settings
 from tests.tiny import synthetic_analysis
 
@@ -35,8 +37,9 @@ SUMMARY = {
     "peak_memory_bytes": {"resident": 2**30},
 }
 COUPLING = types.SimpleNamespace(
-    name="<i>entropy</i>", observed=0.3608, random=0.2386, lift=0.5122, p_value=0.001, low=0.41, high=0.62, count=812
-)
+    name="<i>entropy</i>", observed=0.3608, random=0.2386, lift=0.5122, p_value=0.001, low=0.41, high=0.62, count=812,
+    reason="",
+)  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -218,6 +221,13 @@ def test_a_coupling_of_nothing_is_a_dash():
     nothing = types.SimpleNamespace(**COUPLING.__dict__ | {"observed": float("nan"), "lift": None, "count": 0})
     page = Page(report.render([synthetic_analysis(HOSTILE)], Settings(), SUMMARY, [nothing]))
     assert [text for inside, text in page.texts if inside in ("td", "strong")].count("-") == 2
+
+
+def test_a_coupling_of_few_responses_has_a_dash_and_the_reason():
+    few = Coupling("entropy", 0.5, 0.4, math.nan, math.nan, math.nan, 12, 1)
+    page = Page(report.render([synthetic_analysis(HOSTILE)], Settings(), SUMMARY, [few]))
+    assert [text for inside, text in page.texts if inside == "td"][-3:] == ["-", "-", "12"]
+    assert "-: no interval and no p over fewer than 5 responses with a peak." in page.within("p")
 
 
 def test_settings_show_in_the_explanation():

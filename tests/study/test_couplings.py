@@ -189,7 +189,9 @@ def test_the_results_of_a_run(finished, folder):
         "receiver FAI peaks that are global FAI peaks",
         "FAI peaks at or just after a WAAD peak",
     ]
-    assert set(record["couplings"][0]) == {"name", "observed", "random", "lift", "p_value", "low", "high", "count"}
+    assert set(record["couplings"][0]) == {
+        "name", "observed", "random", "lift", "p_value", "low", "high", "count", "responses", "reason"
+    }  # fmt: skip
     assert record["settlements"][0]["couplings"] == record["couplings"]
     assert record["responses"] == len(QUESTIONS)
     assert set(record["perturbation"]) == {"the likeliest", "the likeliest but the one written"}
@@ -307,6 +309,23 @@ def test_the_papers_numbers_stand_beside_ours(store, tiny):
         assert word in text
 
 
+def test_a_single_response_has_a_dash_and_the_reason_in_tables_and_file(folder, tmp_path, capsys):
+    """One response that is as long as it may be: couplings, and nothing about their chance."""
+    data = data_file(tmp_path, QUESTIONS[:1])
+    options = options_of(*arguments_of(folder, tmp_path / "out", "--max-tokens", 60, data=data))
+    assert command.run(options) == 0
+    record = json.loads((tmp_path / "out" / command.RESULTS).read_text())
+    reason = "no interval and no p over fewer than 5 responses with a peak"
+    for coupling in record["couplings"]:
+        assert coupling["lift"] is not None
+        assert coupling["reason"] == reason
+        assert coupling["p_value"] is coupling["low"] is coupling["high"] is None
+    said = capsys.readouterr().out
+    assert said.count(f"-: {reason}") >= 3
+    assert "-: no interval and no p over fewer than 5 trials" in said
+    assert "nan" not in said
+
+
 def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
     """No peaks, no perturbation: null in the file and a dash in the tables, never NaN."""
     options = options_of(*arguments_of(folder, tmp_path / "out", "--max-tokens", 2))
@@ -317,7 +336,7 @@ def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
     assert record["couplings"] == []  # no head receives anything that has a kurtosis
     assert record["perturbation"]["the likeliest"] == {
         "high": None, "low": None, "lower": None, "p_value": None, "difference_low": None, "difference_high": None,
-        "count": 0,
+        "count": 0, "reason": "no interval and no p over fewer than 5 trials",
     }  # fmt: skip
 
 
@@ -371,11 +390,14 @@ def test_without_perturbation(finished, folder, tmp_path):
 
 def test_the_control_reads_the_same_text_with_other_weights(finished, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(couplings_control, "RESULT", tmp_path / "results" / "untrained.json")
-    monkeypatch.setattr(sys, "argv", ["control", str(finished), "--model", str(folder), "--permutations", "20"])
+    # The tiny model's own weights are those of seed 0.
+    arguments = ["--model", str(folder), "--permutations", "20", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["control", str(finished), *arguments])
     assert couplings_control.main() == 0
     trained, untrained = (json.loads(f.read_text()) for f in (finished / command.RESULTS, couplings_control.RESULT))
     assert trained["response_tokens"] == untrained["response_tokens"]
-    assert trained["couplings"] != untrained["couplings"]
+    for name in ("observed", "random"):
+        assert [one[name] for one in trained["couplings"]] != [one[name] for one in untrained["couplings"]]
 
 
 @pytest.mark.parametrize(("model", "message"), [

@@ -16,7 +16,7 @@ CHANCE = Chance(permutations=200, resamples=200)
 
 @pytest.fixture(scope="module")
 def analyses():
-    return [synthetic_analysis([f"w{i}" for i in range(length)], prompt=3) for length in (40, 55)]
+    return [synthetic_analysis([f"w{i}" for i in range(length)], prompt=3) for length in (40, 55, 41, 42, 43)]
 
 
 def test_a_profile_is_of_all_response_rows_and_valid_keys(analyses):
@@ -26,7 +26,7 @@ def test_a_profile_is_of_all_response_rows_and_valid_keys(analyses):
     each = [
         scipy.stats.kurtosis(a.head_received[..., a.response & a.received_valid].double(), axis=-1) for a in analyses
     ]
-    torch.testing.assert_close(profile.kurtosis, torch.tensor((each[0] + each[1]) / 2))
+    torch.testing.assert_close(profile.kurtosis, torch.tensor(sum(each) / len(each)))
     with pytest.raises(ValueError, match="analyses is empty"):
         findings.profile([])
 

@@ -169,12 +169,13 @@ def test_a_trial_is_a_response():
         overlaps([[0.1, 0.3, nan], [0.5, 0.7, nan]], [[0.6, 0.8, nan], [0.2, 0.4, nan]]),  # 0.4, 0.5
         overlaps([[0.9, 0.9, nan], [0.9, 0.9, nan]], [[0.8, 0.8, nan], [0.8, 0.8, nan]]),  # 0.9, 0.8
         overlaps([[0.0, 0.0, nan], [0.0, 0.0, nan]], [[0.5, 0.5, nan], [0.5, 0.5, nan]]),  # 0.0, 0.5
+        *[overlaps([[0.2, 0.2, nan]], [[0.2, 0.2, nan]])] * 2,
     ]
     found = summarise(trials, Chance(permutations=4000, resamples=4000))
-    assert found.high == pytest.approx((0.4 + 0.9 + 0.0) / 3)
-    assert found.low == pytest.approx((0.5 + 0.8 + 0.5) / 3)
-    assert (found.lower, found.count) == (pytest.approx(2 / 3), 3)
-    # Differences 0.1, -0.1, 0.5: of the eight sign flips those with +0.5 and not -0.1 -0.1 reach 0.5: three.
+    assert found.high == pytest.approx((0.4 + 0.9 + 0.0 + 0.2 + 0.2) / 5)
+    assert found.low == pytest.approx((0.5 + 0.8 + 0.5 + 0.2 + 0.2) / 5)
+    assert (found.lower, found.count) == (pytest.approx(2 / 5), 5)
+    # Differences 0.1, -0.1, 0.5, 0, 0: three of the eight sign flips reach 0.5, those with +0.5 but not -0.1 -0.1.
     assert found.p_value == pytest.approx(3 / 8, abs=0.03)
     assert -0.1 <= found.difference_low < found.low - found.high < found.difference_high <= 0.5
 
@@ -208,6 +209,13 @@ def test_differences_show_and_their_absence_does_too():
     assert summarise(corpus(-0.1), chance).p_value == 1.0
     p_values = [summarise(noisy(), chance).p_value for _ in range(30)]
     assert 0.3 < np.mean(p_values) < 0.7
+
+
+def test_a_few_trials_have_no_interval_and_no_p():
+    found = summarise([overlaps([[0.1, 0.1, math.nan]], [[0.4, 0.4, math.nan]])] * 4, Chance())
+    assert (found.high, found.low, found.lower) == (pytest.approx(0.1), pytest.approx(0.4), 1.0)
+    assert all(map(math.isnan, (found.p_value, found.difference_low, found.difference_high)))
+    assert found.reason == "no interval and no p over fewer than 5 trials"
 
 
 def test_no_trials_no_numbers():
