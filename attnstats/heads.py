@@ -23,7 +23,7 @@ from attnstats.statistics import FAI
 
 # Receiver heads are those of high kurtosis of this: the attention that a key receives from queries 4 or more later.
 RECEIVED = FAI(4, None)
-FORMAT, VERSION = "attnstats head profile", 1
+FORMAT, VERSION = "attnstats head profile", 2
 MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
 
 
@@ -291,7 +291,7 @@ class HeadProfile:
         """Read a saved profile.
 
         Args:
-            model: the transformers model that the profile must be of; None: any.
+            model: the transformers model that the profile must be of, or its identity; None: any.
 
         Raises:
             InputError: no such file, not a profile, of another version, or of another model.
@@ -301,8 +301,10 @@ class HeadProfile:
             profile = _parsed(content)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: a head profile with a broken entry ({error}); make it anew") from error
-        if model is not None and (different := differences(profile.model, identity(model))):
-            raise InputError(f"{file}: the profile is of another model: {different}; make one of this model")
+        if model is not None:
+            ours = model if isinstance(model, ModelIdentity) else identity(model)
+            if different := differences(profile.model, ours):
+                raise InputError(f"{file}: the profile is of another model: {different}; make one of this model")
         return profile
 
     def _rows(self, layers: Iterable[int] | None) -> Tensor:

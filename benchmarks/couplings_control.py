@@ -20,6 +20,7 @@ from rich.console import Console
 
 from attnstats.cli import tables
 from attnstats.cli.couplings import CORPUS
+from attnstats.identity import identity
 from attnstats.rhythm import Chance
 from attnstats.study import models
 from attnstats.study.couplings import examine, measure
@@ -51,7 +52,11 @@ def main() -> int:
         for index in texts.indices():
             store.write(index, *measure(model, *texts.response(index), options.temperature))
             print(f"{index + 1} of {len(texts.indices())}", file=sys.stderr)
-        numbers = examine(store, model, Chance(options.permutations, resamples=options.permutations, seed=options.seed))
+        numbers = examine(
+            store,
+            identity(model.model),
+            Chance(options.permutations, resamples=options.permutations, seed=options.seed),
+        )
     record = {"model": model.name, "seed": options.seed, "versions": versions(), **tables.as_json(numbers, {})}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")

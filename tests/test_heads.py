@@ -306,7 +306,7 @@ def test_a_profile_of_no_model_is_not_saved(tmp_path):
     (lambda text: "", "not JSON"),
     (lambda text: "[1]", "not a head profile"),
     (lambda text: json.dumps(json.loads(text) | {"format": "other"}), "not a head profile"),
-    (lambda text: json.dumps(json.loads(text) | {"version": 99}), "of version 99, and this program reads 1"),
+    (lambda text: json.dumps(json.loads(text) | {"version": 99}), "of version 99, and this program reads 2"),
     (lambda text: json.dumps(json.loads(text) | {"distance_sum": [[1.0]]}), "distance_sum must be"),
     (lambda text: json.dumps(json.loads(text) | {"distance_sum": "x"}), "broken entry"),
     (lambda text: json.dumps(json.loads(text) | {"rows": -1}), "must not be negative"),

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 import attnstats
-from attnstats.identity import differences, identity
-from tests.tiny import small_llama
+from attnstats.identity import CHUNK, differences, identity, tokenizer_digest, weights_digest
+from tests.tiny import save_tiny_model, small_llama
 
 
 def test_a_model_is_known_again(tmp_path):
@@ -25,6 +25,81 @@ def test_one_weight_that_was_trained_makes_another_model():
     before = identity(model)
     model.model.layers[2].self_attn.q_proj.weight.data.mul_(1.1)
     assert identity(model) != before
+
+
+def changed(change):
+    model = small_llama()
+    before = identity(model)
+    with torch.no_grad():
+        change(model)
+    return identity(model) != before
+
+
+def test_every_entry_counts():
+    """Each of the 13,000 weights would be too slow: the first and last of each parameter, and two in between."""
+    for name, parameter in small_llama().named_parameters():
+        for place in {0, parameter.numel() - 1, parameter.numel() // 3, parameter.numel() // 2 + 1}:
+            change = lambda model, name=name, place=place: model.get_parameter(name).view(-1)[place].add_(0.5)  # noqa: E731
+            assert changed(change), (name, place)
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: model.model.layers[1].self_attn.o_proj.weight[:, 8:16].zero_(),
+    lambda model: model.model.layers[1].self_attn.o_proj.weight[3].zero_(),
+    lambda model: model.lm_head.weight.copy_(model.lm_head.weight.flip(0)),
+    lambda model: model.lm_head.weight.copy_(model.lm_head.weight.roll(4, 1)),
+    lambda model: setattr(model, "model", swapped(model.model)),
+], ids=["head", "row", "rows in another order", "columns in another order", "layers"])  # fmt: skip
+def test_what_a_sum_of_entries_would_not_see(change):
+    assert changed(change)
+
+
+def swapped(model):
+    model.layers[1], model.layers[2] = model.layers[2], model.layers[1]
+    return model
+
+
+def test_saved_buffers_count():
+    """Some models keep what they compute with in a buffer, such as the bias of a router."""
+
+    def with_bias(value):
+        model = small_llama()
+        model.register_buffer("bias", torch.tensor([1.0, value]))
+        return identity(model)
+
+    assert with_bias(2.0) == with_bias(2.0) != with_bias(3.0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 4 * CHUNK - 1, 4 * CHUNK + 3])
+def test_entries_count_on_both_sides_of_what_is_summed_at_a_time(size):
+    weights = torch.linspace(-2, 2, size)
+    digest = weights_digest({"w": weights})
+    assert digest == weights_digest({"w": weights.bfloat16()}) == weights_digest({"w": weights.expand(2, -1)[1]})
+    for place in {0, size // 2, size - 1, min(size - 1, 4 * CHUNK)}:
+        other = weights.clone()
+        other[place] += 1
+        assert weights_digest({"w": other}) != digest
+    assert digest != weights_digest({"w": weights[None]})
+    assert digest != weights_digest({"v": weights})
+
+
+def test_whole_numbers_count_to_the_last_bit():
+    """Quantised weights are packed in whole numbers, which bfloat16 would round."""
+    packed = torch.arange(1000, dtype=torch.int32) + 2**30
+    other = packed.clone()
+    other[500] ^= 1
+    assert weights_digest({"w": packed}) != weights_digest({"w": other})
+
+
+def test_a_tokenizer_is_known_again(tmp_path):
+    load = transformers.AutoTokenizer.from_pretrained
+    save_tiny_model(tmp_path)
+    tokenizer = load(tmp_path)
+    digest = tokenizer_digest(tokenizer)
+    tokenizer(["so", "how many"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(tokenizer) == digest == tokenizer_digest(load(tmp_path))
+    tokenizer.add_tokens(["w99"])
+    assert tokenizer_digest(tokenizer) != digest
 
 
 @pytest.mark.parametrize(("other", "fields"), [

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from attnstats.cli.job import Job
     from attnstats.heads import HeadProfile
     from attnstats.study.analysis import Analysis, Settings
-    from attnstats.study.models import LoadedModel
     from attnstats.study.store import Store
 
 DIFFERENT = 1  # exit code
@@ -98,9 +97,9 @@ def run(options: argparse.Namespace) -> int:
 
     job = jobs.load(options, "float32" if options.verify else options.dtype)
     pipeline.check(settings, job.loaded, questions)
-    profile = _profile(options, settings, job.loaded)
+    profile = _profile(options, settings, job)
     prompts = corpus.rendered(job.loaded, questions, settings.system, settings.max_tokens)
-    identity = _identity(job.loaded, settings, prompts, profile)
+    identity = _identity(job, settings, prompts, profile)
     if options.resume and outputs.is_finished(options.out, identity, len(prompts)):
         job.terminal.say(f"{options.out} is finished; attnstats report {options.out} shows it and draws its page again")
         return 0
@@ -120,14 +119,14 @@ def run(options: argparse.Namespace) -> int:
     return DIFFERENT if max(differences.values()) > TOLERANCE else 0
 
 
-def _profile(options: argparse.Namespace, settings: Settings, loaded: LoadedModel) -> HeadProfile | None:
+def _profile(options: argparse.Namespace, settings: Settings, job: Job) -> HeadProfile | None:
     """The profile of --head-profile, checked for the model and the captured layers. Raises InputError."""
     if options.head_profile is None:
         return None
     from attnstats.heads import HeadProfile
     from attnstats.transformers.selection import resolve_layers
 
-    profile = HeadProfile.load(options.head_profile, loaded.model)
+    profile = HeadProfile.load(options.head_profile, job.model)
     layers = resolve_layers(settings.layers, tuple(range(profile.model.layers))) if profile.model else ()
     try:
         profile.classes(settings.head_share, layers)
@@ -136,25 +135,16 @@ def _profile(options: argparse.Namespace, settings: Settings, loaded: LoadedMode
     return profile
 
 
-def _identity(
-    loaded: LoadedModel, settings: Settings, prompts: list[list[int]], profile: HeadProfile | None
-) -> dict[str, Any]:
+def _identity(job: Job, settings: Settings, prompts: list[list[int]], profile: HeadProfile | None) -> dict[str, Any]:
     """Everything that decides the numbers, which a run must share with the one that it resumes."""
-    from attnstats.cli.job import digest
-    from attnstats.identity import identity
+    from attnstats.cli.job import run_identity
 
     return {
         "command": "analyze",
         "attnstats": attnstats.__version__,
-        "model": {
-            "name": loaded.name,
-            "dtype": loaded.dtype,
-            "device": loaded.device.type,
-            **dataclasses.asdict(identity(loaded.model)),
-        },
         "settings": dataclasses.asdict(settings),
         "head_profile": None if profile is None else profile.distance.tolist(),
-        "prompts": {"count": len(prompts), "sha256": digest(prompts)},
+        **run_identity(job, prompts, settings.system),
     }
 
 
@@ -167,7 +157,6 @@ def _conclude(
         The first analyses, and with --verify the largest differences.
     """
     from attnstats import report
-    from attnstats.identity import identity
     from attnstats.study import findings, outputs
     from attnstats.study.analysis import Analyses
     from attnstats.study.corpus import stage
@@ -179,7 +168,7 @@ def _conclude(
         with stage(job.timings, "verify"):
             largest = differences(job.loaded, analyses, settings, job.terminal)
     summary = _summary(options, settings, job, analyses, largest)
-    profile = findings.profile(analyses, identity(job.loaded.model))
+    profile = findings.profile(analyses, job.model)
     page = report.render(analyses, settings, summary, findings.coupled(analyses, profile))
     with arguments.writing(options.out, "make room and go on with --resume"):
         outputs.write_tables(store.folder, analyses)

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     perturbation = Perturbation(options.positions, options.candidates, options.tokens)
     job = jobs.load(options, options.dtype)
     prompts = corpus.rendered(job.loaded, questions, options.system, options.max_tokens)
-    identity = _identity(options, job.loaded, prompts)
+    identity = _identity(options, job, prompts)
     _check(options, job.loaded, prompts[0])
     with _store(options, job, CORPUS, identity, len(prompts)) as store:
         job.run(
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
             store,
         )
         with corpus.stage(job.timings, "tables"):
-            tables = examine(store, job.loaded, chance)
+            tables = examine(store, job.model, chance)
         trials = _perturb(options, job, identity, store, tables, perturbation) if options.perturb else []
         job.shard.wait()
     if not job.shard.is_first:
@@ -112,18 +112,16 @@ def _questions(options: argparse.Namespace) -> list[str]:
     return [paper_prompt(question) for question in questions] if options.template == "paper" else questions
 
 
-def _identity(options: argparse.Namespace, loaded: LoadedModel, prompts: list[list[int]]) -> dict[str, Any]:
+def _identity(options: argparse.Namespace, job: Job, prompts: list[list[int]]) -> dict[str, Any]:
     """Everything that decides the numbers, which a run must share with the one that it resumes."""
-    from attnstats.cli.job import digest
-    from attnstats.identity import identity
+    from attnstats.cli.job import run_identity
     from attnstats.study.outputs import versions
 
     return {
         "command": "couplings",
-        "model": {"name": loaded.name, "dtype": loaded.dtype, **asdict(identity(loaded.model))},
-        "prompts": digest(prompts),
         "settings": {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
         "versions": versions(),
+        **run_identity(job, prompts, options.system),
     }
 
 

@@ -6,20 +6,22 @@ Under torchrun or `accelerate launch` each process does its share, and the first
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
+from attnstats.identity import ModelIdentity, digest, identity, tokenizer_digest
 from attnstats.report.terminal import Terminal
 from attnstats.study import corpus, models
 from attnstats.study.corpus import Measure, stage
-from attnstats.study.generation import Sampling
+from attnstats.study.generation import Sampling, end_tokens
 from attnstats.study.models import LoadedModel
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import Store
@@ -27,9 +29,10 @@ from attnstats.study.store import Store
 
 @dataclass(frozen=True)
 class Job:
-    """A loaded model, and this process's share of the work and way to show it."""
+    """A loaded model with its identity, and this process's share of the work and way to show it."""
 
     loaded: LoadedModel
+    model: ModelIdentity
     shard: Shard
     terminal: Terminal
     timings: dict[str, float] = field(default_factory=dict)
@@ -80,9 +83,22 @@ def load(options: argparse.Namespace, dtype: str) -> Job:
     timings: dict[str, float] = {}
     with stage(timings, "load"):
         loaded = models.load(options.model, dtype=dtype, device=device, notify=terminal.say)
-    return Job(loaded, shard, terminal, timings)
+        model = identity(loaded.model)
+    return Job(loaded, model, shard, terminal, timings)
 
 
-def digest(prompts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of the token ids of prompts."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+def run_identity(job: Job, prompts: Sequence[list[int]], system: str) -> dict[str, Any]:
+    """What decides the responses to prompts beside the settings of a command, for the identity of its run."""
+    loaded = job.loaded
+    generation = json.loads(json.dumps(loaded.model.generation_config.to_diff_dict(), default=str))
+    return {
+        "model": {
+            "name": loaded.name, "dtype": loaded.dtype, "device": loaded.device.type, **dataclasses.asdict(job.model),
+        },
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
+        "chat_template": digest(loaded.tokenizer.chat_template),
+        "system": system,
+        "end_tokens": sorted(end_tokens(loaded)),
+        "generation": {key: value for key, value in generation.items() if key != "transformers_version"},
+        "prompts": {"count": len(prompts), "sha256": digest(prompts)},
+    }  # fmt: skip

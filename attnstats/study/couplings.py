@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean, segment_received
-from attnstats.identity import identity
+from attnstats.identity import ModelIdentity
 from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets, sets
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI, WAAD, MeanDistance, PooledMap
@@ -212,14 +212,12 @@ class CorpusTables:
     sets: dict[str, float]
 
 
-def profiles_of(store: Store, loaded: LoadedModel) -> Profiles:
+def profiles_of(store: Store, model: ModelIdentity) -> Profiles:
     """Head profiles over all responses of a store. Raises ValueError for an empty one."""
-    heads = int(loaded.model.config.get_text_config().num_attention_heads)
-    model = identity(loaded.model)
     profiles = None
     for tensors, _ in store:
         if profiles is None:
-            empty = HeadProfile.empty(tensors["layers"].tolist(), heads, model)
+            empty = HeadProfile.empty(tensors["layers"].tolist(), model.heads, model)
             profiles = Profiles(empty, empty)
         received, sentences = tensors[name_of(RECEIVED)], tensors["sentences"]
         profiles = Profiles(
@@ -245,9 +243,9 @@ def curves_of(store: Store, profiles: Profiles, variants: Sequence[Variant]) -> 
     return curves
 
 
-def examine(store: Store, loaded: LoadedModel, chance: Chance) -> CorpusTables:
+def examine(store: Store, model: ModelIdentity, chance: Chance) -> CorpusTables:
     """All tables of the responses in a store."""
-    profiles = profiles_of(store, loaded)
+    profiles = profiles_of(store, model)
     profile = profiles.tokens
     labelled = variants(profile.layers, profile.distance.shape[1])
     curves = curves_of(store, profiles, [label.variant for label in labelled])

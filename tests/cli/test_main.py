@@ -13,6 +13,7 @@ import pandas
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from attnstats.cli.analyze import settings_from
 from attnstats.cli.arguments import parse_layers
@@ -298,6 +299,49 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finish
     assert main([*arguments, "--resume"]) == 0
     assert f"{out} is finished" in capsys.readouterr().out.replace("\n", "")
     assert (out / "summary.json").read_bytes() == before
+
+
+def end_tokens(model):
+    change_json(model / "generation_config.json", eos_token_id=[1, 9])
+
+
+def setting(model):
+    change_json(model / "generation_config.json", max_length=77)
+
+
+def template(model):
+    (model / "chat_template.jinja").write_text((model / "chat_template.jinja").read_text() + "{# same text #}")
+
+
+def vocabulary(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def heads_zeroed(model):
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.3.self_attn.o_proj.weight"][:, 8:16] = 0
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (end_tokens, "end_tokens [1], this run has [1, 9]"), (setting, "max_length null, this run has 77"),
+    (template, "chat_template"), (vocabulary, "tokenizer"), (heads_zeroed, "weights"),
+])  # fmt: skip
+def test_whatever_decides_a_response_is_known_again(tmp_path, tiny, capsys, change, named):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    arguments = ["analyze", "--model", str(model), "--max-tokens", "8", "--out", str(tmp_path / "out")]
+    with interrupted_in_pass(3):
+        assert main(arguments) == 130
+    change(model)
+    assert main([*arguments, "--resume"]) == 2
+    assert f"was begun with {named}" in capsys.readouterr().err
 
 
 def test_statistics_stay_with_their_tokens_when_a_response_is_lost(tmp_path, tiny, finished):

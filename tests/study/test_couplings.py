@@ -18,6 +18,7 @@ from rich.console import Console
 from attnstats.cli import couplings as command
 from attnstats.cli import tables
 from attnstats.errors import InputError
+from attnstats.identity import identity
 from attnstats.rhythm import Chance, couplings
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI
@@ -148,7 +149,7 @@ def test_curves_are_means_over_heads_of_the_whole_corpus(store, tiny):
     items = [tensors for tensors, _ in store]
     assert len(items) == len(QUESTIONS)
     rows = torch.cat([item["mean_distance"] for item in items], -1).double()
-    profiles = profiles_of(store, tiny)
+    profiles = profiles_of(store, identity(tiny.model))
     torch.testing.assert_close(profiles.tokens.distance, rows.mean(-1))
     local = rows.mean(-1).flatten().argsort()[:7]  # 30 % of 24 heads
     far = rows.mean(-1).flatten().argsort(descending=True)[:7]
@@ -161,7 +162,7 @@ def test_curves_are_means_over_heads_of_the_whole_corpus(store, tiny):
 
 
 def test_distinct_receivers_are_no_global_heads(store, tiny):
-    profiles = profiles_of(store, tiny)
+    profiles = profiles_of(store, identity(tiny.model))
     classes, receivers = Variant(receivers=5, distinct=True).heads(profiles)
     overlapping, same = Variant(receivers=5).heads(profiles)
     assert torch.equal(receivers, same)
@@ -170,8 +171,8 @@ def test_distinct_receivers_are_no_global_heads(store, tiny):
 
 
 def test_findings_are_the_couplings_of_the_curves(store, tiny):
-    found = examine(store, tiny, FAST)
-    profiles = profiles_of(store, tiny)
+    found = examine(store, identity(tiny.model), FAST)
+    profiles = profiles_of(store, identity(tiny.model))
     base = Variant()
     assert found.rows[0].couplings == couplings(curves_of(store, profiles, [base])[base], base.rule, FAST)
     assert found.responses == len(QUESTIONS)
@@ -301,7 +302,7 @@ def shown(findings, tested):
 
 
 def test_the_papers_numbers_stand_beside_ours(store, tiny):
-    text = shown(examine(store, tiny, FAST), {})
+    text = shown(examine(store, identity(tiny.model), FAST), {})
     for number in ("0.3608", "0.2386", "0.6084", "0.2241", "0.5253", "0.3687", "+171 %", "+42 %", "+296 %", "22.4 %"):
         assert number in text
     assert "Table 1:" not in text
@@ -352,7 +353,17 @@ def test_the_papers_template(folder, tiny, tmp_path):
 
 def test_an_empty_store_has_no_profile(tmp_path, tiny):
     with pytest.raises(ValueError, match="holds no results"):
-        profiles_of(begin(tmp_path / "new", {}, resume=False), tiny)
+        profiles_of(begin(tmp_path / "new", {}, resume=False), identity(tiny.model))
+
+
+def test_another_end_token_is_another_run(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    with interrupted_in_pass(5), pytest.raises(KeyboardInterrupt):
+        command.run(options_of(*arguments_of(model, tmp_path / "out")))
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, 9]}))
+    with pytest.raises(InputError, match=r"was begun with end_tokens \[1\], this run has \[1, 9\]"):
+        command.run(options_of(*arguments_of(model, tmp_path / "out", "--resume")))
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path):
