@@ -8,10 +8,12 @@ that ends at the last layer needed; never from the frozen reference model. docs/
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ except ImportError as error:
     raise ImportError("attnstats.integrations.trl needs TRL: pip install 'attnstats[trl]'") from error
 
 __all__ = ["RhythmCredit", "RhythmGRPOTrainer"]
+
+STATE = "RhythmGRPOTrainer"  # the entry of the stateful callbacks in trainer_state.json that holds the heads
 
 
 class ScoredBatch(NamedTuple):
@@ -95,8 +99,6 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     Attributes:
         credit: the settings.
-        head_classes: the local and global heads of the layers that are read; None before the first batch, and where
-            the credit needs none.
 
     Example: docs/trl.md.
     """
@@ -106,21 +108,27 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if not isinstance(self.credit, RhythmCredit):
             raise TypeError(f"credit must be a RhythmCredit, got {type(credit).__name__}")
         super().__init__(*args, **kwargs)
-        self.head_classes: heads.HeadClasses | None = None
-        self._profiled_at = 0
         self._watch = Stopwatch(self.accelerator.device)
         self._began: float | None = None
         self._signals: Signals | None = None
+        self._layers: tuple[int, ...] = ()
+        self._batch_of_step = -1, 0  # the optimizer step, and the number of batches credited in it before this one
         if self.credit.reads and isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("processing_class: models of images and text are not supported; pass a text model")
         if self.credit.statistics:
-            with self._capture([MeanDistance()]):  # refuses a model that can't be attached before training
-                pass
+            with self._capture([MeanDistance()]) as run:  # refuses a model that can't be attached before training
+                self._layers = run.layers
+
+    @property
+    def head_classes(self) -> heads.HeadClasses | None:
+        """The local and global heads of the layers that are read; None before they are classified, or not needed."""
+        rows = self.state.stateful_callbacks.get(STATE, {}).get("classes")
+        return rows and _read_classes(rows)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if not self._trained.training:  # evaluation is TRL's own
             return super()._generate_and_score_completions(inputs)
-        self._begin_step()
+        self._begin_batch()
         with self._read_while_scoring():
             out = super()._generate_and_score_completions(inputs)
         with self._watch:
@@ -137,10 +145,10 @@ class RhythmGRPOTrainer(GRPOTrainer):
         if self.credit.statistics and signals.waad is None and signals.fai is None:
             return torch.ones_like(mask, dtype=torch.float32)  # every response so far is masked, on all ranks
         generator = None
-        if self.credit.kind == "random":  # independent of the sampling of responses, and the same after a restart
-            ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-            step = (self.args.seed * 1_000_003 + self.state.global_step) * ranks + rank
-            generator = torch.Generator(mask.device).manual_seed(step)
+        if self.credit.kind == "random":  # independent of the sampling of responses, and the same in a resumed run
+            drawn_from = (self.args.seed, *self._batch_of_step, self.accelerator.process_index)
+            seed = np.random.SeedSequence(drawn_from).generate_state(1, np.uint64).item()
+            generator = torch.Generator(mask.device).manual_seed(seed)
         return self.credit.gamma(signals, mask, generator)
 
     # Reading the policy
@@ -211,8 +219,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
         None, without a pass, while the heads have no classes because every response so far is masked.
         """
-        self._classify(batch)
-        statistics, classes = self.credit.statistics, self.head_classes
+        classes = self._classify(batch)
+        statistics = self.credit.statistics
         if classes is None and self.credit.head_share is not None:
             return None
         heads_of = None if classes is None else {"waad": classes.local, "fai": classes.global_}
@@ -233,13 +241,15 @@ class RhythmGRPOTrainer(GRPOTrainer):
                         curves["fai_valid"].append(run.valid["fai"][:, -batch.length :])
         return Signals(**{name: torch.cat(parts) for name, parts in curves.items() if parts})
 
-    def _classify(self, batch: ScoredBatch) -> None:
-        """Classify the heads by their mean distance over the responses of all ranks, if that is due."""
+    def _classify(self, batch: ScoredBatch) -> heads.HeadClasses | None:
+        """The classes of the heads, by their mean distance over the responses of all ranks where they are due."""
         share, step = self.credit.head_share, self.state.global_step
         if share is None:
-            return
-        if self.head_classes is not None and step - self._profiled_at < self.credit.reprofile_every:
-            return
+            return None
+        state = self.state.stateful_callbacks.setdefault(STATE, {"head_share": share, "classes": None})
+        before = self.head_classes
+        if before is not None and step - state["profiled_at"] < self.credit.reprofile_every:
+            return before
         sums: list[Tensor] = []
         with self._watch, self._capture([MeanDistance()], stop_after_last_layer=True) as run:
             for chunk in batch.chunks():
@@ -250,13 +260,43 @@ class RhythmGRPOTrainer(GRPOTrainer):
             count = batch.response.sum().double()
             of_all_ranks = self.accelerator.reduce(torch.cat([total.flatten(), count[None]]), reduction="sum")
             if of_all_ranks[-1] == 0:
-                return
+                return before
             distance = (of_all_ranks[:-1] / of_all_ranks[-1]).view_as(total)
-            self.head_classes = heads.classify(distance, share)
-            self._profiled_at = step
+            classes = heads.classify(distance, share)
+        written, earlier = _written_classes(classes, self._layers), state["classes"]
+        state |= {"profiled_at": step, "classes": written}
         metrics = self._metrics["train"]
-        metrics["rhythm/local_distance"].append(distance[self.head_classes.local].mean().item())
-        metrics["rhythm/global_distance"].append(distance[self.head_classes.global_].mean().item())
+        metrics["rhythm/local_distance"].append(distance[classes.local].mean().item())
+        metrics["rhythm/global_distance"].append(distance[classes.global_].mean().item())
+        if earlier is not None:
+            changed = sum(a != b for layer in written for a, b in zip(written[layer], earlier[layer], strict=True))
+            metrics["rhythm/heads_changed"].append(changed)
+        return classes
+
+    def _load_callback_state(self) -> None:
+        """Called once the state of a checkpoint is loaded: the classes of heads in it, checked."""
+        state = self.state.stateful_callbacks.pop(STATE, None)  # no callback has this name
+        super()._load_callback_state()
+        share, layers = self.credit.head_share, [str(layer) for layer in self._layers]
+        if share is None or not layers:
+            return
+        fault = None
+        if state is None:
+            fault = "holds no classes of heads: it was written by another trainer, or with a credit that needs none"
+        elif state["classes"] is not None and (state["head_share"] != share or set(state["classes"]) != set(layers)):
+            fault = (
+                f"has classes of heads for head_share={state['head_share']} in layers "
+                f"{', '.join(sorted(state['classes'], key=int))}, and the credit is for head_share={share} in layers "
+                f"{', '.join(layers)}"
+            )
+        if fault is None:
+            self.state.stateful_callbacks[STATE] = state
+        elif self.accelerator.is_main_process:
+            warnings.warn(
+                f"the checkpoint of step {self.state.global_step} {fault}. The heads are classified at its first batch "
+                f"and every {self.credit.reprofile_every} steps from there, unlike in an uninterrupted run",
+                stacklevel=2,
+            )
 
     def _forward(self, chunk: ScoredBatch, run: Capture) -> None:
         with self.accelerator.autocast(), self._eval_mode():
@@ -275,8 +315,10 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     # Logging
 
-    def _begin_step(self) -> None:
-        """Log the time of the statistics, and their share of the time since the last call."""
+    def _begin_batch(self) -> None:
+        """Count the batch; log the time of the last one's statistics, and its share of the time since then."""
+        step, before = self._batch_of_step
+        self._batch_of_step = self.state.global_step, before + 1 if step == self.state.global_step else 0
         now = self._watch.now()
         if self._began is not None:
             self._metrics["train"]["rhythm/seconds"].append(self._watch.seconds)
@@ -305,3 +347,17 @@ def _time_attention(run: Capture, watch: Stopwatch) -> None:
             return attend(layer, call)
 
     run.attend = timed  # type: ignore[method-assign]
+
+
+def _written_classes(classes: heads.HeadClasses, layers: Iterable[int]) -> dict[str, str]:
+    """The class of each head by layer, as a letter: "l" local, "g" global, "m" middle."""
+    count = classes.local.shape[1]
+    return {
+        str(layer): "".join(classes.name(row, head)[0] for head in range(count)) for row, layer in enumerate(layers)
+    }
+
+
+def _read_classes(written: dict[str, str]) -> heads.HeadClasses:
+    rows = [written[layer] for layer in sorted(written, key=int)]
+    local, global_ = (torch.tensor([[of_head == letter for of_head in row] for row in rows]) for letter in "lg")
+    return heads.HeadClasses(local, global_)

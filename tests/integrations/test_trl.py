@@ -6,6 +6,8 @@ import importlib.util
 import inspect
 import os
 import re
+import shutil
+import warnings
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 
-from attnstats.integrations.settings import KINDS
+from attnstats.integrations.settings import KINDS, Signals
 from attnstats.integrations.trl import RhythmCredit, RhythmGRPOTrainer
 from attnstats.transformers.selection import middle_third
 from tests import plain_credit
@@ -90,7 +92,7 @@ def trainer(start: Path, credit: RhythmCredit | None = None, model: Any = None, 
     }
     chosen |= {"learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": True}
     chosen |= {"disable_tqdm": True, "dataloader_pin_memory": False, "bf16": False, "gradient_accumulation_steps": 1}
-    arguments = GRPOConfig(str(start / "out"), **chosen | settings)
+    arguments = GRPOConfig(**{"output_dir": str(start / "out")} | chosen | settings)
     torch.manual_seed(0)
     given: dict[str, Any] = {
         "model": transformers.AutoModelForCausalLM.from_pretrained(start) if model is None else model,
@@ -306,6 +308,16 @@ def test_random_credit_is_drawn_anew_and_the_same_in_a_second_run(start):
     assert torch.equal(runs[0][1], runs[1][1])
 
 
+def test_random_credit_differs_between_the_batches_of_a_step(start):
+    of = trainer(start, RhythmCredit("random"), gradient_accumulation_steps=2, steps_per_generation=1)
+    mask = torch.ones(4, 40, dtype=torch.bool)
+    drawn = []
+    for _ in range(2):
+        of._begin_batch()
+        drawn.append(of._gamma(Signals(), mask))
+    assert not torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("sign", ["positive", "negative"])
 def test_sign(start, sign):
     out, advantages = scored(trainer(start, RhythmCredit("local", sign=sign, **NEAR)))
@@ -375,6 +387,95 @@ def test_tokens_of_a_tool_are_no_response(start, monkeypatch):
     assert out["advantages"].tolist() == [[1.5, 1.0, 1.0, 1.5, 1.0], [-3.0, -3.0, -3.0, -2.0, -2.0]]
 
 
+# Resuming from a checkpoint
+
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "learning_rate": 0.05}
+EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+TWO_BATCHES: dict[str, Any] = {"gradient_accumulation_steps": 2, "steps_per_generation": 1}
+TIMES = {"rhythm/seconds", "rhythm/step_share", "step_time"}
+
+
+def history(of: Any) -> list[dict[str, float]]:
+    """What was logged at each step, without times."""
+    return [{k: v for k, v in logs.items() if k not in TIMES} for logs in of.state.log_history if "loss" in logs]
+
+
+def assert_equal_runs(found: Any, expected: Any) -> None:
+    assert history(found) == history(expected)
+    for (name, weight), other in zip(expected.model.named_parameters(), found.model.parameters(), strict=True):
+        assert torch.equal(other, weight), name
+    if expected.head_classes is not None:
+        assert torch.equal(found.head_classes.local, expected.head_classes.local)
+        assert torch.equal(found.head_classes.global_, expected.head_classes.global_)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("coupled", ALIGNED), ("coupled", MISALIGNED), ("global", EVALUATING | TWO_BATCHES), ("random", TWO_BATCHES)],
+    ids=["own pass", "TRL's pass", "evaluation", "random"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(start, tmp_path, kind, settings):
+    credit = RhythmCredit(kind, amp=3.0, reprofile_every=6, **NEAR)
+    settings = SAVING | {"output_dir": str(tmp_path)} | settings
+    whole = trainer(start, credit, **settings)
+    whole.train()
+    resumed = trainer(start, credit, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_equal_runs(resumed, whole)
+    if kind != "random":  # a profile at another step would have shown
+        assert [step for step, logs in enumerate(history(whole)) if "rhythm/heads_changed" in logs] == [6]
+        assert history(whole)[6]["rhythm/heads_changed"] > 0
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["", "with callbacks"])
+def test_the_last_checkpoint_is_resumed(start, tmp_path, caplog, restored):
+    credit = RhythmCredit("global", reprofile_every=6, **NEAR)
+    settings = SAVING | {"output_dir": str(tmp_path), "restore_callback_states_from_checkpoint": restored}
+    whole = trainer(start, credit, **settings)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed = trainer(start, credit, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        resumed.train(resume_from_checkpoint=True)
+    assert_equal_runs(resumed, whole)
+    assert "callbacks not included" not in caplog.text
+
+
+def test_a_second_run_of_a_trainer_begins_anew(start):
+    of = trainer(start, RhythmCredit("global", **NEAR))
+    for _ in range(2):
+        of.train()
+        assert "rhythm/local_distance" in history(of)[0]
+        assert "rhythm/heads_changed" not in history(of)[0]
+
+
+@pytest.mark.parametrize(
+    ("written_by", "message"),
+    [
+        (None, "checkpoint of step 1 holds no classes of heads: it was written by another trainer"),
+        (RhythmCredit("random"), "checkpoint of step 1 holds no classes of heads"),
+        (
+            RhythmCredit("local", head_share=0.2, layers=(1, 4), **NEAR),
+            r"head_share=0\.2 in layers 1, 4, and the credit is for head_share=0\.3 in layers 2, 3, 4\. The heads are "
+            "classified at its first batch and every 50 steps from there, unlike in an uninterrupted run",
+        ),
+    ],
+    ids=["stock TRL", "a credit without heads", "other heads"],
+)
+def test_a_checkpoint_without_the_heads(start, tmp_path, written_by, message):
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    trainer(start, written_by, **settings | {"max_steps": 1}).train()
+    of = trainer(start, RhythmCredit("local", **NEAR), **settings)
+    with pytest.warns(UserWarning, match=message):
+        of.train(resume_from_checkpoint=True)
+    assert "rhythm/local_distance" in history(of)[1]
+    no_heads = trainer(start, RhythmCredit("local", head_share=None, **NEAR), **settings | {"max_steps": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        no_heads.train(resume_from_checkpoint=True)
+
+
 # What is refused
 
 
@@ -432,8 +533,17 @@ def on_rank(rank: int, start: Path) -> None:
     weights = {name: weight.detach() for name, weight in of.model.named_parameters()}
     torch.save(found | {"weights": weights}, start / f"{rank}.pt")
 
+    runs = []
+    for checkpoint in (None, str(start / "saved" / "checkpoint-4")):
+        some = SAVING | {"output_dir": str(start / "saved"), **MISALIGNED}
+        of = trainer(start, RhythmCredit("global", amp=3.0, reprofile_every=6, **NEAR), **some)
+        of.train(resume_from_checkpoint=checkpoint)
+        runs.append(of)
+    assert_equal_runs(*runs)
+    assert "rhythm/heads_changed" in history(runs[0])[6]
 
-def test_two_ranks_agree_on_the_heads_and_train(start):
+
+def test_two_ranks_agree_on_the_heads_train_and_resume(start):
     two_ranks(on_rank, start)
     ranks = [torch.load(start / f"{rank}.pt", weights_only=False) for rank in range(2)]
     assert ranks[0]["out"]["completion_ids"].tolist() != ranks[1]["out"]["completion_ids"].tolist()
