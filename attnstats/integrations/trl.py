@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -122,8 +122,13 @@ class RhythmGRPOTrainer(GRPOTrainer):
     @property
     def head_classes(self) -> heads.HeadClasses | None:
         """The local and global heads of the layers that are read; None before they are classified, or not needed."""
-        rows = self.state.stateful_callbacks.get(STATE, {}).get("classes")
+        rows = self._saved_states.get(STATE, {}).get("classes")
         return rows and _read_classes(rows)
+
+    @property
+    def _saved_states(self) -> dict[str, Any]:
+        """What transformers saves and loads with every checkpoint, by name."""
+        return cast(dict[str, Any], self.state.stateful_callbacks)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         if not self._trained.training:  # evaluation is TRL's own
@@ -246,7 +251,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         share, step = self.credit.head_share, self.state.global_step
         if share is None:
             return None
-        state = self.state.stateful_callbacks.setdefault(STATE, {"head_share": share, "classes": None})
+        state = self._saved_states.setdefault(STATE, {"head_share": share, "classes": None})
         before = self.head_classes
         if before is not None and step - state["profiled_at"] < self.credit.reprofile_every:
             return before
@@ -275,7 +280,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
 
     def _load_callback_state(self) -> None:
         """Called once the state of a checkpoint is loaded: the classes of heads in it, checked."""
-        state = self.state.stateful_callbacks.pop(STATE, None)  # no callback has this name
+        state = self._saved_states.pop(STATE, None)  # no callback has this name
         super()._load_callback_state()
         share, layers = self.credit.head_share, [str(layer) for layer in self._layers]
         if share is None or not layers:
@@ -290,7 +295,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
                 f"{', '.join(layers)}"
             )
         if fault is None:
-            self.state.stateful_callbacks[STATE] = state
+            self._saved_states[STATE] = state
         elif self.accelerator.is_main_process:
             warnings.warn(
                 f"the checkpoint of step {self.state.global_step} {fault}. The heads are classified at its first batch "
