@@ -189,6 +189,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         question=question,
         token_ids=torch.arange(length),
         tokens=tokens,
+        shown=tokens,
         response=response,
         layers=(3, 5),
         head_waad=per_head[0],

@@ -110,7 +110,7 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
     return {
         "question": visible(question),
         "start": start,
-        "tokens": list(map(token_text, analysis.tokens[:stop])),
+        "tokens": list(map(token_text, analysis.shown[:stop])),
         "breaks": [text.count("\n") for text in analysis.tokens[start:stop]],
         "values": {key: [_short(value) for value in tensor[kept].tolist()] for key, tensor in values.items()},
         "domains": {key: _domain(domain) for key, domain in domains.items()},

@@ -141,7 +141,7 @@ def _styled() -> Iterator[Figure]:
 
 
 def _words(analysis: Analysis) -> list[str]:
-    words = map(token_name, analysis.tokens[analysis.response_start :])
+    words = map(token_name, analysis.shown[analysis.response_start :])
     return [word if len(word) <= LONGEST else f"{word[: LONGEST - 1]}…" for word in words]
 
 

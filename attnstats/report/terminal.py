@@ -124,7 +124,7 @@ def response(analysis: Analysis, column: Column) -> Text:
     preplan, anchors = set(marked.among(marked.preplan)), set(marked.among(marked.anchor))
     text = Text()
     for i, value in enumerate(values.tolist()):
-        token = visible(analysis.tokens[analysis.response_start + i])
+        token = visible(analysis.shown[analysis.response_start + i])
         style = shade_style(domain.shade(value)) if value == value else Style(dim=True)
         if i in preplan or i in anchors:
             style += Style(overline=i in preplan or None, underline=i in anchors or None, bold=True)
@@ -184,4 +184,4 @@ def _brief(value: float) -> str:
 
 
 def _cells(analysis: Analysis, position: int, value: str) -> tuple[Text, Text, Text]:
-    return Text(token_name(analysis.tokens[position])), Text(str(position)), Text(value)
+    return Text(token_name(analysis.shown[position])), Text(str(position)), Text(value)

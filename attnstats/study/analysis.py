@@ -57,6 +57,7 @@ class Analysis:
 
     Attributes:
         token_ids, tokens: (T,) the tokens, and the text that each adds (reading.pieces).
+        shown: (T,) the texts with a part of a character as its bytes (reading.shown).
         response: (T,) bool, the positions that were generated.
         layers: indices of the captured layers.
         head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
@@ -72,6 +73,7 @@ class Analysis:
     question: str
     token_ids: Tensor
     tokens: list[str]
+    shown: list[str]
     response: Tensor
     layers: tuple[int, ...]
     head_waad: Tensor
@@ -93,15 +95,20 @@ class Analysis:
         tensors = {name: getattr(self, name) for name in _AXES}
         tensors |= {"layers": torch.tensor(self.layers), "local": self.classes.local, "global": self.classes.global_}
         tensors |= vars(self.maps)
-        return tensors, {"question": self.question, "tokens": self.tokens}
+        pairs = enumerate(zip(self.tokens, self.shown, strict=True))
+        shown = {str(position): shown for position, (token, shown) in pairs if shown != token}
+        return tensors, {"question": self.question, "tokens": self.tokens, "shown": shown}
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], texts: dict[str, Any]) -> Analysis:
         """The analysis of an item that `stored` made. Raises KeyError, TypeError or ValueError for any other."""
         _check_item(tensors, texts)
+        tokens = list(map(str, texts["tokens"]))
+        shown = {int(position): str(text) for position, text in texts.get("shown", {}).items()}
         return cls(
             question=str(texts["question"]),
-            tokens=list(map(str, texts["tokens"])),
+            tokens=tokens,
+            shown=[shown.get(position, token) for position, token in enumerate(tokens)],
             layers=tuple(tensors["layers"].tolist()),
             classes=HeadClasses(tensors["local"], tensors["global"]),
             maps=Maps(**{field.name: tensors[field.name] for field in dataclasses.fields(Maps)}),

@@ -19,7 +19,7 @@ from attnstats.study.analysis import Analyses, Analysis, Settings
 from attnstats.study.corpus import Measure, Progress
 from attnstats.study.maps import mean_maps
 from attnstats.study.models import LoadedModel
-from attnstats.study.reading import pieces, read
+from attnstats.study.reading import pieces, read, shown
 from attnstats.study.store import Item, begin
 from attnstats.transformers.capture import capture
 
@@ -120,10 +120,12 @@ def measure(
     else:
         classes = profile.classes(settings.head_share, run.layers).of([profile.layers.index(i) for i in run.layers])
     mean_waad = heads.class_mean(waad, classes.local)
+    tokens = pieces(loaded.tokenizer, prompt + response)
     return Analysis(
         question=question,
         token_ids=ids[0].cpu(),
-        tokens=pieces(loaded.tokenizer, prompt + response),
+        tokens=tokens,
+        shown=shown(loaded.tokenizer, prompt + response, tokens),
         response=in_response,
         layers=run.layers,
         head_waad=waad,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,11 @@ from attnstats.transformers.run import Capture
 ENTROPY_ROWS = 64  # 64 rows of a vocabulary of 150k in fp32 are 38 MB
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # a byte in vocabularies of SentencePiece
+# Byte-level vocabularies write each byte as a character: itself where it is printable, else one from U+0100 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))}
 
 
 def read(
@@ -91,7 +98,8 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     """The text that each token adds to the tokens before it; joined, the text of all tokens.
 
     A token is decoded together with the one before it, because many tokenizers drop a space at the start of a text. A
-    token that leaves a character unfinished adds "", and the token that ends the character adds all of it.
+    token that leaves a character unfinished adds the text before it, and the token that ends the character adds all of
+    it.
     """
 
     def decode(part: list[int]) -> str:
@@ -99,18 +107,80 @@ def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
     whole = decode(ids)
     added: list[str] = []
-    position = 0  # in `whole`
+    position = origin = 0  # in `whole`: of the next token, and of the text that follows `before`
     start = settled = 0  # the tokens start .. settled have been added, and are the context of the next
     before = ""
     for end in range(1, len(ids) + 1):
         now = decode(ids[start:end])
-        stop = position
-        if end == len(ids):
-            stop = len(whole)
-        elif len(now) > len(before) and not (now.endswith(UNFINISHED) and end - settled < LONGEST_CHARACTER):
-            stop += len(now) - len(before)
-            before = decode(ids[settled:end])
-            start, settled = settled, end
+        finished = now.rstrip(UNFINISHED) if end - settled < LONGEST_CHARACTER else now
+        stop = len(whole) if end == len(ids) else max(position, origin + len(finished) - len(before))
         added.append(whole[position:stop])
         position = stop
+        if len(now) > len(before) and finished == now:
+            before = decode(ids[settled:end])
+            start, settled, origin = settled, end, position
     return added
+
+
+def shown(tokenizer: Any, ids: list[int], texts: list[str]) -> list[str]:
+    """The texts of `pieces` as a reader sees them: a part of a character is shown as its bytes, such as `<0xF0>`.
+
+    The token that ends the character shows the character.
+    """
+    result = list(texts)
+    parts = _partial(tokenizer, ids)
+    for is_partial, run in itertools.groupby(range(len(ids)), lambda i: parts[i] is not None):
+        first, *_ = places = list(run)
+        if is_partial:
+            result[first : places[-1] + 1] = _with_bytes([parts[i] or b"" for i in places])
+        elif first:
+            # Where a character was never finished its replacement is in the text of the token after it.
+            result[first] = texts[first].lstrip(UNFINISHED) or texts[first]
+    return result
+
+
+def _partial(tokenizer: Any, ids: list[int]) -> list[bytes | None]:
+    """The bytes of each token that has a part of a character; None for other tokens."""
+    parts: list[bytes | None] = []
+    for token, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        content = _content(str(name)) if UNFINISHED in text else None
+        # U+FFFD itself is a whole character, and bytes that don't make the token's text are a name that was misread.
+        if content is not None and (_is_utf8(content) or content.decode("utf-8", "replace").strip() != text.strip()):
+            content = None
+        parts.append(content)
+    return parts
+
+
+def _content(name: str) -> bytes | None:
+    """The bytes that a token's name in the vocabulary stands for; None if it is no name of bytes."""
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        return bytes([int(byte[1], 16)])
+    return bytes(_BYTE_OF[character] for character in name) if set(name) <= _BYTE_OF.keys() else None
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _with_bytes(parts: list[bytes]) -> list[str]:
+    """The text of consecutive tokens: each character at the token of its last byte, other bytes by their numbers."""
+    owner = [i for i, part in enumerate(parts) for _ in part]
+    data = b"".join(parts)
+    texts = [""] * len(parts)
+    position = 0
+    for character in data.decode("utf-8", "surrogateescape"):
+        size = len(character.encode("utf-8", "surrogateescape"))
+        last = position + size - 1
+        is_broken = "\udc80" <= character <= "\udcff"
+        for i in range(position, last + 1):
+            if is_broken or owner[i] != owner[last]:
+                texts[owner[i]] += f"<0x{data[i]:02X}>"
+        if not is_broken:
+            texts[owner[last]] += character
+        position += size
+    return texts

@@ -10,7 +10,7 @@ import unicodedata
 
 # Controls, surrogates, formats (all bidi marks, overrides and isolates are among them), line and paragraph separators.
 _INVISIBLE = ("Cc", "Cs", "Cf", "Zl", "Zp")
-PART = "·"  # shown for a token that adds no text because it only begins a character
+PART = "·"  # shown for a token that adds no text
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
 
 

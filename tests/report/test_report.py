@@ -230,6 +230,15 @@ def test_a_coupling_of_few_responses_has_a_dash_and_the_reason():
     assert "-: no interval and no p over fewer than 5 responses with a peak." in page.within("p")
 
 
+def test_a_part_of_a_character_is_on_the_page_as_its_bytes():
+    analysis = synthetic_analysis(["how", " many", " ", "", "🥐", "."])
+    analysis = dataclasses.replace(analysis, shown=["how", " many", " <0xF0><0x9F>", "<0xA5>", "🥐", "."])
+    assert data.prompt(analysis)["tokens"] == analysis.shown
+    page = Page(report.render([analysis], Settings(), SUMMARY))
+    assert " <0xF0><0x9F><0xA5>🥐." in page.within("span")
+    assert analysis.response_text == " 🥐."
+
+
 def test_settings_show_in_the_explanation():
     settings = dataclasses.replace(Settings(), window=7, fai_lo=3, fai_hi=None)
     page = Page(report.render([synthetic_analysis(HOSTILE)], settings, SUMMARY))

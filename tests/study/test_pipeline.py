@@ -7,7 +7,7 @@ import torch
 
 from attnstats.errors import InputError
 from attnstats.study import models
-from attnstats.study.analysis import Settings
+from attnstats.study.analysis import Analysis, Settings
 from attnstats.study.corpus import BATCH
 from attnstats.study.pipeline import analyze, measure
 from attnstats.study.reading import ENTROPY_ROWS
@@ -166,6 +166,13 @@ def test_the_system_text_goes_before_the_question(tiny):
     (analysis,) = analyze(tiny, ["how many"], settings, Silent())
     expected = ["system", "are", "left", "user", "how", "many", "so"]
     assert analysis.tokens[: analysis.response_start] == expected
+
+
+def test_bytes_of_a_token_are_kept_beside_its_text(analyses):
+    shown = [f"{token}<0xF0>" if i % 3 else token for i, token in enumerate(analyses[0].tokens)]
+    item = dataclasses.replace(analyses[0], shown=shown).stored()
+    assert Analysis.restored(*item).shown == shown
+    assert Analysis.restored(*item).tokens == analyses[0].tokens
 
 
 def test_tokens_are_the_pieces_of_prompt_and_response(tiny, analyses):
