@@ -1,41 +1,25 @@
 """Peaks of the curves of responses, and the three couplings between WAAD, FAI and entropy peaks (Sec. 4).
 
 Pure functions on the curves of single responses, which are means over heads (heads.class_mean): differences and peaks
-are taken after averaging, never before. A coupling is over all responses of a corpus, with a permutation test and a
-bootstrap, both seeded.
+are taken after averaging, never before. A coupling is over all responses of a corpus; chance.py has its tests.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attnstats.chance import Chance, Coupling, CouplingSum, Marked
 from attnstats.credit import coupled_sets
 from attnstats.curves import delta, top_share
 
 CURVES = ("waad", "fai", "receiver_fai", "entropy")
-Null = Literal["shuffle", "shift"]
-# Below so many responses there is no interval and no p. A bootstrap draws responses: of one it draws the same each
-# time, of four the ends of a 95 % interval are single responses.
-FEWEST = 5
-
-
-def too_few(count: int, what: str) -> str:
-    """The reason why a mean over `count` responses has no interval and no p; empty if it has them.
-
-    Example:
-        >>> too_few(1, "responses with a peak")
-        'no interval and no p over fewer than 5 responses with a peak'
-    """
-    return "" if count >= FEWEST else f"no interval and no p over fewer than {FEWEST} {what}"
 
 
 def top(values: Tensor, count: int, valid: Tensor | None = None) -> list[int]:
@@ -135,22 +119,6 @@ class Curves:
         return finite if valid is None else finite & valid
 
 
-def all_peaks(curves: Sequence[Curves], rule: PeakRule = PeakRule()) -> list[dict[str, Tensor]]:
-    """The peaks of every curve of each response, by the names in `CURVES`."""
-    return [{name: peaks(getattr(c, name), c.valid(name), rule) for name in CURVES} for c in curves]
-
-
-def densities(curves: Sequence[Curves], rule: PeakRule = PeakRule()) -> dict[str, float]:
-    """The share of each curve's valid tokens that are peaks, over all responses; NaN where no token is valid."""
-    marks = all_peaks(curves, rule)
-    shares = {}
-    for name in CURVES:
-        tokens = sum(int(c.valid(name).sum()) for c in curves)
-        count = sum(int(of_response[name].sum()) for of_response in marks)
-        shares[name] = count / tokens if tokens else math.nan
-    return shares
-
-
 @dataclass(frozen=True, eq=False)
 class Sets:
     """The token sets of one response that credit amplifies, (T,) bool each (Sec. 5.2).
@@ -190,70 +158,78 @@ def sets(curves: Curves, q: float = 0.4, k: int = 3) -> Sets:
     return Sets(chunk[0], coupled.anchor[0], coupled.dominated[0], coupled.intro[0])
 
 
-@dataclass(frozen=True)
-class Coupling:
-    """The mean of a quantity at marked tokens beside its mean by chance; NaN where no token is marked.
+class CorpusRhythm:
+    """The couplings and peak densities of a corpus whose responses come one at a time, in memory that stays the same.
 
-    Attributes:
-        observed: mean over the marked tokens of all responses. random: the mean by chance.
-        p_value: share of the permutations, the observed one counted, whose mean is at least the observed: one-sided.
-        low, high: 95 % bootstrap interval of the lift; responses are drawn with replacement.
-        count: number of marked tokens. responses: number of responses with one; p_value, low and high are NaN if they
-            are fewer than FEWEST.
+    Args:
+        reach: how far `offsets` looks, in tokens; None: there are no offsets.
     """
 
-    name: str
-    observed: float
-    random: float
-    p_value: float
-    low: float
-    high: float
-    count: int
-    responses: int
+    def __init__(self, rule: PeakRule = PeakRule(), chance: Chance = Chance(), reach: int | None = None):
+        self.responses = 0
+        self._rule, self._reach = rule, reach
+        self._entropy = CouplingSum("entropy at WAAD peaks", chance)
+        self._same = CouplingSum("receiver FAI peaks that are global FAI peaks", chance)
+        self._follow = CouplingSum("FAI peaks at or just after a WAAD peak", chance, shuffled=True)
+        self._offsets = {
+            (of, near, offset): CouplingSum(f"{of} peaks with {near} at {offset:+d}", chance, shuffled=True)
+            for of, near in itertools.permutations(CURVES, 2)
+            for offset in (range(-reach, reach + 1) if reach is not None else ())
+        }
+        self._tokens, self._peaks = dict.fromkeys(CURVES, 0), dict.fromkeys(CURVES, 0)
 
-    @property
-    def reason(self) -> str:
-        """Why the coupling has no interval and no p; empty if it has them."""
-        return too_few(self.responses, "responses with a peak")
+    def add(self, curves: Curves) -> None:
+        """Count one more response."""
+        self.responses += 1
+        valid = {name: curves.valid(name) for name in CURVES}
+        marks = {name: peaks(getattr(curves, name), valid[name], self._rule) for name in CURVES}
+        for name in CURVES:
+            self._tokens[name] += int(valid[name].sum())
+            self._peaks[name] += int(marks[name].sum())
+        self._entropy.add(Marked.of(marks["waad"], curves.entropy, valid["entropy"]))
+        self._same.add(Marked.of(marks["receiver_fai"], marks["fai"], valid["fai"] & valid["receiver_fai"]))
+        self._follow.add(Marked.of(marks["fai"], marks["waad"] | _moved(marks["waad"], -1), valid["fai"]))
+        for (of, near, offset), total in self._offsets.items():
+            total.add(Marked.of(marks[of], _moved(marks[near], offset), valid[of]))
 
-    @property
-    def lift(self) -> float:
-        """(observed - random) / random, Table 2."""
-        return (self.observed - self.random) / self.random if self.random else math.nan
+    def couplings(self) -> tuple[Coupling, Coupling, Coupling]:
+        """The paper's three couplings, as of the function `couplings`. Raises ValueError without responses."""
+        if not self.responses:
+            raise ValueError("curves is empty: couplings are over one response or more")
+        return self._entropy.result(), self._same.result(), self._follow.result()
+
+    def densities(self) -> dict[str, float]:
+        """The share of each curve's valid tokens that are peaks; NaN where no token is valid."""
+        return {name: self._peaks[name] / tokens if tokens else math.nan for name, tokens in self._tokens.items()}
+
+    def offsets(self) -> dict[tuple[str, str, int], Coupling]:
+        """The share of one curve's peaks with a peak of another at an offset of -reach..reach tokens (Table 20).
+
+        The key (of, near, +1) has the share of the peaks of `of` with a peak of `near` at the next token. Random is the
+        exact mean over all ways of placing the peaks of `of`.
+        """
+        return {key: total.result() for key, total in self._offsets.items()}
 
 
-@dataclass(frozen=True)
-class Chance:
-    """The null hypothesis of the permutation test, and the number of draws of the test and of the bootstrap.
-
-    Attributes:
-        permutations: number of times the marks are placed anew within their response, count kept.
-        null: "shuffle" places each mark anywhere; "shift" rotates all marks of a response by one offset, which keeps
-            the distances between them.
-        resamples: number of bootstrap samples.
-        seed: seed of both.
-    """
-
-    permutations: int = 2000
-    null: Null = "shuffle"
-    resamples: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.permutations < 1 or self.resamples < 1:
-            raise ValueError(
-                f"permutations and resamples must be at least 1, got {self.permutations}, {self.resamples}"
-            )
-        if self.null not in ("shuffle", "shift"):
-            raise ValueError(f"null must be 'shuffle' or 'shift', got {self.null!r}")
+def corpus_rhythm(
+    curves: Iterable[Curves],
+    rule: PeakRule = PeakRule(),
+    chance: Chance = Chance(),
+    reach: int | None = None,
+) -> CorpusRhythm:
+    """The CorpusRhythm of these responses; each is taken once."""
+    corpus = CorpusRhythm(rule, chance, reach)
+    for of_response in curves:
+        corpus.add(of_response)
+    return corpus
 
 
 def couplings(
-    curves: Sequence[Curves],
+    curves: Iterable[Curves],
     rule: PeakRule = PeakRule(),
     chance: Chance = Chance(),
 ) -> tuple[Coupling, Coupling, Coupling]:
-    """The paper's three couplings over the responses of a corpus (Table 2).
+    """The paper's three couplings over the responses of a corpus (Table 2); each response is taken once.
 
     1. Mean token entropy at WAAD peaks, against the mean over all response tokens.
     2. Share of receiver FAI peaks that are global FAI peaks, against the share of global FAI peaks among all tokens.
@@ -265,43 +241,7 @@ def couplings(
     Raises:
         ValueError: no responses.
     """
-    if not curves:
-        raise ValueError("curves is empty: couplings are over one response or more")
-    entropy, same, follow = [], [], []
-    for c, marks in zip(curves, all_peaks(curves, rule), strict=True):
-        both = c.valid("fai") & c.valid("receiver_fai")
-        entropy.append(Marked.of(marks["waad"], c.entropy, c.valid("entropy")))
-        same.append(Marked.of(marks["receiver_fai"], marks["fai"], both))
-        at_or_after = marks["waad"] | _moved(marks["waad"], -1)
-        follow.append(Marked.of(marks["fai"], at_or_after, c.valid("fai")))
-    return (
-        coupling("entropy at WAAD peaks", entropy, chance),
-        coupling("receiver FAI peaks that are global FAI peaks", same, chance),
-        coupling("FAI peaks at or just after a WAAD peak", follow, chance, shuffled=True),
-    )
-
-
-def offsets(
-    curves: Sequence[Curves],
-    rule: PeakRule = PeakRule(),
-    chance: Chance = Chance(),
-    reach: int = 1,
-) -> dict[tuple[str, str, int], Coupling]:
-    """The share of one curve's peaks with a peak of another at an offset of -reach..reach tokens (Table 20).
-
-    The key (of, near, +1) has the share of the peaks of `of` with a peak of `near` at the next token. Random is the
-    exact mean over all ways of placing the peaks of `of`.
-    """
-    peaks_of = all_peaks(curves, rule)
-    table = {}
-    for of, near in itertools.permutations(CURVES, 2):
-        for offset in range(-reach, reach + 1):
-            marked = [
-                Marked.of(marks[of], _moved(marks[near], offset), c.valid(of))
-                for c, marks in zip(curves, peaks_of, strict=True)
-            ]
-            table[of, near, offset] = coupling(f"{of} peaks with {near} at {offset:+d}", marked, chance, shuffled=True)
-    return table
+    return corpus_rhythm(curves, rule, chance).couplings()
 
 
 def _moved(marks: Tensor, offset: int) -> Tensor:
@@ -311,65 +251,3 @@ def _moved(marks: Tensor, offset: int) -> Tensor:
     if abs(offset) < length:
         moved[max(0, -offset) : length - max(0, offset)] = marks[max(0, offset) : length - max(0, -offset)]
     return moved
-
-
-class Marked(NamedTuple):
-    """The marks and values of the eligible tokens of one response, in order."""
-
-    marks: npt.NDArray[np.bool_]
-    values: npt.NDArray[np.float64]
-
-    @classmethod
-    def of(cls, marks: Tensor, values: Tensor, eligible: Tensor) -> Marked:
-        return cls(marks[eligible].cpu().numpy(), values[eligible].double().cpu().numpy())
-
-
-def coupling(name: str, responses: Sequence[Marked], chance: Chance, shuffled: bool = False) -> Coupling:
-    """The mean value at marks, against that at all tokens or, if `shuffled`, at marks placed anew in each response."""
-    rng = np.random.default_rng(chance.seed)
-    # Per response: the sum at marks and their number, then the sum and the number that give the mean by chance.
-    sums = np.array([_sums(r, shuffled) for r in responses if len(r.values)]).reshape(-1, 4)
-    totals = sums.sum(0)
-    if not totals[1] or not totals[3]:
-        return Coupling(name, math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0)
-    observed, random = float(totals[0] / totals[1]), float(totals[2] / totals[3])
-    count, with_marks = int(totals[1]), int((sums[:, 1] > 0).sum())
-    if with_marks < FEWEST:
-        return Coupling(name, observed, random, math.nan, math.nan, math.nan, count, with_marks)
-    placed = np.zeros(chance.permutations)
-    for response in responses:
-        if response.marks.any():
-            placed += _placed_anew(response, chance, rng)
-    # Sums of the same numbers in another order differ in their last bits.
-    reached = int((placed >= totals[0] - 1e-9 * max(1.0, abs(totals[0]))).sum())
-    drawn = rng.integers(len(sums), size=(chance.resamples, len(sums)))
-    resampled = np.stack([column[drawn].sum(1) for column in sums.T])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        expected = resampled[2] / resampled[3]
-        lifts = (resampled[0] / resampled[1] - expected) / expected
-    lifts = lifts[np.isfinite(lifts)]
-    low, high = np.quantile(lifts, [0.025, 0.975]) if len(lifts) else (math.nan, math.nan)
-    p_value = (1 + reached) / (1 + chance.permutations)
-    return Coupling(name, observed, random, p_value, float(low), float(high), count, with_marks)
-
-
-def _sums(response: Marked, shuffled: bool) -> tuple[float, float, float, float]:
-    at_marks, marks = response.values[response.marks].sum(), response.marks.sum()
-    if shuffled:
-        return at_marks, marks, marks * response.values.mean(), marks
-    return at_marks, marks, response.values.sum(), len(response.values)
-
-
-def _placed_anew(response: Marked, chance: Chance, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """The sum of the values at marks in each permutation."""
-    marks, values = response
-    size, count = len(values), int(marks.sum())
-    if chance.null == "shift":
-        at = np.flatnonzero(marks)
-        sums = values[(np.arange(size)[:, None] + at) % size].sum(1)
-        return sums[rng.integers(size, size=chance.permutations)]
-    if set(np.unique(values)) <= {0.0, 1.0}:
-        ones = int(values.sum())
-        return rng.hypergeometric(ones, size - ones, count, size=chance.permutations).astype(np.float64)
-    drawn = rng.random((chance.permutations, size)).argpartition(count - 1, axis=1)[:, :count]
-    return values[drawn].sum(1)

@@ -18,10 +18,10 @@ import torch
 import transformers
 from rich.console import Console
 
+from attnstats.chance import Chance
 from attnstats.cli import tables
 from attnstats.cli.couplings import CORPUS
 from attnstats.identity import identity
-from attnstats.rhythm import Chance
 from attnstats.study import models
 from attnstats.study.couplings import examine, measure
 from attnstats.study.outputs import versions

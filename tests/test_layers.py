@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up. Modules of one line may import each other, as long as there is no circle.
 LAYERS = (
     ("errors", "statistics"),
-    ("results", "identity", "curves"),
+    ("results", "identity", "curves", "chance"),
     ("core", "heads", "credit"),
     ("reference", "tiled", "triton", "distributed", "rhythm", "presets"),
     ("_dispatch",),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -9,27 +10,11 @@ import scipy.signal
 import scipy.stats
 import torch
 
+from attnstats.chance import FEWEST, Chance
 from attnstats.curves import delta
-from attnstats.rhythm import (
-    CURVES,
-    FEWEST,
-    Chance,
-    Coupling,
-    Curves,
-    Marked,
-    PeakRule,
-    coupling,
-    couplings,
-    densities,
-    offsets,
-    peaks,
-    sets,
-    top,
-)
+from attnstats.rhythm import CURVES, Curves, PeakRule, corpus_rhythm, couplings, peaks, sets, top
 
 FAST = Chance(permutations=400, resamples=400)
-# Responses with a mark at a value of 0: enough of them for a p, which they don't change.
-ENOUGH = [Marked(np.ones(1, dtype=bool), np.zeros(1))] * (FEWEST - 1)
 
 
 def test_delta_is_the_change_to_the_next_token():
@@ -148,6 +133,10 @@ def with_rhythm(seed, length=150):
     return dataclasses.replace(c, fai=fai, receiver_fai=fai + 0.2 * c.receiver_fai, entropy=0.2 * c.entropy + c.waad)
 
 
+def offsets(curves):
+    return corpus_rhythm(curves, chance=FAST, reach=1).offsets()
+
+
 def test_couplings_by_hand():
     curves = [without_rhythm(seed, length) for seed, length in ((1, 40), (2, 90), (3, 25))]
     entropy, tokens, same, follow, chance = [], [], [], [], []
@@ -197,27 +186,6 @@ def test_peaks_that_avoid_each_other_have_a_high_p_value():
     assert found.observed < found.random
 
 
-def test_permutations_are_exact():
-    """Binary values are drawn as hypergeometric numbers, others one by one: the same distribution."""
-    values = (drawn(60, 1) > 0.7).double()
-    marks = drawn(60, 2) > 0.6
-    binary = [Marked.of(marks, values, torch.ones(60, dtype=torch.bool)), *ENOUGH]
-    tripled = [Marked.of(marks, 3 * values, torch.ones(60, dtype=torch.bool)), *ENOUGH]
-    many = Chance(permutations=20000)
-    hits, ones, count = int(values[marks].sum()), int(values.sum()), int(marks.sum())
-    exact = scipy.stats.hypergeom(60, ones, count).sf(hits - 1)
-    assert coupling("x", binary, many).p_value == pytest.approx(exact, abs=0.015)
-    assert coupling("x", tripled, many).p_value == pytest.approx(exact, abs=0.015)
-
-
-def test_a_shift_keeps_the_distances_between_marks():
-    """Marks and values that both alternate always fit or never do: as shifts go, half of them are as good."""
-    marks = torch.arange(40) % 2 == 0
-    response = [Marked.of(marks, marks.double(), torch.ones(40, dtype=torch.bool)), *ENOUGH]
-    assert coupling("x", response, Chance(null="shuffle")).p_value < 0.001
-    assert coupling("x", response, Chance(null="shift")).p_value == pytest.approx(0.5, abs=0.05)
-
-
 def test_the_seed_decides():
     curves = [without_rhythm(seed) for seed in range(FEWEST)]
     first = couplings(curves, chance=FAST)
@@ -240,7 +208,7 @@ def test_responses_of_a_few_tokens_do_no_harm(length):
     short = Curves(*(drawn(length, seed) for seed in range(4)))
     found = couplings([short, *long], chance=FAST)
     assert all(math.isfinite(c.lift) for c in found)
-    assert all(math.isfinite(c.lift) for c in offsets([short, *long], chance=FAST).values())
+    assert all(math.isfinite(c.lift) for c in offsets([short, *long]).values())
     tokens = torch.cat([short.entropy, *(c.entropy for c in long)])
     assert found[0].random == pytest.approx(tokens.double().mean().item())
 
@@ -265,20 +233,30 @@ def test_responses_without_a_peak_give_no_interval():
         assert math.isnan(found.low)
 
 
+def test_curves_come_one_at_a_time_and_are_not_kept():
+    alive, most = weakref.WeakSet(), []
+
+    def curves():
+        for seed in range(12):
+            alive.add(c := with_rhythm(seed, 60))
+            most.append(len(alive))
+            yield c
+            del c
+
+    corpus = corpus_rhythm(curves(), chance=FAST, reach=1)
+    assert max(most) <= 2  # the one that is counted, and the next
+    assert corpus.couplings() == couplings([with_rhythm(seed, 60) for seed in range(12)], chance=FAST)
+    assert corpus.couplings() == corpus.couplings()
+
+
 def test_nothing_is_over_no_responses():
     with pytest.raises(ValueError, match="curves is empty"):
         couplings([])
 
 
-@pytest.mark.parametrize("settings", [{"permutations": 0}, {"resamples": 0}, {"null": "bootstrap"}])
-def test_bad_chances(settings):
-    with pytest.raises(ValueError, match="must be"):
-        Chance(**settings)
-
-
 def test_offsets_by_hand():
     curves = [without_rhythm(1), without_rhythm(2)]
-    table = offsets(curves, chance=FAST)
+    table = offsets(curves)
     assert len(table) == 4 * 3 * 3
     for (of, near, offset), found in table.items():
         hits, total = 0, 0
@@ -291,7 +269,7 @@ def test_offsets_by_hand():
 
 
 def test_offsets_find_what_follows():
-    table = offsets([with_rhythm(seed) for seed in range(5)], chance=FAST)
+    table = offsets([with_rhythm(seed) for seed in range(5)])
     lifts = [table["waad", "fai", offset].lift for offset in (-1, 0, 1)]
     assert lifts[1] < 0 < lifts[2]
     assert lifts[2] > max(1, 3 * lifts[0])  # maxima are never neighbours, so that peaks two apart are frequent
@@ -301,12 +279,7 @@ def test_offsets_find_what_follows():
 def test_densities_are_shares_of_valid_tokens():
     curves = [without_rhythm(1), without_rhythm(2, 60)]
     expected = sum(int(peaks(c.fai, c.fai_valid).sum()) for c in curves) / (140 + 50)
-    assert densities(curves)["fai"] == pytest.approx(expected)
-
-
-def test_a_coupling_over_nothing_has_no_lift():
-    assert math.isnan(Coupling("x", 0.5, 0.0, 1.0, 0.0, 0.0, 1, 1).lift)
-    assert Coupling("x", 0.3608, 0.2386, 1.0, 0.0, 0.0, 1, 1).lift == pytest.approx(0.5122, abs=1e-4)  # Table 2
+    assert corpus_rhythm(curves).densities()["fai"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("q", [0.2, 0.4])

@@ -61,8 +61,8 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     arguments.require("rich", "safetensors", "scipy")
+    from attnstats.chance import Chance
     from attnstats.cli import job as jobs
-    from attnstats.rhythm import Chance
     from attnstats.study import corpus
     from attnstats.study.couplings import examine, measure
     from attnstats.study.generation import Sampling
@@ -164,8 +164,7 @@ def _perturb(
     from attnstats.study.couplings import Variant, curves_of
     from attnstats.study.perturb import Overlaps, choose_positions, perturb
 
-    default = Variant()
-    curves = curves_of(store, tables.profiles, [default]).get(default, [])
+    curves = curves_of(store, tables.profiles, Variant())
     chosen = {
         index: choose_positions(curve.fai, curve.valid("fai"), settings)
         for index, curve in zip(store.indices(), curves, strict=False)

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from attnstats.rhythm import Coupling
+from attnstats.chance import Coupling
 from attnstats.study.couplings import CorpusTables, Row
 from attnstats.study.perturb import OverlapTest
 

@@ -7,16 +7,17 @@ heads, then the curves of each variant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnstats.chance import Chance, Coupling, Null
 from attnstats.heads import RECEIVED, HeadClasses, HeadProfile, class_mean, segment_received
 from attnstats.identity import ModelIdentity
-from attnstats.rhythm import Chance, Coupling, Curves, Null, PeakRule, couplings, densities, offsets, sets
+from attnstats.rhythm import CorpusRhythm, Curves, PeakRule, sets
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI, WAAD, MeanDistance, PooledMap
 from attnstats.study.models import LoadedModel
@@ -122,14 +123,20 @@ class Variant:
             classes = replace(classes, global_=classes.global_ & ~receivers)
         return classes, receivers
 
+    @property
+    def tensors(self) -> tuple[str, str, str, str]:
+        """The names of the tensors of an item that `curves` needs: WAAD, FAI, where that is valid, and entropy."""
+        fai = name_of(self.horizon)
+        return f"waad.{self.window}", fai, f"valid.{fai}", "entropy"
+
     def curves(self, tensors: dict[str, Tensor], classes: HeadClasses, receivers: Tensor) -> Curves:
         """The curves of one response."""
-        fai, valid = tensors[name_of(self.horizon)], tensors[f"valid.{name_of(self.horizon)}"]
+        waad, fai, valid, entropy = (tensors[name] for name in self.tensors)
         return Curves(
-            waad=class_mean(tensors[f"waad.{self.window}"], classes.local),
+            waad=class_mean(waad, classes.local),
             fai=class_mean(fai, classes.global_),
             receiver_fai=class_mean(fai, receivers),
-            entropy=tensors["entropy"],
+            entropy=entropy,
             fai_valid=valid,
             receiver_valid=valid,
         )
@@ -215,7 +222,8 @@ class CorpusTables:
 def profiles_of(store: Store, model: ModelIdentity) -> Profiles:
     """Head profiles over all responses of a store. Raises ValueError for an empty one."""
     profiles = None
-    for tensors, _ in store:
+    names = ("layers", "mean_distance", "sentences", name_of(RECEIVED), f"valid.{name_of(RECEIVED)}")
+    for tensors, _ in store.items(names):
         if profiles is None:
             empty = HeadProfile.empty(tensors["layers"].tolist(), model.heads, model)
             profiles = Profiles(empty, empty)
@@ -229,35 +237,39 @@ def profiles_of(store: Store, model: ModelIdentity) -> Profiles:
     return profiles
 
 
-def curves_of(store: Store, profiles: Profiles, variants: Sequence[Variant]) -> dict[Variant, list[Curves]]:
-    """The curves of all responses under each variant that has heads of every class; each response is read once."""
-    heads_of = {variant: variant.heads(profiles) for variant in variants}
-    curves: dict[Variant, list[Curves]] = {
-        variant: []
-        for variant, (classes, receivers) in heads_of.items()
-        if classes.local.any() and classes.global_.any() and receivers.any()
-    }
-    for tensors, _ in store:
-        for variant, of_variant in curves.items():
-            of_variant.append(variant.curves(tensors, *heads_of[variant]))
-    return curves
+def curves_of(store: Store, profiles: Profiles, variant: Variant) -> Iterator[Curves]:
+    """The curves of each response under a variant, one at a time; none if it has no heads of some class."""
+    heads = variant.heads(profiles)
+    if not _has_heads(*heads):
+        return
+    for tensors, _ in store.items(variant.tensors):
+        yield variant.curves(tensors, *heads)
+
+
+def _has_heads(classes: HeadClasses, receivers: Tensor) -> bool:
+    return all(bool(chosen.any()) for chosen in (classes.local, classes.global_, receivers))
 
 
 def examine(store: Store, model: ModelIdentity, chance: Chance) -> CorpusTables:
-    """All tables of the responses in a store."""
+    """All tables of the responses in a store, read twice and one at a time."""
     profiles = profiles_of(store, model)
     profile = profiles.tokens
     labelled = variants(profile.layers, profile.distance.shape[1])
-    curves = curves_of(store, profiles, [label.variant for label in labelled])
     default = labelled[0].variant
-    classes, receivers = default.heads(profiles)
-    rows = []
-    for setting, value, variant in labelled:
-        if variant in curves:
-            of_corpus = couplings(curves[variant], variant.rule, replace(chance, null=variant.null))
-            rows.append(Row(setting, value, of_corpus, densities(curves[variant], variant.rule)))
-        else:
-            rows.append(Row(setting, value, None, {}))
+    heads_of = {label.variant: label.variant.heads(profiles) for label in labelled}
+    sums = {
+        variant: CorpusRhythm(variant.rule, replace(chance, null=variant.null), 1 if variant is default else None)
+        for variant, heads in heads_of.items()
+        if _has_heads(*heads)
+    }
+    sets_of = SetShares()
+    for tensors, _ in store.items({name for variant in sums for name in variant.tensors}):
+        for variant, total in sums.items():
+            curves = variant.curves(tensors, *heads_of[variant])
+            total.add(curves)
+            if variant is default:
+                sets_of.add(curves)
+    classes, receivers = heads_of[default]
     return CorpusTables(
         profiles=profiles,
         responses=profile.sequences,
@@ -266,24 +278,39 @@ def examine(store: Store, model: ModelIdentity, chance: Chance) -> CorpusTables:
         global_=int(classes.global_.sum()),
         receivers=int(receivers.sum()),
         receivers_global=int((receivers & classes.global_).sum()),
-        rows=rows,
-        offsets=offsets(curves[default], default.rule, chance) if default in curves else {},
-        sets=shares_of_sets(curves.get(default, [])),
+        rows=[
+            Row(setting, value, sums[variant].couplings(), sums[variant].densities())
+            if variant in sums
+            else Row(setting, value, None, {})
+            for setting, value, variant in labelled
+        ],
+        offsets=sums[default].offsets() if default in sums else {},
+        sets=sets_of.shares(),
     )
 
 
-def shares_of_sets(curves: Sequence[Curves]) -> dict[str, float]:
-    """The shares in 0..1 of the sets of rhythm.sets over all responses; empty without responses."""
-    if not curves:
-        return {}
-    of_responses = [sets(c) for c in curves]
-    chunk, anchor, dominated = (
-        torch.cat([getattr(of_response, name) for of_response in of_responses])
-        for name in ("chunk", "anchor", "dominated")
-    )
-    return {
-        "chunk": chunk.double().mean().item(),
-        "anchor": anchor.double().mean().item(),
-        "chunk and anchor": (chunk & anchor).double().mean().item(),
-        "dominated, of anchors": dominated.sum().item() / max(1, int(anchor.sum())),
-    }
+class SetShares:
+    """The shares in 0..1 of the sets of rhythm.sets over responses that come one at a time."""
+
+    def __init__(self) -> None:
+        self._tokens = self._chunk = self._anchor = self._both = self._dominated = 0
+
+    def add(self, curves: Curves) -> None:
+        """Count one more response."""
+        of_response = sets(curves)
+        self._tokens += len(of_response.chunk)
+        self._chunk += int(of_response.chunk.sum())
+        self._anchor += int(of_response.anchor.sum())
+        self._both += int((of_response.chunk & of_response.anchor).sum())
+        self._dominated += int(of_response.dominated.sum())
+
+    def shares(self) -> dict[str, float]:
+        """The share of each set; empty without responses."""
+        if not self._tokens:
+            return {}
+        return {
+            "chunk": self._chunk / self._tokens,
+            "anchor": self._anchor / self._tokens,
+            "chunk and anchor": self._both / self._tokens,
+            "dominated, of anchors": self._dominated / max(1, self._anchor),
+        }

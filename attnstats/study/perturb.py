@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstats.rhythm import FEWEST, Chance, too_few, top
+from attnstats.chance import FEWEST, Chance, Groups, too_few
+from attnstats.rhythm import top
 from attnstats.study.generation import Sampling, end_tokens, generate, until_end
 from attnstats.study.models import LoadedModel
 
@@ -211,26 +212,28 @@ class OverlapTest:
         return too_few(self.count, "trials")
 
 
-def summarise(trials: Sequence[Overlaps], chance: Chance, written: bool = True) -> OverlapTest:
+def summarise(trials: Iterable[Overlaps], chance: Chance, written: bool = True) -> OverlapTest:
     """The perturbation test over the responses of a corpus.
 
     Args:
         written: keep the token that was written where it is one of the likeliest (Eq. 11); False: leave it out, and the
             next likeliest takes its place.
     """
-    pairs = [(_mean(t.high, t.high_written, written), _mean(t.low, t.low_written, written)) for t in trials]
-    if not pairs:
+    sums = Groups(5)  # per trial: overlap after high and low, their difference, whether high is lower, and 1
+    for t in trials:
+        high, low = _mean(t.high, t.high_written, written), _mean(t.low, t.low_written, written)
+        sums.add(high, low, low - high, high < low, 1)
+    if not sums.count:
         return OverlapTest()
-    high, low = np.array(pairs).T
-    means = OverlapTest(float(high.mean()), float(low.mean()), float((high < low).mean()), count=len(pairs))
-    if len(pairs) < FEWEST:
+    high, low, difference, lower, count = sums.rows.sum(0).tolist()
+    means = OverlapTest(high / count, low / count, lower / count, count=sums.count)
+    if sums.count < FEWEST:
         return means
-    difference = low - high
     rng = np.random.default_rng(chance.seed)
-    signs = rng.choice([-1.0, 1.0], size=(chance.permutations, len(pairs)))
-    reached = int((signs @ difference >= difference.sum() - 1e-9).sum())
-    resampled = difference[rng.integers(len(pairs), size=(chance.resamples, len(pairs)))].mean(1)
-    least, most = np.quantile(resampled, [0.025, 0.975])
+    signs = rng.choice([-1.0, 1.0], size=(chance.permutations, len(sums.rows)))
+    reached = int((signs @ sums.rows[:, 2] >= difference - 1e-9).sum())
+    resampled = sums.resampled(chance.resamples, rng)
+    least, most = np.quantile(resampled[2] / resampled[4], [0.025, 0.975])
     p_value = (1 + reached) / (1 + chance.permutations)
     return replace(means, p_value=p_value, difference_low=float(least), difference_high=float(most))
 

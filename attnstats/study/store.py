@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,15 +78,19 @@ class Store:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _whole(self.path(index), lambda part: save_file(contiguous, str(part), metadata=header))
 
-    def read(self, index: int) -> Item:
-        """The tensors and texts of a prompt. Raises InputError if they cannot be read."""
+    def read(self, index: int, names: Collection[str] | None = None) -> Item:
+        """The tensors and texts of a prompt; the file is read only as far as the tensors of these names (None: all).
+
+        Raises:
+            InputError: they cannot be read.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self.path(index)
         try:
             with safe_open(str(path), framework="pt") as file:
-                names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()[_TEXTS])
+                chosen = file.keys() if names is None else names
+                return {name: file.get_tensor(name) for name in chosen}, json.loads(file.metadata()[_TEXTS])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise corrupt(path, str(error)) from error
 
@@ -120,7 +124,11 @@ class Store:
         )
 
     def __iter__(self) -> Iterator[Item]:
-        return (self.read(index) for index in self.indices())
+        return self.items()
+
+    def items(self, names: Collection[str] | None = None) -> Iterator[Item]:
+        """The items in order, one at a time, each with the tensors of these names (None: all)."""
+        return (self.read(index, names) for index in self.indices())
 
     def path(self, index: int) -> Path:
         """The file with the results of a prompt."""

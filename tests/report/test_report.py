@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from attnstats import report
+from attnstats.chance import Coupling
 from attnstats.errors import InputError
 from attnstats.report import columns, data, scale
 from attnstats.report.columns import COLUMNS
-from attnstats.rhythm import Coupling
 from attnstats.study.analysis import Settings
 from tests.tiny import synthetic_analysis
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from attnstats.chance import Chance
 from attnstats.cli import couplings as command
 from attnstats.cli import tables
 from attnstats.errors import InputError
 from attnstats.identity import identity
-from attnstats.rhythm import Chance, couplings
+from attnstats.rhythm import couplings
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI
 from attnstats.study.couplings import (
@@ -153,7 +154,7 @@ def test_curves_are_means_over_heads_of_the_whole_corpus(store, tiny):
     torch.testing.assert_close(profiles.tokens.distance, rows.mean(-1))
     local = rows.mean(-1).flatten().argsort()[:7]  # 30 % of 24 heads
     far = rows.mean(-1).flatten().argsort(descending=True)[:7]
-    curves = curves_of(store, profiles, [Variant()])[Variant()]
+    curves = curves_of(store, profiles, Variant())
     for item, curve in zip(items, curves, strict=True):
         torch.testing.assert_close(curve.waad, item["waad.10"].flatten(0, 1)[local].mean(0))
         torch.testing.assert_close(curve.fai, item[name_of(ANALYSIS)].flatten(0, 1)[far].mean(0))
@@ -174,12 +175,12 @@ def test_findings_are_the_couplings_of_the_curves(store, tiny):
     found = examine(store, identity(tiny.model), FAST)
     profiles = profiles_of(store, identity(tiny.model))
     base = Variant()
-    assert found.rows[0].couplings == couplings(curves_of(store, profiles, [base])[base], base.rule, FAST)
+    assert found.rows[0].couplings == couplings(curves_of(store, profiles, base), base.rule, FAST)
     assert found.responses == len(QUESTIONS)
     assert found.tokens == sum(tensors["entropy"].shape[0] for tensors, _ in store)
     narrow = next(row for row in found.rows if (row.setting, row.value) == ("W", "5"))
     variant = Variant(window=5)
-    assert narrow.couplings == couplings(curves_of(store, profiles, [variant])[variant], base.rule, FAST)
+    assert narrow.couplings == couplings(curves_of(store, profiles, variant), base.rule, FAST)
     assert len(found.offsets) == 36
 
 

@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from attnstats import heads
-from attnstats.rhythm import Chance
+from attnstats.chance import Chance
 from attnstats.study import findings
 from tests.tiny import synthetic_analysis
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from attnstats.rhythm import Chance
+from attnstats.chance import Chance
 from attnstats.study.perturb import (
     Overlaps,
     Perturbation,
