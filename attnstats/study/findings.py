@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from attnstats.chance import Chance, Coupling
 from attnstats.heads import HeadProfile, class_mean
 from attnstats.identity import ModelIdentity
-from attnstats.rhythm import Chance, Coupling, Curves, couplings
+from attnstats.rhythm import Curves, couplings
 from attnstats.study.analysis import Analysis
 
 RECEIVERS = 20
@@ -49,7 +50,7 @@ def curves(analysis: Analysis, receivers: Tensor) -> Curves:
     )
 
 
-def coupled(analyses: Sequence[Analysis], heads: HeadProfile, chance: Chance = Chance()) -> tuple[Coupling, ...]:  # noqa: B008
+def coupled(analyses: Sequence[Analysis], heads: HeadProfile, chance: Chance = Chance()) -> tuple[Coupling, ...]:
     """The paper's three couplings over the responses (Table 2); none if no head is a receiver."""
     receivers = heads.receivers(RECEIVERS)
     if not receivers.any():
