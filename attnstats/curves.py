@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnstats.tensors import check_plain
+
 SLACK = 1e-9  # floating-point excess of a share times a length over the number that was meant, at most
 
 
@@ -150,6 +152,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_mask(name: str, mask: Tensor) -> None:
     """Raises TypeError or ValueError for a mask that is not bool (B, T) with T of at least 1."""
+    check_plain(**{name: mask})
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {mask.dtype}; write {name}.bool() if its 1s are the tokens")
     if mask.dim() != 2:
@@ -161,6 +164,7 @@ def check_mask(name: str, mask: Tensor) -> None:
 def check_signal(name: str, values: Tensor, mask: Tensor, valid: Tensor | None = None) -> None:
     """Raises TypeError or ValueError unless values are floating, shaped like the mask, and finite where they count."""
     check_mask("mask", mask)
+    check_plain(**{name: values})
     if not values.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {values.dtype}")
     if valid is not None:

@@ -13,12 +13,14 @@ Context parallel: a rank has some of the queries and all keys. With the queries 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import pad
 
 from attnstats.core.merging import as_mean, as_sum, merge_columns
@@ -141,6 +143,34 @@ def tensor_parallel_group(model: Any) -> Any:
     if mesh.ndim == 1:
         return mesh.get_group()
     return mesh["tp"].get_group() if "tp" in (mesh.mesh_dim_names or ()) else None
+
+
+# What spreads each sequence over ranks by replacing an attention function that ours then stands for: its name, its
+# module, and the function there that returns the process group of a sequence.
+SEQUENCE_PARALLEL = (
+    ("verl's Ulysses sequence parallelism", "verl.utils.ulysses", "get_ulysses_sequence_parallel_group"),
+    ("ROLL's Ulysses sequence parallelism", "roll.utils.context_parallel.globals", "get_ulysses_group"),
+    (
+        "DeepSpeed's Ulysses sequence parallelism",
+        "deepspeed.runtime.sequence_parallel.parallel_state_sp",
+        "get_sequence_parallel_group",
+    ),
+)
+
+
+def sequence_parallelism() -> str | None:
+    """The name of what gives this rank a part of each sequence at the moment, if anything known does."""
+    if (getattr(functional.scaled_dot_product_attention, "__module__", None) or "").startswith("torch.distributed."):
+        return "torch's context_parallel"
+    for name, module, function in SEQUENCE_PARALLEL:
+        if module in sys.modules:
+            try:
+                group = getattr(sys.modules[module], function)()
+            except AssertionError:  # of some, where there is no group
+                continue
+            if group is not None and dist.get_world_size(group) > 1:
+                return name
+    return None
 
 
 def gather_heads(values: Tensor, heads: Sequence[int] | None, count: int, *, dim: int = 1, group: Any = None) -> Tensor:

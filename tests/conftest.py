@@ -1,10 +1,12 @@
 """Where kernels run in the tests, and how hypothesis draws."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import distributed
 
 # Before anything imports Triton: without a GPU the kernels are run by its interpreter.
 if not torch.cuda.is_available():
@@ -34,3 +36,13 @@ def device() -> torch.device:
 def where(backend: str, device: torch.device) -> torch.device:
     """Where a test of several backends puts its tensors: only Triton's go to the GPU."""
     return device if backend == "triton" else torch.device("cpu")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

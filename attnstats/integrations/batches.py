@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attnstats import credit
 from attnstats.integrations.settings import WITH_ENTROPY, RhythmCredit, Signals, logged
+from attnstats.tensors import check_plain
 
 
 class Batch(Protocol):
@@ -28,7 +29,7 @@ def signals_of(batch: Batch, settings: RhythmCredit) -> Signals:
     """The curves that a credit needs, from the batch under the names of `Signals`.
 
     Raises:
-        ValueError: the batch has no advantages, no response mask or no such curve.
+        ValueError: the batch has no advantages, no response mask or no such curve. TypeError: one of them is nested.
     """
     names = list(settings.statistics)
     if "fai" in names:
@@ -42,6 +43,7 @@ def signals_of(batch: Batch, settings: RhythmCredit) -> Signals:
             f"batch has no {', '.join(sorted(missing))}, which kind={settings.kind!r} looks at; "
             "the worker that computes old log-probabilities has to write it (docs/trainers.md)"
         )
+    check_plain(**{name: batch[name] for name in ("advantages", "response_mask", *names)})
     return Signals(**{name: batch[name] for name in names})
 
 

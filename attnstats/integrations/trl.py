@@ -115,6 +115,12 @@ class RhythmGRPOTrainer(GRPOTrainer):
         self._batch_of_step = -1, 0  # the optimizer step, and the number of batches credited in it before this one
         if self.credit.reads and isinstance(self.processing_class, ProcessorMixin):
             raise ValueError("processing_class: models of images and text are not supported; pass a text model")
+        spread = getattr(self.accelerator, "parallelism_config", None)
+        if self.credit.reads and spread is not None and (spread.cp_enabled or spread.sp_enabled):
+            raise ValueError(
+                f"args: parallelism_config has cp_size={spread.cp_size} and sp_size={spread.sp_size}, which gives each "
+                "rank a part of a sequence; the credit needs whole ones: set both to 1"
+            )
         if self.credit.statistics:
             with self._capture([MeanDistance()]) as run:  # refuses a model that can't be attached before training
                 self._layers = run.layers

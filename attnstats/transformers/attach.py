@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from attnstats.core.geometry import as_autocast
 from attnstats.core.options import Options
+from attnstats.distributed import sequence_parallelism
 from attnstats.errors import InputError
 from attnstats.functional import Backend
 from attnstats.transformers.calls import AttentionCall
@@ -228,6 +230,7 @@ def attend(
         site = Site(Attachment("auto", allow_dense=False), "self", getattr(module, "layer_idx", -1))
     attachment, observer, cross = site.attachment, site.attachment.observer, site.kind == "cross"
     where = f"attnstats: {type(module).__name__} of layer {site.layer}"
+    _check_whole_sequences(where)
     if isinstance(attention_mask, MaskDescription):
         mask = attention_mask
     else:
@@ -260,6 +263,17 @@ def attend(
     else:
         output = call.attend().output
     return output.transpose(1, 2).contiguous(), None
+
+
+def _check_whole_sequences(where: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    parallelism = sequence_parallelism()
+    if parallelism is not None:
+        raise InputError(
+            f"{where} gets a part of each sequence, by {parallelism}, whose exchange between ranks attnstats would "
+            "take the place of; run this pass with whole sequences on each rank (a sequence-parallel size of 1)"
+        )
 
 
 def _check_arguments(where: str, mask: MaskDescription, kwargs: dict[str, Any]) -> None:

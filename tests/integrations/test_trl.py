@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -504,6 +505,21 @@ def test_bad_settings(settings, message):
 def test_a_credit_of_another_type(start):
     with pytest.raises(TypeError, match="credit must be a RhythmCredit, got str"):
         trainer(start, "coupled")
+
+
+@pytest.mark.parametrize("name", ["cp", "sp"])
+def test_sequences_that_are_spread_over_ranks(start, monkeypatch, name):
+    spread = {"cp_size": 1, "sp_size": 1, "cp_enabled": False, "sp_enabled": False}
+    spread |= {f"{name}_size": 2, f"{name}_enabled": True}
+    made = GRPOTrainer.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        monkeypatch.setattr(type(self.accelerator), "parallelism_config", SimpleNamespace(**spread))
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", init)
+    with pytest.raises(ValueError, match=f"parallelism_config has .*{name}_size=2.* each rank a part of a sequence"):
+        trainer(start, RhythmCredit("coupled"))
 
 
 def test_layers_that_the_model_lacks(start):

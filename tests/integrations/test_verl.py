@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from attnstats import FAI, WAAD, capture
 from attnstats.integrations import verl
 from attnstats.integrations.settings import RhythmCredit
 from tests import plain_credit as plain
@@ -152,8 +154,111 @@ def test_response_part_of_a_nested_curve():
 
 def test_nested_and_padded_are_not_mixed():
     nested = torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
-    with pytest.raises(ValueError, match="both be nested, or neither"):
+    with pytest.raises(ValueError, match="both be nested, or neither; got a nested tensor and .* a padded mask"):
         verl.response_part(nested, torch.ones(2, 2))
+    longer = torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="response_mask has 3 entries for a sequence of 2 tokens: it is padded"):
+        verl.response_part(nested, longer)
+
+
+def test_a_nested_batch_is_refused():
+    batch = padded_batch()
+    lengths = [12, 7, 1, 9]
+    fields = ("advantages", "response_mask", "waad", "fai", "fai_valid")
+    nested = {
+        name: torch.nested.as_nested_tensor(
+            [row[:length] for row, length in zip(batch[name], lengths, strict=True)], layout=torch.jagged
+        )
+        for name in fields
+    }
+    with pytest.raises(TypeError, match="advantages must be a plain dense tensor, got a .*NestedTensor; pad it"):
+        verl.shape_advantages(nested)
+    with pytest.raises(TypeError, match="response_mask must be a plain dense tensor, got a .*NestedTensor"):
+        verl.shape_advantages(nested | {"advantages": batch["advantages"]})
+
+
+# A pass of the policy
+
+
+def rows_of_engine_tests() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and attention mask (B, 32), padded on both sides, as verl's tests of its engines make them."""
+    torch.manual_seed(1)
+    ids = torch.randint(50, (4, 32))
+    place = torch.arange(32)
+    left, right = torch.tensor([3, 0, 6, 1]), torch.tensor([5, 0, 9, 2])
+    return ids, ((place >= left[:, None]) & (place < 32 - right[:, None])).long()
+
+
+def without_padding(values: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    rows = [row[mask] for row, mask in zip(values, attended.bool(), strict=True)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("masks", ["padded", "nested"])
+def test_a_padded_response_mask_beside_packed_rows(masks):
+    """verl removes the padding of its tokens, and leaves that of the response mask."""
+    ids, attended = rows_of_engine_tests()
+    response = attended[:, 16:].clone()
+    response[1, 3:6] = 0  # of a tool
+    packed = {"input_ids": without_padding(ids, attended), "attention_mask": attended, "response_mask": response}
+    if masks == "nested":
+        packed["response_mask"] = without_padding(response, attended[:, 16:])
+    position_ids = without_padding(attended.cumsum(1) - 1, attended)
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+    statistics = [WAAD(10), FAI(4, 20)]
+    with capture(policy, statistics=statistics, layers="all", reduce=("layers", "heads")) as run, torch.no_grad():
+        run.query_mask = verl.query_mask(packed)
+        policy(
+            input_ids=packed["input_ids"].values()[None],
+            position_ids=position_ids.values()[None],
+            use_cache=False,
+        )
+        found = {name: run[name][0].split(attended.sum(1).tolist()) for name in ("waad", "fai")}
+    eager = LlamaForCausalLM(policy.config).eval()
+    eager.load_state_dict(policy.state_dict())
+    eager.set_attn_implementation("eager")
+    for i, row in enumerate(packed["input_ids"].unbind()):
+        counted = torch.nn.functional.pad(response[i], (16, 0))[attended[i].bool()].bool()
+        with torch.no_grad():
+            weights = eager(row[None], output_attentions=True).attentions[0][0].mean(0).double()
+        distance = (torch.arange(len(row))[:, None] - torch.arange(len(row))).clamp(min=0)
+        seen = (distance >= 4) & (distance <= 20) & counted[:, None]
+        fai = (weights * seen).sum(0) / seen.sum(0).clamp(min=1)
+        waad = (weights * distance.clamp(max=10)).sum(1)
+        torch.testing.assert_close(found["fai"][i], fai.float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["waad"][i], waad.float(), rtol=0, atol=1e-5)
+
+
+def test_query_mask_of_a_padded_batch():
+    ids, attended = rows_of_engine_tests()
+    mask = verl.query_mask({"input_ids": ids, "response_mask": attended[:, 20:]})
+    assert torch.equal(mask, attended.bool() & (torch.arange(32) >= 20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_mask": None}, "batch has no attention_mask; beside nested input_ids .* padded response_mask"),
+        ({"attention_mask": torch.ones(4, 32)}, r"attention_mask has \[32, 32, 32, 32\] tokens and input_ids \[24, "),
+        ({"attention_mask": torch.ones(4, 8)}, r"attention_mask must be padded \(B, P \+ R\) .*got \(4, 8\)"),
+        ({"response_mask": torch.ones(4, 16)}, "response_mask counts tokens that attention_mask says are padding"),
+        ({"input_ids": torch.ones(4, 8)}, r"response_mask must be padded \(B, R\) beside input_ids \(4, 8\)"),
+        (
+            {"response_mask": torch.nested.as_nested_tensor([torch.ones(40)] * 4, layout=torch.jagged)},
+            "response_mask has 40 entries for a sequence of 24 tokens: it is padded",
+        ),
+    ],
+    ids=["no attention mask", "other rows", "too short", "padding counted", "short ids", "long mask"],
+)
+def test_masks_that_cannot_be_cut(changes, message):
+    ids, attended = rows_of_engine_tests()
+    batch = {"input_ids": without_padding(ids, attended), "attention_mask": attended, "response_mask": attended[:, 16:]}
+    batch = {name: x for name, x in (batch | changes).items() if x is not None}
+    with pytest.raises(ValueError, match=message):
+        verl.query_mask(batch)
 
 
 def test_no_framework_is_imported():

@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import attnstats
+from attnstats.distributed import SEQUENCE_PARALLEL
+from attnstats.errors import InputError
 from attnstats.transformers.capture import capture
 from tests.tiny import (
     HEADS,
@@ -230,3 +234,60 @@ def test_an_attached_model_trains_as_before(llama):
     attnstats.attach(llama)
     found = gradients(llama, ids, attention_mask=padding("left"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Sequences that are spread over ranks
+
+
+def ulysses(monkeypatch, module, function, ranks):
+    """A framework whose sequence-parallel group has that many ranks; 0: it has none."""
+    group = object() if ranks else None
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{function: lambda: group}))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda of=None: ranks if of is group else 1)
+
+
+@pytest.mark.parametrize(("name", "module", "function"), SEQUENCE_PARALLEL, ids=["verl", "roll", "deepspeed"])
+def test_a_part_of_each_sequence_is_refused(llama, monkeypatch, name, module, function):
+    """Ulysses exchanges heads and tokens inside the attention function, whose place ours would take."""
+    ids = tokens()
+    expected = run_with(llama, "sdpa", input_ids=ids).logits
+    for ranks in (0, 1):
+        ulysses(monkeypatch, module, function, ranks)
+        with capture(llama, statistics=["waad"]):
+            torch.testing.assert_close(llama(ids).logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+    ulysses(monkeypatch, module, function, 2)
+    with (
+        capture(llama, statistics=["waad"]) as run,
+        pytest.raises(InputError, match=f"gets a part of each sequence, by {name}"),
+    ):
+        llama(ids)
+    with pytest.raises(RuntimeError, match="nothing was recorded"):
+        run["waad"]
+    attnstats.attach(llama)
+    with pytest.raises(InputError, match=name):
+        llama(ids)
+    attnstats.detach(llama)
+    torch.testing.assert_close(llama(ids).logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_a_group_that_asserts_that_it_is_there(llama, monkeypatch):
+    def group():
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", SimpleNamespace(get_ulysses_sequence_parallel_group=group))
+    with capture(llama, statistics=["waad"]) as run:
+        llama(tokens())
+    assert run["waad"].isfinite().all()
+
+
+def test_context_parallel_is_refused(llama, one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    ids = tokens()
+    with (
+        capture(llama, statistics=["waad"]),
+        context_parallel(init_device_mesh("cpu", (1,)), buffers=[ids], buffer_seq_dims=[1]),
+        pytest.raises(InputError, match="part of each sequence, by torch's context_parallel"),
+    ):
+        llama(ids)
