@@ -17,7 +17,7 @@ REMEDIES = {
     "DTensor": "each rank passes its own part, x.to_local(), and attnstats.distributed joins the statistics; or pass "
     "x.full_tensor()",
     "MaskedTensor": "pass its get_data(), and its mask as attn_mask or key_padding_mask",
-    "CausalBias": "attn_mask of attnstats.attention, patch_sdpa and attnstats.nn takes it; elsewhere pass is_causal=True",
+    "CausalBias": "only attn_mask takes it, of attention, patch_sdpa and nn; elsewhere pass is_causal=True",
     "AsyncCollectiveTensor": "pass x.wait()",
 }
 
@@ -44,9 +44,7 @@ def check_plain(**tensors: Tensor | None) -> None:
         if x.is_nested:
             raise TypeError(f"{name} must be a plain dense tensor, got a nested tensor; {REMEDIES['NestedTensor']}")
         if x.layout is not torch.strided:
-            raise TypeError(
-                f"{name} must be a plain dense tensor, got one with layout {x.layout}; pass x.to_dense()"
-            )
+            raise TypeError(f"{name} must be a plain dense tensor, got one with layout {x.layout}; pass x.to_dense()")
 
 
 def _has_own_meaning(kind: type[Tensor]) -> bool:

@@ -5,8 +5,8 @@ the left, and `responses` (B, R), padded on the right; tensors of response token
 where the policy didn't write the token. In the V1 trainer the same are jagged nested tensors, (B, j).
 
 Where the model gets packed rows, masks can be padded all the same, and then end with columns that belong to no token:
-`query_mask` puts a micro-batch's mask into the layout of its `input_ids`. Ulysses sequence parallelism, where a rank has
-a part of each row, is refused by the model itself (attnstats.transformers).
+`query_mask` puts a micro-batch's mask into the layout of its `input_ids`. Under Ulysses sequence parallelism, where a
+rank has a part of each row, a captured model raises (attnstats.transformers).
 
 `register_adv_est` can't be used: an estimator gets rewards and masks, not the batch. docs/trainers.md says where the
 calls go.

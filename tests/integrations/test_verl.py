@@ -154,7 +154,7 @@ def test_response_part_of_a_nested_curve():
 
 def test_nested_and_padded_are_not_mixed():
     nested = torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
-    with pytest.raises(ValueError, match="both be nested, or neither; got a nested tensor and .* a padded mask"):
+    with pytest.raises(ValueError, match=r"both be nested, or neither; got a nested tensor and .* a padded mask"):
         verl.response_part(nested, torch.ones(2, 2))
     longer = torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
     with pytest.raises(ValueError, match="response_mask has 3 entries for a sequence of 2 tokens: it is padded"):
@@ -171,9 +171,9 @@ def test_a_nested_batch_is_refused():
         )
         for name in fields
     }
-    with pytest.raises(TypeError, match="advantages must be a plain dense tensor, got a .*NestedTensor; pad it"):
+    with pytest.raises(TypeError, match=r"advantages must be a plain dense tensor, got a .*NestedTensor; pad it"):
         verl.shape_advantages(nested)
-    with pytest.raises(TypeError, match="response_mask must be a plain dense tensor, got a .*NestedTensor"):
+    with pytest.raises(TypeError, match=r"response_mask must be a plain dense tensor, got a .*NestedTensor"):
         verl.shape_advantages(nested | {"advantages": batch["advantages"]})
 
 
