@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import distributed
+from torch._C._distributed_c10d import HashStore
 
 # Before anything imports Triton: without a GPU the kernels are run by its interpreter.
 if not torch.cuda.is_available():
@@ -41,7 +42,7 @@ def where(backend: str, device: torch.device) -> torch.device:
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """A process group of this process alone."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
