@@ -118,8 +118,8 @@ class Statistic:
 
     @property
     def is_banded(self) -> bool:
-        """True if the band is narrow enough to be the cheaper way."""
-        return self.band is not None and max(map(abs, self.band)) < BAND_LIMIT
+        """True if the band is narrow enough to be the cheaper way; bands are of all queries that count."""
+        return self.band is not None and max(map(abs, self.band)) < BAND_LIMIT and self.last_queries is None
 
     @property
     def is_mean(self) -> bool:

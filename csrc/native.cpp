@@ -1,6 +1,8 @@
 // Sums over A = exp(scores - lse) by rows and by columns, near the diagonal or over every visible pair, on a CPU.
 //
 // A plain C interface for attnstats/tiled/native.py, through ctypes, so that one build serves every Python and torch.
+// Rows that no statistic counts are passed over, and a row meets only the keys at distances that one of its statistics
+// weights.
 // The rows of a head are cut into chunks, whose number depends on the lengths alone. A task is a chunk of one head: it
 // owns its rows, and writes column sums to a slot of its own. The slots are added in the order of the chunks, so
 // the bits depend neither on the number of threads nor on the other heads.
@@ -31,12 +33,16 @@ struct Weights {
     int64_t column;  // which of the column sums, if it is one
 };
 
+// The distances at which there is something to sum; none where nearest > farthest.
+struct Reach {
+    int64_t nearest, farthest;
+};
+
 struct Plan {
-    int64_t chunk;             // rows
-    int64_t nearest, farthest;  // distances at which there is something to sum
-    bool exponentials;         // A itself is needed
-    int64_t columns;           // column sums among the statistics
-    const Weights* weights;    // [count]
+    int64_t chunk;           // rows
+    bool exponentials;       // A itself is needed
+    int64_t columns;         // column sums among the statistics
+    const Weights* weights;  // [count]
 };
 
 struct Task {
@@ -45,6 +51,31 @@ struct Task {
     int64_t span;                // of a slot: whole blocks of keys
     float* columns;              // [plan.columns][span]
 };
+
+static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static bool counts_any(const uint8_t* query_mask, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i)
+        if (query_mask[i]) return true;
+    return false;
+}
+
+// Of rows of a batch row: over the statistics that count one of them.
+static Reach reach_of(const Call& call, const Plan& plan, int64_t batch, int64_t row, int64_t rows) {
+    Reach reach = {INT64_MAX / 2, INT64_MIN / 2};
+    for (int64_t s = 0; s < call.count; ++s) {
+        const uint8_t* query_mask = call.statistics[s].query_mask;
+        if (query_mask && !counts_any(query_mask + batch * call.rows + row, rows)) continue;
+        const Weights& weights = plan.weights[s];
+        int64_t farthest = weights.data ? smaller(weights.farthest, call.left) : call.left;
+        int64_t nearest = weights.data ? larger(weights.farthest - weights.distances + 1, -call.right) : -call.right;
+        reach.farthest = larger(reach.farthest, farthest);
+        reach.nearest = smaller(reach.nearest, nearest);
+    }
+    return reach;
+}
 
 // A thread's working memory.
 struct Room {
@@ -55,6 +86,7 @@ struct Room {
     float* lse;       // [chunk]
     int32_t* seen;    // [KEYS]
     double* results;  // [count][chunk]
+    Reach* reach;     // [chunk / GROUP]
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -91,7 +123,7 @@ namespace lanes4 {
 #undef LANES
 #undef GROUP
 
-using Run = void (*)(const Call&, const Plan&, const Task&, const Room&);
+using Run = int64_t (*)(const Call&, const Plan&, const Task&, const Room&);
 
 static Run best(int64_t lanes) {
 #ifdef WIDER_SETS
@@ -105,31 +137,16 @@ static Run best(int64_t lanes) {
     return lanes4::run;
 }
 
-static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static Plan plan_of(const Call& call, std::vector<Weights>& weights, std::vector<float>& padded) {
     Plan plan = {};
     int64_t chunks = smaller(CHUNKS, larger(1, (call.rows + CHUNK / 2) / CHUNK));
     plan.chunk = round_up((call.rows + chunks - 1) / chunks, ALIGNMENT);
-    bool everywhere = false, met = false;
     int64_t total = 0;
     for (int64_t s = 0; s < call.count; ++s) {
         const Statistic& statistic = call.statistics[s];
         plan.exponentials |= statistic.kind != MAX_LOGIT;
-        if (!statistic.weights) {
-            everywhere = true;
-            continue;
-        }
-        int64_t nearest = statistic.farthest - statistic.distances + 1;
-        plan.farthest = met ? larger(plan.farthest, statistic.farthest) : statistic.farthest;
-        plan.nearest = met ? smaller(plan.nearest, nearest) : nearest;
-        met = true;
-        total += statistic.distances + 2 * MARGIN;
+        if (statistic.weights) total += statistic.distances + 2 * MARGIN;
     }
-    if (everywhere || plan.farthest > call.left) plan.farthest = call.left;
-    if (everywhere || plan.nearest < -call.right) plan.nearest = -call.right;
     padded.assign(total, 0.0f);
     weights.resize(call.count);
     float* at = padded.data();
@@ -156,12 +173,14 @@ static std::vector<Task> tasks_of(const Call& call, const Plan& plan) {
         task.row = row;
         task.rows = smaller(plan.chunk, call.rows - row);
         int64_t first = call.offset + row, last = first + task.rows - 1;
-        task.key_begin = larger(0, first - plan.farthest);
-        task.key_end = smaller(call.keys, last - plan.nearest + 1);
-        if (task.key_end <= task.key_begin) task.key_begin = task.key_end = 0;
-        task.span = round_up(task.key_end, KEYS) - task.key_begin / KEYS * KEYS;
-        for (task.batch = 0; task.batch < call.batch; ++task.batch)
+        for (task.batch = 0; task.batch < call.batch; ++task.batch) {
+            const Reach reach = reach_of(call, plan, task.batch, row, task.rows);
+            task.key_begin = larger(0, first - reach.farthest);
+            task.key_end = smaller(call.keys, last - reach.nearest + 1);
+            if (task.key_end <= task.key_begin) task.key_begin = task.key_end = 0;
+            task.span = round_up(task.key_end, KEYS) - task.key_begin / KEYS * KEYS;
             for (task.head = 0; task.head < call.heads; ++task.head) tasks.push_back(task);
+        }
     }
     return tasks;
 }
@@ -186,7 +205,7 @@ private:
 
 // The sizes of the buffers of a thread (`Room`), in floats.
 struct Sizes {
-    int64_t rows, keys, scores, line, lse, seen, results;
+    int64_t rows, keys, scores, line, lse, seen, results, reach;
 
     Sizes(const Call& call, const Plan& plan)
         : rows(round_up(plan.chunk * call.dim, LINE)),
@@ -195,9 +214,10 @@ struct Sizes {
           line(round_up(call.dim, LINE)),
           lse(round_up(plan.chunk, LINE)),
           seen(KEYS),
-          results(round_up(2 * call.count * plan.chunk, LINE)) {}
+          results(round_up(2 * call.count * plan.chunk, LINE)),
+          reach(round_up(plan.chunk * (sizeof(Reach) / sizeof(float)), LINE)) {}
 
-    int64_t total() const { return rows + keys + scores + line + lse + seen + results; }
+    int64_t total() const { return rows + keys + scores + line + lse + seen + results + reach; }
 };
 
 static Room room_of(const Sizes& sizes, float* at) {
@@ -209,6 +229,7 @@ static Room room_of(const Sizes& sizes, float* at) {
     room.lse = at += sizes.line;
     room.seen = reinterpret_cast<int32_t*>(at += sizes.lse);
     room.results = reinterpret_cast<double*>(at += sizes.seen);
+    room.reach = reinterpret_cast<Reach*>(at += sizes.results);
     return room;
 }
 
@@ -234,7 +255,7 @@ static void add_slots(const Call& call, const Plan& plan, const std::vector<Task
     }
 }
 
-// The work of a call, from its sizes alone.
+// The work of a call, from its sizes and query masks.
 struct Schedule {
     std::vector<Weights> weights;
     std::vector<float> padded;
@@ -249,7 +270,8 @@ struct Schedule {
     }
 };
 
-static void evaluate(const Call& call) {
+// The number of scores that it took.
+static int64_t evaluate(const Call& call) {
     const Run run = best(call.lanes);
     Schedule schedule(call);
     const Plan& plan = schedule.plan;
@@ -262,6 +284,7 @@ static void evaluate(const Call& call) {
         slot += plan.columns * task.span;
     }
     const int64_t count = tasks.size(), heads = call.batch * call.heads;
+    int64_t scores = 0;
 #pragma omp parallel num_threads(call.threads)
     {
         int64_t thread = 0;
@@ -269,19 +292,20 @@ static void evaluate(const Call& call) {
         thread = omp_get_thread_num();
 #endif
         const Room room = room_of(schedule.room, rooms.data() + thread * schedule.room.total());
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) reduction(+ : scores)
         for (int64_t t = 0; t < count; ++t) {
             memset(tasks[t].columns, 0, plan.columns * tasks[t].span * sizeof(float));
             for (int64_t s = 0; s < call.count; ++s) {
                 double start = call.statistics[s].kind == MAX_LOGIT ? -__builtin_inf() : 0.0;
                 for (int64_t i = 0; i < plan.chunk; ++i) room.results[s * plan.chunk + i] = start;
             }
-            run(call, plan, tasks[t], room);
+            scores += run(call, plan, tasks[t], room);
             write_rows(call, plan, tasks[t], room);
         }
 #pragma omp for schedule(static)
         for (int64_t h = 0; h < heads; ++h) add_slots(call, plan, tasks, h / call.heads, h % call.heads);
     }
+    return scores;
 }
 
 #ifdef __GNUC__
@@ -289,21 +313,20 @@ static void evaluate(const Call& call) {
 #endif
 extern "C" {
 
-int64_t attnstats_version() { return 1; }
+int64_t attnstats_version() { return 2; }
 
-// The bytes of working memory that a call takes; it may lack pointers to its tensors and results.
+// The bytes of working memory that a call takes; of its pointers only those to query masks are followed.
 int64_t attnstats_scratch_bytes(const Call* call) {
     const Schedule schedule(*call);
     return sizeof(float) * (schedule.slots + call->threads * schedule.room.total());
 }
 
-// 0, or 1 where memory ran out.
+// The number of scores that were computed, or -1 where memory ran out.
 int64_t attnstats_evaluate(const Call* call) {
     try {
-        evaluate(*call);
+        return evaluate(*call);
     } catch (const std::bad_alloc&) {
-        return 1;
+        return -1;
     }
-    return 0;
 }
 }

@@ -234,9 +234,6 @@ static void exponentiate(const Tile& tile, const float* lse, double* entropy) {
     }
 }
 
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // GROUP rows side by side; a few stay one after the other.
 static void load_rows(const Call& call, const Task& task, const Room& room, bool few) {
     for (int64_t i = 0; i < task.rows; ++i) {
@@ -272,10 +269,15 @@ static void load_keys(const Call& call, const Task& task, const Room& room, int6
     }
 }
 
-static void run(const Call& call, const Plan& plan, const Task& task, const Room& room) {
+// The number of scores that it took.
+static int64_t run(const Call& call, const Plan& plan, const Task& task, const Room& room) {
+    if (task.key_begin >= task.key_end) return 0;
     const int64_t dim = call.dim;
     const bool few = task.rows <= FEW;
+    int64_t scores = 0;
     load_rows(call, task, room, few);
+    for (int64_t i = 0; i < task.rows; i += GROUP)
+        room.reach[i / GROUP] = reach_of(call, plan, task.batch, task.row + i, smaller(GROUP, task.rows - i));
     const int64_t position = call.offset + task.row;
     for (int64_t key = task.key_begin / KEYS * KEYS; key < task.key_end; key += KEYS) {
         const int64_t present = smaller(KEYS, call.keys - key);
@@ -283,11 +285,13 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
         for (int64_t i = 0; i < task.rows; i += GROUP) {
             Tile tile = {room.scores, smaller(GROUP, task.rows - i), position + i, key, 0, 0};
             int64_t last = tile.position + tile.rows - 1;
-            int64_t begin = larger(0, tile.position - plan.farthest - key);
-            int64_t end = smaller(present, last - plan.nearest + 1 - key);
+            const Reach reach = room.reach[i / GROUP];
+            int64_t begin = larger(0, tile.position - reach.farthest - key);
+            int64_t end = smaller(present, last - reach.nearest + 1 - key);
             if (begin >= end) continue;
             tile.begin = begin / PANEL * PANEL;
             tile.end = (end + PANEL - 1) / PANEL * PANEL;
+            scores += tile.rows * (tile.end - tile.begin);
             for (int64_t j = tile.begin; !few && j < tile.end; j += PANEL) {
                 const float* rows = room.rows + i * dim;
                 const float* panel = room.keys + j * dim;
@@ -319,4 +323,5 @@ static void run(const Call& call, const Plan& plan, const Task& task, const Room
             }
         }
     }
+    return scores;
 }

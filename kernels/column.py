@@ -9,8 +9,9 @@ Key-stationary: one matmul per tile instead of the forward's two and no online s
 From some distance on each weight is constant. There the tile of A is accumulated elementwise, once for all statistics
 and without a mask, and reduced once per segment; nearer tiles are weighted and reduced one by one.
 Queries that don't count, or see no key, have lse2 = +inf in the copy that is passed here, so their A is exactly 0
-and no query mask is read. COUNTED says that there are such queries: their scores are hidden, because a NaN among them
-would reach the keys. Padding among the keys affects only its own column, which is stored as 0.
+and no query mask is read. COUNTED says that some may not count: their scores are hidden, because a NaN among them
+would reach the keys, and of each sequence only the queries from the first that counts to the last are visited.
+Padding among the keys affects only its own column, which is stored as 0.
 
 Columns are stored as [COLUMNS, B, heads, Tk] float32; there is one segment, all queries. A pooled map has the bounds of
 query segments, and cuts each block of keys into pieces at the boundaries of key segments: piece i of block b holds the
@@ -56,12 +57,13 @@ def far(b_sum, b_kt, queries, p_lse2, first, last, score, COUNTED: tl.constexpr,
 
 @triton.jit
 def column(
-    query, key, lse2, columns, sequences, heads, sizes, segments, visible, reach, score, strides,
+    query, key, lse2, columns, sequences, counted, heads, sizes, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """FAR: from this distance on statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest
-    distance at which any weight is not 0; None: there is none."""
+    """counted: [sequences, 2] int32, the queries first .. end - 1 that may count; None: all. FAR: from this distance on
+    statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest distance at which any weight is not 0;
+    None: there is none."""
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM)
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_heads = sizes.n_heads
@@ -95,6 +97,9 @@ def column(
             last = tl.load(segments.query_bounds + i_segment + 1)
         # The rows first .. last see keys of the block; those in whole .. edge see all, at constant weights.
         first, last = query_range(position, first, last, visible, BN)
+        if counted is not None:
+            first = tl.maximum(first, tl.load(counted + 2 * i_sequence))
+            last = tl.maximum(tl.minimum(last, tl.load(counted + 2 * i_sequence + 1)), first)
         if reach is not None:
             last = tl.maximum(tl.minimum(last, position + BN + reach), first)
         edge = last

@@ -108,7 +108,7 @@ class Geometry:
         first, end = self._seen()
         if self.key_mask is None:
             return (end > first).expand(self.batch, -1)
-        before = _before(self.key_mask)
+        before = rows_before(self.key_mask)
         return before[:, end] > before[:, first]
 
     def query_mask_of(self, last_queries: int | None) -> Tensor | None:
@@ -118,7 +118,7 @@ class Geometry:
             return query_mask
         if query_mask is None:
             query_mask = torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
-        before = _before(query_mask)
+        before = rows_before(query_mask)
         own_end = self._along_queries().own_end.expand(self.query_length)
         return query_mask & (before[:, own_end] - before[:, :-1] <= last_queries)
 
@@ -133,7 +133,7 @@ class Geometry:
         end = torch.maximum(first, end)
         if self.query_mask is None:
             return (end - first).expand(self.batch, -1)
-        before = _before(self.query_mask)
+        before = rows_before(self.query_mask)
         return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
@@ -208,10 +208,28 @@ class Geometry:
         live = self.live()[:, None].to(lse.dtype)
         return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
 
-    def visible_pairs(self) -> int:
-        """Pairs (t, s) inside the causal mask, windows and sequences, of a head of a batch row, padding included."""
+    def counted_rows(self, query_mask: Tensor) -> Tensor:
+        """[batch rows or packed sequences, 2] int64: those of its queries that count are all among first .. end - 1."""
+        begin = torch.zeros(1, dtype=torch.int64, device=self.device)
+        stop = begin + self.query_length
+        if self.packing is not None:
+            begin, stop = self.packing.queries[:-1].long(), self.packing.queries[1:].long()
+        before = rows_before(query_mask)
+        first = torch.searchsorted(before, before[:, begin], right=True) - 1
+        end = torch.searchsorted(before, before[:, stop])
+        return torch.stack([first - begin, end - begin], dim=-1).flatten(0, 1)
+
+    def visible_pairs(self, last_queries: int | None = None) -> int:
+        """Pairs (t, s) inside the causal mask, windows and sequences, of a head of a batch row, padding included.
+
+        last_queries: of each sequence only so many of the last queries; None: all.
+        """
         first, end = self._seen()
-        return int((end - first).expand(self.query_length).sum())
+        pairs = (end - first).expand(self.query_length)
+        if last_queries is not None:
+            index = torch.arange(self.query_length, device=self.device)
+            pairs = pairs[self._along_queries().own_end - index <= last_queries]
+        return int(pairs.sum())
 
     def subset(self, heads: tuple[int, ...]) -> Geometry:
         """The same call for some of its query heads, each with a key head of its own."""
@@ -331,11 +349,11 @@ def divisor_of(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-def _before(flags: Tensor) -> Tensor:
-    """(B, T + 1) the number of True among the first i of (B, T) bool."""
+def rows_before(flags: Tensor) -> Tensor:
+    """(B, T + 1) the number of True among the first i of (B, T) flags."""
     return torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
 
 
 def _any_per_segment(flags: Tensor, bounds: tuple[int, ...]) -> Tensor:
     """(B, n) bool: any True in [bounds[i], bounds[i + 1]) of (B, T) bool."""
-    return _before(flags)[:, list(bounds)].diff(dim=-1) > 0
+    return rows_before(flags)[:, list(bounds)].diff(dim=-1) > 0

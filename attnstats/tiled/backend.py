@@ -163,6 +163,7 @@ def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
     if each.run == "band":
         return band.cost(geometry, each.statistics)
     if each.run == "sweep":
+        pairs = max(geometry.visible_pairs(s.last_queries) for s in each.statistics) * geometry.query_heads
         return "sweep, blocks of rows", 2 * pairs * geometry.head_dim, sweep.SCRATCH_BYTES
     keys = sum(min(s.count, geometry.key_length) for s in each.statistics)  # type: ignore[attr-defined]
     rows = heads * geometry.query_length

@@ -22,7 +22,7 @@ from attnstats.core.geometry import Geometry
 from attnstats.statistics import Entropy, MaxLogit, Statistic
 from attnstats.tiled import band
 
-VERSION = 1  # of the interface; a library of another version is not used
+VERSION = 2  # of the interface; a library of another version is not used
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
 WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
@@ -94,10 +94,7 @@ def evaluate(
     assert library is not None
     query, key = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key)]
     tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
-    query_masks = {}
-    for s in statistics:
-        if s.axis == "column" and (query_mask := geometry.query_mask_of(s.last_queries)) is not None:
-            query_masks[s] = query_mask.contiguous()
+    query_masks = _query_masks(geometry, statistics)
     key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
     template = geometry.memo.get(("native", statistics))
     if template is None:
@@ -112,7 +109,7 @@ def evaluate(
     call.statistics, call.threads, call.lanes = requests, torch.get_num_threads(), lanes
     if key_mask is not None:
         call.key_mask = key_mask.data_ptr()
-    if library.attnstats_evaluate(ctypes.byref(call)):
+    if library.attnstats_evaluate(ctypes.byref(call)) < 0:
         raise MemoryError("attnstats: no memory for the statistics' working space")
     if template.tails:
         mass = geometry.row_mass(lse)
@@ -126,13 +123,24 @@ def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, in
     library = _library()
     assert library is not None
     template = _template(geometry, statistics)
+    query_masks = _query_masks(geometry, statistics)
+    for s, request in zip(statistics, template.requests, strict=True):
+        if s in query_masks:
+            request.query_mask = query_masks[s].data_ptr()
     call = _Call.from_buffer_copy(template.call)
     call.statistics, call.threads, call.lanes = template.requests, torch.get_num_threads(), lanes
     scratch = library.attnstats_scratch_bytes(ctypes.byref(call))
     if all(s.method == "weight" and s.is_banded for s in statistics):
         return "band, compiled", band.cost(geometry, statistics)[1], scratch
-    flops = 2 * geometry.visible_pairs() * geometry.query_heads * geometry.head_dim
+    pairs = max(geometry.visible_pairs(s.last_queries) for s in statistics if not s.is_banded)
+    flops = 2 * pairs * geometry.query_heads * geometry.head_dim
     return "sweep, compiled", flops, scratch
+
+
+def _query_masks(geometry: Geometry, statistics: tuple[Statistic, ...]) -> dict[Statistic, Tensor]:
+    """Of the column statistics that not every query counts for."""
+    masks = {s: geometry.query_mask_of(s.last_queries) for s in statistics if s.axis == "column"}
+    return {s: mask.contiguous() for s, mask in masks.items() if mask is not None}
 
 
 class _Weights(NamedTuple):

@@ -6,14 +6,14 @@ more than the band, and the gradients of both for a forward pass that kept an ls
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
-from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.geometry import Geometry, divisor_of, rows_before
 from attnstats.core.scores import sink_gradient, softcap_, with_sinks
 from attnstats.core.visibility import within
 from attnstats.statistics import Entropy, PooledMap, Statistic
@@ -131,21 +131,33 @@ def evaluate(
     """Statistics with a weight, of whole rows and of segments, as sums (`Geometry.finish` divides)."""
     tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
     counts = {s: _counts(s, geometry) for s in statistics if s.axis != "row"}
+    before = {s: rows_before(count).tolist() for s, count in counts.items()}
     maps: list[Any] = [s for s in statistics if s.method == "pooled"]
     segments = {s: _segments(s, geometry) for s in maps}
     has_nan = bool(lse.isnan().any())
-    for block in _blocks(geometry):
-        by_distance = _by_distance(statistics, geometry, block)
+
+    def needed_in(rows: slice) -> list[list[Statistic]]:
+        """Of each batch row, the statistics that one of these rows counts for."""
+        return [
+            [s for s in statistics if s not in counts or before[s][batch][rows.start] < before[s][batch][rows.stop]]
+            for batch in range(geometry.batch)
+        ]
+
+    for block in _blocks(geometry, lambda rows: any(needed_in(rows))):
+        needed = needed_in(block.rows)
+        by_distance = _by_distance({s for of_batch in needed for s in of_batch}, geometry, block)
         for batch, heads, key_head in heads_of(geometry):
+            if not needed[batch]:
+                continue
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
             of_rows = (batch, heads, block.rows)
-            own_rows = [s for s in statistics if s.method == "row" and not isinstance(s, Entropy)]
+            own_rows = [s for s in needed[batch] if s.method == "row" and not isinstance(s, Entropy)]
             of_scores = scores.clone() if own_rows else scores
             log_weights = _log_weights_(scores, lse[of_rows]).clamp_(min=LOG_ZERO)
             weights = log_weights.exp()
             for s in own_rows:
                 tensors[s][of_rows] = s.row(weights, of_scores)
-            for s in statistics:
+            for s in needed[batch]:
                 weighted = weights * by_distance[s] if s in by_distance else weights
                 if isinstance(s, Entropy):
                     tensors[s][of_rows] = -(weights * log_weights).sum(-1)
@@ -212,7 +224,8 @@ class _Block(NamedTuple):
     hidden: Tensor | None  # [rows, keys] bool: outside the causal mask or the window; None: no key is
 
 
-def _blocks(geometry: Geometry) -> Iterator[_Block]:
+def _blocks(geometry: Geometry, needs: Callable[[slice], bool] = lambda rows: True) -> Iterator[_Block]:
+    """The blocks of rows that see a key, less those that `needs` is False for."""
     seen = geometry.key_length
     if geometry.left is not None and geometry.right is not None:
         seen = min(seen, geometry.left + geometry.right + 1)
@@ -225,7 +238,7 @@ def _blocks(geometry: Geometry) -> Iterator[_Block]:
             begin = max(0, first - geometry.left)
         if geometry.right is not None:
             stop = min(stop, last + geometry.right + 1)
-        if begin < stop:
+        if begin < stop and needs(slice(start, end)):
             block = _Block(slice(start, end), slice(begin, stop), None)
             ahead = geometry.right is not None and first + geometry.right < stop - 1
             behind = geometry.left is not None and last - geometry.left > begin

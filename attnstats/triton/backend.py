@@ -199,7 +199,7 @@ def passes(geometry: Geometry, attends: bool) -> list[Pass]:
 def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
     """The description of a pass with its tiles, its floating-point operations and its scratch memory in bytes."""
     heads = geometry.batch * (geometry.query_heads if each.heads is None else len(each.heads))
-    matmul = 2 * geometry.visible_pairs() * heads * geometry.head_dim
+    matmul = 2 * geometry.visible_pairs(each.last_queries) * heads * geometry.head_dim
     rows = heads * geometry.query_length
     if each.run in ("forward", "decode", "rows"):
         return _forward_cost(each, geometry, matmul)

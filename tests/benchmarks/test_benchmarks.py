@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, overhead, report, whole_model
+from benchmarks import last_queries, memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.summary import Series
 from benchmarks.test_attention import inputs_of, turns, verify
@@ -158,3 +158,8 @@ def test_a_wrong_reading_of_a_whole_model_is_noticed(tiny_model: Any) -> None:
 def test_ratios_of_a_whole_model_pair_the_rounds_that_both_have() -> None:
     base = Series("base", None, [1.0, 2.0, 1.0, 9.0])
     assert Series("eager", None, [10.0, 22.0, 60.0]).over(base) == pytest.approx(11.0)
+
+
+def test_last_queries_are_measured_on_both_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    last_queries.main(64)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[4:]] == ["compiled", "plain"]

@@ -1,10 +1,12 @@
 """The plain PyTorch path: memory, and the ways it splits the work."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, reference
+from attnstats import FAI, WAAD, ColumnStatistic, Received, reference
 from attnstats.tiled import band as diagonal
 from attnstats.tiled import native, sweep
 from tests.cases import Case, check
@@ -69,3 +71,52 @@ def test_without_torchs_private_kernel(monkeypatch):
     monkeypatch.setattr("attnstats.tiled.cpu_flash.takes", lambda geometry: False)
     for case in (Case(), Case(is_causal=False, padding="left"), Case(dtype="bfloat16", padding="all")):
         check(case, "tiled")
+
+
+@pytest.mark.parametrize(
+    ("statistics", "counted", "blocks"),
+    [
+        ([Received(3)], range(160), {9}),
+        ([Received(17)], range(160), {8, 9}),
+        ([Received(2)], [3, 40, 77], {2, 4}),
+        ([Received()], [3, 40, 77], {0, 2, 4}),
+        ([Received(), Received(1)], [], set()),
+        ([FAI(5, None), Received(1)], range(160), set(range(10))),
+    ],
+    ids=str,
+)
+def test_only_blocks_of_rows_that_count_are_visited(statistics, counted, blocks, monkeypatch):
+    monkeypatch.setattr(native, "enabled", False)
+    monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 64)  # blocks of 16 rows
+    visited, scores = set(), sweep._scores
+
+    def visit(query, key, geometry, block, *rest):
+        visited.add(block.rows.start // 16)
+        return scores(query, key, geometry, block, *rest)
+
+    query, key, value = Case(1, 1, 1, 160, 160).tensors()
+    arguments = {"statistics": statistics, "query_mask": torch.zeros(1, 160, dtype=torch.bool)}
+    arguments["query_mask"][:, list(counted)] = True
+    _, expected = reference.attention(query, key, value, **arguments)
+    monkeypatch.setattr(sweep, "_scores", visit)
+    found = attnstats.statistics_from_lse(query, key, expected.lse, backend="tiled", **arguments)
+    assert visited == blocks
+    for s in statistics:
+        torch.testing.assert_close(found[s], expected[s], rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class _NearOfTheLast(ColumnStatistic):
+    """Mass from the last 3 queries at distances up to 5: a band, of some queries only."""
+
+    band = (0, 5)
+    last_queries = 3
+
+    def weight(self, distance):
+        return (distance >= 0) & (distance <= 5)
+
+
+@pytest.mark.usefixtures("sums")
+def test_a_band_of_the_last_queries():
+    check(Case(), "tiled", statistics=[_NearOfTheLast()])
+    check(Case(counted="some"), "tiled", from_lse=True, statistics=[_NearOfTheLast(), FAI(3, 20)])

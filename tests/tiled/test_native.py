@@ -1,10 +1,12 @@
 """The compiled sums: every instruction set against the reference, the same bits from any threads, no need of them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
+from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
 from attnstats.tiled import native
 from tests.cases import Case, check
 from tests.process import python
@@ -68,6 +70,78 @@ def test_bands_of_any_reach(is_causal):
     bands = [WAAD(1), WAAD(130), WAAD(2000), LocalMass(700), FAI(0, 0), FAI(127, 129), FAI(599, 700), FAI(900, 950)]
     case = Case(batch=1, key_heads=1, query_length=601, key_length=601, is_causal=is_causal)
     check(case, "tiled", statistics=bands)
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """The number of scores of each call."""
+    library, counts = native._library(), []
+
+    def evaluate(call):
+        counts.append(library.attnstats_evaluate(call))
+        return counts[-1]
+
+    counting = SimpleNamespace(attnstats_evaluate=evaluate, attnstats_scratch_bytes=library.attnstats_scratch_bytes)
+    monkeypatch.setattr(native, "_library", lambda: counting)
+    return counts
+
+
+def _check_columns(length, statistics, **arguments):
+    query, key, value = Case(1, 1, 2, length, length).tensors()
+    arguments |= {"statistics": statistics, "enable_gqa": True}
+    _, expected = reference.attention(query.double(), key.double(), value.double(), **arguments)
+    found = attnstats.statistics_from_lse(query, key, expected.lse.float(), backend="tiled", **arguments)
+    for s in statistics:
+        torch.testing.assert_close(found[s].double(), expected[s], rtol=1e-5, atol=1e-5)
+
+
+GROUP = 12  # rows of a tile at most: they share scores
+
+
+@compiled
+@pytest.mark.parametrize("last", [1, 20])
+def test_the_last_queries_cost_their_own_rows(last, scores):
+    _check_columns(1300, [Received(last)])
+    assert 0 < sum(scores) <= 2 * (last + GROUP) * 1408
+    scores.clear()
+    band = [WAAD(10), FAI(10, 100)]
+    _check_columns(1300, band)
+    _check_columns(1300, [*band, Received(last)])
+    alone, together = scores
+    assert together <= alone + 2 * (last + GROUP) * 1408
+
+
+@compiled
+def test_only_rows_that_count_are_visited(scores):
+    query_mask = torch.zeros(1, 1300, dtype=torch.bool)
+    query_mask[:, [40, 41, 700, 1201, 1202]] = True
+    for statistics, groups in (([Received()], 3), ([Received(3)], 2), ([Received(2), FAI(5, None)], 3)):
+        scores.clear()
+        _check_columns(1300, statistics, query_mask=query_mask)
+        assert 0 < sum(scores) <= 2 * 2 * groups * GROUP * 1408  # rows that count may lie in two tiles
+    scores.clear()
+    _check_columns(1300, [Received(), Received(3)], query_mask=torch.zeros_like(query_mask))
+    assert scores == [0]
+
+
+@compiled
+def test_the_last_queries_of_each_packed_sequence(scores):
+    lengths = ((700, 700), (0, 9), (5, 600), (300, 300))
+    case = Case(key_heads=1, packed=lengths)
+    check(case, "tiled", from_lse=True, statistics=[Received(4)])
+    assert 0 < sum(scores) <= 2 * (4 + GROUP) * sum(keys + 128 for _, keys in lengths)
+
+
+@compiled
+def test_scratch_of_the_last_queries():
+    """Column sums of chunks that count take a slot, no others."""
+    query = key = torch.zeros(1, 1, 8192, 16)
+    of = {}
+    for statistic in (Received(), Received(20)):
+        (only,) = attnstats.explain(query, key, statistics=[statistic]).passes
+        of[statistic] = only
+    assert of[Received(20)].flops == 2 * 16 * sum(range(8192 - 19, 8193))
+    assert of[Received()].scratch_bytes - of[Received(20)].scratch_bytes >= 4 * 7 * 8192
 
 
 MEMORY = """

@@ -6,7 +6,8 @@ import torch
 import attnstats
 from attnstats import FAI, PooledMap, Received, reference
 from attnstats.tiled import native
-from tests.cases import Case
+from tests.cases import Case, check
+from tests.process import python
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -61,3 +62,61 @@ def test_a_bad_query_reaches_only_keys_that_it_sees_and_counts_for(number, backe
     before, after = compute(query), compute(overwritten)
     for s in statistics:
         assert torch.equal(before[s], after[s]), s
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(counted="some", padding="left"),
+        Case(counted="none"),
+        Case(packed=((9, 9), (0, 4), (40, 40), (3, 30)), counted="some"),
+        Case(query_length=33, key_length=90, counted="some", window_size=(20, 3), is_causal=False, query_offset=30),
+    ],
+    ids=str,
+)
+def test_columns_of_some_queries(case, device):
+    statistics = [Received(2), Received(), FAI(5, None)]
+    check(case, "triton", device, from_lse=True, statistics=statistics)
+
+
+# Counts the matmuls of the column kernel, each of which is one tile: a block of keys by BM queries.
+TILES = """
+import sys, torch, attnstats
+from attnstats import Received
+from attnstats.triton.configs import candidates
+from attnstats.triton.launch import block_dim
+from triton.runtime import interpreter
+
+tiles, dot = [], interpreter.InterpreterBuilder.create_dot
+def count(self, *operands):
+    tiles.append(1)
+    return dot(self, *operands)
+interpreter.InterpreterBuilder.create_dot = count
+query = torch.randn(2, 1, 512, 16)
+mask = torch.zeros(2, 512, dtype=torch.bool)
+mask[0, [5, 300, 400]] = True
+config = next(candidates("column", query.device, query.dtype, block_dim(16)))
+blocks = 512 // config.BN
+cu_seqlens = torch.tensor([0, 330, 512], dtype=torch.int32)
+packed, packed_lse = query[0].transpose(0, 1), torch.zeros(1, 512)
+
+def run(statistic, **arguments):
+    tiles.clear()
+    attnstats.statistics_from_lse(query, query, torch.zeros(2, 1, 512), statistics=[statistic], backend="triton",
+                                  **arguments)
+    return len(tiles)
+
+assert run(Received()) > 2 * 2 * blocks
+# Two tiles per block of keys and batch row at most: one whole, one of the rest.
+assert 0 < run(Received(16)) <= 2 * 2 * blocks
+assert 0 < run(Received(2), query_mask=mask) <= -(-101 // config.BM) * blocks + blocks
+assert run(Received(), query_mask=torch.zeros_like(mask)) == 0
+tiles.clear()
+attnstats.statistics_from_lse(packed, packed, packed_lse, statistics=[Received(16)], backend="triton",
+                              cu_seqlens_q=cu_seqlens)
+assert 0 < len(tiles) <= 2 * (blocks + 2)
+"""
+
+
+def test_only_tiles_of_rows_that_count_are_visited():
+    python("-c", TILES, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

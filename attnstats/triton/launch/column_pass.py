@@ -75,8 +75,9 @@ def _column(
 ) -> None:
     """Fill `sums`."""
     query, key = arguments.as_input(query), arguments.as_input(key)
-    lse2 = divisor_of(lse) * arguments.LOG2E
+    lse2, counted = divisor_of(lse) * arguments.LOG2E, None
     if query_mask is not None:
+        counted = geometry.counted_rows(query_mask).int()
         lse2 = lse2.masked_fill(~query_mask[:, None], torch.inf)
     prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
     start_prepared(
@@ -86,6 +87,7 @@ def _column(
         key=key,
         lse2=lse2,
         columns=sums,
+        counted=counted,
         heads=arguments.on_device(heads, geometry.device),
         segments=segments,
         reach=prepared.reach,
