@@ -21,8 +21,6 @@ STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-# Threads that spin while they wait cost eight times the time when something else runs on the cores.
-demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(STAMP) ## analyse a real model's reasoning with default settings, into out/demo
 	@$(BIN)/attnstats analyze --out out/demo
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from attnstats import distributed, presets, reference, statistics
+from attnstats import _threads, distributed, presets, reference, statistics  # noqa: F401 _threads before torch
 from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import *  # noqa: F403

@@ -110,7 +110,8 @@ def run(options: argparse.Namespace) -> int:
         if not job.shard.is_first:
             return 0
         analyses, differences = _conclude(options, settings, job, store, len(prompts))
-    job.terminal.show(analyses, [options.out / name for name in outputs.FILES], color_by=options.color_by)
+    files = [options.out / name for name in outputs.FILES]
+    job.terminal.show(analyses, files, len(prompts), color_by=options.color_by)
     if not differences:
         return 0
     from attnstats.study.verify import TOLERANCE

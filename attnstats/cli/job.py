@@ -41,11 +41,15 @@ class Job:
     def store(self, open_store: Callable[[], Store], folder: Path, total: int) -> Iterator[Store]:
         """The store that `open_store` opens in the first process; what is in it stays when the run is cut short.
 
+        Says what an earlier run left in it, which is used and not made again.
+
         Raises:
             InputError: as `open_store`.
             KeyboardInterrupt: with what is done and how to go on.
         """
         store = self.shard.first(open_store) or Store(folder)
+        if kept := store.kept():
+            self.terminal.say(f"Going on with {kept}, of {total} prompts, kept in {folder}")
         try:
             yield store
         except BaseException as stop:
@@ -54,7 +58,7 @@ class Job:
             if not isinstance(stop, KeyboardInterrupt):
                 raise
             raise KeyboardInterrupt(
-                f"{len(store.indices())} of {total} prompts are done and kept in {folder}; go on with --resume"
+                f"{store.kept() or 'no answer'}, of {total} prompts, kept in {folder}; go on with --resume"
             ) from stop
         finally:
             store.close()

@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or options.folder / outputs.REPORT
     with arguments.writing(out):
         out.write_text(page, encoding="utf-8")
-    Terminal().show(analyses[: arguments.SHOWN], [out], color_by=options.color_by)
+    Terminal().show(analyses[: arguments.SHOWN], [out], len(analyses), color_by=options.color_by)
     return 0

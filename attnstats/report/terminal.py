@@ -79,16 +79,22 @@ class Terminal:
             self._bar.stop()
             self._bar = None
 
-    def show(self, analyses: Sequence[Analysis], files: Sequence[Path], *, color_by: str = "waad") -> None:
+    def show(
+        self, analyses: Sequence[Analysis], files: Sequence[Path], total: int | None = None, *, color_by: str = "waad"
+    ) -> None:
         """Print the responses, coloured by a column of report/columns.py, and the names of the files.
+
+        Args:
+            total: the number of responses of the run, of which `analyses` are the first; None: these are all.
 
         Raises:
             InputError: no column has that name.
         """
         column = find(color_by)
+        total = len(analyses) if total is None else total
         for number, analysis in enumerate(analyses, 1):
             self.console.print()
-            self.console.rule(Text(f"Prompt {number} of {len(analyses)}"), style="dim", align="left")
+            self.console.rule(Text(f"Prompt {number} of {total}"), style="dim", align="left")
             self.console.print(Text(visible(analysis.question)), style="bold")
             self.console.print()
             self.console.print(response(analysis, column))
@@ -99,6 +105,8 @@ class Terminal:
             self.console.print()
             self.console.print(peaks(analysis))
         self.console.print()
+        if len(analyses) < total:
+            self.console.print(f"{len(analyses)} of {total} responses shown; the page and the tables have more")
         for file in files:
             self.console.print(Text(str(file)), soft_wrap=True)
 
@@ -172,6 +180,9 @@ def peaks(analysis: Analysis) -> Table:
     )
     for index in (1, 2, 4, 5):
         table.columns[index].justify = "right"
+    count = int(analysis.response.sum())
+    if count > PEAKS:
+        table.caption, table.caption_justify = f"{PEAKS} of {count} tokens shown", "left"
     left = [_cells(analysis, i, f"{analysis.waad[i]:.2f}") for i in analysis.preplan(PEAKS)]
     right = [_cells(analysis, i, f"{100 * analysis.fai[i]:.3f}") for i in analysis.anchors(PEAKS)]
     for cells in zip_longest(left, right, fillvalue=(Text(), Text(), Text())):

@@ -6,6 +6,7 @@ from its place: a run that was killed, or that several processes share (shards.p
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,9 +110,18 @@ def _generate(
     """Generate the responses of a batch if the store does not have all of them; the number of steps that took."""
     if all(map(store.has_response, batch)):
         return 0
-    sampling = sampling._replace(seed=(sampling.seed + batch.start) % 2**64)
-    responses = generate(loaded, [prompts[index] for index in batch], sampling, advance=progress.advance)
-    for index, response in zip(batch, responses, strict=True):
+
+    def keep(row: int, response: list[int]) -> None:
+        index = batch[row]
         if not store.has_response(index):  # a response that was measured stays with its measurement
             store.write_response(index, prompts[index], response)
+
+    sampling = sampling._replace(seed=_seed(sampling.seed, batch.start))
+    batch_prompts = [prompts[index] for index in batch]
+    responses = generate(loaded, batch_prompts, sampling, advance=progress.advance, finished=keep)
     return max(map(len, responses))
+
+
+def _seed(seed: int, start: int) -> int:
+    """The seed of the batch that starts at a prompt: a hash, so that no two runs of different seeds share one."""
+    return int.from_bytes(hashlib.sha256(f"{seed},{start}".encode()).digest()[:8], "little")

@@ -58,6 +58,7 @@ def generate(
     sampling: Sampling,
     *,
     advance: Callable[[], None] = lambda: None,
+    finished: Callable[[int, list[int]], None] = lambda row, response: None,
     **inputs: Any,
 ) -> list[list[int]]:
     """The response to each prompt of one batch: token ids up to and including the end token.
@@ -65,15 +66,26 @@ def generate(
     Args:
         sampling: checked. torch's global generator keeps its state.
         advance: called once per step of the batch.
+        finished: called with the row and the response of each prompt as soon as the response has ended.
         inputs: for `model.generate`: a cache of the beginning of the prompts, padded on the left like them.
     """
     from transformers import GenerationConfig, StoppingCriteria
 
+    responses: dict[int, list[int]] = {}
+
+    def finish(row: int, tokens: list[int]) -> None:
+        if row not in responses:
+            responses[row] = until_end(tokens, ends, keep_end=True)
+            finished(row, responses[row])
+
     class Advance(StoppingCriteria):
-        """Calls `advance` once per token and never stops."""
+        """Calls `advance` once per token, `finished` once per response, and never stops."""
 
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             advance()
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                if token in ends:
+                    finish(row, input_ids[row, longest:].tolist())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     own = loaded.model.generation_config
@@ -104,7 +116,9 @@ def generate(
             stopping_criteria=[Advance()],
             **inputs,
         )
-    return [until_end(row, ends, keep_end=True) for row in sequences[:, longest:].tolist()]
+    for row, tokens in enumerate(sequences[:, longest:].tolist()):
+        finish(row, tokens)
+    return [responses[row] for row in range(len(prompts))]
 
 
 @contextmanager

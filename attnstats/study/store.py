@@ -117,11 +117,22 @@ class Store:
         folder = self.folder / ITEMS
         return list(folder.iterdir()) if folder.is_dir() else []
 
-    def indices(self) -> list[int]:
-        """The numbers of the prompts with results, ascending."""
-        return sorted(
-            int(path.stem) for path in self._items() if path.suffix == ".safetensors" and _ITEM.fullmatch(path.name)
-        )
+    def indices(self, suffix: str = "safetensors") -> list[int]:
+        """The numbers of the prompts with results, ascending; those with a response for the suffix "json"."""
+        names = (path for path in self._items() if _ITEM.fullmatch(path.name))
+        return sorted(int(path.stem) for path in names if path.suffix == f".{suffix}")
+
+    def kept(self) -> str:
+        """What the store holds, in words; empty if it holds nothing.
+
+        Example:
+            >>> Store(Path("absent")).kept()
+            ''
+        """
+        results, answers = len(self.indices()), len(self.indices("json"))
+        if not answers:
+            return f"{results} result{'' if results == 1 else 's'}" if results else ""
+        return f"{answers} answer{'' if answers == 1 else 's'}, {results} of them with statistics"
 
     def __iter__(self) -> Iterator[Item]:
         return self.items()
@@ -177,9 +188,8 @@ def _begin(store: Store, identity: dict[str, Any], resume: bool, option: str) ->
     folder = store.folder
     if (folder / RUN).is_file():
         if not resume:
-            done = len(store.indices())
             raise InputError(
-                f"{option} {folder}: holds an unfinished run with {done} prompt{'' if done == 1 else 's'} done; "
+                f"{option} {folder}: holds an unfinished run with {store.kept() or 'no answer'}; "
                 "go on with it by --resume, or delete it"
             )
         require_same(folder, identity)

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from attnstats._threads import processors
 from attnstats.cli.analyze import settings_from
 from attnstats.cli.arguments import parse_layers
 from attnstats.cli.main import main, parser
@@ -205,10 +206,64 @@ def test_interrupt_is_exit_code_130_and_says_what_is_kept(tmp_path, tiny):
     process.stdout.close()
     process.stderr.close()
     if (tmp_path / "out.part").exists():
-        assert re.fullmatch(r"attnstats: interrupted; \d+ of 5000 prompts are done and kept in .*; go on .*\n", said)
+        assert re.fullmatch(
+            r"attnstats: interrupted; \d+ answers?, \d+ of them with .*, of 5000 prompts, kept in .*; go on .*\n", said
+        )
     else:
         assert said == "attnstats: interrupted; nothing was written\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_terminal_says_how_many_of_the_responses_it_shows(tmp_path, tiny, capsys):
+    (tmp_path / "prompts.txt").write_text("so\n" * 7)
+    options = [
+        "--model",
+        str(tiny),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--max-tokens",
+        "12",
+        "--layers",
+        "all",
+    ]
+    assert main(["analyze", *options, "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("5 of 7 responses shown") == 2
+    assert "Prompt 5 of 7" in said
+    assert "8 of 12 tokens shown" in said
+
+
+@pytest.mark.parametrize(("given", "spins", "threads"), [
+    ({}, "0", None), ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "1"}, "30000000000", "1"),
+])  # fmt: skip
+def test_openmp_is_set_for_the_command_line_before_torch_is_there(given, spins, threads):
+    """As OpenMP itself says when torch loads it; in the program of someone else it keeps its defaults."""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    environment = {**unset, **given, "OMP_DISPLAY_ENV": "VERBOSE"}
+
+    def said(name, *arguments):
+        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True)
+        return re.search(rf"{name} = '(.*)'", done.stderr)[1]
+
+    assert said("GOMP_SPINCOUNT", *command("--version")) == spins
+    assert said("OMP_NUM_THREADS", *command("--version")) == (threads or str(processors({})))
+    if not given:
+        assert said("GOMP_SPINCOUNT", sys.executable, "-c", "import attnstats") != spins
+
+
+@pytest.mark.parametrize(("files", "together", "share"), [
+    ({"cpu.max": "max 100000"}, "", 1.0),
+    ({"cpu.max": "100000 100000"}, "", 0.0),
+    ({"cpu.max": "10000 100000"}, "", 0.0),
+    ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, "", 0.0), ({}, "1000", 0.0), ({}, "1", 1.0),
+])  # fmt: skip
+def test_threads_are_as_many_as_the_processors_of_this_process(tmp_path, files, together, share):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    every = len(os.sched_getaffinity(0))
+    assert processors({"LOCAL_WORLD_SIZE": together}, tmp_path) == max(1, int(share * every))
 
 
 def test_help_and_version(capsys):
@@ -283,16 +338,18 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(tmp_path, tiny, finish
     # Two passes per prompt: one for the statistics, one for the maps.
     with interrupted_in_pass(3):
         assert main(arguments) == 130
-    kept = f"1 of 3 prompts are done and kept in {out}.part; go on with --resume"
-    assert capsys.readouterr().err == f"attnstats: interrupted; {kept}\n"
+    kept = "3 answers, 1 of them with statistics"
+    said = f"{kept}, of 3 prompts, kept in {out}.part; go on with --resume"
+    assert capsys.readouterr().err == f"attnstats: interrupted; {said}\n"
     assert main(arguments) == 2
-    assert "holds an unfinished run with 1 prompt done; go on with it by --resume" in capsys.readouterr().err
+    assert f"holds an unfinished run with {kept}; go on with it by --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--seed", "1"]) == 2
     assert "was begun with seed 0, this run has 1" in capsys.readouterr().err
     for others in (["--prompt", "so"], ["--head-profile", str(finished / "heads.json")]):
         assert main([*arguments, "--resume", *others]) == 2
         assert "was begun with" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
+    assert f"Going on with {kept}, of 3 prompts, kept in {out}.part" in capsys.readouterr().out.replace("\n", "")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     before = (out / "summary.json").read_bytes()
     capsys.readouterr()

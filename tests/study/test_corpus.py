@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from attnstats.study.store import begin
 from tests.tiny import WORDS, Silent
 
 COUNT = 19  # two batches and a part of a third
+PROMPTS = [[5 + i % 7] * (1 + i % 4) for i in range(COUNT)]
 
 
 def fill(tiny, store, measure, shard=Shard(), temperature=0.8):  # noqa: B008
-    prompts = [[5 + i % 7] * (1 + i % 4) for i in range(COUNT)]
     progress = Silent()
     sampling = Sampling(6, temperature, seed=3)
-    corpus.run(tiny, prompts, measure, sampling, store=store, progress=progress, shard=shard)
+    corpus.run(tiny, PROMPTS, measure, sampling, store=store, progress=progress, shard=shard)
     assert progress.steps == progress.total
     store.close()
     return {i: (*store.response(i), store.read(i)[0]["sum"].item()) for i in store.indices()}
@@ -63,6 +64,64 @@ def test_what_is_done_is_not_done_again(tmp_path, tiny, monkeypatch):
     assert fill(tiny, begin(tmp_path / "cut", {}, resume=True), count) == whole
     assert measured == list(range(11, COUNT))
     assert generated == [COUNT - 2 * corpus.BATCH], "the second batch had its responses"
+
+
+ENDS = [1, *range(20, 30)]  # so many that answers end at different steps
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from attnstats.study import corpus, models
+from attnstats.study.generation import Sampling
+from attnstats.study.store import begin
+from tests.study.test_corpus import ENDS, PROMPTS
+from tests.tiny import Silent
+
+class Killed(Silent):
+    def advance(self, amount=1):
+        if store.indices("json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+store = begin(Path(sys.argv[2]), {}, resume=False)
+loaded = models.load(sys.argv[1], dtype="float32", device="cpu")
+loaded.model.generation_config.eos_token_id = ENDS
+corpus.run(loaded, PROMPTS, None, Sampling(6, 0.8, seed=3), store=store, progress=Killed())
+"""
+
+
+def test_a_kill_within_a_batch_keeps_every_answer_that_was_finished(tmp_path, tiny, folder, monkeypatch):
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", ENDS)
+    whole = fill(tiny, begin(tmp_path / "whole", {}, resume=False), total)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, folder, tmp_path / "cut"],
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    store = begin(tmp_path / "cut", {}, resume=True)
+    kept = store.indices("json")
+    assert 0 < len(kept) < corpus.BATCH
+    assert store.kept() == f"{len(kept)} answer{'' if len(kept) == 1 else 's'}, 0 of them with statistics"
+    assert [store.response(index) for index in kept] == [whole[index][:2] for index in kept]
+    before = [(tmp_path / "cut" / "items" / f"{index:06d}.json").stat().st_mtime_ns for index in kept]
+    assert fill(tiny, store, total) == whole
+    assert before == [(tmp_path / "cut" / "items" / f"{index:06d}.json").stat().st_mtime_ns for index in kept]
+
+
+def test_no_two_runs_of_different_seeds_share_a_batch(tiny, tmp_path, monkeypatch):
+    """Seeds 0 and 8 gave the second batch of one and the first of the other the same random numbers."""
+    seeds = []
+
+    def generate(loaded, prompts, sampling, *, advance, finished):
+        seeds.append(sampling.seed)
+        sampling.check()
+        for row in range(len(prompts)):
+            finished(row, [1])
+        return [[1]] * len(prompts)
+
+    monkeypatch.setattr(corpus, "generate", generate)
+    for seed in (0, 1, 8, 16, -8, 2**64 - 1, -(2**63)):
+        store = begin(tmp_path / str(seed), {}, resume=False)
+        corpus.run(tiny, PROMPTS, total, Sampling(1, 1.0, seed), store=store, progress=Silent())
+    assert len(set(seeds)) == len(seeds) == 7 * 3
 
 
 @pytest.mark.parametrize("count", [2, 5])

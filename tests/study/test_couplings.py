@@ -368,7 +368,7 @@ def test_another_end_token_is_another_run(folder, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path):
-    message = r"3 of 5 prompts are done and kept in .*corpus; go on with --resume"
+    message = r"5 answers, 3 of them with statistics, of 5 prompts, kept in .*corpus; go on with --resume"
     # The first pass is a check of the model, before anything is generated.
     with interrupted_in_pass(5), pytest.raises(KeyboardInterrupt, match=message):
         command.run(options_of(*arguments_of(folder, tmp_path / "out")))
