@@ -19,7 +19,7 @@ from attnstats import reference
 from attnstats.core import arguments
 from attnstats.core.autograd import GradientsByStatistic, Residuals
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
-from attnstats.core.lse import check_lse, natural_lse
+from attnstats.core.lse import check_lse, check_values, natural_lse
 from attnstats.core.options import Options
 from attnstats.results import Explanation, PassCost
 from attnstats.statistics import Statistic
@@ -45,6 +45,8 @@ def from_lse(
     check_lse(options.lse_base, options.lse_layout)
     lse = natural_lse(lse, options.lse_base, options.lse_layout, geometry)
     with torch.no_grad(), full_precision(geometry.device):
+        if options.check:
+            check_values(query, key, lse, geometry, options.lse_base)
         return choose(options.backend, geometry).from_lse(query, key, lse, geometry), lse, geometry
 
 

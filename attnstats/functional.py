@@ -202,15 +202,16 @@ def statistics_from_lse(
     lse_base: Literal["e", "2"] = "e",
     lse_layout: Literal["HT", "TH"] | None = None,
     cu_seqlens_q: Tensor | None = None,
+    check: bool | None = None,
     backend: Backend = "auto",
     **arguments: Any,
 ) -> Statistics:
     """Statistics beside an attention kernel of your own, from the log-sum-exp it returned.
 
     All but MaxLogit, which isn't a function of the lse. Masks, scale, softcap and sinks must be those the kernel used:
-    with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. Where it doesn't (an lse that
-    counts keys that aren't passed), WAAD is off by `window * (1 - that sum)`; statistics whose weight is 0 far away are
-    those of the keys that are passed.
+    with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. A few rows of each head are
+    checked. Where the sum is not 1 (check=False, and an lse that counts keys that aren't passed), WAAD is off by
+    `window * (1 - that sum)`; statistics whose weight is 0 far away are those of the keys that are passed.
 
     Args:
         query, key: as `attention` takes them, or with cu_seqlens_q as `varlen_attention` does.
@@ -220,6 +221,10 @@ def statistics_from_lse(
         lse_base: "e" for natural logs, "2" for logs to base 2. docs/kernels.md has a line for each kernel library.
         lse_layout: of a packed lse, "HT" for (Hq, total_q) or "TH"; needed only where both are the same number.
         cu_seqlens_q: packed sequences, see `varlen_attention`; None: a batch.
+        check: compare the lse of a few rows of each head with that of their scores, in O(T), and raise an error that
+            says what a wrong one looks like. None: on the CPU alone and not in a traced graph (torch.compile,
+            torch.export), because a check waits for the device; True: there too, when the graph runs. False: for an lse
+            that counts keys which aren't passed, as of parts that were merged.
         arguments: the other keyword arguments of `attention`, or of `varlen_attention`.
 
     The returned value and the source are those of `attention` and `varlen_attention`.
@@ -233,6 +238,7 @@ def statistics_from_lse(
         cu_seqlens_q=cu_seqlens_q,
         lse_base=lse_base,
         lse_layout=lse_layout,
+        check=_checks(check, query),
         backend=backend,
         **arguments,
     )
@@ -279,6 +285,14 @@ def explain(
         **arguments,
     )
     return _dispatch.explain(query, key, value, options)
+
+
+def _checks(check: bool | None, query: Tensor) -> bool:
+    if check is None:
+        return not _operators.is_tracing(query) and isinstance(query, Tensor) and query.device.type == "cpu"
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True, False or None (on the CPU), got {check!r}")
+    return check
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:

@@ -105,7 +105,7 @@ class Geometry:
         """(B, Tq) bool: the query sees at least one key. From the masks, never from an lse."""
         if self.all_live:
             return torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
-        first, end = self._seen()
+        first, end = self.seen()
         if self.key_mask is None:
             return (end > first).expand(self.batch, -1)
         before = rows_before(self.key_mask)
@@ -224,7 +224,7 @@ class Geometry:
 
         last_queries: of each sequence only so many of the last queries; None: all.
         """
-        first, end = self._seen()
+        first, end = self.seen()
         pairs = (end - first).expand(self.query_length)
         if last_queries is not None:
             index = torch.arange(self.query_length, device=self.device)
@@ -281,7 +281,7 @@ class Geometry:
         position = torch.arange(self.key_length, device=self.device) - self.offset
         return Line(position, *(position.new_full((), n) for n in (self.key_length, 0, self.query_length)))
 
-    def _seen(self) -> tuple[Tensor, Tensor]:
+    def seen(self) -> tuple[Tensor, Tensor]:
         """[Tq] int64 `first` and `end`: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
         position, _, begin, length = self._along_queries()
         first, end = torch.zeros_like(position), length

@@ -44,6 +44,7 @@ class Options(NamedTuple):
     backend: str = "auto"
     lse_base: str = "e"
     lse_layout: str | None = None
+    check: bool = False
     dropout_seed: Tensor | None = None
     refusal: str = ""
 

@@ -44,6 +44,7 @@ def encode(options: Any) -> tuple[Any, ...]:
             window_size=None if window_size is None else [-1 if side is None else side for side in window_size],
             is_causal=bool(options.is_causal),
             enable_gqa=bool(options.enable_gqa),
+            check=bool(options.check),
             scale=None if options.scale is None else float(options.scale),
             softcap=None if options.softcap is None else float(options.softcap),
             dropout_p=float(options.dropout_p),

@@ -164,7 +164,9 @@ def _tensors(way: str, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     if way.endswith("from lse"):
         # Not this call's lse but a given one: these passes take any numbers.
         lse = torch.full(query.shape[:3], 6.0, device=query.device)
-        stats = attnstats.statistics_from_lse(query, key, lse, statistics=asked, enable_gqa=True, backend="triton")
+        stats = attnstats.statistics_from_lse(
+            query, key, lse, statistics=asked, enable_gqa=True, check=False, backend="triton"
+        )
         return [stats[s] for s in asked]
     output, stats = attnstats.attention(query, key, value, statistics=asked, enable_gqa=True, backend="triton")
     return [output.contiguous(), stats.lse, *(stats[s] for s in asked)]

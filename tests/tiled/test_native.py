@@ -150,9 +150,9 @@ query = torch.randn(1, 1, 65536, 64)
 lse = torch.full((1, 1, 65536), 11.0)
 asked = [attnstats.WAAD(), attnstats.FAI(), attnstats.Received(), attnstats.MeanDistance()]
 small = [x[:, :, :600].contiguous() for x in (query, query, lse)]
-attnstats.statistics_from_lse(*small, statistics=asked)
+attnstats.statistics_from_lse(*small, statistics=asked, check=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-attnstats.statistics_from_lse(query, query, lse, statistics=asked)
+attnstats.statistics_from_lse(query, query, lse, statistics=asked, check=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -196,7 +196,7 @@ def _of_one_key(scores, statistic, **arguments):
     if isinstance(statistic, MaxLogit):
         return attnstats.attention(query, key, key, **arguments).statistics[statistic].view(-1).double()
     return (
-        attnstats.statistics_from_lse(query, key, torch.zeros(1, 1, len(scores)), **arguments)[statistic]
+        attnstats.statistics_from_lse(query, key, torch.zeros(1, 1, len(scores)), check=False, **arguments)[statistic]
         .view(-1)
         .double()
     )

@@ -103,7 +103,7 @@ packed, packed_lse = query[0].transpose(0, 1), torch.zeros(1, 512)
 def run(statistic, **arguments):
     tiles.clear()
     attnstats.statistics_from_lse(query, query, torch.zeros(2, 1, 512), statistics=[statistic], backend="triton",
-                                  **arguments)
+                                  check=False, **arguments)
     return len(tiles)
 
 assert run(Received()) > 2 * 2 * blocks
@@ -113,7 +113,7 @@ assert 0 < run(Received(2), query_mask=mask) <= -(-101 // config.BM) * blocks + 
 assert run(Received(), query_mask=torch.zeros_like(mask)) == 0
 tiles.clear()
 attnstats.statistics_from_lse(packed, packed, packed_lse, statistics=[Received(16)], backend="triton",
-                              cu_seqlens_q=cu_seqlens)
+                              cu_seqlens_q=cu_seqlens, check=False)
 assert 0 < len(tiles) <= 2 * (blocks + 2)
 """
 

@@ -43,7 +43,7 @@ def test_memory_is_linear_in_the_length(from_lse, device):
         with Guarded() as guards:
             if from_lse:
                 lse = torch.zeros(1, 1, length, device=device)
-                attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend="triton")
+                attnstats.statistics_from_lse(query, key, lse, statistics=statistics, backend="triton", check=False)
             else:
                 attnstats.attention(query, key, value, statistics=statistics, backend="triton")
         largest.append(guards.largest)
