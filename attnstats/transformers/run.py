@@ -22,6 +22,7 @@ from attnstats.transformers.live import GenerationRecording
 from attnstats.transformers.recording import PassRecording, Ranks
 from attnstats.transformers.selection import ChosenHeads
 from attnstats.transformers.sites import AttentionKind, head_count
+from attnstats.wrappers import is_sharded, unwrap
 
 Reduce = Literal["heads", "layers"]
 
@@ -77,14 +78,17 @@ class Capture:
         self.heads = heads
         self.stopped = False
         self._model = model
-        self._head_count = head_count(model, kind)
+        self._head_count = head_count(unwrap(model), kind)
         self._reduce = reduce
         self._live = live
         self._on_token = on_token
         self._device = device
         of_layers = {layer: tuple(s for s in statistics if layer in heads[s]) for layer in layers}
         self._statistics_of = {layer: of_layer for layer, of_layer in of_layers.items() if of_layer}
-        self._stop_after = max(self._statistics_of) if stop_after_last_layer else None
+        self._has_output = not stop_after_last_layer
+        # A pass that gathers parameters has to come to its end to let go of them.
+        stops = stop_after_last_layer and not is_sharded(model)
+        self._stop_after = max(self._statistics_of) if stops else None
         self._query_mask: Tensor | None = None
         self._recording: PassRecording | GenerationRecording = self._new_recording()
         self._complete = False
@@ -160,7 +164,7 @@ class Capture:
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model; with `stop_after_last_layer` no further than the last captured layer, and return None."""
-        if self._stop_after is None:
+        if self._has_output:
             return self._model(**inputs)
         with torch.no_grad():
             try:
@@ -325,7 +329,7 @@ class Capture:
         """The ranks that have the other heads, where fewer arrive than the model has."""
         if not torch.distributed.is_initialized():
             return None
-        group = tensor_parallel_group(self._model)
+        group = tensor_parallel_group(unwrap(self._model))
         if group is None or torch.distributed.get_world_size(group) * count != self._head_count:
             return None
         return Ranks(group, count, self.heads)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from attnstats.wrappers import unwrap
+
 AttentionKind = Literal["self", "cross", "encoder"]
 
 ATTENTION_NAME = re.compile(r"attention|attn", re.IGNORECASE)
@@ -20,18 +22,19 @@ BLOCK_CLASS = re.compile(r"(Layer|Block)$")
 SOFTMAX_LAYER = re.compile(r"^(?!.*(linear|lightning)).*attention", re.IGNORECASE)
 
 
-def base_model(model: Any) -> nn.Module:
-    """The body of a transformers model, without its head. Raises TypeError for anything else."""
+def transformers_model(model: Any) -> Any:
+    """The transformers model inside its wrappers, if it has any. Raises TypeError for anything else."""
     try:
         from transformers import PreTrainedModel
     except ImportError as error:
         raise ImportError("attnstats.capture needs transformers: pip install 'attnstats[transformers]'") from error
+    model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
         inside = "; pass the model that it wraps" if isinstance(model, nn.Module) else ""
         raise TypeError(
             f"model must be a loaded transformers model (PreTrainedModel), got {type(model).__name__}{inside}"
         )
-    return model.base_model
+    return model
 
 
 def attention_modules(model: Any) -> dict[AttentionKind, dict[int, list[nn.Module]]]:

@@ -1,4 +1,4 @@
-"""Models spread over two processes, DDP, FSDP2 and tensor parallel, capture and train as one process does."""
+"""Wrapped models, and models spread over two processes: DDP, FSDP, tensor parallel, as one process does."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, logging
 
+import attnstats
 from attnstats import FAI, WAAD
+from attnstats.errors import InputError
 from attnstats.transformers.capture import capture
 from tests.process import two_ranks
+from tests.test_wrappers import WRAPPERS, PeftModel, several_devices
 from tests.tiny import tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
@@ -52,7 +55,7 @@ def data_parallel(rank, wrap):
         logits = model(input_ids=ids, use_cache=False).logits
     model = small()
     wrapped = wrap(model)
-    with capture(model, statistics=STATISTICS, layers=[1, 2], reduce="heads") as run:
+    with capture(wrapped, statistics=STATISTICS, layers=[1, 2], reduce="heads") as run:
         own = ids[rank : rank + 1]
         found = gradients(wrapped, own)
         torch.testing.assert_close(
@@ -61,6 +64,11 @@ def data_parallel(rank, wrap):
     same(found, expected)
     for s in STATISTICS:
         torch.testing.assert_close(run[s], one[s][:, rank : rank + 1], rtol=0, atol=2e-5)
+
+    with capture(wrapped, statistics=STATISTICS, layers=[1], stop_after_last_layer=True, reduce="heads") as run:
+        run.forward(input_ids=own, use_cache=False)
+    for s in STATISTICS:
+        torch.testing.assert_close(run[s], one[s][:1, rank : rank + 1], rtol=0, atol=2e-5)
 
 
 def ddp(rank):
@@ -79,6 +87,28 @@ def fsdp2(rank):
         return fully_shard(model, mesh=mesh)
 
     data_parallel(rank, wrap)
+
+
+def fsdp1(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    layer = type(small().model.layers[0])
+    settings: dict[str, Any] = {"device_id": torch.device("cpu"), "auto_wrap_policy": ModuleWrapPolicy({layer})}
+    model, ids = small(), tokens()
+    with capture(model, statistics=STATISTICS, layers=[1, 2]) as one:
+        expected = model(ids).logits
+    for use_orig_params in (False, True):
+        wrapped = FullyShardedDataParallel(small(), use_orig_params=use_orig_params, **settings)
+        with capture(wrapped, statistics=STATISTICS, layers=[1, 2]) as run:
+            logits = wrapped(ids[rank : rank + 1]).logits
+            torch.testing.assert_close(logits, expected[rank : rank + 1], rtol=0, atol=2e-5)
+            logits.sum().backward()
+        with capture(wrapped, statistics=STATISTICS, layers=[1], stop_after_last_layer=True) as early:
+            early.forward(input_ids=ids[rank : rank + 1])
+        for s in STATISTICS:
+            torch.testing.assert_close(run[s], one[s][:, rank : rank + 1], rtol=0, atol=2e-5)
+            torch.testing.assert_close(early[s], one[s][:1, rank : rank + 1], rtol=0, atol=2e-5)
 
 
 def tensor_parallel(folder):
@@ -117,7 +147,7 @@ def on_rank(rank: int, folder: str) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dist.init_process_group("gloo")
-    for check, arguments in ((ddp, (rank,)), (fsdp2, (rank,)), (tensor_parallel, (folder,))):
+    for check, arguments in ((ddp, (rank,)), (fsdp1, (rank,)), (fsdp2, (rank,)), (tensor_parallel, (folder,))):
         try:
             check(*arguments)
         except Exception as error:
@@ -128,3 +158,72 @@ def on_rank(rank: int, folder: str) -> None:
 def test_two_ranks_equal_one_process(tmp_path: Path):
     small().save_pretrained(tmp_path)
     two_ranks(on_rank, str(tmp_path))
+
+
+# Wrapped in one process
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_is_captured_and_attached(one_rank, wrapper):
+    model, ids = small(), tokens()
+    with capture(model, statistics=STATISTICS, layers=[1, 2]) as one, torch.no_grad():
+        expected = model(ids).logits
+    model = small()
+    wrapped = WRAPPERS[wrapper](model)
+    wrapped(ids)  # compiled or sharded before
+    with capture(wrapped, statistics=STATISTICS, layers=[1, 2], heads=None) as run, torch.no_grad():
+        torch.testing.assert_close(wrapped(ids).logits, expected, rtol=0, atol=2e-5)
+        first = [run[s] for s in STATISTICS]
+        run.forward(input_ids=ids)
+    with capture(wrapped, statistics=STATISTICS, layers=[1], stop_after_last_layer=True) as early:
+        assert early.forward(input_ids=ids) is None
+    for s, x in zip(STATISTICS, first, strict=True):
+        torch.testing.assert_close(x, one[s], rtol=0, atol=2e-5)
+        torch.testing.assert_close(run[s], x, rtol=0, atol=0)
+        torch.testing.assert_close(early[s], x[:1], rtol=0, atol=0)
+    assert attnstats.attach(wrapped) is wrapped
+    assert model.config._attn_implementation == "attnstats"
+    torch.testing.assert_close(wrapped(ids).logits, expected, rtol=0, atol=2e-5)
+    assert attnstats.detach(wrapped) is wrapped
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_pass_that_need_not_end_leaves_no_gathered_parameters(one_rank):
+    """FSDP2 gathers the parameters of a layer for its forward pass, and shards them again when it ends."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = small(), init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with capture(model, statistics=STATISTICS, layers=[1], stop_after_last_layer=True) as run:
+        assert run.forward(input_ids=tokens()) is None
+    assert run["waad"].isfinite().all()
+    assert all(hasattr(p, "full_tensor") for p in model.model.layers[1].parameters())
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    model, ids = small(), tokens()
+    with pytest.raises(InputError, match=r"DataParallel runs a copy of it on each of the devices \[0, 1\]"):
+        capture(several_devices(model), statistics=STATISTICS)
+    with capture(model, statistics=STATISTICS):  # and where the module is captured that it wraps
+        model(ids)
+        with pytest.raises(InputError, match="LlamaForCausalLM is a copy that DataParallel made"):
+            model._replicate_for_data_parallel()(ids)
+    attnstats.attach(several_devices(model))  # nothing is recorded, so nothing is lost
+    model._replicate_for_data_parallel()(ids)
+    attnstats.detach(model)
+
+
+def test_adapters_with_virtual_tokens_are_refused():
+    with pytest.raises(InputError, match="puts virtual tokens before the prompt"):
+        capture(PeftModel(small(), is_prompt_learning=True), statistics=STATISTICS)
+
+
+def test_a_module_that_holds_a_model_is_not_unwrapped():
+    holder = torch.nn.Module()
+    holder.model = small()
+    with pytest.raises(TypeError, match="got Module; pass the model that it wraps"):
+        capture(holder, statistics=STATISTICS)
