@@ -58,6 +58,7 @@ class Statistic:
         method: how it is computed: "weight", a sum of A weighted by distance; "row", a function of whole rows;
             "first_keys", the mass on the first keys; "pooled", sums over segments; "lse". None: no backend computes it.
         uses_distance: it is not defined where queries and keys share no positions (cross-attention).
+        needs_positions: its value depends on where in the sequence a key stands.
         from_lse: it is a function of (query, key, lse).
         differentiable: it can carry gradients.
         grows: it can be kept up to date while the sequence grows; False where it depends on the end.
@@ -87,6 +88,10 @@ class Statistic:
         while cls.key in DEFINED:  # a namesake, or this class before dataclass gave it slots
             cls.key += "'"
         DEFINED[cls.key] = cls
+
+    @property
+    def needs_positions(self) -> bool:
+        return self.uses_distance or self.method == "first_keys"
 
     @property
     def differentiable(self) -> bool:

@@ -18,8 +18,8 @@ class Follower(Protocol):
     def rows_selected(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
         """`change` was done to the batch dimension of what is cached."""
 
-    def truncated(self, cache: Any, length: int) -> None:
-        """Only the first `length` tokens are still cached."""
+    def truncated(self, cache: Any, removed: int) -> None:
+        """The last `removed` tokens are cached no more."""
 
 
 _FOLLOWERS: WeakKeyDictionary[Any, Follower] = WeakKeyDictionary()
@@ -48,24 +48,25 @@ def _rebuilt(kind: Any, state: dict[str, Any]) -> Any:
 
 @functools.cache
 def _following(kind: Any) -> type:
-    def notifying(name: str, after: Callable[[Follower, Any, Any], None]) -> Callable[..., Any]:
+    def notifying(name: str, after: Callable[[Follower, Any, Any, int], None]) -> Callable[..., Any]:
         method = getattr(kind, name)
 
         @functools.wraps(method)
         def wrapper(cache: Any, argument: Any, *args: Any, **kwargs: Any) -> Any:
+            before = int(cache.get_seq_length()) if name == "crop" else 0
             result = method(cache, argument, *args, **kwargs)
             follower = _FOLLOWERS.get(cache)
             if follower is not None:
-                after(follower, cache, argument)
+                after(follower, cache, argument, before)
             return result
 
         return wrapper
 
-    methods: dict[str, Callable[[Follower, Any, Any], None]] = {
-        "reorder_cache": lambda f, c, rows: f.rows_selected(c, lambda x: x.index_select(0, rows.to(x.device))),
-        "batch_select_indices": lambda f, c, rows: f.rows_selected(c, lambda x: x[rows.to(x.device)]),
-        "batch_repeat_interleave": lambda f, c, times: f.rows_selected(c, lambda x: x.repeat_interleave(times, dim=0)),
-        "crop": lambda f, c, _: f.truncated(c, int(c.get_seq_length())),
+    methods: dict[str, Callable[[Follower, Any, Any, int], None]] = {
+        "reorder_cache": lambda f, c, rows, _: f.rows_selected(c, lambda x: x.index_select(0, rows.to(x.device))),
+        "batch_select_indices": lambda f, c, rows, _: f.rows_selected(c, lambda x: x[rows.to(x.device)]),
+        "batch_repeat_interleave": lambda f, c, n, _: f.rows_selected(c, lambda x: x.repeat_interleave(n, dim=0)),
+        "crop": lambda f, c, _, before: f.truncated(c, before - int(c.get_seq_length())),
     }
 
     def reduce(cache: Any, protocol: Any) -> Any:

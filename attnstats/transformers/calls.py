@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class AttentionCall:
     allow_dense: bool = False
     real_queries: Tensor | None = None
 
+    has_own_keys: ClassVar[bool] = False  # True where other layers may have keys at other positions
+
     @property
     def begin(self) -> int:
         """Position of the first query, which is the number of tokens before it."""
@@ -85,6 +87,12 @@ class AttentionCall:
     def first_key(self) -> int:
         """Position of the first key; a sliding cache has dropped those before."""
         return self.mask.key_offset
+
+    @property
+    def earlier_keys(self) -> Tensor | None:
+        """(B, T) bool, T >= begin, False where a token before the first query is padding; None: none is."""
+        mask = self.mask.attention_mask
+        return None if mask is None else mask[:, : self.begin]
 
     def attend(self, request: Request = NO_STATISTICS) -> AttentionResult:
         """Output (B, Hq, Tq, Dv) and statistics, columns over the keys `first_key .. end`."""
@@ -109,7 +117,7 @@ class AttentionCall:
         mask, dense = self.mask, self.mask.dense
         of_rows = replace(
             mask,
-            query_offset=self.end - rows,
+            query_offset=mask.query_offset + mask.query_length - rows,
             query_length=rows,
             dense=None if dense is None else lambda: dense()[..., -rows:, :],
             memo={},

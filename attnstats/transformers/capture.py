@@ -61,11 +61,14 @@ def capture(
 
     Inside the `with` the model attends through `attnstats.attention`: its logits are those of its eager path, and
     `model.generate` works. The run holds the most recent forward pass; with `live=True` it holds all tokens since the
-    sequence began, as one teacher-forced pass over them would. Afterwards, also after an exception, the model's own
-    attention is back; with gradient checkpointing `backward` belongs inside the `with`.
+    sequence began, as one teacher-forced pass over them would; keys that were cached before have columns alone.
+    Afterwards, also after an exception, the model's own attention is back; with gradient checkpointing `backward`
+    belongs inside the `with`.
 
     Causal, full, sliding-window and chunked attention, softcaps, sinks, left and right padding, packed rows, dynamic,
-    static and sliding caches are covered. Anything else is an error that names it, never a wrong result.
+    static, sliding, hybrid, offloaded and quantized caches are covered. Distances are those of the position_ids that
+    the model is given. A cache that disagrees with them has lost keys: which ones it holds is for the caller to say, by
+    `run.key_positions`. Anything else is an error that names it, never a wrong result.
 
     Args:
         model: a loaded transformers model (`PreTrainedModel`), or what wraps one: torch.compile, DDP, FSDP,

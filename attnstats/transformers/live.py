@@ -70,16 +70,17 @@ class LastStep(NamedTuple):
 
 
 class GenerationRecording(Recording):
-    """All steps since the sequence began at position 0.
+    """All steps since the sequence began, at position 0 or behind a prefix that was cached before.
 
     Attributes:
-        length: tokens that went through the model.
-        tokens: (B, length) their ids; None: the model was called without ids.
+        first: position of the first token that went through the model, which is the number of keys cached before it.
+        length: `first` and the tokens that went through the model since.
+        tokens: (B, length - first) their ids; None: the model was called without ids.
     """
 
-    def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None, first: int = 0):
         super().__init__(reduce, device)
-        self.length = 0
+        self.first = self.length = first
         self.tokens: GrowingTensor | None = None
         self._sums: dict[Statistic, dict[int | None, GrowingTensor]] = {}
         self._query_mask: GrowingTensor | None = None  # (B, T) bool
@@ -116,12 +117,12 @@ class GenerationRecording(Recording):
 
     def add_tokens(self, start: int, ids: Tensor | None) -> None:
         """Record the ids of this step's tokens; None: the model was called with embeddings."""
-        if ids is None or (self.tokens is None and start > 0):
+        if ids is None or (self.tokens is None and start > self.first):
             self.tokens = None
             return
         if self.tokens is None:
             self.tokens = GrowingTensor(ids)
-        self.tokens.add(start, ids)
+        self.tokens.add(start - self.first, ids)
 
     def release(self) -> None:
         """Drop the last step's tensors, among them the cache: no token can be taken back any more."""
@@ -131,7 +132,8 @@ class GenerationRecording(Recording):
         """The forward pass came to its end."""
 
     def read(self, statistic: Statistic) -> Tensor:
-        sums: Sums = {layer: x.values[..., : self.length] for layer, x in self._sums[statistic].items()}
+        first = 0 if statistic.axis == "column" else self.first
+        sums: Sums = {layer: x.values[..., first : self.length] for layer, x in self._sums[statistic].items()}
         mean = self.mean(statistic, self.over_ranks(statistic, sums))
         if statistic.is_mean:
             count = self._counts(statistic).clamp(min=1)
@@ -142,7 +144,7 @@ class GenerationRecording(Recording):
         assert self._query_mask is not None
         assert self._key_mask is not None
         if statistic.axis != "column":
-            return self._query_mask.values.clone()
+            return self._query_mask.values[:, self.first :].clone()
         key_mask = self._key_mask.values
         return key_mask & (self._counts(statistic) > 0) if statistic.is_mean else key_mask.clone()
 
@@ -165,6 +167,9 @@ class GenerationRecording(Recording):
         real = ones if call.mask.real_queries is None else call.mask.real_queries.to(ones.device)
         if self._query_mask is None or self._key_mask is None:
             self._query_mask, self._key_mask = GrowingTensor(ones), GrowingTensor(ones)
+            if self.first:
+                earlier = call.earlier_keys
+                self._key_mask.add(0, ones.new_ones(batch, self.first) if earlier is None else earlier)
         self._query_mask.add(call.begin, real if query_mask is None else real & query_mask.to(real.device))
         self._key_mask.add(call.begin, real)
         self.length = call.end
@@ -190,7 +195,7 @@ class GenerationRecording(Recording):
         for layer, step in self._last_steps.items():
             self._subtract(layer, step, length)
         for tensor in self._tensors():
-            tensor.truncate(length)
+            tensor.truncate(length - self.first if tensor is self.tokens else length)
         self.length = length
         self._last_steps.clear()
 

@@ -49,6 +49,7 @@ class MaskDescription:
         query_length, key_length: the lengths that the mask was made for.
         left, right: how far behind and ahead of itself a query sees; None: no limit. Causal is right = 0.
         key_mask: (B, key_length) bool, True for real tokens; None: all are.
+        attention_mask: (B, T) bool, the same from position 0 on, those included that a sliding cache has dropped.
         segments: (B, T) integers, the packed sequence that each token belongs to, queries and keys being the same
             tokens; None: a row is one sequence.
         chunks: attention stays within chunks; None: it does not.
@@ -68,6 +69,7 @@ class MaskDescription:
     left: int | None = None
     right: int | None = None
     key_mask: Tensor | None = None
+    attention_mask: Tensor | None = None
     segments: Tensor | None = None
     chunks: Chunks | None = None
     unknown: tuple[str, ...] = ()
@@ -171,7 +173,8 @@ def describe_mask(
     key_offset = kv_offset if isinstance(kv_offset, int) else int(kv_offset)
     key_mask = None
     if attention_mask is not None:
-        key_mask = attention_mask[:, key_offset : key_offset + kv_length].bool()
+        attention_mask = attention_mask.bool()
+        key_mask = attention_mask[:, key_offset : key_offset + kv_length]
         if key_mask.shape[1] < kv_length:
             key_mask = torch.nn.functional.pad(key_mask, (0, kv_length - key_mask.shape[1]), value=False)
 
@@ -183,7 +186,14 @@ def describe_mask(
     compiling = torch.compiler.is_compiling()
     facts = _announced(settings) if compiling else _facts(function)
     description = MaskDescription(
-        query_offset, key_offset, q_length, kv_length, key_mask=key_mask, dense=dense, **facts
+        query_offset,
+        key_offset,
+        q_length,
+        kv_length,
+        key_mask=key_mask,
+        attention_mask=attention_mask,
+        dense=dense,
+        **facts,
     )
     if compiling:
         _check_in_graph(description, function, batch_size, device)
@@ -223,6 +233,7 @@ def describe_tensor(mask: Tensor, query_length: int, key_length: int, is_causal:
         key_length,
         left,
         right,
+        key_mask,
         key_mask,
         unknown=unknown,
         dense=lambda: mask[..., :key_length],

@@ -6,6 +6,7 @@ without its head. `ForwardPasses` reports the pass of whichever is outermost.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any, Protocol
 
@@ -28,8 +29,8 @@ class Observer(Protocol):
 
     kind: AttentionKind
 
-    def begin(self, ids: Tensor | None, cache: Any) -> None:
-        """A forward pass starts, with these input_ids and this cache, where it has them."""
+    def begin(self, ids: Tensor | None, cache: Any, positions: Any) -> None:
+        """A forward pass starts, with these input_ids, cache and position_ids, where it has them."""
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         """The output of a call of its kind."""
@@ -46,12 +47,14 @@ class ForwardPasses:
 
     Attributes:
         stacks: the outer before the inner.
+        parameters: of each, the names of the arguments that its forward takes.
         outermost: by thread, the stack whose forward pass is running.
     """
 
     def __init__(self, stacks: list[nn.Module], observer: Observer | None):
         self.stacks = stacks
         self.observer = observer
+        self.parameters = [tuple(inspect.signature(stack.forward).parameters) for stack in stacks]
         self.outermost: dict[int, nn.Module | None] = {}
 
     def hook(self) -> list[Any]:
@@ -80,6 +83,10 @@ class ForwardPasses:
         if self._is_inner(module, self.outermost.get(thread)):
             return
         self.outermost[thread] = module
+        if args:
+            for stack, names in zip(self.stacks, self.parameters, strict=True):
+                if stack is module:
+                    kwargs = dict(zip(names, args, strict=False)) | kwargs
         output_attentions = kwargs.get("output_attentions")
         if output_attentions is None:
             output_attentions = getattr(module.config, "output_attentions", False)
@@ -88,7 +95,9 @@ class ForwardPasses:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if getattr(module.config, "is_encoder_decoder", False):
             ids = kwargs.get("decoder_input_ids")
-        self.observer.begin(ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, _cache(kwargs))
+        ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        positions = kwargs.get("decoder_position_ids", kwargs.get("position_ids"))
+        self.observer.begin(ids, _cache(kwargs), positions)
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
         if self.observer is not None and self.outermost.get(_thread()) is module:

@@ -129,7 +129,7 @@ class PassRecording(Recording):
     def __init__(self, reduce: tuple[str, ...], device: torch.device | None):
         super().__init__(reduce, device)
         self._sums: dict[Statistic, Sums] = {}
-        self._valid: dict[Statistic, Tensor] = {}  # layers have the same padding
+        self._valid: dict[Statistic, Tensor] = {}  # layers have the same padding, unless they have own keys
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
@@ -145,6 +145,8 @@ class PassRecording(Recording):
                 sums[None] = x
             if s not in self._valid:
                 self._valid[s] = results.valid[s]
+            elif call.has_own_keys:
+                self._valid[s] = self._valid[s] & results.valid[s].to(self._valid[s].device)
         return output
 
     def finish(self) -> None:

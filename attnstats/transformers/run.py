@@ -6,7 +6,7 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from attnstats.statistics import LSE, MaxLogit, Statistic
 from attnstats.transformers import caches
 from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.live import GenerationRecording
+from attnstats.transformers.positions import CachedPositions
 from attnstats.transformers.recording import PassRecording, Ranks
 from attnstats.transformers.selection import ChosenHeads
 from attnstats.transformers.sites import AttentionKind, head_count
@@ -98,8 +99,10 @@ class Capture:
         self._recorded: set[int] = set()  # layers of this forward pass
         self._ids: Tensor | None = None
         self._stopping = False  # True until generate has asked should_stop
-        self._cache: weakref.ref[Any] | None = None  # of the sequence that a live run follows
-        self._resumed: bool | None = None
+        self._cache: weakref.ref[Any] | None = None  # of the most recent pass
+        self._resumed = False  # True if this pass goes on with that cache, or has none to compare
+        self._seen: int | None = None  # of a live run the position of this pass's first token
+        self._positions = CachedPositions()
 
     # Reading
 
@@ -132,9 +135,25 @@ class Capture:
         self._query_mask = mask
 
     @property
+    def key_positions(self) -> Tensor | dict[int, Tensor] | None:
+        """The positions of the keys that are cached before the next pass: integers (B, Tk) or (B, key heads, Tk).
+
+        To be set, as a tensor or a dict of tensors by layer, where keys were removed from the cache, or where it was
+        filled with keys that the model's position_ids don't count. Tokens that go through the model afterwards are
+        added. None, as at first: the cache holds all keys.
+        """
+        passed: Tensor | dict[int, Tensor] | None = self._positions.passed
+        return passed
+
+    @key_positions.setter
+    def key_positions(self, keys: Tensor | Mapping[int, Tensor] | None) -> None:
+        self._positions.set_keys(keys)
+
+    @property
     def length(self) -> int:
         """Of a live capture: how many tokens went through the model."""
-        return self._recording.length if isinstance(self._recording, GenerationRecording) else 0
+        recording = self._recording
+        return recording.length - recording.first if isinstance(recording, GenerationRecording) else 0
 
     @property
     def tokens(self) -> Tensor:
@@ -180,17 +199,18 @@ class Capture:
 
     # As an observer of the model (passes.py) and of its cache (caches.py)
 
-    def begin(self, ids: Tensor | None, cache: Any) -> None:
+    def begin(self, ids: Tensor | None, cache: Any, position_ids: Any) -> None:
         """A forward pass starts: the results of the last one are dropped, unless this one adds to them."""
         if self._running and self._thread != threading.get_ident():
             raise RuntimeError("attnstats.capture: two threads run the captured model at once; one after the other")
-        if not self._live:
+        if not isinstance(self._recording, GenerationRecording):
             self._recording = self._new_recording()
         else:
-            self._ids = ids
-            # True if this pass goes on with the cache of the last one; None: there are none to compare.
-            self._resumed = None if cache is None or self._cache is None else self._is_current(cache)
-            self._follow(cache)
+            self._seen = self._recording.length
+        self._ids = ids
+        self._resumed = cache is None or self._is_current(cache)
+        self._positions.begin(position_ids, self._resumed)
+        self._remember(cache)
         self._complete = False
         self._recorded, self._last_call = set(), None
         self._running = True
@@ -210,8 +230,11 @@ class Capture:
                 f"model: layer {layer} attends twice in one forward pass, with different queries, so that it has no "
                 "single map; capture other layers"
             )
+        if self.kind == "self" and (self._live or self._positions.keys or any(s.needs_positions for s in statistics)):
+            call = self._positions.place(layer, call, self._seen)
         if self._live and not self._recorded:
-            self._place(call)
+            self._start_or_go_on(call)
+            self._seen = call.begin
         count = call.query.shape[1]
         self._recording.ranks = None if self._head_count in (None, count) else self._ranks(count)
         self._recorded.add(layer)
@@ -240,9 +263,10 @@ class Capture:
                 "them, has no attention there, or their attention was replaced inside the `with`"
             )
         self._recording.finish()
+        self._positions.end()
+        self._remember(cache)
         self._complete = True
         if self._live:
-            self._follow(cache)
             if self._stopping:
                 raise RuntimeError(
                     "on_token returned True, but the generation goes on; pass it stopping_criteria=[run.should_stop]"
@@ -257,16 +281,22 @@ class Capture:
 
     def rows_selected(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
         """The batch rows of a cache were selected or repeated by `change`."""
-        if isinstance(self._recording, GenerationRecording) and self._is_current(cache):
-            self._recording.select_rows(change)
+        if self._is_current(cache):
+            self._positions.select_rows(change)
+            if isinstance(self._recording, GenerationRecording):
+                self._recording.select_rows(change)
 
-    def truncated(self, cache: Any, length: int) -> None:
-        """A cache dropped its last tokens."""
-        if isinstance(self._recording, GenerationRecording) and self._is_current(cache):
-            if length == 0:
+    def truncated(self, cache: Any, removed: int) -> None:
+        """A cache dropped its last `removed` tokens."""
+        if removed == 0 or not self._is_current(cache):
+            return
+        self._positions.truncate(removed)
+        recording = self._recording
+        if isinstance(recording, GenerationRecording):
+            if recording.length - removed <= recording.first:
                 self._recording = self._new_recording()
             else:
-                self._recording.truncate(length)
+                recording.truncate(recording.length - removed)
 
     def release(self) -> None:
         """The `with` is over: drop all but the results."""
@@ -274,10 +304,13 @@ class Capture:
         if isinstance(self._recording, GenerationRecording):
             self._recording.release()
 
-    def _follow(self, cache: Any) -> None:
-        if cache is not None:
+    def _remember(self, cache: Any) -> None:
+        """This is the cache of the most recent pass."""
+        if cache is None or torch.compiler.is_compiling():
+            return
+        if self._live or self._positions.keys:
             caches.follow(cache, self)
-            self._cache = weakref.ref(cache)
+        self._cache = weakref.ref(cache)
 
     def _is_current(self, cache: Any) -> bool:
         return self._cache is not None and self._cache() is cache
@@ -285,25 +318,23 @@ class Capture:
     def _new_recording(self) -> PassRecording | GenerationRecording:
         return (GenerationRecording if self._live else PassRecording)(self._reduce, self._device)
 
-    def _place(self, call: AttentionCall) -> None:
-        """Before the first layer of a live step: continue at its position, take tokens back, or start a sequence."""
+    def _start_or_go_on(self, call: AttentionCall) -> None:
+        """Before the first layer of a live step: it goes on where the last one ended, or starts a sequence."""
         recording = self._recording
         assert isinstance(recording, GenerationRecording)
-        if call.begin == 0:
-            recording = self._recording = GenerationRecording(self._reduce, self._device)
+        if call.mask.query_offset == 0 or recording.length == 0:
+            recording = self._recording = GenerationRecording(self._reduce, self._device, first=call.begin)
             self.stopped = self._stopping = False
-        elif recording.length and self._resumed is False:
+        elif not self._resumed:
             raise InputError(
                 f"attnstats.capture(live=True): the model goes on at position {call.begin} with another cache than the "
                 "one that was followed; a live capture is of one sequence at a time"
             )
-        elif call.begin > recording.length:
+        elif call.begin != recording.length:
             raise InputError(
-                f"attnstats.capture(live=True): the model goes on at position {call.begin}, but only the first "
-                f"{recording.length} tokens were seen; let the whole sequence run inside the `with`"
+                f"attnstats.capture(live=True): the cache holds {call.begin} tokens where {recording.length} were seen;"
+                " take tokens back with cache.crop, or if keys were removed set run.key_positions and pass position_ids"
             )
-        elif call.begin < recording.length:
-            recording.truncate(call.begin)
         recording.add_tokens(call.begin, self._ids)
 
     def _query_mask_of(self, call: AttentionCall) -> Tensor:
@@ -319,8 +350,9 @@ class Capture:
                 "; while a model generates, live=True takes the prompt's"
             )
         if self._live:  # the mask is that of the prompt, and every later token counts
-            mask = torch.nn.functional.pad(mask, (0, max(0, call.end - mask.shape[1])), value=True)
-            mask = mask[:, call.begin : call.end]
+            assert isinstance(self._recording, GenerationRecording)
+            begin, end = call.begin - self._recording.first, call.end - self._recording.first
+            mask = torch.nn.functional.pad(mask, (0, max(0, end - mask.shape[1])), value=True)[:, begin:end]
             if batch != len(mask) and batch % len(mask) == 0:
                 mask = mask.repeat_interleave(batch // len(mask), dim=0)  # beams
         return mask.to(call.query.device)

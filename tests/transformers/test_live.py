@@ -16,7 +16,7 @@ from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, Sin
 from attnstats.tiled import backend as tiled
 from attnstats.transformers.capture import capture
 from attnstats.transformers.live import UNDOABLE_ROWS
-from tests.tiny import HEADS, LENGTH, padding, tiny, tiny_bart, tokens
+from tests.tiny import HEADS, LAYERS, LENGTH, by_definition, padding, run_with, tiny, tiny_bart, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
 NEW = 20
@@ -28,6 +28,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 8},
     "llama4_text": {"attention_chunk_size": 8, "num_local_experts": 2, "num_hidden_layers": 4},
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 4},
+}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 32},  # three linear layers, one of attention
+    "falcon_h1": {**MAMBA, "num_hidden_layers": 2},  # both in each layer
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -87,6 +96,60 @@ def test_rejected_tokens_are_taken_back(model, side):
     ids = tokens(length=LENGTH)[1:]
     ids[:, 12:] = ids[:, 1:12]
     check(model, prompt(side, rows=1) | {"input_ids": ids}, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 6}], ids=str)
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_layers_with_other_caches_equal_teacher_forcing(family, options):
+    check(tiny(family, **{"num_hidden_layers": 4} | HYBRIDS[family]), prompt("left"), **options)
+
+
+class NoStream:
+    """In the place of a stream of an accelerator."""
+
+    def wait_stream(self, other):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static", "quantized"])
+def test_offloaded_and_quantized_caches_equal_teacher_forcing(llama, monkeypatch, kind, beams):
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: NoStream())
+    quantized = transformers.cache_utils.Fp8QuantizedLayer  # here without a loss
+    monkeypatch.setattr(quantized, "_quantize", lambda self, x, scale=None: (x, 1.0))
+    monkeypatch.setattr(quantized, "_dequantize", lambda self, x: x[0])
+    config = {"cache_config": {"backend": "fp8"}} if kind == "quantized" else {}
+    check(llama, prompt("left"), cache_implementation=kind, num_beams=beams, **config)
+
+
+def test_of_a_lossy_cache_the_maps_are_those_of_what_it_gives_back(llama):
+    ids, spans = tokens(), ((0, 12), (12, 13), (13, LENGTH))
+
+    def steps(**options):
+        cache = transformers.QuantizedCache("fp8", llama.config)
+        with torch.no_grad():
+            return [llama(ids[:, a:b], past_key_values=cache, **options) for a, b in spans]
+
+    with capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+        steps()
+    llama.set_attn_implementation("eager")
+    maps = [step.attentions for step in steps(output_attentions=True)]
+    exact = run_with(llama, "eager", input_ids=ids).attentions
+    llama.set_attn_implementation("sdpa")
+    for layer in range(LAYERS):
+        parts = [torch.nn.functional.pad(m[layer], (0, LENGTH - m[layer].shape[3])) for m in maps]
+        whole, real = torch.cat(parts, 2), torch.ones(2, LENGTH)
+        assert (whole - exact[layer]).abs().max() > 1e-3
+        for s in (WAAD(3), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance()):
+            expected = by_definition(s, whole, real, real)
+            torch.testing.assert_close(run[s][layer].double(), expected, rtol=0, atol=5e-4)
 
 
 def test_an_assistant_may_draft(llama):
@@ -213,15 +276,34 @@ def test_what_cannot_be_kept_live_is_refused(llama, arguments, message):
         pass
 
 
-def test_a_live_capture_must_see_the_whole_sequence(llama):
-    cache = transformers.DynamicCache(config=llama.config)
+def test_what_was_cached_before_the_with_has_columns_alone(llama):
+    ids = tokens()
+    caches = [transformers.DynamicCache(config=llama.config) for _ in range(2)]
     with torch.no_grad():
-        llama(tokens(), past_key_values=cache)
-        with (
-            capture(llama, statistics=["waad"], live=True),
-            pytest.raises(ValueError, match=f"goes on at position {LENGTH}, but only the first 0 tokens were seen"),
-        ):
-            llama(tokens(length=1), past_key_values=cache)
+        for cache in caches:
+            llama(ids[:, :9], past_key_values=cache)
+        with capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+            for begin, end in ((9, 10), (10, LENGTH)):
+                llama(ids[:, begin:end], past_key_values=caches[0])
+            assert run.length == LENGTH - 9
+            assert torch.equal(run.tokens, ids[:, 9:])
+        with capture(llama, statistics=STATISTICS, layers="all") as forced:
+            llama(ids[:, 9:], past_key_values=caches[1])
+    for s in STATISTICS:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
+        assert torch.equal(run.valid[s], forced.valid[s])
+
+
+def test_a_cache_that_was_cut_by_hand_is_named(llama):
+    for statistics in (["waad"], ["received"]):
+        cache = transformers.DynamicCache(config=llama.config)
+        with torch.no_grad(), capture(llama, statistics=statistics, live=True) as run:
+            llama(tokens(), past_key_values=cache)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, -9:], layer.values[:, :, -9:]
+            with pytest.raises(ValueError, match=f"holds 9 tokens where {LENGTH} were seen.*cache.crop"):
+                llama(tokens(length=1), past_key_values=cache)
+            assert run.length == LENGTH
 
 
 def test_a_live_capture_is_of_one_sequence(llama):
