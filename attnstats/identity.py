@@ -57,15 +57,19 @@ def identity(model: Any) -> ModelIdentity:
     model = unwrap(model)
     config = model.config.get_text_config()
     settings = {key: value for key, value in config.to_diff_dict().items() if key not in INCIDENTAL}
-    heads = int(config.num_attention_heads)
     return ModelIdentity(
         model_type=str(config.model_type),
         layers=int(config.num_hidden_layers),
-        heads=heads,
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        heads=int(config.num_attention_heads),
+        head_dim=head_dim(config),
         config=digest(settings),
         weights=weights_digest(model.state_dict()),
     )
+
+
+def head_dim(config: Any) -> int:
+    """The head size that a text config of transformers has, or that follows from its width."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def digest(value: Any) -> str:

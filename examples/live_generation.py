@@ -16,7 +16,8 @@ import torch
 import attnstats
 from attnstats import heads
 from attnstats.study import models
-from attnstats.study.prompts import QUESTIONS, SYSTEM, render
+from attnstats.study.chat import render
+from attnstats.study.prompts import QUESTIONS, SYSTEM
 from attnstats.transformers.run import Capture
 
 LO = 10  # FAI(10, 100), the default, counts queries from this distance on

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, reference
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, _operators, reference
 from tests.cases import Case, check
 
 BACKENDS = ("tiled", "triton")
@@ -280,6 +281,22 @@ def test_bad_backend_and_base():
         attnstats.attention(query, key, value, scale=-1.0, backend="triton")
     with pytest.raises(ValueError, match=r"lse_base.*'10'"):
         attnstats.statistics_from_lse(query, key, torch.zeros(2, 2, 37), statistics=["waad"], lse_base="10")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "tiled", "triton"])
+def test_apples_gpu_is_refused_by_name(backend, monkeypatch):
+    """What was never run is not claimed to work. The tensors have a device and no numbers."""
+    monkeypatch.setattr(_operators, "is_tracing", lambda x: False)
+    options = {"statistics": ["waad"], "backend": backend}
+    with FakeTensorMode():
+        query, lse = torch.empty(1, 2, 8, 16, device="mps"), torch.empty(1, 2, 8, device="mps")
+        for call in (
+            lambda: attnstats.attention(query, query, query, **options),
+            lambda: attnstats.statistics_from_lse(query, query, lse, **options),
+            lambda: attnstats.explain(query, query, query, **options),
+        ):
+            with pytest.raises(ValueError, match="query: device 'mps' is not supported"):
+                call()
 
 
 def test_negative_scale_on_the_tiled_path():

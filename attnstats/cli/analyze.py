@@ -81,7 +81,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
 def run(options: argparse.Namespace) -> int:
     arguments.require("jinja2", "pandas", "pyarrow", "rich", "safetensors", "scipy")
     from attnstats.report import columns
-    from attnstats.study import corpus, outputs
+    from attnstats.study import outputs
 
     if options.field is not None and options.prompts is None:
         raise InputError(f"--field {options.field}: is for --prompts FILE; give that, or leave it out")
@@ -95,23 +95,21 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.cli import job as jobs
     from attnstats.study import pipeline
 
-    job = jobs.load(options, "float32" if options.verify else options.dtype)
-    pipeline.check(settings, job.loaded, questions)
+    pipeline.check_settings(settings, questions)
+    job = jobs.load(options, "float32" if options.verify else options.dtype, questions)
+    pipeline.check_model(settings, job.loaded)
     profile = _profile(options, settings, job)
-    prompts = corpus.rendered(job.loaded, questions, settings.system, settings.max_tokens)
-    identity = _identity(job, settings, prompts, profile)
-    if options.resume and outputs.is_finished(options.out, identity, len(prompts)):
+    identity, total = _identity(job, settings, profile), len(questions)
+    if options.resume and outputs.is_finished(options.out, identity, total):
         job.terminal.say(f"{options.out} is finished; attnstats report {options.out} shows it and draws its page again")
         return 0
-    with job.store(
-        lambda: outputs.open_store(options.out, identity, resume=options.resume), folder, len(prompts)
-    ) as store:
-        job.run(prompts, pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store)
+    with job.store(lambda: outputs.open_store(options.out, identity, resume=options.resume), folder, total) as store:
+        job.run(pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store)
         if not job.shard.is_first:
             return 0
-        analyses, differences = _conclude(options, settings, job, store, len(prompts))
+        analyses, differences = _conclude(options, settings, job, store, total)
     files = [options.out / name for name in outputs.FILES]
-    job.terminal.show(analyses, files, len(prompts), color_by=options.color_by)
+    job.terminal.show(analyses, files, total, color_by=options.color_by)
     if not differences:
         return 0
     from attnstats.study.verify import TOLERANCE
@@ -136,7 +134,7 @@ def _profile(options: argparse.Namespace, settings: Settings, job: Job) -> HeadP
     return profile
 
 
-def _identity(job: Job, settings: Settings, prompts: list[list[int]], profile: HeadProfile | None) -> dict[str, Any]:
+def _identity(job: Job, settings: Settings, profile: HeadProfile | None) -> dict[str, Any]:
     """Everything that decides the numbers, which a run must share with the one that it resumes."""
     from attnstats.cli.job import run_identity
 
@@ -145,7 +143,7 @@ def _identity(job: Job, settings: Settings, prompts: list[list[int]], profile: H
         "attnstats": attnstats.__version__,
         "settings": dataclasses.asdict(settings),
         "head_profile": None if profile is None else profile.distance.tolist(),
-        **run_identity(job, prompts, settings.system),
+        **run_identity(job, settings.system),
     }
 
 

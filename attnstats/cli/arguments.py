@@ -17,16 +17,23 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 10_000
 SHOWN = 5  # responses shown in the terminal; the report has all
-PROMPT_FILE = ".jsonl, .csv, .parquet, a data set's folder, or text with one prompt a line"
+PROMPT_FILE = ".jsonl, .json, .csv, .parquet, a data set's folder, or text with one prompt a line"
 
 
 def add_model(parser: argparse._ArgumentGroup) -> None:
-    parser.add_argument("--model", help="local folder or hub name (default: SmolLM2-135M-Instruct, from its wheel)")
+    parser.add_argument(
+        "--model",
+        help="folder of a model or LoRA adapter, .gguf file or hub name (default: SmolLM2-135M-Instruct, of a wheel)",
+    )
 
 
 def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int, temperature: float) -> None:
-    parser.add_argument("--field", help=f"the field of a row of {rows} with the prompt (default: question)")
-    parser.add_argument("--system", default=SYSTEM, help="system text before each question; '' for none")
+    parser.add_argument(
+        "--field", help=f"the field of a row of {rows} with the prompt (default: question, or messages)"
+    )
+    parser.add_argument(
+        "--system", default=SYSTEM, help="system text of prompts that have none; '' for no system text at all"
+    )
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help="greatest length of a response")
     parser.add_argument(
         "--temperature", type=float, default=temperature, help="0 is greedy; entropies are those at this temperature"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnstats.cli import arguments
 from attnstats.errors import InputError
+from attnstats.study.chat import Conversation, Prompt, question_of
 from attnstats.study.prompts import paper_prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -76,13 +77,11 @@ def run(options: argparse.Namespace) -> int:
     sampling.check()
     chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
     perturbation = Perturbation(options.positions, options.candidates, options.tokens)
-    job = jobs.load(options, options.dtype)
-    prompts = corpus.rendered(job.loaded, questions, options.system, options.max_tokens)
-    identity = _identity(options, job, prompts)
-    _check(options, job.loaded, prompts[0])
-    with _store(options, job, CORPUS, identity, len(prompts)) as store:
+    job = jobs.load(options, options.dtype, questions)
+    identity = _identity(options, job)
+    _check(options, job.loaded, job.prompts[0])
+    with _store(options, job, CORPUS, identity, len(job.prompts)) as store:
         job.run(
-            prompts,
             lambda index, prompt, response: measure(job.loaded, prompt, response, options.temperature),
             sampling,
             store,
@@ -105,14 +104,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _questions(options: argparse.Namespace) -> list[str]:
+def _questions(options: argparse.Namespace) -> list[Prompt]:
     if options.limit is not None and options.limit < 1:
         raise InputError(f"--limit must be at least 1, got {options.limit}")
     questions = read_prompts(options.data, options.field, "--data")[: options.limit]
-    return [paper_prompt(question) for question in questions] if options.template == "paper" else questions
+    if options.template == "plain":
+        return questions
+    if any(isinstance(question, Conversation) for question in questions):
+        raise InputError("--template paper: is for questions, and --data has lists of messages; use --template plain")
+    return [paper_prompt(question_of(question)) for question in questions]
 
 
-def _identity(options: argparse.Namespace, job: Job, prompts: list[list[int]]) -> dict[str, Any]:
+def _identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     """Everything that decides the numbers, which a run must share with the one that it resumes."""
     from attnstats.cli.job import run_identity
     from attnstats.study.outputs import versions
@@ -121,7 +124,7 @@ def _identity(options: argparse.Namespace, job: Job, prompts: list[list[int]]) -
         "command": "couplings",
         "settings": {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
         "versions": versions(),
-        **run_identity(job, prompts, options.system),
+        **run_identity(job, options.system),
     }
 
 

@@ -17,22 +17,29 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from attnstats.identity import ModelIdentity, digest, identity, tokenizer_digest
+from attnstats.identity import ModelIdentity, digest, head_dim, identity, tokenizer_digest
 from attnstats.report.terminal import Terminal
 from attnstats.study import corpus, models
+from attnstats.study.chat import Prompt
 from attnstats.study.corpus import Measure, stage
 from attnstats.study.generation import Sampling, end_tokens
 from attnstats.study.models import LoadedModel
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import Store
+from attnstats.triton.backend import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
 class Job:
-    """A loaded model with its identity, and this process's share of the work and way to show it."""
+    """A loaded model with its identity, the token ids of the prompts, and this process's share of the work.
+
+    Attributes:
+        terminal: shows it.
+    """
 
     loaded: LoadedModel
     model: ModelIdentity
+    prompts: list[list[int]]
     shard: Shard
     terminal: Terminal
     timings: dict[str, float] = field(default_factory=dict)
@@ -63,17 +70,20 @@ class Job:
         finally:
             store.close()
 
-    def run(self, prompts: Sequence[list[int]], measure: Measure, sampling: Sampling, store: Store) -> None:
+    def run(self, measure: Measure, sampling: Sampling, store: Store) -> None:
         """Fill the store with this process's share of the results, and wait for the other processes."""
         corpus.run(
-            self.loaded, prompts, measure, sampling,
+            self.loaded, self.prompts, measure, sampling,
             store=store, progress=self.terminal, shard=self.shard, timings=self.timings,
         )  # fmt: skip
         self.shard.wait()
 
 
-def load(options: argparse.Namespace, dtype: str) -> Job:
-    """The job of this process, with the model loaded; of several processes on a machine each takes a GPU of its own."""
+def load(options: argparse.Namespace, dtype: str, questions: Sequence[Prompt]) -> Job:
+    """The job of this process, with the model loaded; of several processes on a machine each takes a GPU of its own.
+
+    A prompt that the model can't take is refused before the weights are read.
+    """
     shard = from_environment()
     terminal = Terminal(quiet=not shard.is_first)
     terminal.say("Loading the model")
@@ -84,15 +94,24 @@ def load(options: argparse.Namespace, dtype: str) -> Job:
     if device in ("auto", "cuda") and shard.count > 1:
         gpus = torch.cuda.device_count()
         device = f"cuda:{shard.local % gpus}" if gpus else device
+    on = models.resolve_device(device)
+    models.resolve_dtype(dtype, on)
     timings: dict[str, float] = {}
     with stage(timings, "load"):
-        loaded = models.load(options.model, dtype=dtype, device=device, notify=terminal.say)
+        described = models.describe(options.model, notify=terminal.say)
+        prompts = corpus.rendered(described, questions, options.system, options.max_tokens)
+        size = head_dim(described.config.get_text_config())
+        if on.type != "cpu" and size > MAX_HEAD_DIM:
+            terminal.say(
+                f"Head size {size}: over {MAX_HEAD_DIM} statistics are computed without kernels, which is slow"
+            )
+        loaded = models.load(described, dtype=dtype, device=device, notify=terminal.say)
         model = identity(loaded.model)
-    return Job(loaded, model, shard, terminal, timings)
+    return Job(loaded, model, prompts, shard, terminal, timings)
 
 
-def run_identity(job: Job, prompts: Sequence[list[int]], system: str) -> dict[str, Any]:
-    """What decides the responses to prompts beside the settings of a command, for the identity of its run."""
+def run_identity(job: Job, system: str) -> dict[str, Any]:
+    """What decides the responses to the prompts beside the settings of a command, for the identity of its run."""
     loaded = job.loaded
     generation = json.loads(json.dumps(loaded.model.generation_config.to_diff_dict(), default=str))
     return {
@@ -104,5 +123,5 @@ def run_identity(job: Job, prompts: Sequence[list[int]], system: str) -> dict[st
         "system": system,
         "end_tokens": sorted(end_tokens(loaded)),
         "generation": {key: value for key, value in generation.items() if key != "transformers_version"},
-        "prompts": {"count": len(prompts), "sha256": digest(prompts)},
+        "prompts": {"count": len(job.prompts), "sha256": digest(job.prompts)},
     }  # fmt: skip

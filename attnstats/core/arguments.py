@@ -20,6 +20,7 @@ from attnstats.core.packing import INTEGERS, check_integer
 from attnstats.statistics import PooledMap, Statistic
 from attnstats.statistics import resolve as resolve_statistics
 
+UNTRIED = ("mps",)  # devices that plain PyTorch may well run on, but no test of ours ever did
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 CACHED_CALLS = 256
@@ -306,6 +307,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have query's dtype {query.dtype}, got {x.dtype}")
+        if x.device.type in UNTRIED:
+            raise ValueError(
+                f"{name}: device {x.device.type!r} is not supported, no backend was ever run on one; use CPU"
+            )
         if x.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {x.device}")
         if x.shape[0] != query.shape[0]:

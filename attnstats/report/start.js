@@ -12,6 +12,8 @@ function open() {
   state.selected = Math.max(0, state.prompt.anchor.indexOf(0));
   byId("number").textContent = count > 1 ? `Prompt ${number} of ${count}` : "Prompt";
   byId("question").textContent = state.prompt.question;
+  const sent = state.prompt.tokens.slice(0, state.prompt.start).join("");
+  byId("sent").querySelector("pre").textContent = sent.replaceAll("↵", "↵\n");
   byId("steps").hidden = count < 2;
   for (const [id, to] of [["previous", number - 1], ["next", number + 1]]) {
     byId(id).hidden = to < 1 || to > count;

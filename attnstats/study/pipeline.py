@@ -1,6 +1,6 @@
 """The main job: generate responses, read the statistics of each in one pass, and make an `Analysis` of it.
 
-`analyze` does it in memory. The command line runs a corpus (corpus.run) with the same `check` and `measurement`.
+`analyze` does it in memory. The command line runs a corpus (corpus.run) with the same checks and `measurement`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from attnstats.curves import delta
 from attnstats.errors import InputError
 from attnstats.study import corpus
 from attnstats.study.analysis import Analyses, Analysis, Settings
+from attnstats.study.chat import Prompt, question_of
 from attnstats.study.corpus import Measure, Progress
 from attnstats.study.maps import mean_maps
 from attnstats.study.models import LoadedModel
@@ -26,7 +27,7 @@ from attnstats.transformers.capture import capture
 
 def analyze(
     loaded: LoadedModel,
-    questions: Sequence[str],
+    questions: Sequence[Prompt],
     settings: Settings,
     progress: Progress,
     timings: dict[str, float] | None = None,
@@ -39,7 +40,8 @@ def analyze(
     Raises:
         InputError: settings, a question or a model that cannot be used.
     """
-    check(settings, loaded, questions)
+    check_settings(settings, questions)
+    check_model(settings, loaded)
     with tempfile.TemporaryDirectory() as folder:
         store = begin(Path(folder) / "run", {}, resume=False)
         prompts = corpus.rendered(loaded, questions, settings.system, settings.max_tokens)
@@ -50,34 +52,37 @@ def analyze(
 
 
 def measurement(
-    loaded: LoadedModel, questions: Sequence[str], settings: Settings, profile: heads.HeadProfile | None = None
+    loaded: LoadedModel, questions: Sequence[Prompt], settings: Settings, profile: heads.HeadProfile | None = None
 ) -> Measure:
     """`measure` in the form that corpus.run takes."""
 
     def measured(index: int, prompt: list[int], response: list[int]) -> Item:
-        return measure(loaded, questions[index], prompt, response, settings, profile).stored()
+        return measure(loaded, question_of(questions[index]), prompt, response, settings, profile).stored()
 
     return measured
 
 
-def check(settings: Settings, loaded: LoadedModel, questions: Sequence[str]) -> None:
-    """Raises InputError for everything that can be known to be wrong before the model has run."""
+def check_settings(settings: Settings, questions: Sequence[Prompt]) -> None:
+    """Raises InputError for everything that can be known to be wrong without the model."""
     if not questions:
         raise InputError("no prompt: give --prompt or --prompts")
     for number, question in enumerate(questions, 1):
-        if not question.strip():
+        if not question_of(question).strip():
             raise InputError(f"--prompt: prompt {number} is empty; write a question")
     settings.sampling.check()
     if not 0 < settings.head_share <= 0.5:
         raise InputError(f"--head-share must be in (0, 0.5], got {settings.head_share}")
     try:
-        statistics = settings.statistics
+        _ = settings.statistics
     except ValueError as error:
         option = "--window" if "WAAD" in str(error) else "--horizon"
         raise InputError(f"{option}: {error}") from error
+
+
+def check_model(settings: Settings, loaded: LoadedModel) -> None:
+    """Raises InputError for a model that can't be measured: a pass over one token finds it before generating."""
     try:
-        # A pass over one token finds absent layers and attention that cannot be captured, before generating.
-        with torch.no_grad(), capture(loaded.model, statistics=statistics, layers=settings.layers) as run:
+        with torch.no_grad(), capture(loaded.model, statistics=settings.statistics, layers=settings.layers) as run:
             loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False)
             count = len(run.layers)
     except (TypeError, ValueError) as error:

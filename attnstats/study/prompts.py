@@ -1,6 +1,6 @@
-"""Prompts from a file or our own three questions, and their rendering in the model's chat format.
+"""Prompts from a file, or our own three questions.
 
-A prompt is a question; the paper's system text (App. A.1) goes before it.
+A prompt is a question or a conversation (chat.py); the paper's system text (App. A.1) goes before it.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from attnstats.errors import InputError
 from attnstats.segments import sentences
+from attnstats.study.chat import Prompt, conversation
 
-OTHER_TABLES = (".json", ".tsv", ".xls", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".pkl", ".pt", ".npy")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".arrow", ".gz", ".zip", ".zst", ".pkl", ".pt", ".npy")
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 QUESTIONS = (
@@ -28,42 +30,53 @@ QUESTIONS = (
 )
 
 
-def read_prompts(file: Path, field: str | None = None, option: str = "--prompts") -> list[str]:
+Row = tuple[Any, str]  # a record of a data set, and where it is
+
+
+def read_prompts(file: Path, field: str | None = None, option: str = "--prompts") -> list[Prompt]:
     """The prompts of a file or of a data set's folder.
 
-    .jsonl, .csv, .parquet and a folder of `datasets.Dataset.save_to_disk` have a prompt in a field of each row; any
-    other file has one in each line that isn't blank. Lines end in LF, CRLF or CR; other Unicode separators are text, as
-    JSON allows them inside a string.
+    JSON Lines, .json (an array), .csv, .parquet and a folder of `datasets.Dataset.save_to_disk` have a prompt in a
+    field of each row; any other file has one in each line that isn't blank, without the blanks around it. Lines end in
+    LF, CRLF or CR; other Unicode separators are text, as JSON allows them inside a string. A prompt is a text, or in
+    JSON and tables a list of messages, to which the row's `tools` belong.
 
     Args:
-        field: the field with the prompt, default "question".
+        field: the field with the prompt, default "question", else "messages".
 
     Raises:
-        InputError: no such file, not readable as its name says, a row without a text in the field (its line or row is
+        InputError: no such file, not readable as its name says, a row without a prompt in the field (its line or row is
             named), or no prompt in it.
     """
     where = f"{option} {file}"
-    name = "question" if field is None else field
     kind = file.suffix.lower()
+    rows: Iterable[Row]
     if file.is_dir():
-        prompts = _column(_dataset(file, where), name, where)
+        rows = _of_table(_dataset(file, where), field, where)
     elif kind == ".parquet":
-        prompts = _column(_parquet(file, where), name, where)
+        rows = _of_table(_parquet(file, where), field, where)
     elif kind == ".csv":
-        prompts = _csv(_text(file, where), name, where)
+        rows = _of_csv(_text(file, where), where)
+    elif kind == ".json":
+        rows = _of_array(_text(file, where), where)
+    elif kind in JSON_LINES:
+        rows = ((_json(line, place), place) for line, place in _lines(_text(file, where), where))
     elif kind in OTHER_TABLES:
         raise InputError(f"{where}: {kind} is not read; save it as .jsonl, .csv or .parquet, or as .txt, one per line")
+    elif field is None:
+        rows = (({"question": line}, place) for line, place in _lines(_text(file, where), where))
     else:
-        lines = [(n, line.strip()) for n, line in enumerate(_text(file, where).split("\n"), 1) if line.strip()]
-        if kind == ".jsonl":
-            prompts = [_record(line, name, f"{where}, line {number}") for number, line in lines]
-        elif field is None:
-            prompts = [line for _, line in lines]
-        else:
-            raise InputError(f"{where}: a text file has no field {field!r}; give .jsonl, .csv or .parquet")
+        raise InputError(f"{where}: a text file has no field {field!r}; give .jsonl, .csv or .parquet")
+    prompts = [_prompt(record, field, place) for record, place in rows]
     if not prompts:
         raise InputError(f"{where}: no prompt in it; write one per line")
     return prompts
+
+
+def _lines(text: str, where: str) -> Iterator[tuple[str, str]]:
+    """The lines that aren't blank, without the blanks around them, and their places."""
+    lines = ((line.strip(), f"{where}, line {number}") for number, line in enumerate(text.split("\n"), 1))
+    return (line for line in lines if line[0])
 
 
 def _text(file: Path, where: str) -> str:
@@ -75,37 +88,49 @@ def _text(file: Path, where: str) -> str:
         raise InputError(f"{where}: {error.strerror or error}; name a .jsonl, .csv, .parquet or text file") from error
 
 
-def _record(line: str, field: str, where: str) -> str:
+def _json(text: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise InputError(f'{where}: needs an object with a text under "{field}"')
-    return _prompt(record, field, where)
 
 
-def _csv(text: str, field: str, where: str) -> list[str]:
+def _of_array(text: str, where: str) -> list[Row]:
+    records = _json(text, where)
+    if not isinstance(records, list):
+        raise InputError(f"{where}: needs an array of objects; save other JSON as .jsonl, an object in each line")
+    return [(record, f"{where}, item {number}") for number, record in enumerate(records, 1)]
+
+
+def _of_csv(text: str, where: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        return [_prompt(row, field, f"{where}, line {rows.line_num}") for row in rows]
+        for row in rows:
+            yield row, f"{where}, line {rows.line_num}"
     except csv.Error as error:
         raise InputError(f"{where}, line {rows.line_num + 1}: not CSV ({error})") from error
 
 
-def _prompt(record: Mapping[str | None, Any], field: str, where: str) -> str:
-    prompt = record.get(field)
-    if isinstance(prompt, str) and prompt.strip():
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f'{where}: "{field}" has half of a character ({error.reason})') from error
-        return prompt
-    if field in record:
-        raise InputError(f'{where}: needs a text under "{field}", got {_cut(repr(prompt))}')
-    fields = _cut(", ".join(repr(key) for key in record if key is not None)) or "nothing"
-    raise InputError(f'{where}: needs an object with a text under "{field}"; it has {fields} (choose with --field)')
+def _prompt(record: Any, field: str | None, where: str) -> Prompt:
+    """The prompt of a record, in `field` or in the first of the usual fields that it has."""
+    fields = [key for key in record if key is not None] if isinstance(record, dict) else []
+    name = field or ("messages" if "messages" in fields and "question" not in fields else "question")
+    if name not in fields:
+        has = f"; it has {_cut(', '.join(map(repr, fields)))} (choose with --field)" if fields else ""
+        raise InputError(f'{where}: needs an object with a text under "{name}"{has}')
+    prompt = record[name]
+    if name == "messages" and isinstance(prompt, str):
+        prompt = _json(prompt, f'{where}, "messages"')
+    if isinstance(prompt, list):
+        return conversation(prompt, record.get("tools"), f'{where}, "{name}"')
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f'{where}: needs a text under "{name}", got {_cut(repr(prompt))}')
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f'{where}: "{name}" has half of a character ({error.reason})') from error
+    return prompt
 
 
 def _cut(text: str, length: int = 80) -> str:
@@ -137,12 +162,13 @@ def _parquet(file: Path, where: str) -> Any:
         raise InputError(f"{where}: not readable as Parquet ({' '.join(str(error).split())})") from error
 
 
-def _column(table: Any, field: str, where: str) -> list[str]:
-    if field not in table.column_names:
+def _of_table(table: Any, field: str | None, where: str) -> list[Row]:
+    names = [name for name in (field, "question", "messages") if name in table.column_names]
+    if not names or (field and names[0] != field):
         columns = _cut(", ".join(map(repr, table.column_names)))
-        raise InputError(f"{where}: has no column {field!r}, only {columns}; choose with --field")
-    rows = enumerate(table.column(field).to_pylist(), 1)
-    return [_prompt({field: value}, field, f"{where}, row {number}") for number, value in rows]
+        raise InputError(f"{where}: has no column {field or 'question'!r}, only {columns}; choose with --field")
+    records = table.select([name for name in (names[0], "tools") if name in table.column_names]).to_pylist()
+    return [(record, f"{where}, row {number}") for number, record in enumerate(records, 1)]
 
 
 def paper_prompt(question: str) -> str:
@@ -156,28 +182,3 @@ def paper_prompt(question: str) -> str:
     *context, last = sentences(question.strip())
     before = "".join(context).strip()
     return f"Context: {before}\nQuestion: {last}" if before else f"Question: {last}"
-
-
-def render(tokenizer: Any, question: str, system: str) -> list[int]:
-    """Token ids of the question in the model's chat template, or as plain text if it has none."""
-    if not tokenizer.chat_template:
-        text = f"{system}\n\n{question}\n\n" if system else f"{question}\n\n"
-        return list(tokenizer(text)["input_ids"])
-    from jinja2.exceptions import TemplateError
-
-    def apply(*messages: tuple[str, str]) -> list[int]:
-        conversation = [{"role": role, "content": content} for role, content in messages]
-        return list(
-            tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
-
-    try:
-        try:
-            ids = apply(*([("system", system)] if system else []), ("user", question))
-        except TemplateError:  # some templates refuse a system message; its text then opens the user's
-            ids = apply(("user", f"{system}\n\n{question}"))
-    except TemplateError as error:
-        raise InputError(f"--model: its chat template cannot be used ({error})") from error
-    if not ids:
-        raise InputError("--model: its chat template makes nothing of a question; use a model with another one")
-    return ids

@@ -121,7 +121,7 @@ def test_layers(text, layers):
     (["analyze", "--horizon", "10"], "--horizon"),
     (["analyze", "--horizon", "10", "x"], "--horizon"),
     (["analyze", "--layers", "x"], "--layers"),
-    (["analyze", "--layers", "99"], "--layers"),
+    (["analyze", "--layers", "99", "--max-tokens", "8"], "--layers"),
     (["analyze", "--dtype", "int4"], "--dtype"),
     (["analyze", "--verify", "--dtype", "bfloat16"], "--dtype"),
     (["analyze", "--device", "abacus"], "--device"),
@@ -264,6 +264,46 @@ def test_threads_are_as_many_as_the_processors_of_this_process(tmp_path, files, 
         (tmp_path / name).write_text(content + "\n")
     every = len(os.sched_getaffinity(0))
     assert processors({"LOCAL_WORLD_SIZE": together}, tmp_path) == max(1, int(share * every))
+
+
+def test_conversations_are_answered(tmp_path, tiny):
+    """The last answer is generated, and the store has what the model read."""
+    messages = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "so"}]
+    second = [*messages, {"role": "user", "content": "rolls"}, {"role": "assistant", "content": "left"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": messages}, {"messages": second}]))
+    out = tmp_path / "out"
+    options = ["--prompts", str(tmp_path / "a.json"), "--max-tokens", "12", "--system", "are", "--out", str(out)]
+    assert main(["analyze", "--model", str(tiny), *options]) == 0
+    prompts = json.loads((out / "summary.json").read_text())["prompts"]
+    assert [prompt["question"] for prompt in prompts] == ["how many", "rolls"]
+    tokens = pandas.read_parquet(out / "tokens.parquet")
+    sent = tokens[(tokens.prompt == 1) & ~tokens.is_response].token
+    assert sent.tolist() == ["system", "are", "user", "how", "many", "<unk>", "so", "user", "rolls", "so"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--max-tokens", "250"], "--max-tokens 250: with a prompt of 7 tokens (prompt 1) that is more than the 256"),
+    (["--max-tokens", "5", "--dtype", "int4"], "--dtype int4: unknown"),
+    (["--max-tokens", "5", "--device", "mps"], "--device mps: attention statistics were never run on Apple's GPU"),
+    (["--window", "0"], "--window: "),
+])  # fmt: skip
+def test_what_cannot_be_is_named_before_the_weights_are_read(tmp_path, tiny, capsys, options, message):
+    folder = shutil.copytree(tiny, tmp_path / "without_weights")
+    (folder / "model.safetensors").unlink()
+    arguments = ["--prompt", "how many rolls are left", "--system", "", *options, "--out", str(tmp_path / "out")]
+    assert main(["analyze", "--model", str(folder), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_head_sizes_that_no_kernel_takes_are_named_before_the_weights_are_read(tmp_path, capsys, monkeypatch):
+    """On a GPU; that there is one is pretended, and loading the weights ends the run."""
+    folder = save_tiny_model(tmp_path / "wide", head_dim=320)
+    monkeypatch.setattr("attnstats.study.models.resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("attnstats.study.models.load", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["analyze", "--model", str(folder), "--max-tokens", "5", "--out", str(tmp_path / "out")])
+    assert "Head size 320: over 256 statistics are computed without kernels" in capsys.readouterr().out
 
 
 def test_help_and_version(capsys):

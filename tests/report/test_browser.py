@@ -109,6 +109,13 @@ def test_the_answer_is_there_token_by_token(visit):
     assert "+51.2 %" in page.inner_text("#couplings")
 
 
+def test_what_the_model_read_is_on_the_page(visit):
+    page = visit("one")
+    assert page.is_hidden("#sent pre")
+    page.click("#sent summary")
+    assert page.inner_text("#sent pre") == "".join(WORDS[:12]).replace("\n", "↵\n")
+
+
 def test_the_switch_changes_colours_legend_and_curves(visit):
     page = visit("one", reduced_motion="reduce")
     seen = {}

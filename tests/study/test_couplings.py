@@ -352,6 +352,14 @@ def test_the_papers_template(folder, tiny, tmp_path):
     assert prompt == expected
 
 
+def test_conversations_are_not_put_into_the_papers_template(folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "how many"}]}))
+    with pytest.raises(InputError, match=r"--template paper: is for questions.*use --template plain"):
+        command.run(options_of(*arguments_of(folder, tmp_path / "out", "--template", "paper", data=data)))
+    assert command.run(options_of(*arguments_of(folder, tmp_path / "out", "--max-tokens", 3, data=data))) == 0
+
+
 def test_an_empty_store_has_no_profile(tmp_path, tiny):
     with pytest.raises(ValueError, match="holds no results"):
         profiles_of(begin(tmp_path / "new", {}, resume=False), identity(tiny.model))

@@ -1,11 +1,14 @@
 """Loading models: the default's conversion leaves all or nothing, and every bad name is one clear error."""
 
+import importlib.machinery
+import importlib.util
 import json
 import multiprocessing
 import re
 import shutil
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -170,6 +173,119 @@ def test_wheel_that_is_not_installed(monkeypatch):
         models.load()
 
 
+def save_gguf(file, folder):
+    """The model of a folder as a GGUF file with a byte-level vocabulary; it has rows of queries and keys elsewhere."""
+    import gguf
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    words = ["<pad>", "<end>", "s", "o", "so", *(f"w{i}" for i in range(config.vocab_size - 5))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges(["s o"])
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(0)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_is_a_model(tmp_path, tiny):
+    loaded = models.load(str(save_gguf(tmp_path / "tiny-f32.gguf", tiny)), dtype="bfloat16", device="cpu")
+    assert (loaded.name, loaded.dtype) == ("tiny-f32", "bfloat16")
+    assert loaded.tokenizer("so")["input_ids"] == [4]
+    assert loaded.tokenizer.chat_template.startswith("{% for m in messages %}")
+    ours, theirs = (model.state_dict() for model in (loaded.model, models.load(str(tiny), dtype="bfloat16").model))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if "q_proj" not in name and "k_proj" not in name:
+            assert torch.equal(ours[name], theirs[name]), name
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"--model .*broken.gguf: .*whole and unbroken"):
+        models.load(str(broken))
+
+
+def save_adapter(folder, base):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "peft_type": "LORA"}))
+    return folder
+
+
+def test_a_lora_adapter_is_added_to_its_model(tmp_path, tiny, monkeypatch):
+    """peft reads and merges it; in its place stands something that doubles a weight."""
+    folder = save_adapter(tmp_path / "adapter", tiny)
+
+    class PeftModel:
+        def __init__(self, model):
+            self.model = model
+
+        @classmethod
+        def from_pretrained(cls, model, adapter):
+            assert adapter == str(folder)
+            return cls(model)
+
+        def merge_and_unload(self):
+            with torch.no_grad():
+                self.model.lm_head.weight.mul_(2)
+            return self.model
+
+    peft = types.ModuleType("peft")
+    peft.PeftModel = PeftModel
+    peft.__spec__ = importlib.machinery.ModuleSpec("peft", None)
+    monkeypatch.setitem(sys.modules, "peft", peft)
+    loaded, base = models.load(str(folder), device="cpu"), models.load(str(tiny), device="cpu")
+    assert loaded.name == "adapter"
+    assert torch.equal(loaded.model.lm_head.weight, 2 * base.model.lm_head.weight)
+    assert not loaded.model.training
+
+
+def test_what_a_model_needs_and_is_not_installed_is_named(tmp_path, tiny, monkeypatch):
+    find = importlib.util.find_spec
+    absent = ("peft", "gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name in absent else find(name, *rest))
+    with pytest.raises(InputError, match=r"--model .*: to add a LoRA adapter to its model, run: pip install peft"):
+        models.load(str(save_adapter(tmp_path / "adapter", tiny)))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"--model .*a.gguf: to read a GGUF file, run: pip install gguf"):
+        models.load(str(tmp_path / "a.gguf"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
+def test_an_adapter_of_no_model_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"adapter_config.json names no base_model_name_or_path"):
+        models.load(str(tmp_path))
+
+
+def test_config_and_tokenizer_are_there_before_the_weights(tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path / "without")
+    (folder / "model.safetensors").unlink()
+    described = models.describe(str(folder))
+    assert described.config.num_hidden_layers == 6
+    assert described.tokenizer("so")["input_ids"]
+    with pytest.raises(InputError, match=r"--model .*without: .*no file named"):
+        models.load(described)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"model": "./absent"}, "--model ./absent: no such folder"),
     ({"model": "/absent/model"}, "--model /absent/model: no such folder"),
@@ -181,6 +297,7 @@ def test_wheel_that_is_not_installed(monkeypatch):
     ({"model": "{tiny}", "dtype": "int8"}, "--dtype int8: unknown; use auto, float32"),
     ({"model": "{tiny}", "device": "abacus"}, "--device abacus: .*cpu always works"),
     ({"model": "{tiny}", "device": "meta"}, "--device meta: holds shapes and no numbers .*cpu always works"),
+    ({"model": "{tiny}", "device": "mps"}, "--device mps: .*never run on Apple's GPU; use cpu"),
     ({"model": "{tiny}", "device": "cuda:99"}, "--device cuda:99: .*cpu always works"),
 ])  # fmt: skip
 def test_bad_input(tmp_path, tiny, arguments, message):

@@ -1,15 +1,15 @@
-"""Prompt files and how a question becomes what a model reads."""
+"""Prompt files: which there are, what a row of them must have, and which row is named."""
 
 import json
 import re
+from typing import Any
 
 import datasets
 import pandas
 import pytest
 
 from attnstats.errors import InputError
-from attnstats.study.prompts import QUESTIONS, read_prompts, render
-from tests.tiny import WORDS, save_tiny_model
+from attnstats.study.prompts import QUESTIONS, read_prompts
 
 
 def test_jsonl_and_text_files(tmp_path):
@@ -49,7 +49,14 @@ def test_only_line_feeds_end_a_line(tmp_path):
     ("a.jsonl", b'{"question": "\\ud800"}\n', 'line 1: "question" has half of a character'),
     ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
     ("a.JSONL", b"what?\n", "line 1: not JSON"),
-    ("a.json", b'[{"question": "x"}]', ".json is not read; save it as .jsonl"),
+    ("a.json", b'{"question": "x"}', "needs an array of objects; save other JSON as .jsonl"),
+    ("a.json", b'[{"question": "x"}, {"q": "y"}]', "item 2: needs an object with a text under"),
+    ("a.json", b"[", "not JSON"),
+    ("a.tsv", b"question\n", ".tsv is not read; save it as .jsonl"),
+    ("a.ndjson", b"what?\n", "line 1: not JSON"),
+    ("a.jsonl", b'{"messages": []}\n', 'line 1, "messages": needs a list of messages, got []'),
+    ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', 'line 1, "messages": has no text before the answer'),
+    ("a.jsonl", b'{"messages": "what?"}\n', 'line 1, "messages": not JSON'),
     ("a.jsonl", b"what?\n", "line 1: not JSON"),
     ("a.txt", b" \n\n", "no prompt in it"),
     ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
@@ -66,22 +73,40 @@ def test_files_that_cannot_be_read(tmp_path, name):
         read_prompts(tmp_path / name)
 
 
-REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}user {{ messages[0].content }} "
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "user", "content": "how many?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "twelve"},
+]
+EXPECTED = [MESSAGES[0], {**MESSAGES[1], "content": ""}, MESSAGES[2]]
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
-@pytest.mark.parametrize(("template", "system", "expected"), [
-    ("default", "are", ["system", "are", "user", "how", "many", "so"]),
-    ("default", "", ["user", "how", "many", "so"]),
-    (None, "are", ["are", "how", "many"]),
-    (None, "", ["how", "many"]),
-    # A template that refuses a system message gets its text with the question.
-    (REFUSING, "are", ["user", "are", "how", "many"]),
-])  # fmt: skip
-def test_render(tmp_path, template, system, expected):
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonlines", "a.JSON", "a.parquet", "folder"])
+def test_lists_of_messages(tmp_path, name):
+    """Tables have every key in every message, None where it was absent."""
+    file, rows = tmp_path / name, [{"messages": MESSAGES, "tools": TOOLS}, {"messages": MESSAGES[:1], "tools": None}]
+    if name == "folder":
+        datasets.Dataset.from_list(rows).save_to_disk(file)
+    elif name == "a.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    elif name == "a.JSON":
+        file.write_text(json.dumps(rows, indent=1))
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    for field in (None, "messages"):
+        first, second = read_prompts(file, field)
+        assert (first.messages, first.tools, first.question) == (EXPECTED, TOOLS, "how many?")
+        assert (second.messages, second.tools) == (MESSAGES[:1], None)
 
-    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path, chat_template=template))
-    assert [WORDS[token] for token in render(tokenizer, "how many", system)] == expected
+
+def test_a_question_goes_before_messages_and_a_field_before_both(tmp_path):
+    row = {"question": "how?", "messages": json.dumps(MESSAGES), "prompt": MESSAGES[:1]}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    assert read_prompts(tmp_path / "a.json") == ["how?"]
+    assert read_prompts(tmp_path / "a.json", "messages")[0].messages == EXPECTED
+    assert read_prompts(tmp_path / "a.json", "prompt")[0].messages == MESSAGES[:1]
 
 
 def test_our_questions_are_several_and_different():
