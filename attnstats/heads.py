@@ -220,12 +220,25 @@ class HeadProfile:
         if received is not None:
             self._check(received, "received")
             of_received = kurtosis(received, valid).cpu()
+        return self._plus(rows.double().sum(-1).cpu(), rows.shape[-1], of_received)
+
+    def add_means(self, distance: Tensor, rows: int, received_kurtosis: Tensor) -> HeadProfile:
+        """The profile with one more sequence, of which only means are kept.
+
+        Args:
+            distance: (L, H), mean distance of each head over the counted rows.
+            rows: their number.
+            received_kurtosis: (L, H), kurtosis of what each head receives; NaN where undefined.
+        """
+        return self._plus(distance.double() * rows, rows, received_kurtosis)
+
+    def _plus(self, distance_sum: Tensor, rows: int, received_kurtosis: Tensor) -> HeadProfile:
         return replace(
             self,
-            distance_sum=self.distance_sum + rows.double().sum(-1).cpu(),
-            rows=self.rows + rows.shape[-1],
-            kurtosis_sum=self.kurtosis_sum + of_received.nan_to_num(0.0),
-            kurtosis_count=self.kurtosis_count + of_received.isfinite(),
+            distance_sum=self.distance_sum + distance_sum,
+            rows=self.rows + rows,
+            kurtosis_sum=self.kurtosis_sum + received_kurtosis.nan_to_num(0.0),
+            kurtosis_count=self.kurtosis_count + received_kurtosis.isfinite(),
             sequences=self.sequences + 1,
         )
 

@@ -185,6 +185,8 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
     classes = heads.classify(distance)
     waad = heads.class_mean(per_head[0], classes.local) * 10
     fai_valid = torch.arange(length) < length - 2
+    received = torch.rand(2, 3, length, generator=draw) / 10
+    received_valid = torch.arange(length) < length - 4
     return Analysis(
         question=question,
         token_ids=torch.arange(length),
@@ -195,8 +197,9 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
         head_waad=per_head[0],
         head_fai=per_head[1],
         head_mean_distance=per_head[2],
-        head_received=torch.rand(2, 3, length, generator=draw) / 10,
-        received_valid=torch.arange(length) < length - 4,
+        head_received=received,
+        received_valid=received_valid,
+        received_kurtosis=heads.kurtosis(received, response & received_valid),
         distance=distance,
         classes=classes,
         waad=waad,

@@ -19,6 +19,7 @@ from attnstats.presets import PRESETS, paper_v2
 from attnstats.study.prompts import QUESTIONS, read_prompts
 
 if TYPE_CHECKING:
+    from attnstats.chance import Coupling
     from attnstats.cli.job import Job
     from attnstats.heads import HeadProfile
     from attnstats.study.analysis import Analysis, Settings
@@ -79,7 +80,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
 
 def run(options: argparse.Namespace) -> int:
-    arguments.require("jinja2", "pandas", "pyarrow", "rich", "safetensors", "scipy")
+    arguments.require("jinja2", "pyarrow", "rich", "safetensors", "scipy")
     from attnstats.report import columns
     from attnstats.study import outputs
 
@@ -158,7 +159,7 @@ def _conclude(
     from attnstats import report
     from attnstats.study import findings, outputs
     from attnstats.study.analysis import Analyses
-    from attnstats.study.corpus import stage
+    from attnstats.study.corpus import stage, task
     from attnstats.study.verify import differences
 
     analyses = Analyses(store, total)
@@ -166,11 +167,12 @@ def _conclude(
     if options.verify:
         with stage(job.timings, "verify"):
             largest = differences(job.loaded, analyses, settings, job.terminal)
-    summary = _summary(options, settings, job, analyses, largest)
-    profile = findings.profile(analyses, job.model)
-    page = report.render(analyses, settings, summary, findings.coupled(analyses, profile))
     with arguments.writing(options.out, "make room and go on with --resume"):
-        outputs.write_tables(store.folder, analyses)
+        with stage(job.timings, "tables"), task(job.terminal, f"Tables of {total} prompts", total):
+            profile = findings.profile(analyses.head_summaries(), job.model)
+            couplings = findings.tabulate(store.folder, analyses.outlines(), profile, advance=job.terminal.advance)
+        summary = _summary(options, settings, job, profile, couplings, largest)
+        page = report.render(analyses, settings, summary, couplings)
         outputs.write_summary(store.folder, summary)
         profile.save(store.folder / outputs.PROFILE)
         (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")
@@ -183,11 +185,12 @@ def _summary(
     options: argparse.Namespace,
     settings: Settings,
     job: Job,
-    analyses: Sequence[Analysis],
+    profile: HeadProfile,
+    couplings: Sequence[Coupling],
     differences: dict[str, float],
 ) -> dict[str, Any]:
     """summary.json."""
-    from attnstats.study.outputs import FILES, peak_memory, versions
+    from attnstats.study.outputs import FILES, coupling_record, peak_memory, versions
 
     loaded = job.loaded
     finite = {name: value if value < float("inf") else "infinite" for name, value in differences.items()}
@@ -199,16 +202,8 @@ def _summary(
         "peak_memory_bytes": peak_memory(),
         "files": list(FILES),
         **({"largest_difference_from_eager": finite} if differences else {}),
-        "prompts": [
-            {
-                "question": analysis.question,
-                "response": analysis.response_text,
-                "prompt_tokens": analysis.response_start,
-                "response_tokens": int(analysis.response.sum()),
-                "layers": list(analysis.layers),
-                "preplan_positions": analysis.preplan(10),
-                "anchor_positions": analysis.anchors(10),
-            }
-            for analysis in analyses
-        ],
+        "layers": list(profile.layers),
+        "prompts": profile.sequences,
+        "response_tokens": profile.rows,
+        "couplings": list(map(coupling_record, couplings)),
     }

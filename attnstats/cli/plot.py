@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.report.terminal import Terminal
     from attnstats.study import outputs
 
-    analyses, _, _ = outputs.load(options.folder)
+    analyses, *_ = outputs.load(options.folder)
     if not 1 <= options.prompt <= len(analyses):
         raise InputError(f"--prompt {options.prompt}: {options.folder} has prompts 1 to {len(analyses)}")
     analysis = analyses[options.prompt - 1]

@@ -21,15 +21,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    arguments.require("jinja2", "pyarrow", "rich", "safetensors", "scipy")
+    arguments.require("jinja2", "rich", "safetensors")
     from attnstats import report
     from attnstats.report import columns
     from attnstats.report.terminal import Terminal
-    from attnstats.study import findings, outputs
+    from attnstats.study import outputs
 
     columns.find(options.color_by)
-    analyses, settings, summary = outputs.load(options.folder)
-    page = report.render(analyses, settings, summary, findings.coupled(analyses, findings.profile(analyses)))
+    analyses, settings, summary, couplings = outputs.load(options.folder)
+    page = report.render(analyses, settings, summary, couplings)
     out = options.out or options.folder / outputs.REPORT
     with arguments.writing(out):
         out.write_text(page, encoding="utf-8")

@@ -29,7 +29,7 @@ def render(
     """The report as HTML. Parts that would make it too large are left out, and the page names them.
 
     Args:
-        analyses: one or more.
+        analyses: one or more; a sample of many is shown.
         summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them.
         couplings: objects with the fields of attnstats.rhythm.Coupling.
 
@@ -51,12 +51,13 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = data.fit(analyses, len(analyses))
+    shown = data.fit(analyses)
     return environment.get_template("report.html.jinja").render(
         style=style,
         script=script,
         policy=policy(script, style),
-        page=data.embedded(_page(settings, shown)),
+        page=data.embedded(_page(settings, shown, len(analyses))),
+        total=len(analyses),
         prompts=shown.prompts,
         maps=shown.maps,
         plain=shown.plain,
@@ -81,7 +82,7 @@ def policy(script: str, style: str) -> str:
     )
 
 
-def _page(settings: Settings, shown: data.Shown) -> dict[str, Any]:
+def _page(settings: Settings, shown: data.Shown, total: int) -> dict[str, Any]:
     return {
         "columns": [
             {name: getattr(column, name) for name in ("key", "title", "unit", "digits")}
@@ -95,6 +96,7 @@ def _page(settings: Settings, shown: data.Shown) -> dict[str, Any]:
         "window": settings.window,
         "lo": settings.fai_lo,
         "headShare": settings.head_share,
+        "total": total,
         "cards": shown.cards,
     }
 

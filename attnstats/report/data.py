@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +26,7 @@ from attnstats.study.text import token_text, visible
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
 MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question
 WITHOUT_SCRIPT = 20_000  # tokens that the page shows without scripts
+MAX_PROMPTS = 200
 SPARK_POINTS = 80
 FLOOR, CODES = 1e-5, 254  # the least attention that is distinguished from 0; steps from there to 1
 
@@ -35,30 +36,42 @@ class Shown:
     """The data of each prompt on the page, and the parts that were left out.
 
     Attributes:
-        prompts, maps: JSON; None where maps are left out.
+        prompts, maps: JSON by the prompt's number; None where maps are left out.
         cards: entries of the index. plain: responses for browsers without scripts, of the first prompts.
         left_out: sentences.
     """
 
-    prompts: list[str]
-    maps: list[str | None]
+    prompts: dict[int, str]
+    maps: dict[int, str | None]
     cards: list[dict[str, Any]]
     plain: list[dict[str, Any]]
     left_out: list[str]
 
 
-def fit(analyses: Iterable[Analysis], count: int) -> Shown:
-    """As many of `count` analyses, in order, as fit MAX_BYTES, and the maps of as many as fit beside them."""
-    shown = Shown([], [], [], [], [])
+def sample(count: int) -> list[int]:
+    """The indices of the prompts to show: all, or MAX_PROMPTS of them, spread evenly over `count`."""
+    shown = min(count, MAX_PROMPTS)
+    return [i * count // shown for i in range(shown)]
+
+
+def fit(analyses: Sequence[Analysis]) -> Shown:
+    """As many analyses of a sample, in order, as fit MAX_BYTES, and the maps of as many as fit beside them.
+
+    They are read one at a time.
+    """
+    count = len(analyses)
+    shown = Shown({}, {}, [], [], [])
+    if count > MAX_PROMPTS:
+        shown.left_out.append(f"All but {MAX_PROMPTS:,} of {count:,} prompts, which are spread evenly over them.")
     room, room_without_script = MAX_BYTES, WITHOUT_SCRIPT
-    for number, analysis in enumerate(analyses, 1):
+    for number, analysis in ((i + 1, analyses[i]) for i in sample(count)):
         data = prompt(analysis)
         text = embedded(data)
         if len(text) > room:
             shown.left_out.append(f"All from prompt {number} of {count} on.")
             break
         room -= len(text)
-        shown.prompts.append(text)
+        shown.prompts[number] = text
         shown.cards.append(card(number, data))
         if room_without_script > 0:
             shown.plain.append(plain(number, data))
@@ -68,22 +81,22 @@ def fit(analyses: Iterable[Analysis], count: int) -> Shown:
             shown.left_out.append(f"Prompt {number}: its response from token {kept + 1} to {length}.")
         if not data["heads"]:
             shown.left_out.append(f"Prompt {number}: its {analysis.distance.numel()} heads.")
-        shown.maps.append(embedded(maps(analysis)))
+        shown.maps[number] = embedded(maps(analysis))
         _drop_maps(shown.maps, room)
-    without = [number for number, text in enumerate(shown.maps, 1) if text is None]
+    without = [number for number, text in shown.maps.items() if text is None]
     if without:
         shown.left_out.append(f"The maps of {len(without)} of the prompts, the first of them prompt {without[0]}.")
     return shown
 
 
-def _drop_maps(texts: list[str | None], room: int) -> None:
+def _drop_maps(texts: dict[int, str | None], room: int) -> None:
     """Drop maps from the end until the rest fit."""
-    size = sum(len(text) for text in texts if text)
-    for i in reversed(range(len(texts))):
+    size = sum(len(text) for text in texts.values() if text)
+    for number in reversed(texts):
         if size <= room:
             break
-        size -= len(texts[i] or "")
-        texts[i] = None
+        size -= len(texts[number] or "")
+        texts[number] = None
 
 
 def plain(number: int, data: dict[str, Any]) -> dict[str, Any]:

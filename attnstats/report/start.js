@@ -5,19 +5,20 @@ const count = page.cards.length;
 // Show the prompt in the address. Its data is parsed only now.
 function open() {
   const asked = Number(/^#prompt-(\d+)$/.exec(location.hash)?.[1]);
-  const number = asked >= 1 && asked <= count ? asked : 1;
+  const place = Math.max(0, page.cards.findIndex((card) => card.number === asked));
+  const { number } = page.cards[place];
   if (number === state.number) return;
   const isFirst = state.number === 0;
   Object.assign(state, { number, prompt: data(`data-${number}`), maps: data(`maps-${number}`), hovered: null });
   state.selected = Math.max(0, state.prompt.anchor.indexOf(0));
-  byId("number").textContent = count > 1 ? `Prompt ${number} of ${count}` : "Prompt";
+  byId("number").textContent = page.total > 1 ? `Prompt ${number} of ${page.total}` : "Prompt";
   byId("question").textContent = state.prompt.question;
   const sent = state.prompt.tokens.slice(0, state.prompt.start).join("");
   byId("sent").querySelector("pre").textContent = sent.replaceAll("↵", "↵\n");
   byId("steps").hidden = count < 2;
-  for (const [id, to] of [["previous", number - 1], ["next", number + 1]]) {
-    byId(id).hidden = to < 1 || to > count;
-    byId(id).href = `#prompt-${to}`;
+  for (const [id, card] of [["previous", page.cards[place - 1]], ["next", page.cards[place + 1]]]) {
+    byId(id).hidden = !card;
+    byId(id).href = `#prompt-${card?.number}`;
   }
   for (const link of byId("cards").querySelectorAll("a")) {
     if (link.hash === `#prompt-${number}`) link.setAttribute("aria-current", "true");

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from attnstats.study.maps import Maps
 from attnstats.study.prompts import SYSTEM
 from attnstats.study.store import Item, Store, corrupt
 from attnstats.transformers.selection import Layers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Part = TypeVar("Part", bound="Outline")
 
 
 @dataclass(frozen=True)
@@ -51,23 +56,53 @@ class Settings:
         return Sampling(self.max_tokens, self.temperature, self.seed)
 
 
+# The tensors that a store keeps under the names of fields, with their axes: layers, heads, tokens, response.
+_AXES = {name: axes for axes, names in {
+    "T": ("token_ids", "response", "received_valid", "waad", "fai", "fai_valid", "entropy"),
+    "LHT": ("head_received",),
+    "LH": ("distance", "received_kurtosis"),
+    "R": ("delta",),
+}.items() for name in names}  # fmt: skip
+_PER_HEAD = dict.fromkeys(("head_waad", "head_fai", "head_mean_distance"), "LHT")
+_MAPS = tuple(field.name for field in dataclasses.fields(Maps))
+_BOOLS = ("response", "fai_valid", "received_valid", "local", "global")
+_WITH_NAN = ("entropy", "received_kurtosis")
+
+
+class HeadSummary(NamedTuple):
+    """What a head profile needs of one response.
+
+    Attributes:
+        layers: indices of the captured layers.
+        distance: (L, H) float64, mean attention distance of each head over the response.
+        received_kurtosis: (L, H) float64, kurtosis of what each head receives (heads.RECEIVED); NaN where undefined.
+        rows: number of tokens of the response.
+    """
+
+    layers: tuple[int, ...]
+    distance: Tensor
+    received_kurtosis: Tensor
+    rows: int
+
+
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """A prompt, its response and their statistics: T positions of prompt and response, L layers, H heads.
+class Outline:
+    """A prompt, its response and their curves: T positions of prompt and response, L layers, H heads.
+
+    It is what tables and couplings need of an analysis, a small part of its file.
 
     Attributes:
         token_ids, tokens: (T,) the tokens, and the text that each adds (reading.pieces).
         shown: (T,) the texts with a part of a character as its bytes (reading.shown).
         response: (T,) bool, the positions that were generated.
         layers: indices of the captured layers.
-        head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
         head_received: (L, H, T) per head, heads.RECEIVED. received_valid: (T,) bool, where it has a value.
+        received_kurtosis: (L, H) float64, kurtosis of what each head receives over the response; NaN where undefined.
         distance: (L, H), mean attention distance of each head over the response.
         classes: the local and the global heads.
         waad: (T,), mean over the local heads. fai: (T,), mean over the global heads, 0 where not fai_valid.
         delta: (response length,), change of WAAD to the next token.
         entropy: (T,) in nats, of the distribution each token was drawn from; NaN for the first.
-        maps: mean maps of the local and of the global heads, pooled and near the diagonal.
     """
 
     question: str
@@ -76,11 +111,9 @@ class Analysis:
     shown: list[str]
     response: Tensor
     layers: tuple[int, ...]
-    head_waad: Tensor
-    head_fai: Tensor
-    head_mean_distance: Tensor
     head_received: Tensor
     received_valid: Tensor
+    received_kurtosis: Tensor
     distance: Tensor
     classes: HeadClasses
     waad: Tensor
@@ -88,32 +121,21 @@ class Analysis:
     fai_valid: Tensor
     delta: Tensor
     entropy: Tensor
-    maps: Maps
-
-    def stored(self) -> Item:
-        """The analysis as an item of a store: tensors by name, and the texts."""
-        tensors = {name: getattr(self, name) for name in _AXES}
-        tensors |= {"layers": torch.tensor(self.layers), "local": self.classes.local, "global": self.classes.global_}
-        tensors |= vars(self.maps)
-        pairs = enumerate(zip(self.tokens, self.shown, strict=True))
-        shown = {str(position): shown for position, (token, shown) in pairs if shown != token}
-        return tensors, {"question": self.question, "tokens": self.tokens, "shown": shown}
 
     @classmethod
-    def restored(cls, tensors: dict[str, Tensor], texts: dict[str, Any]) -> Analysis:
-        """The analysis of an item that `stored` made. Raises KeyError, TypeError or ValueError for any other."""
-        _check_item(tensors, texts)
-        tokens = list(map(str, texts["tokens"]))
-        shown = {int(position): str(text) for position, text in texts.get("shown", {}).items()}
-        return cls(
-            question=str(texts["question"]),
-            tokens=tokens,
-            shown=[shown.get(position, token) for position, token in enumerate(tokens)],
-            layers=tuple(tensors["layers"].tolist()),
-            classes=HeadClasses(tensors["local"], tensors["global"]),
-            maps=Maps(**{field.name: tensors[field.name] for field in dataclasses.fields(Maps)}),
-            **{name: tensors[name] for name in _AXES},
-        )
+    def tensors(cls) -> tuple[str, ...]:
+        """The names of the tensors of an item that `restored` needs."""
+        return (*_AXES, "layers", "local", "global")
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], texts: dict[str, Any]) -> Self:
+        """The outline in an item that `Analysis.stored` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: any other item.
+        """
+        _check_item({**_AXES, "layers": "L", "local": "LH", "global": "LH"}, tensors, texts)
+        return cls(**_fields(tensors, texts))
 
     @property
     def response_start(self) -> int:
@@ -134,26 +156,74 @@ class Analysis:
     def _top(self, values: Tensor, valid: Tensor | None, count: int) -> list[int]:
         return [self.response_start + i for i in rhythm.top(values[self.response], count, valid)]
 
-
-# The tensors of an Analysis that a store keeps under their own names, with their axes: layers, heads, tokens, response.
-_AXES = {name: axes for axes, names in {
-    "T": ("token_ids", "response", "received_valid", "waad", "fai", "fai_valid", "entropy"),
-    "LHT": ("head_waad", "head_fai", "head_mean_distance", "head_received"),
-    "LH": ("distance",),
-    "R": ("delta",),
-}.items() for name in names}  # fmt: skip
-_BOOLS = ("response", "fai_valid", "received_valid", "local", "global")
+    @property
+    def head_summary(self) -> HeadSummary:
+        return HeadSummary(self.layers, self.distance, self.received_kurtosis, int(self.response.sum()))
 
 
-def _check_item(tensors: dict[str, Tensor], texts: dict[str, Any]) -> None:
+@dataclass(frozen=True, eq=False)
+class Analysis(Outline):
+    """An outline with everything per head and token, and the maps.
+
+    Attributes:
+        head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
+        maps: mean maps of the local and of the global heads, pooled and near the diagonal.
+    """
+
+    head_waad: Tensor
+    head_fai: Tensor
+    head_mean_distance: Tensor
+    maps: Maps
+
+    def stored(self) -> Item:
+        """The analysis as an item of a store: tensors by name, and the texts."""
+        tensors = {name: getattr(self, name) for name in (*_AXES, *_PER_HEAD)}
+        tensors |= {"layers": torch.tensor(self.layers), "local": self.classes.local, "global": self.classes.global_}
+        tensors |= vars(self.maps)
+        pairs = enumerate(zip(self.tokens, self.shown, strict=True))
+        shown = {str(position): shown for position, (token, shown) in pairs if shown != token}
+        return tensors, {"question": self.question, "tokens": self.tokens, "shown": shown}
+
+    @classmethod
+    def tensors(cls) -> tuple[str, ...]:
+        """The names of the tensors of an item that `restored` needs."""
+        return (*super().tensors(), *_PER_HEAD, *_MAPS)
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], texts: dict[str, Any]) -> Self:
+        """The analysis of an item that `stored` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: any other item.
+        """
+        _check_item({**_AXES, **_PER_HEAD, "layers": "L", "local": "LH", "global": "LH"}, tensors, texts)
+        fields = _fields(tensors, texts) | {name: tensors[name] for name in _PER_HEAD}
+        return cls(**fields, maps=Maps(**{name: tensors[name] for name in _MAPS}))
+
+
+def _fields(tensors: dict[str, Tensor], texts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the outline in an item."""
+    tokens = list(map(str, texts["tokens"]))
+    shown = {int(position): str(text) for position, text in texts.get("shown", {}).items()}
+    return {
+        "question": str(texts["question"]),
+        "tokens": tokens,
+        "shown": [shown.get(position, token) for position, token in enumerate(tokens)],
+        "layers": tuple(tensors["layers"].tolist()),
+        "classes": HeadClasses(tensors["local"], tensors["global"]),
+        **{name: tensors[name] for name in _AXES},
+    }
+
+
+def _check_item(axes_of: dict[str, str], tensors: dict[str, Tensor], texts: dict[str, Any]) -> None:
     """Raises KeyError or ValueError for an item that is not an analysis; tables and pages don't check it again."""
     layers, heads = tensors["distance"].shape
     sizes = {"L": layers, "H": heads, "T": len(texts["tokens"]), "R": int(tensors["response"].count_nonzero())}
-    for name, axes in {**_AXES, "layers": "L", "local": "LH", "global": "LH"}.items():
+    for name, axes in axes_of.items():
         tensor, shape = tensors[name], tuple(sizes[axis] for axis in axes)
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-        if tensor.is_floating_point() and name != "entropy" and not tensor.isfinite().all():
+        if tensor.is_floating_point() and name not in _WITH_NAN and not tensor.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite entries")
         if (tensor.dtype == torch.bool) != (name in _BOOLS):
             raise ValueError(f"{name} has dtype {tensor.dtype}")
@@ -182,8 +252,24 @@ class Analyses(Sequence[Analysis]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         index = range(self._count)[place]
-        item = self._store.read(index)
+        return self._read(index, Analysis)
+
+    def outlines(self) -> Iterator[Outline]:
+        """The outlines in order, one at a time; little more than them is read."""
+        return (self._read(index, Outline) for index in range(self._count))
+
+    def head_summaries(self) -> Iterator[HeadSummary]:
+        """The head summaries in order, one at a time; little more than them is read."""
+        for index in range(self._count):
+            tensors, _ = self._store.read(index, ("layers", "distance", "received_kurtosis", "delta"))
+            layers, distance, kurtosis, delta = tensors.values()
+            if not (delta.dim() == 1 and len(delta) and distance.isfinite().all()):
+                raise corrupt(self._store.path(index), "not an analysis: no mean distances over a response")
+            yield HeadSummary(tuple(layers.tolist()), distance, kurtosis, len(delta))
+
+    def _read(self, index: int, kind: type[Part]) -> Part:
+        item = self._store.read(index, kind.tensors())
         try:
-            return Analysis.restored(*item)
+            return kind.restored(*item)
         except (KeyError, TypeError, ValueError) as error:
             raise corrupt(self._store.path(index), f"not an analysis: {error}") from error

@@ -1,58 +1,77 @@
-"""The head profile of a set of analyses, and the couplings between their curves.
+"""The findings of a corpus: the profile of its heads, its tables, and the couplings between its curves.
 
-Both read analyses one at a time and keep a few numbers or the mean curves of each. couplings.py is the paper's study of
-the couplings, over all layers and settings.
+Responses come one at a time and are not kept. The receiver heads of the couplings are known only when all heads are
+profiled, so that a corpus is gone through twice: its head summaries, which are small, then its outlines. couplings.py
+is the paper's study of the couplings, over all layers and settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from torch import Tensor
 
 from attnstats.chance import Chance, Coupling
 from attnstats.heads import HeadProfile, class_mean
 from attnstats.identity import ModelIdentity
-from attnstats.rhythm import Curves, couplings
-from attnstats.study.analysis import Analysis
+from attnstats.rhythm import CorpusRhythm, Curves
+from attnstats.study import tables
+from attnstats.study.analysis import HeadSummary, Outline
 
 RECEIVERS = 20
 
 
-def profile(analyses: Iterable[Analysis], model: ModelIdentity | None = None) -> HeadProfile:
-    """The profile of the captured layers' heads over all responses.
+def profile(summaries: Iterable[HeadSummary], model: ModelIdentity | None = None) -> HeadProfile:
+    """The profile of the captured layers' heads over all responses, of which each is taken once.
 
     Raises:
-        ValueError: there is no analysis.
+        ValueError: there is none.
     """
     total: HeadProfile | None = None
-    for analysis in analyses:
+    for summary in summaries:
         if total is None:
-            total = HeadProfile.empty(analysis.layers, analysis.distance.shape[1], model)
-        valid = analysis.response & analysis.received_valid
-        total = total.add(analysis.head_mean_distance, analysis.response, analysis.head_received, valid)
+            total = HeadProfile.empty(summary.layers, summary.distance.shape[1], model)
+        total = total.add_means(summary.distance, summary.rows, summary.received_kurtosis)
     if total is None:
-        raise ValueError("analyses is empty: a profile is of one response or more")
+        raise ValueError("summaries is empty: a profile is of one response or more")
     return total
 
 
-def curves(analysis: Analysis, receivers: Tensor) -> Curves:
+def curves(outline: Outline, receivers: Tensor) -> Curves:
     """The curves of a response; `receivers`, (L, H) bool, are the receiver heads of the corpus."""
-    response = analysis.response
-    received = class_mean(analysis.head_received, receivers)
+    response = outline.response
+    received = class_mean(outline.head_received, receivers)
     return Curves(
-        waad=analysis.waad[response],
-        fai=analysis.fai[response],
+        waad=outline.waad[response],
+        fai=outline.fai[response],
         receiver_fai=received[response],
-        entropy=analysis.entropy[response],
-        fai_valid=analysis.fai_valid[response],
-        receiver_valid=analysis.received_valid[response],
+        entropy=outline.entropy[response],
+        fai_valid=outline.fai_valid[response],
+        receiver_valid=outline.received_valid[response],
     )
 
 
-def coupled(analyses: Sequence[Analysis], heads: HeadProfile, chance: Chance = Chance()) -> tuple[Coupling, ...]:
-    """The paper's three couplings over the responses (Table 2); none if no head is a receiver."""
+def tabulate(
+    folder: Path,
+    outlines: Iterable[Outline],
+    heads: HeadProfile,
+    chance: Chance = Chance(),
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[Coupling, ...]:
+    """Write the tables of a corpus, and return the paper's three couplings over its responses (Table 2).
+
+    There is none if no head is a receiver. Each outline is taken once, and none is kept.
+
+    Args:
+        advance: called after each.
+    """
     receivers = heads.receivers(RECEIVERS)
-    if not receivers.any():
-        return ()
-    return couplings([curves(analysis, receivers) for analysis in analyses], chance=chance)
+    total = CorpusRhythm(chance=chance)
+    with tables.written(folder) as add:
+        for prompt, outline in enumerate(outlines):
+            add(prompt, outline)
+            if receivers.any():
+                total.add(curves(outline, receivers))
+            advance()
+    return total.couplings() if total.responses else ()

@@ -1,21 +1,20 @@
 """The output folder of a run: taking its place whole, the tables in it, and reading it again.
 
 A run works in `<out>.part`, which can be resumed, and is renamed to `<out>` at the end: an interrupted run leaves older
-results untouched. Tables hold all prompts (column `prompt`), as CSV and Parquet, and are written prompt by prompt.
+results untouched. tables.py writes the tables in it.
 """
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import errno
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,14 @@ from typing import Any
 import torch
 
 import attnstats
+from attnstats.chance import Coupling
 from attnstats.errors import InputError
-from attnstats.study.analysis import Analyses, Analysis, Settings
+from attnstats.study import tables
+from attnstats.study.analysis import Analyses, Settings
 from attnstats.study.store import ITEMS, RUN, Store, begin, corrupt, read_json, require_same
-from attnstats.study.text import spreadsheet_cell
 
-TOKENS, HEADS, SUMMARY, PROFILE, REPORT = "tokens", "heads", "summary.json", "heads.json", "report.html"
-TABLES = tuple(f"{name}.{kind}" for name in (TOKENS, HEADS) for kind in ("csv", "parquet"))
-TEXTS = {"token", "class"}  # text columns
-ROW_GROUP = 65_536  # rows of a Parquet row group
-FILES = (REPORT, *TABLES, PROFILE, SUMMARY, RUN, ITEMS)
+SUMMARY, PROFILE, REPORT = "summary.json", "heads.json", "report.html"
+FILES = (REPORT, *tables.FILES, PROFILE, SUMMARY, RUN, ITEMS)
 
 
 def workplace(out: Path) -> Path:
@@ -120,8 +117,8 @@ def finish(store: Store, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
-    """The analyses, settings and summary of a finished run.
+def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Coupling]]:
+    """The analyses, settings, summary and couplings of a finished run.
 
     Raises:
         InputError: no such folder, not one of `attnstats analyze`, or one that is damaged.
@@ -133,89 +130,25 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any]]:
     summary = read_json(folder / SUMMARY)
     try:
         settings = Settings(**{key: value for key, value in summary["settings"].items() if key != "preset"})
-        count = len(summary["prompts"])
+        count, couplings = int(summary["prompts"]), list(map(_coupling, summary["couplings"]))
         sections = [dict(summary[name]) for name in ("model", "versions", "timings_seconds", "peak_memory_bytes")]
         if not all(isinstance(value, (int, float)) for section in sections[2:] for value in section.values()):
             raise TypeError("seconds and bytes must be numbers")
+        if count < 1:
+            raise ValueError("there must be a prompt")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise corrupt(folder / SUMMARY, f"no settings, prompts and timings in it: {error}") from error
-    return Analyses(Store(folder), count), settings, summary
+    return Analyses(Store(folder), count), settings, summary, couplings
 
 
-def write_tables(folder: Path, analyses: Sequence[Analysis]) -> None:
-    """Write tokens and heads as .csv and .parquet, with all prompts in each; each analysis is read once."""
-    with _table(folder / TOKENS) as add_tokens, _table(folder / HEADS) as add_heads:
-        for prompt, analysis in enumerate(analyses):
-            add_tokens(token_rows(prompt, analysis))
-            add_heads(head_rows(prompt, analysis))
+def coupling_record(coupling: Coupling) -> dict[str, Any]:
+    """A coupling for summary.json: null for NaN, which JSON does not have."""
+    return {key: None if value != value else value for key, value in dataclasses.asdict(coupling).items()}
 
 
-@contextmanager
-def _table(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that appends rows, given as columns, to path.csv and path.parquet."""
-    import pandas
-    import pyarrow
-    import pyarrow.parquet
-
-    writer, waiting = None, []
-
-    def add(columns: dict[str, Any]) -> None:
-        table = pandas.DataFrame(columns)
-        waiting.append(table.copy())
-        # Cells must not run as formulas. Text is always quoted: a bare carriage return would end the row.
-        for column in TEXTS & set(table.columns):
-            table[column] = table[column].map(spreadsheet_cell)
-        table.to_csv(file, index=False, header=file.tell() == 0, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        if sum(map(len, waiting)) >= ROW_GROUP:
-            flush()
-
-    def flush() -> None:
-        nonlocal writer
-        if waiting:
-            group = pyarrow.Table.from_pandas(pandas.concat(waiting), preserve_index=False)
-            writer = writer or pyarrow.parquet.ParquetWriter(path.with_suffix(".parquet"), group.schema)
-            writer.write_table(group)
-            waiting.clear()
-
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        try:
-            yield add
-            flush()
-        finally:
-            if writer is not None:
-                writer.close()
-
-
-def token_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
-    """The columns of the tokens table. delta is NaN before the response, entropy for the first token.
-
-    A lone surrogate, which UTF-8 can't encode, is written as its escape.
-    """
-    delta = torch.full_like(analysis.waad, torch.nan)
-    delta[analysis.response] = analysis.delta
-    return {
-        "prompt": prompt,
-        "position": range(len(analysis.tokens)),
-        "token": [token.encode("utf-8", "backslashreplace").decode() for token in analysis.tokens],
-        "is_response": analysis.response.numpy(),
-        "waad": analysis.waad.numpy(),
-        "fai": analysis.fai.numpy(),
-        "fai_valid": analysis.fai_valid.numpy(),
-        "delta": delta.numpy(),
-        "entropy": analysis.entropy.numpy(),
-    }
-
-
-def head_rows(prompt: int, analysis: Analysis) -> dict[str, Any]:
-    """The columns of the heads table: mean distance over the response in tokens, and class."""
-    layers, heads = analysis.distance.shape
-    return {
-        "prompt": prompt,
-        "layer": [layer for layer in analysis.layers for _ in range(heads)],
-        "head": list(range(heads)) * layers,
-        "mean_distance": analysis.distance.flatten().numpy(),
-        "class": [analysis.classes.name(i, head) for i in range(layers) for head in range(heads)],
-    }
+def _coupling(record: dict[str, Any]) -> Coupling:
+    fields: dict[str, Any] = {key: math.nan if value is None else value for key, value in record.items()}
+    return Coupling(**fields)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -124,6 +124,7 @@ def measure(
         classes = heads.classify(distance, settings.head_share)
     else:
         classes = profile.classes(settings.head_share, run.layers).of([profile.layers.index(i) for i in run.layers])
+    received_valid = run.valid[heads.RECEIVED][0].cpu()
     mean_waad = heads.class_mean(waad, classes.local)
     tokens = pieces(loaded.tokenizer, prompt + response)
     return Analysis(
@@ -137,7 +138,8 @@ def measure(
         head_fai=fai,
         head_mean_distance=mean_distance,
         head_received=received,
-        received_valid=run.valid[heads.RECEIVED][0].cpu(),
+        received_valid=received_valid,
+        received_kurtosis=heads.kurtosis(received, in_response & received_valid),
         distance=distance,
         classes=classes,
         waad=mean_waad,

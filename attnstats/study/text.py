@@ -6,12 +6,14 @@ loses information that a reader could need.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 # Controls, surrogates, formats (all bidi marks, overrides and isolates are among them), line and paragraph separators.
 _INVISIBLE = ("Cc", "Cs", "Cf", "Zl", "Zp")
 PART = "·"  # shown for a token that adds no text
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\0")
+# A text that a spreadsheet would run, or one that `spreadsheet_cell` could have made; as Python and RE2 read it.
+FORMULA = r"\A'*[=+\-@\t\r\x00" + "\uff1d\uff0b\uff0d\uff20]"  # in some locales full-width signs are run too
 
 
 def visible(text: str, *, newline: str = "\n", tab: str = "\t") -> str:
@@ -51,5 +53,30 @@ def _visible(character: str) -> str:
 
 
 def spreadsheet_cell(text: str) -> str:
-    """`text` with a leading `'` if a spreadsheet would run it as a formula."""
-    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+    """`text` with a leading `'` if a spreadsheet would run it as a formula; `from_spreadsheet_cell` undoes it.
+
+    Example:
+        >>> [spreadsheet_cell(text) for text in ("=1+1", "'=1+1", "'s", "1-1")]
+        ["'=1+1", "''=1+1", "'s", '1-1']
+    """
+    return f"'{text}" if re.match(FORMULA, text) else text
+
+
+def from_spreadsheet_cell(cell: str) -> str:
+    """The text of a cell that `spreadsheet_cell` made.
+
+    Example:
+        >>> [from_spreadsheet_cell(cell) for cell in ("'=1+1", "''=1+1", "'s", "1-1")]
+        ['=1+1', "'=1+1", "'s", '1-1']
+    """
+    return cell[1:] if cell.startswith("'") and re.match(FORMULA, cell) else cell
+
+
+def utf8(text: str) -> str:
+    """`text` with a lone surrogate, which UTF-8 can't encode, as its escape.
+
+    Example:
+        >>> utf8("a\ud800b")
+        'a\\\\ud800b'
+    """
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

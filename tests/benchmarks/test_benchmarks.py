@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import last_queries, memory, overhead, report, whole_model
+from attnstats.study import tables
+from benchmarks import corpus, last_queries, memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.summary import Series
 from benchmarks.test_attention import inputs_of, turns, verify
@@ -116,6 +117,17 @@ def test_report_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {tuple(s["seconds"]) for s in kept["series"] if s["contender"] == "eager"} == {(9.9, 22.0, 60.0)}
     text = (results / "cpu.md").read_text()
     assert "| 4096 | MHA | **attnstats** | 2200.0 | 1.10 | 1.00 | 12 | 1500.0 | 1.50 |" in text
+
+
+def test_a_corpus_is_summarised_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "RESULT", tmp_path / "results" / "corpus.json")
+    monkeypatch.setattr(corpus, "DISTINCT", 3)
+    monkeypatch.setattr("sys.argv", ["corpus", "--prompts", "8", "--folder", str(tmp_path)])
+    assert corpus.main() == 0
+    record = json.loads(corpus.RESULT.read_text())
+    assert list(record["stages"]) == ["profile", "tables and couplings", "page", "a question of the tables"]
+    assert set(record["bytes_of_files"]) == {*tables.FILES, "report.html", "run.json"}
+    assert record["total"]["seconds"] > 0
 
 
 def test_overhead_times_every_call() -> None:

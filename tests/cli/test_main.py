@@ -32,6 +32,10 @@ def tiny(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
+def prompts_of(out):
+    return list(map(json.loads, (out / "prompts.jsonl").read_text().splitlines()))
+
+
 def command(*arguments):
     return [sys.executable, "-m", "attnstats.cli", *map(str, arguments)]
 
@@ -51,9 +55,10 @@ def test_main_job_on_the_real_model(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert max(summary["largest_difference_from_eager"].values()) <= 1e-4
     assert summary["settings"] | {"window": 10, "fai_lo": 10, "fai_hi": 100, "head_share": 0.3} == summary["settings"]
-    assert {"load", "generate", "statistics", "verify"} == set(summary["timings_seconds"])
-    (prompt,) = summary["prompts"]
-    assert prompt["layers"] == [10, 12, 15, 18, 20]
+    assert {"load", "generate", "statistics", "verify", "tables"} == set(summary["timings_seconds"])
+    assert summary["prompts"] == 1
+    assert summary["layers"] == [10, 12, 15, 18, 20]
+    (prompt,) = prompts_of(out)
     tokens = pandas.read_csv(out / "tokens.csv")
     response = tokens[tokens.is_response]
     assert len(response) == prompt["response_tokens"] <= 40
@@ -89,8 +94,8 @@ def test_options_reach_the_pipeline(tmp_path, tiny, capsys):
     }
     expected |= {"max_tokens": 20, "temperature": 0.9, "seed": 5, "system": ""}
     assert summary["settings"] == expected
-    assert [prompt["question"] for prompt in summary["prompts"]] == ["how many", "are left"]
-    assert [prompt["layers"] for prompt in summary["prompts"]] == [[0, 3, 4, 5]] * 2
+    assert (summary["prompts"], summary["layers"]) == (2, [0, 3, 4, 5])
+    assert [prompt["question"] for prompt in prompts_of(tmp_path / "out")] == ["how many", "are left"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -390,6 +390,23 @@ def test_a_prompt_is_opened_by_its_address(visit):
     assert visit("many", anchor="#prompt-71").inner_text("#question") == "Question 0?"
 
 
+def test_a_sample_keeps_the_numbers_of_its_prompts(visit, folder, monkeypatch):
+    monkeypatch.setattr(data, "MAX_PROMPTS", 3)
+    prompts = [synthetic_analysis(WORDS, question=f"Question {i + 1}?") for i in range(10)]
+    (folder / "sample.html").write_text(report.render(prompts, Settings(), SUMMARY), encoding="utf-8")
+    page = visit("sample")
+    seen = []
+    while not page.is_hidden("#next"):
+        seen.append((page.inner_text("#number"), page.inner_text("#question")))
+        page.click("#next")
+    seen.append((page.inner_text("#number"), page.inner_text("#question")))
+    assert seen == [(f"Prompt {n} of 10", f"Question {n}?") for n in (1, 4, 7)]
+    page.click("#previous")
+    assert page.locator("[aria-current=true]").get_attribute("href") == "#prompt-4"
+    assert visit("sample", anchor="#prompt-7").inner_text("#question") == "Question 7?"
+    assert visit("sample", anchor="#prompt-2").inner_text("#question") == "Question 1?"
+
+
 def test_a_prompt_is_parsed_when_it_is_opened(visit):
     """70 prompts of 400 tokens are 8 MB: only the one that is looked at is in the document as elements."""
     page = visit("many")

@@ -47,7 +47,7 @@ def folder(tmp_path_factory, analysis):
         store.write(index, *analysis.stored())
     settings = {"preset": "paper_v2", **dataclasses.asdict(Settings())}
     sections: dict[str, dict[str, str]] = {"model": {}, "versions": {}, "timings_seconds": {}, "peak_memory_bytes": {}}
-    outputs.write_summary(folder, {"settings": settings, "prompts": [{}, {}], **sections})
+    outputs.write_summary(folder, {"settings": settings, "prompts": 2, "couplings": [], **sections})
     return folder
 
 

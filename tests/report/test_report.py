@@ -11,6 +11,7 @@ import json
 import math
 import re
 import types
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -272,6 +273,29 @@ def test_what_is_left_out_is_said(monkeypatch, limits, notice, prompts, maps):
     assert notice in page.within("li")
     assert len([name for name in page.data if re.fullmatch(r"data-\d", name)]) == prompts
     assert len([name for name in page.data if re.fullmatch(r"maps-\d", name)]) == maps
+
+
+def test_a_sample_of_many_prompts_is_shown_and_no_other_is_read(monkeypatch):
+    analysis, read = synthetic_analysis(HOSTILE), []
+
+    class Many(Sequence):
+        def __len__(self):
+            return 1234
+
+        def __getitem__(self, index):
+            read.append(index)
+            return dataclasses.replace(analysis, question=f"Question {index}?")
+
+    monkeypatch.setattr(data, "MAX_PROMPTS", 4)
+    page = Page(report.render(Many(), Settings(), SUMMARY))
+    assert read == [0, 308, 617, 925]
+    assert "All but 4 of 1,234 prompts, which are spread evenly over them." in page.within("li")
+    assert "answered 1,234 prompts, of which 4 are shown." in page.within("p")
+    numbers = [1, 309, 618, 926]
+    assert [card["number"] for card in page.data["data-page"]["cards"]] == numbers
+    assert page.data.keys() == {"data-page", *(f"{kind}-{n}" for kind in ("data", "maps") for n in numbers)}
+    assert page.data["data-618"]["question"] == "Question 617?"
+    assert page.data["data-page"]["total"] == 1234
 
 
 def test_no_analysis_is_an_error():

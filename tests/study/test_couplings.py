@@ -375,6 +375,16 @@ def test_another_end_token_is_another_run(folder, tmp_path):
         command.run(options_of(*arguments_of(model, tmp_path / "out", "--resume")))
 
 
+def test_the_tables_of_a_corpus_read_one_response_at_a_time(store, tiny, tmp_path, alive):
+    larger = begin(tmp_path / "larger", {}, resume=False)
+    for index in range(4 * len(QUESTIONS)):
+        larger.write(index, *store.read(index % len(QUESTIONS)))
+    tensors = len(larger.read(0)[0])
+    alive[0] = 0
+    examine(larger, identity(tiny.model), FAST)
+    assert 5 <= alive[0] <= 2 * tensors
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_so(folder, tmp_path):
     message = r"5 answers, 3 of them with statistics, of 5 prompts, kept in .*corpus; go on with --resume"
     # The first pass is a check of the model, before anything is generated.

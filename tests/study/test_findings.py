@@ -19,21 +19,28 @@ def analyses():
     return [synthetic_analysis([f"w{i}" for i in range(length)], prompt=3) for length in (40, 55, 41, 42, 43)]
 
 
+def profile_of(analyses):
+    return findings.profile(analysis.head_summary for analysis in analyses)
+
+
+def coupled(analyses, folder):
+    return findings.tabulate(folder, analyses, profile_of(analyses), CHANCE)
+
+
 def test_a_profile_is_of_all_response_rows_and_valid_keys(analyses):
-    profile = findings.profile(analyses)
+    profile = profile_of(analyses)
     rows = torch.cat([a.head_mean_distance[..., a.response] for a in analyses], dim=-1)
     torch.testing.assert_close(profile.distance, rows.double().mean(-1))
     each = [
         scipy.stats.kurtosis(a.head_received[..., a.response & a.received_valid].double(), axis=-1) for a in analyses
     ]
     torch.testing.assert_close(profile.kurtosis, torch.tensor(sum(each) / len(each)))
-    with pytest.raises(ValueError, match="analyses is empty"):
+    with pytest.raises(ValueError, match="summaries is empty"):
         findings.profile([])
 
 
-def test_couplings_are_of_the_response_alone(analyses):
-    profile = findings.profile(analyses)
-    found = findings.coupled(analyses, profile, CHANCE)
+def test_couplings_are_of_the_response_alone(analyses, tmp_path):
+    found = coupled(analyses, tmp_path)
     spoiled = []
     for analysis in analyses:
         changes = {}
@@ -42,24 +49,24 @@ def test_couplings_are_of_the_response_alone(analyses):
             values[..., ~analysis.response] = 99.0
             changes[name] = values
         spoiled.append(dataclasses.replace(analysis, **changes))
-    assert findings.coupled(spoiled, profile, CHANCE) == found
+    assert coupled(spoiled, tmp_path) == found
     assert [c.count > 0 for c in found] == [True] * 3
 
 
-def test_entropy_that_follows_waad_is_found(analyses):
-    coupled = [dataclasses.replace(a, entropy=a.waad / 10) for a in analyses]
-    first, *_ = findings.coupled(coupled, findings.profile(coupled), CHANCE)
+def test_entropy_that_follows_waad_is_found(analyses, tmp_path):
+    following = [dataclasses.replace(a, entropy=a.waad / 10) for a in analyses]
+    first, *_ = coupled(following, tmp_path)
     assert first.lift > 0.2
     assert first.p_value < 0.01
 
 
-def test_without_a_receiver_there_is_no_coupling():
+def test_without_a_receiver_there_is_no_coupling(tmp_path):
     short = [synthetic_analysis(["a", "b", "c"])]
-    assert findings.coupled(short, findings.profile(short)) == ()
+    assert coupled(short, tmp_path) == ()
 
 
 def test_tokens_without_a_value_are_no_peaks_of_receivers(analyses):
-    receivers = findings.profile(analyses).receivers(findings.RECEIVERS)
+    receivers = profile_of(analyses).receivers(findings.RECEIVERS)
     for analysis in analyses:
         curves = findings.curves(analysis, receivers)
         assert torch.equal(curves.valid("receiver_fai"), analysis.received_valid[analysis.response])

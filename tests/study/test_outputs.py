@@ -1,17 +1,15 @@
 """The output folder: tables and tensors read back, and a folder that changes whole or not at all."""
 
-import csv
 import dataclasses
 import json
 import os
 import sys
 
-import pandas
 import pytest
 import torch
 
 from attnstats.errors import InputError
-from attnstats.study import outputs
+from attnstats.study import outputs, tables
 from attnstats.study.analysis import Analyses
 from attnstats.study.store import begin
 from tests.tiny import synthetic_analysis
@@ -22,54 +20,6 @@ TOKENS = ["how", " many", " so", "\n\n", "=1+1", '"q", x', "\r", "\ud800", "\0",
 @pytest.fixture
 def analyses():
     return [synthetic_analysis(TOKENS), synthetic_analysis(["a", "b", "c"], prompt=1)]
-
-
-def test_tokens_table(tmp_path, analyses):
-    outputs.write_tables(tmp_path, analyses)
-    table = pandas.read_csv(tmp_path / "tokens.csv", keep_default_na=False, na_values={"delta": "", "entropy": ""})
-    columns = ["prompt", "position", "token", "is_response", "waad", "fai", "fai_valid", "delta", "entropy"]
-    assert list(table.columns) == columns
-    for number, analysis in enumerate(analyses):
-        rows = table[table.prompt == number]
-        assert rows.position.tolist() == list(range(len(analysis.tokens)))
-        assert rows.is_response.tolist() == analysis.response.tolist()
-        assert rows.fai_valid.tolist() == analysis.fai_valid.tolist()
-        assert rows.waad.tolist() == pytest.approx(analysis.waad.tolist())
-        assert rows.fai.tolist() == pytest.approx(analysis.fai.tolist())
-        assert rows.delta[rows.is_response].tolist() == pytest.approx(analysis.delta.tolist())
-        assert rows.delta[~rows.is_response].isna().all()
-        assert rows.entropy.isna().tolist() == [True] + [False] * (len(rows) - 1)
-
-
-def test_token_cells_are_whole_and_no_formulas(tmp_path, analyses):
-    outputs.write_tables(tmp_path, analyses)
-    with (tmp_path / "tokens.csv").open(newline="", encoding="utf-8") as file:
-        cells = [row["token"] for row in csv.DictReader(file) if row["prompt"] == "0"]
-    assert cells == ["how", " many", " so", "\n\n", "'=1+1", '"q", x', "'\r", "\\ud800", "'\0", "漢字", " end"]
-
-
-def test_heads_table(tmp_path, analyses):
-    outputs.write_tables(tmp_path, analyses)
-    table = pandas.read_csv(tmp_path / "heads.csv")
-    assert list(table.columns) == ["prompt", "layer", "head", "mean_distance", "class"]
-    rows = table[table.prompt == 0]
-    assert list(zip(rows.layer, rows["head"], strict=True)) == [(layer, h) for layer in (3, 5) for h in range(3)]
-    assert rows.mean_distance.tolist() == pytest.approx(analyses[0].distance.flatten().tolist())
-    assert rows["class"].value_counts().to_dict() == {"local": 1, "global": 1, "middle": 4}
-    assert rows.loc[rows.mean_distance.idxmin(), "class"] == "local"
-    assert rows.loc[rows.mean_distance.idxmax(), "class"] == "global"
-
-
-def test_parquet_holds_what_csv_holds_and_the_tokens_as_they_are(tmp_path, analyses):
-    outputs.write_tables(tmp_path, analyses)
-    for name in ("tokens", "heads"):
-        table = pandas.read_csv(tmp_path / f"{name}.csv", keep_default_na=False, na_values={"delta": "", "entropy": ""})
-        kept = pandas.read_parquet(tmp_path / f"{name}.parquet")
-        assert list(kept.columns) == list(table.columns)
-        numbers = kept.select_dtypes("number").columns
-        pandas.testing.assert_frame_equal(kept[numbers], table[numbers], check_dtype=False)
-    tokens = pandas.read_parquet(tmp_path / "tokens.parquet")
-    assert tokens[tokens.prompt == 0].token.tolist() == [*TOKENS[:7], "\\ud800", *TOKENS[8:]]
 
 
 def test_an_analysis_comes_back_from_a_store_as_it_was(tmp_path, analyses):
@@ -103,7 +53,7 @@ def test_summary_is_plain_json(tmp_path):
 def test_every_file_follows_the_umask(tmp_path, analyses):
     before = os.umask(0o027)
     try:
-        outputs.write_tables(tmp_path, analyses)
+        tables.write(tmp_path, analyses)
         outputs.write_summary(tmp_path, {})
         store = begin(tmp_path / "run", {}, resume=False)
         store.write_response(0, [1], [2])
@@ -113,7 +63,7 @@ def test_every_file_follows_the_umask(tmp_path, analyses):
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
     items = {"run.json", "000000.json", "000000.safetensors"}
-    assert modes == dict.fromkeys({*outputs.TABLES, outputs.SUMMARY, *items}, "0o640")
+    assert modes == dict.fromkeys({*tables.FILES, outputs.SUMMARY, *items}, "0o640")
 
 
 def test_versions_and_memory():
