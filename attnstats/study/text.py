@@ -76,7 +76,7 @@ def utf8(text: str) -> str:
     """`text` with a lone surrogate, which UTF-8 can't encode, as its escape.
 
     Example:
-        >>> utf8("a\ud800b")
-        'a\\\\ud800b'
+        >>> print(utf8("a" + chr(0xD800)))
+        a\\ud800
     """
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
