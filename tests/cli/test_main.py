@@ -279,7 +279,7 @@ def test_conversations_are_answered(tmp_path, tiny):
     out = tmp_path / "out"
     options = ["--prompts", str(tmp_path / "a.json"), "--max-tokens", "12", "--system", "are", "--out", str(out)]
     assert main(["analyze", "--model", str(tiny), *options]) == 0
-    prompts = json.loads((out / "summary.json").read_text())["prompts"]
+    prompts = prompts_of(out)
     assert [prompt["question"] for prompt in prompts] == ["how many", "rolls"]
     tokens = pandas.read_parquet(out / "tokens.parquet")
     sent = tokens[(tokens.prompt == 1) & ~tokens.is_response].token
