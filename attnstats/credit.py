@@ -188,7 +188,7 @@ def random_tokens(
         4
     """
     check_mask("mask", mask)
-    drawn = torch.rand(mask.shape, generator=generator, device=mask.device)
+    drawn = torch.rand(mask.shape, generator=generator, device=mask.device, dtype=torch.float32)
     return _amplified(top_share_unchecked(drawn, mask, q), mask, amp, drawn.dtype, keep_mean)
 
 

@@ -97,7 +97,7 @@ class Responses:
 
     def delta(self, curve: Tensor) -> Tensor:
         """[B, T + 1] delta of a gathered curve, 0 in the last slot."""
-        steps = torch.arange(curve.shape[1], device=curve.device)
+        steps = torch.arange(curve.shape[1], device=curve.device, dtype=torch.int64)
         return delta(curve).masked_fill_(steps >= self.length - 1, 0)
 
 
@@ -129,7 +129,7 @@ def top_share_unchecked(
 
 def lower_median(gathered: Tensor, length: Tensor) -> Tensor:
     """[B, 1] median of the first `length` [B, 1] values of each row [B, T]; the lower of two middle values."""
-    first = torch.arange(gathered.shape[1], device=gathered.device) < length
+    first = torch.arange(gathered.shape[1], device=gathered.device, dtype=torch.int64) < length
     return _largest(gathered, first, length // 2 + 1, gathered.shape[1] // 2 + 1)
 
 

@@ -140,7 +140,7 @@ def segment_received(pooled: Tensor, sizes: Sequence[int] | Tensor, ignore: int 
         >>> segment_received(pooled, [2, 1, 1], ignore=1)
         tensor([1.5000, 6.0000,    nan], dtype=torch.float64)
     """
-    sizes = torch.as_tensor(sizes, device=pooled.device)
+    sizes = torch.as_tensor(sizes, device=pooled.device, dtype=torch.int64)
     count = len(sizes)
     if pooled.dim() < 2 or tuple(pooled.shape[-2:]) != (count, count):
         raise ValueError(f"pooled must be (..., S, S) with S = {count}, the number of sizes; got {tuple(pooled.shape)}")
@@ -191,7 +191,7 @@ class HeadProfile:
     def empty(cls, layers: Iterable[int], heads: int, model: ModelIdentity | None = None) -> HeadProfile:
         """A profile of no sequences."""
         layers = tuple(layers)
-        zeros = torch.zeros(len(layers), heads, dtype=torch.float64)
+        zeros = torch.zeros(len(layers), heads, dtype=torch.float64, device="cpu")
         return cls(layers, zeros, 0, zeros, zeros.long(), 0, model)
 
     def add(
@@ -323,11 +323,11 @@ class HeadProfile:
     def _rows(self, layers: Iterable[int] | None) -> Tensor:
         """Indices of some layers (None: all) along the first axis."""
         if layers is None:
-            return torch.arange(len(self.layers))
+            return torch.arange(len(self.layers), dtype=torch.int64, device="cpu")
         layers = sorted(set(layers))
         if missing := [layer for layer in layers if layer not in self.layers]:
             raise ValueError(f"layers: the profile has no layers {missing}, only {list(self.layers)}")
-        return torch.tensor([self.layers.index(layer) for layer in layers], dtype=torch.long)
+        return torch.tensor([self.layers.index(layer) for layer in layers], dtype=torch.long, device="cpu")
 
     def _check(self, values: Tensor, name: str) -> None:
         if values.dim() != 3 or values.shape[:2] != self.distance_sum.shape:
@@ -353,7 +353,7 @@ def _parsed(content: dict[str, Any]) -> HeadProfile:
     """The profile in the content of a file. Raises KeyError, TypeError or ValueError."""
     layers = tuple(int(layer) for layer in content["layers"])
     model = ModelIdentity(**content["model"])
-    matrices = {name: torch.tensor(content[name], dtype=torch.float64) for name in MATRICES}
+    matrices = {name: torch.tensor(content[name], dtype=torch.float64, device="cpu") for name in MATRICES}
     for name, matrix in matrices.items():
         if matrix.shape != (len(layers), model.heads) or not matrix.isfinite().all():
             raise ValueError(f"{name} must be {(len(layers), model.heads)} finite numbers")

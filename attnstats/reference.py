@@ -105,7 +105,7 @@ def _dropped(weights: Tensor, geometry: Geometry) -> Tensor:
     if geometry.dropout_seed is None:
         return weights
     generator = torch.Generator(geometry.device).manual_seed(int(geometry.dropout_seed))
-    drawn = torch.rand(weights.shape, generator=generator, device=geometry.device)
+    drawn = torch.rand(weights.shape, generator=generator, device=geometry.device, dtype=torch.float32)
     return weights.masked_fill(drawn < geometry.dropout_p, 0.0) / (1 - geometry.dropout_p)
 
 
@@ -147,15 +147,15 @@ class _Places(NamedTuple):
 
 
 def _places(geometry: Geometry) -> _Places:
-    query = torch.arange(geometry.query_length, device=geometry.device)
-    key = torch.arange(geometry.key_length, device=geometry.device)
+    query = torch.arange(geometry.query_length, device=geometry.device, dtype=torch.int64)
+    key = torch.arange(geometry.key_length, device=geometry.device, dtype=torch.int64)
     if geometry.packing is None:
         return _Places(query + geometry.offset, key, torch.zeros_like(query), torch.zeros_like(key))
     places = _Places(query, key, torch.full_like(query, -1), torch.full_like(key, -2))
     for i, (queries, keys) in enumerate(geometry.packing.slices()):
         length, key_length = queries.stop - queries.start, keys.stop - keys.start
-        places.query[queries] = torch.arange(length, device=geometry.device) + key_length - length
-        places.key[keys] = torch.arange(key_length, device=geometry.device)
+        places.query[queries] = torch.arange(length, device=geometry.device, dtype=torch.int64) + key_length - length
+        places.key[keys] = torch.arange(key_length, device=geometry.device, dtype=torch.int64)
         places.query_sequence[queries] = i
         places.key_sequence[keys] = i
     return places

@@ -118,7 +118,7 @@ class SegmentAttention:
     @property
     def sizes(self) -> Tensor:
         """(S,) number of tokens of each segment."""
-        return torch.tensor([end - begin for begin, end in pairwise(self.boundaries)])
+        return torch.tensor([end - begin for begin, end in pairwise(self.boundaries)], dtype=torch.int64, device="cpu")
 
     def per_query(self) -> Tensor:
         """(L, H, S, S): attention to segment j of a token in segment i, a mean over its tokens; rows sum to 1."""
@@ -139,8 +139,8 @@ class SegmentAttention:
             first: the first segment that counts; 1 leaves out the prompt, which `boundaries(start=...)` makes one.
         """
         received = self.received(ignore)
-        valid = received[0, 0].isfinite() & (torch.arange(len(self.sizes)) >= first)
-        counted = torch.arange(self.boundaries[-1]) >= self.boundaries[first]
+        valid = received[0, 0].isfinite() & (torch.arange(len(self.sizes), dtype=torch.int64, device="cpu") >= first)
+        counted = torch.arange(self.boundaries[-1], dtype=torch.int64, device="cpu") >= self.boundaries[first]
         return profile.add(self.mean_distance, counted, received, valid)
 
 

@@ -141,12 +141,12 @@ class Statistic:
         return (key_length if self.axis == "column" else query_length,)
 
     def weight(self, distance: Tensor) -> Tensor:
-        """The weight at each signed distance, elementwise; distances are whole numbers, as integers or in float64."""
+        """The weight at each signed distance, elementwise; distances are whole numbers in float64."""
         raise TypeError(f"{type(self).__name__} defines no weight(distance)")
 
     def weight_as(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight in a dtype; for float64 from float64 distances, or fractional weights would be float32."""
-        return self.weight(distance.double() if dtype == torch.float64 else distance).to(dtype)
+        """The weight in a dtype, from float64 distances: fractional weights of integers have torch's default dtype."""
+        return self.weight(distance.double()).to(dtype)
 
     def row(self, weights: Tensor, scores: Tensor) -> Tensor:
         """The statistic (..., Tq) of whole rows of A (..., Tq, Tk) and of their scores.
@@ -494,8 +494,8 @@ def _check_contract(statistic: Statistic) -> None:
         raise ValueError(f"statistics: {statistic}: band must be (lo, hi) with lo <= hi, got {statistic.band}")
     if statistic.axis == "column" and statistic.tail != 0:
         raise ValueError(f"statistics: {statistic}: the tail of a column statistic must be 0, got {statistic.tail}")
-    below, above = torch.arange(lo - 64, lo), torch.arange(hi + 1, hi + 65)
-    distance = torch.cat([torch.tensor([-(2**20)]), below, torch.arange(lo, hi + 1), above, torch.tensor([2**20])])
+    around = torch.arange(lo - 64, hi + 65, dtype=torch.float64, device="cpu")
+    distance = torch.nn.functional.pad(torch.nn.functional.pad(around, (1, 0), value=-(2**20)), (0, 1), value=2**20)
     weight = statistic.weight(distance)
     if not isinstance(weight, Tensor) or weight.shape != distance.shape or weight.is_complex():
         got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__

@@ -73,7 +73,7 @@ def with_dropout_seed(geometry: Geometry, seed: Tensor | None = None) -> Geometr
 
 def draw_seed(device: torch.device) -> Tensor:
     """(1,) int64 from the default generator of the device."""
-    return torch.randint(2**62, (1,), device=device)
+    return torch.randint(2**62, (1,), device=device, dtype=torch.int64)
 
 
 def _cache_key(
@@ -171,7 +171,7 @@ def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], op
     _check_mask("key_padding_mask", options.key_padding_mask, (batch, key_length), query.device)
     real_keys, real_queries = options.key_padding_mask, None
     if real_keys is not None and query_offset is not None:  # padding positions aren't queries either
-        position = torch.arange(query_length, device=query.device) + query_offset
+        position = torch.arange(query_length, device=query.device, dtype=torch.int64) + query_offset
         real_queries = real_keys[:, position.clamp(max=key_length - 1)] | (position >= key_length)
     key_mask, dense_mask = _split_mask(options.attn_mask, query, key_length)
     return {

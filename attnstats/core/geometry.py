@@ -227,7 +227,7 @@ class Geometry:
         first, end = self.seen()
         pairs = (end - first).expand(self.query_length)
         if last_queries is not None:
-            index = torch.arange(self.query_length, device=self.device)
+            index = torch.arange(self.query_length, device=self.device, dtype=torch.int64)
             pairs = pairs[self._along_queries().own_end - index <= last_queries]
         return int(pairs.sum())
 
@@ -266,19 +266,19 @@ class Geometry:
             real = torch.ones(self.batch, self.key_length, dtype=torch.bool, device=self.device)
         if self.packing is None:
             return real
-        return real & (torch.arange(self.key_length, device=self.device) < self.packing.keys[-1])
+        return real & (torch.arange(self.key_length, device=self.device, dtype=torch.int64) < self.packing.keys[-1])
 
     def _along_queries(self) -> Line:
         if self.packing is not None:
             return self.packing.along_queries(self.query_length)
-        position = torch.arange(self.query_length, device=self.device) + self.offset
+        position = torch.arange(self.query_length, device=self.device, dtype=torch.int64) + self.offset
         return Line(position, *(position.new_full((), n) for n in (self.query_length, 0, self.key_length)))
 
     def _along_keys(self) -> Line:
         """Here positions count from the first query of the sequence: query i stands at i."""
         if self.packing is not None:
             return self.packing.along_keys(self.key_length)
-        position = torch.arange(self.key_length, device=self.device) - self.offset
+        position = torch.arange(self.key_length, device=self.device, dtype=torch.int64) - self.offset
         return Line(position, *(position.new_full((), n) for n in (self.key_length, 0, self.query_length)))
 
     def seen(self) -> tuple[Tensor, Tensor]:

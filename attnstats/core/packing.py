@@ -145,7 +145,7 @@ def _short(values: list[int]) -> str:
 
 
 def _line(own: Tensor, other: Tensor, length: int) -> Line:
-    index = torch.arange(length, device=own.device)
+    index = torch.arange(length, device=own.device, dtype=torch.int64)
     own, other = own.long(), other.long()
     sequence = torch.searchsorted(own[1:], index, right=True)  # as many as there are: past the last one
     after = (sequence + 1).clamp(max=len(own) - 1)

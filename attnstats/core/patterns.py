@@ -107,7 +107,7 @@ def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float)
     if mask.shape[-2] == 1:
         pattern = MaskPattern(extent.key_mask)
         return _compact(pattern) if _equals(mask, pattern, true_hides) else None
-    key = torch.arange(key_length, device=mask.device)
+    key = torch.arange(key_length, device=mask.device, dtype=torch.int64)
     last = max(0, key_length - query_length)
     # Queries at the end of the keys, before the unused slots of a cache (where the mask is causal), or at the start.
     for offset in dict.fromkeys((last, min(max(0, extent.ahead), last), 0)):
@@ -142,7 +142,7 @@ def _extent(mask: Tensor, true_hides: bool, hidden: float) -> _Extent | None:
             return None
         key_mask |= visible.flatten(-3, -2).any(-2)
         of_any = visible.flatten(0, -3).any(0) if visible.dim() > 2 else visible  # (rows, Tk)
-        index = torch.arange(rows.start, rows.stop, device=mask.device)
+        index = torch.arange(rows.start, rows.stop, device=mask.device, dtype=torch.int64)
         live = of_any.any(-1)
         if bool(live.any()):
             first, last = of_any.byte().argmax(-1), key_length - 1 - of_any.flip(-1).byte().argmax(-1)
@@ -154,11 +154,14 @@ def _extent(mask: Tensor, true_hides: bool, hidden: float) -> _Extent | None:
 def _equals(mask: Tensor, pattern: MaskPattern, true_hides: bool) -> bool:
     """True if every element of the mask, which is bool or holds 0 and -inf alone, is as in the pattern."""
     assert pattern.key_mask is not None
-    key = torch.arange(mask.shape[-1], device=mask.device)
+    key = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int64)
     for rows in _blocks(mask):
         expected = pattern.key_mask[..., None, None, :]
         if pattern.query_offset is not None:
-            position = torch.arange(rows.start, rows.stop, device=mask.device)[:, None] + pattern.query_offset
+            position = (
+                torch.arange(rows.start, rows.stop, device=mask.device, dtype=torch.int64)[:, None]
+                + pattern.query_offset
+            )
             window = within(position - key, pattern.left, pattern.right)
             expected = expected if window is None else expected & window
         block = mask[..., rows, :]

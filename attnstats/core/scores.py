@@ -40,12 +40,12 @@ def sink_mass(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, stati
         return mass
     count = min(statistic.count, geometry.key_length)
     if geometry.key_mask is None:
-        first = torch.arange(count, device=geometry.device).expand(geometry.batch, count)
+        first = torch.arange(count, device=geometry.device, dtype=torch.int64).expand(geometry.batch, count)
         is_key = torch.ones_like(first, dtype=torch.bool)
     else:
         first = geometry.key_mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
         is_key = geometry.key_mask.gather(1, first)
-    position = torch.arange(geometry.query_length, device=geometry.device)[:, None] + geometry.offset
+    position = torch.arange(geometry.query_length, device=geometry.device, dtype=torch.int64)[:, None] + geometry.offset
     divisor = divisor_of(lse)[..., None]
     scaled = query.to(geometry.accumulator) * geometry.scale
     mass = torch.zeros_like(lse)

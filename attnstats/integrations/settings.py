@@ -80,10 +80,14 @@ class RhythmCredit:
         every = self.reprofile_every
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"reprofile_every must be a number of optimizer steps, 1 or more; got {every!r}")
-        mask = torch.ones(1, 3, dtype=torch.bool)
-        zeros = torch.zeros(1, 3)
+        mask = torch.ones(1, 3, dtype=torch.bool, device="cpu")
+        zeros = torch.zeros(1, 3, dtype=torch.float32, device="cpu")
         self.gamma(Signals(zeros, zeros, mask, zeros), mask)  # credit.py checks the other numbers
-        credit.shape_advantages(torch.ones(1), torch.ones(1, 3), sign=self.sign)
+        credit.shape_advantages(
+            torch.ones(1, dtype=torch.float32, device="cpu"),
+            torch.ones(1, 3, dtype=torch.float32, device="cpu"),
+            sign=self.sign,
+        )
         self.statistics  # noqa: B018
 
     @classmethod

@@ -364,5 +364,8 @@ def _written_classes(classes: heads.HeadClasses, layers: Iterable[int]) -> dict[
 
 def _read_classes(written: dict[str, str]) -> heads.HeadClasses:
     rows = [written[layer] for layer in sorted(written, key=int)]
-    local, global_ = (torch.tensor([[of_head == letter for of_head in row] for row in rows]) for letter in "lg")
+    local, global_ = (
+        torch.tensor([[of_head == letter for of_head in row] for row in rows], dtype=torch.bool, device="cpu")
+        for letter in "lg"
+    )
     return heads.HeadClasses(local, global_)

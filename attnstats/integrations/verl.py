@@ -51,7 +51,7 @@ def query_mask(batch: Batch) -> Tensor:
                 f"response_mask must be padded (B, R) beside input_ids {tuple(ids.shape)}, got {_described(mask)}"
             )
         return pad(mask.bool(), (ids.shape[1] - mask.shape[1], 0))
-    lengths = torch.tensor([len(row) for row in ids.unbind()])
+    lengths = torch.tensor([len(row) for row in ids.unbind()], dtype=torch.int64, device="cpu")
     if mask.is_nested:
         rows = zip(mask.unbind(), lengths.tolist(), strict=True)
         return torch.cat([pad(row.bool(), (_prompt_length(length, row), 0)) for row, length in rows])[None]

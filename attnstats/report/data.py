@@ -178,7 +178,7 @@ def spark(values: Sequence[float | None]) -> list[int | None]:
         >>> spark([3.0, 1.0, 2.0, None])
         [99, 0, 50, None]
     """
-    scale = Domain.of(torch.tensor([v for v in values if v is not None], dtype=torch.float64), pale=0.0)
+    scale = Domain.of(torch.tensor([v for v in values if v is not None], dtype=torch.float64, device="cpu"), pale=0.0)
     highest = highest_of_stretches(values, min(SPARK_POINTS, len(values)))
     return [None if value is None else round(99 * scale.share(value)) for value in highest]
 

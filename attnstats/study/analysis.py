@@ -178,7 +178,11 @@ class Analysis(Outline):
     def stored(self) -> Item:
         """The analysis as an item of a store: tensors by name, and the texts."""
         tensors = {name: getattr(self, name) for name in (*_AXES, *_PER_HEAD)}
-        tensors |= {"layers": torch.tensor(self.layers), "local": self.classes.local, "global": self.classes.global_}
+        tensors |= {
+            "layers": torch.tensor(self.layers, dtype=torch.int64, device="cpu"),
+            "local": self.classes.local,
+            "global": self.classes.global_,
+        }
         tensors |= vars(self.maps)
         pairs = enumerate(zip(self.tokens, self.shown, strict=True))
         shown = {str(position): shown for position, (token, shown) in pairs if shown != token}

@@ -51,7 +51,7 @@ def measure(loaded: LoadedModel, prompt: list[int], response: list[int], tempera
     Raises:
         InputError: attention overflows in the model's dtype, or token entropies can't be computed.
     """
-    ids = torch.tensor([prompt + response], device=loaded.device)
+    ids = torch.tensor([prompt + response], device=loaded.device, dtype=torch.int64)
     start = len(prompt)
     bounds = boundaries(pieces(loaded.tokenizer, prompt + response), start=start)
     pooled = PooledMap(bounds, bounds)
@@ -61,10 +61,10 @@ def measure(loaded: LoadedModel, prompt: list[int], response: list[int], tempera
     run, entropy = read(
         loaded, ids, [*statistics, pooled], temperature, start=start, entropy_from=start - 1, layers="all", device="cpu"
     )
-    tensors = {"layers": torch.tensor(run.layers), "entropy": entropy[1:]}
+    tensors = {"layers": torch.tensor(run.layers, dtype=torch.int64, device="cpu"), "entropy": entropy[1:]}
     tensors |= {name_of(statistic): run[statistic][:, 0, :, start:].float() for statistic in statistics}
     tensors |= {f"valid.{name_of(horizon)}": run.valid[horizon][0, start:].cpu() for horizon in HORIZONS}
-    sizes = torch.tensor(bounds).diff()
+    sizes = torch.tensor(bounds, dtype=torch.int64, device="cpu").diff()
     # The first segment is the prompt.
     tensors["sentences"] = segment_received(run[pooled][:, 0, :, 1:, 1:], sizes[1:], SENTENCES_IGNORED)
     return tensors, {}

@@ -100,10 +100,10 @@ def generate(
         pad_token_id=min(ends, default=0) if pad is None else int(pad),
     )
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
+    ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64, device="cpu")
         mask[row, longest - len(prompt) :] = 1
     device = loaded.device
     gpus = [] if device.type == "cpu" else [device.index or 0]

@@ -131,7 +131,7 @@ def mean_maps(
         ) as run,
     ):
         run.forward(input_ids=ids, use_cache=False)
-    sizes = torch.tensor(queries).diff()[:, None]
+    sizes = torch.tensor(queries, dtype=torch.int64, device="cpu").diff()[:, None]
 
     def of_class(name: str) -> tuple[Tensor, Tensor]:
         sums = run[pooled[name]][0].float().cpu()[-len(sizes) :]
@@ -139,4 +139,11 @@ def mean_maps(
 
     local_map, local_band = of_class("local")
     global_map, global_band = of_class("global")
-    return Maps(torch.tensor(queries), torch.tensor(keys), local_map, global_map, local_band, global_band)
+    return Maps(
+        torch.tensor(queries, dtype=torch.int64, device="cpu"),
+        torch.tensor(keys, dtype=torch.int64, device="cpu"),
+        local_map,
+        global_map,
+        local_band,
+        global_band,
+    )

@@ -200,7 +200,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         if resolved.type == "mps":
             raise InputError(f"--device {device}: attention statistics were never run on Apple's GPU; use cpu")
-        torch.empty(0, device=resolved)
+        torch.empty(0, device=resolved, dtype=torch.float32)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {device}: {_first_line(error)} (cpu always works)") from error
     if resolved.type == "meta":

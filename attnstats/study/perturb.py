@@ -76,7 +76,7 @@ def choose_positions(fai: Tensor, valid: Tensor, settings: Perturbation) -> Posi
         >>> choose_positions(fai, torch.ones(6, dtype=torch.bool), Perturbation(positions=2, tokens=1))
         Positions(high=[2, 4], low=[0, 1])
     """
-    allowed = valid & (torch.arange(len(fai), device=fai.device) < len(fai) - settings.tokens)
+    allowed = valid & (torch.arange(len(fai), device=fai.device, dtype=torch.int64) < len(fai) - settings.tokens)
     if int(allowed.sum()) < 2 * settings.positions:
         return None
     return Positions(top(fai, settings.positions, allowed), top(-fai, settings.positions, allowed))
@@ -133,8 +133,8 @@ def perturb(
         has_written = ids[position] in likeliest[: settings.candidates]
         forced += [(position, token) for token in likeliest[: settings.candidates + has_written]]
     texts = _continuations(loaded, ids, forced, cache, settings.tokens)
-    overlaps = torch.full((len(positions), settings.candidates + 1), torch.nan, dtype=torch.float64)
-    written = torch.zeros(overlaps.shape, dtype=torch.bool)
+    overlaps = torch.full((len(positions), settings.candidates + 1), torch.nan, dtype=torch.float64, device="cpu")
+    written = torch.zeros(overlaps.shape, dtype=torch.bool, device="cpu")
     column = dict.fromkeys(positions, 0)
     for (position, token), text in zip(forced, texts, strict=True):
         original = _decode(loaded, ids[position + 1 : position + 1 + settings.tokens])
@@ -148,10 +148,12 @@ def perturb(
 
 def _read(loaded: LoadedModel, ids: list[int], positions: list[int]) -> tuple[dict[str, Any], Tensor]:
     """The cache of all tokens before the last position, by transformers' name for it, and logits at each position."""
-    rows = torch.tensor(positions, device=loaded.device) - 1
+    rows = torch.tensor(positions, device=loaded.device, dtype=torch.int64) - 1
     with torch.no_grad():
         output = loaded.model(
-            input_ids=torch.tensor([ids[: max(positions)]], device=loaded.device), use_cache=True, logits_to_keep=rows
+            input_ids=torch.tensor([ids[: max(positions)]], device=loaded.device, dtype=torch.int64),
+            use_cache=True,
+            logits_to_keep=rows,
         )
     caches = {name: getattr(output, name, None) for name in ("cache", "past_key_values")}
     name = next((name for name, cache in caches.items() if cache is not None), None)

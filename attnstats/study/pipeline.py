@@ -105,8 +105,8 @@ def measure(
     Args:
         profile: its local and global heads are taken; None: those of this response.
     """
-    ids = torch.tensor([prompt + response], device=loaded.device)
-    in_response = torch.arange(ids.shape[1]) >= len(prompt)
+    ids = torch.tensor([prompt + response], device=loaded.device, dtype=torch.int64)
+    in_response = torch.arange(ids.shape[1], dtype=torch.int64, device="cpu") >= len(prompt)
     run, entropy = read(
         loaded,
         ids,

@@ -91,7 +91,7 @@ def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor, temp
             .cpu()
             for chunk in hidden[:-1].split(ENTROPY_ROWS)
         ]
-    return torch.cat([torch.tensor([torch.nan]), *rows])
+    return torch.cat([torch.tensor([torch.nan], dtype=torch.float32, device="cpu"), *rows])
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -62,7 +62,7 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
     log_p = (output.logits[0, :-1].float().cpu() / temperature).log_softmax(-1)
     unit = min(1.0, temperature)  # a temperature below 1 magnifies the rounding of the logits
     length = maps.shape[-1]
-    position = torch.arange(length)
+    position = torch.arange(length, dtype=torch.int64, device="cpu")
     ahead = position[:, None] - position[None]  # [t, s] = t - s
     horizon = (ahead >= settings.fai_lo) & analysis.response[:, None]
     if settings.fai_hi is not None:
@@ -82,7 +82,10 @@ def _pairs(loaded: LoadedModel, analysis: Analysis, settings: Settings) -> dict[
         "fai per head": (analysis.head_fai, fai),
         "received per head": (analysis.head_received, (maps * far).sum(-2) / far.sum(0).clamp(min=1)),
         "fai_valid": (analysis.fai_valid, counts > 0),
-        "delta": (analysis.delta, torch.cat([(response[1:] - response[:-1]).abs(), torch.zeros(1)])),
+        "delta": (
+            analysis.delta,
+            torch.cat([(response[1:] - response[:-1]).abs(), torch.zeros(1, dtype=torch.float32, device="cpu")]),
+        ),
         "mean_distance": (analysis.distance, distance[..., analysis.response].mean(-1)),
         "entropy": (analysis.entropy[1:] * unit, -(log_p.exp() * log_p).sum(-1) * unit),
     }

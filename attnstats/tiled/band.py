@@ -187,7 +187,8 @@ class _Band(NamedTuple):
         clipped = {s: (max(lo, -ahead), min(hi, behind)) for s, (lo, hi) in bands.items()}
         spans = {s: (lo, hi) for s, (lo, hi) in clipped.items() if lo <= hi}
         weights = {
-            s: s.weight_as(torch.arange(lo, hi + 1, device=geometry.device), geometry.accumulator) - s.tail
+            s: s.weight_as(torch.arange(lo, hi + 1, device=geometry.device, dtype=torch.int64), geometry.accumulator)
+            - s.tail
             for s, (lo, hi) in spans.items()
         }
         unweighted = frozenset(s for s in spans if s.horizon == s.band)

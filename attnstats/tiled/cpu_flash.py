@@ -65,5 +65,5 @@ def _mask(geometry: Geometry) -> tuple[int, bool, Tensor | None]:
         seen, causal = min(geometry.offset + 1, geometry.key_length), False
     if geometry.key_mask is None:
         return seen, causal, None
-    bias = torch.zeros(geometry.batch, 1, 1, seen, dtype=geometry.dtype)
+    bias = torch.zeros(geometry.batch, 1, 1, seen, dtype=geometry.dtype, device="cpu")
     return seen, causal, bias.masked_fill(~geometry.key_mask[:, None, None, :seen], -torch.inf)

@@ -219,8 +219,9 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
     if statistic.band is not None and statistic.tail == tail:
         nearest, farthest = max(nearest, statistic.band[0]), min(farthest, statistic.band[1])
     if nearest > farthest:  # no key is within the band
-        return _Weights(0, torch.zeros(1))
-    weights = statistic.weight(torch.arange(farthest, nearest - 1, -1)).to(torch.float32)
+        return _Weights(0, torch.zeros(1, dtype=torch.float32, device="cpu"))
+    distances = torch.arange(farthest, nearest - 1, -1, dtype=torch.int64, device="cpu")
+    weights = statistic.weight_as(distances, torch.float32)
     return _Weights(farthest, (weights - tail if tail else weights).contiguous())
 
 

@@ -197,7 +197,7 @@ def _generator(geometry: Geometry) -> torch.Generator | None:
 
 def _kept(weights: Tensor, generator: torch.Generator, geometry: Geometry) -> Tensor:
     """0 where a weight is dropped, else 1 / (1 - dropout_p)."""
-    drawn = torch.rand(weights.shape, generator=generator, device=weights.device)
+    drawn = torch.rand(weights.shape, generator=generator, device=weights.device, dtype=torch.float32)
     return (drawn >= geometry.dropout_p).to(weights.dtype).div_(1 - geometry.dropout_p)
 
 
@@ -205,8 +205,10 @@ def _segments(statistic: PooledMap, geometry: Geometry) -> tuple[Tensor, Tensor]
     """[Tq] and [Tk] int64: the segment of each query and of each key."""
     both = []
     for bounds in statistic.boundaries(geometry.query_length, geometry.key_length):
-        ends = torch.tensor(bounds[1:], device=geometry.device)
-        both.append(torch.searchsorted(ends, torch.arange(bounds[-1], device=geometry.device), right=True))
+        ends = torch.tensor(bounds[1:], device=geometry.device, dtype=torch.int64)
+        both.append(
+            torch.searchsorted(ends, torch.arange(bounds[-1], device=geometry.device, dtype=torch.int64), right=True)
+        )
     return both[0], both[1]
 
 
@@ -257,8 +259,8 @@ def heads_of(geometry: Geometry) -> Iterator[tuple[int, slice, int]]:
 
 def _distance(geometry: Geometry, block: _Block) -> Tensor:
     """[rows, keys] signed distance t - s."""
-    rows = torch.arange(block.rows.start, block.rows.stop, device=geometry.device) + geometry.offset
-    return rows[:, None] - torch.arange(block.keys.start, block.keys.stop, device=geometry.device)
+    rows = torch.arange(block.rows.start, block.rows.stop, device=geometry.device, dtype=torch.int64) + geometry.offset
+    return rows[:, None] - torch.arange(block.keys.start, block.keys.stop, device=geometry.device, dtype=torch.int64)
 
 
 def _scores(

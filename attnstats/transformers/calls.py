@@ -211,7 +211,7 @@ class AttentionCall:
         """(B, H | 1, Tq, Tk), bool or additive, with the position bias."""
         assert self.mask.dense is not None or not self.mask.unknown
         dtype = self.query.dtype
-        rows = torch.arange(self.query.shape[2], device=self.query.device)
+        rows = torch.arange(self.query.shape[2], device=self.query.device, dtype=torch.int64)
         mask = self.mask.dense() if self.mask.unknown and self.mask.dense else self.mask.visible(rows)[:, None]
         mask = mask[..., : self.mask.key_length].to(self.query.device)
         if self.bias is not None:
@@ -276,9 +276,9 @@ def _options_of(mask: MaskDescription, cross: bool, device: torch.device) -> dic
 
 def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, Tensor]:
     """The boundaries of all batch rows' blocks; padding on either side is a block of queries that see no key."""
-    query = torch.arange(mask.query_length) + mask.query_offset
-    key = torch.arange(mask.used_keys) + mask.key_offset
-    key_mask = torch.ones(batch, len(key), dtype=torch.bool)
+    query = torch.arange(mask.query_length, dtype=torch.int64, device="cpu") + mask.query_offset
+    key = torch.arange(mask.used_keys, dtype=torch.int64, device="cpu") + mask.key_offset
+    key_mask = torch.ones(batch, len(key), dtype=torch.bool, device="cpu")
     if mask.key_mask is not None:
         key_mask = mask.key_mask[:, : mask.used_keys].cpu()
     lengths: list[tuple[int, int]] = []
@@ -304,5 +304,5 @@ def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, 
         lengths += [(before, 0), (0, begin)]
         lengths += [(int((of_query[inside] == b).sum()), int((of_key[begin:end] == b).sum())) for b in blocks.tolist()]
         lengths += [(len(query) - before - int(inside.sum()), 0), (0, len(key) - end)]
-    sums = torch.tensor([(0, 0), *lengths]).cumsum(0).int()
+    sums = torch.tensor([(0, 0), *lengths], dtype=torch.int64, device="cpu").cumsum(0).int()
     return sums[:, 0].contiguous(), sums[:, 1].contiguous()

@@ -155,7 +155,7 @@ class GenerationRecording(Recording):
         lo, hi = statistic.horizon
         counted = self._query_mask.values
         before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
-        position = torch.arange(self.length, device=counted.device)
+        position = torch.arange(self.length, device=counted.device, dtype=torch.int64)
         first = (position + lo).clamp(max=self.length)
         end = torch.full_like(first, self.length) if hi is None else (position + hi + 1).clamp(max=self.length)
         return before[:, torch.maximum(first, end)] - before[:, first]
@@ -214,7 +214,7 @@ class GenerationRecording(Recording):
     def _subtract(self, layer: int, step: LastStep, length: int) -> None:
         """Subtract from the column sums the attention of the tokens from position `length` on."""
         call, request = step
-        rejected = torch.arange(call.begin, call.end, device=call.query.device) >= length
+        rejected = torch.arange(call.begin, call.end, device=call.query.device, dtype=torch.int64) >= length
         rejected = rejected.expand(call.query.shape[0], -1)
         if request.query_mask is not None:
             rejected = rejected & request.query_mask.to(rejected.device)

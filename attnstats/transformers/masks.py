@@ -98,7 +98,7 @@ class MaskDescription:
     def visible(self, rows: Tensor) -> Tensor:
         """(B, len(rows), key_length) bool: the keys that the queries of these indices see."""
         query = (rows + self.query_offset)[:, None]
-        key = torch.arange(self.key_length, device=rows.device) + self.key_offset
+        key = torch.arange(self.key_length, device=rows.device, dtype=torch.int64) + self.key_offset
         distance = query - key
         window = within(distance, self.left, self.right)
         visible = (torch.ones_like(distance, dtype=torch.bool) if window is None else window)[None]
@@ -179,7 +179,10 @@ def describe_mask(
             key_mask = torch.nn.functional.pad(key_mask, (0, kv_length - key_mask.shape[1]), value=False)
 
     def dense() -> Tensor:
-        rows, keys = torch.arange(q_length, device=device), torch.arange(kv_length, device=device)
+        rows, keys = (
+            torch.arange(q_length, device=device, dtype=torch.int64),
+            torch.arange(kv_length, device=device, dtype=torch.int64),
+        )
         visible = _evaluate(function, batch_size, rows + query_offset, keys + key_offset, device)
         return (visible if key_mask is None else visible & key_mask[:, None])[:, None]
 
@@ -271,7 +274,7 @@ def _announced(settings: dict[str, Any]) -> dict[str, Any]:
 def _check_in_graph(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
     # The last row among them: packed rows, full chunks and the like hide most from it.
     last = description.query_length - 1
-    rows = torch.arange(4, device=device) * last // 3
+    rows = torch.arange(4, device=device, dtype=torch.int64) * last // 3
     torch._assert_async(
         _agree(description, function, batch, rows),
         "attnstats: in a compiled model only causal, full and sliding-window attention with padding can be described; "
@@ -343,7 +346,7 @@ def _names(function: MaskFunction) -> list[str]:
 
 def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor, device: Any) -> Tensor:
     """(B, len(queries), len(keys)) bool, the mask function at these positions."""
-    rows = torch.arange(batch, device=device)[:, None, None]
+    rows = torch.arange(batch, device=device, dtype=torch.int64)[:, None, None]
     head = torch.zeros((), dtype=torch.long, device=device)
     visible = function(rows, head, queries[None, :, None], keys[None, None, :])
     return visible.expand(batch, len(queries), len(keys)).bool()
@@ -351,7 +354,7 @@ def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor,
 
 def _agree(description: MaskDescription, function: MaskFunction, batch: int, rows: Tensor) -> Tensor:
     """() bool: on these rows the description, without its key mask, shows the keys that the mask function shows."""
-    keys = torch.arange(description.key_length, device=rows.device) + description.key_offset
+    keys = torch.arange(description.key_length, device=rows.device, dtype=torch.int64) + description.key_offset
     expected = _evaluate(function, batch, rows + description.query_offset, keys, rows.device)
     return (replace(description, key_mask=None).visible(rows) == expected).all()
 
@@ -365,7 +368,9 @@ def _check(description: MaskDescription, function: MaskFunction, batch: int, dev
     reading = tuple(_names(function)), description.left, description.right, chunk_size
     if description.query_length == 1 and reading in _CHECKED:
         return
-    rows = torch.linspace(0, description.query_length - 1, PROBED_ROWS, dtype=torch.float64).round().long()
+    rows = (
+        torch.linspace(0, description.query_length - 1, PROBED_ROWS, dtype=torch.float64, device="cpu").round().long()
+    )
     if not bool(_agree(description, function, batch, rows.unique().to(device))):
         raise RuntimeError(
             f"attnstats misread the attention mask {' with '.join(_names(function))} of this version of transformers; "

@@ -42,7 +42,7 @@ def text_positions(ids: Any) -> Tensor | None:
 
 def compare(mask: MaskDescription, positions: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) by how much the positions of a row's real queries exceed their places, and whether it is one number."""
-    place = torch.arange(mask.query_length, device=positions.device) + mask.query_offset
+    place = torch.arange(mask.query_length, device=positions.device, dtype=torch.int64) + mask.query_offset
     offset = positions - place
     if mask.segments is not None:
         inside = mask.segments.to(offset.device).diff() == 0
@@ -207,7 +207,9 @@ class CachedPositions:
             raise InputError(f"run.key_positions names layers {sorted(map(str, self.keys))}, and not {layer}")
         if self._given is None:  # the model counts the keys in its cache
             mask = call.mask
-            self._given = torch.arange(mask.query_length, device=call.query.device)[None] + mask.query_offset
+            self._given = (
+                torch.arange(mask.query_length, device=call.query.device, dtype=torch.int64)[None] + mask.query_offset
+            )
         if name not in self._places:
             self._places[name] = places(call, self.keys[name], self._given, seen or None)
         start, place = self._places[name]
@@ -260,7 +262,7 @@ def places(call: AttentionCall, key_positions: Tensor, positions: Tensor, start:
             "whole sequence run inside the `with`"
         )
     end = start + length
-    new = torch.arange(start, end, device=first.device).expand(*behind.shape[:2], -1)
+    new = torch.arange(start, end, device=first.device, dtype=torch.int64).expand(*behind.shape[:2], -1)
     place = torch.cat([start - behind, new], -1).masked_fill(hidden, end)
     ordered = place.sort(-1).values
     if bool(((ordered.diff() == 0) & (ordered[..., 1:] < end)).any()):

@@ -111,7 +111,7 @@ class Recording:
             return x
         if self.device.type != "cpu" or x.device.type != "cuda":
             return x.to(self.device)
-        copied = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        copied = torch.empty(x.shape, dtype=x.dtype, pin_memory=True, device="cpu")
         copied.copy_(x, non_blocking=True)
         self._copies.append(torch.cuda.current_stream(x.device).record_event())
         return copied

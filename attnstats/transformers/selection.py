@@ -22,7 +22,7 @@ ChosenHeads = dict[Statistic, dict[int, tuple[int, ...] | None]]
 
 def middle_third(count: int) -> tuple[int, ...]:
     """Five layers evenly spaced over the middle third of `count`, fewer where they fall together (Sec. 4.1)."""
-    spaced = torch.linspace(count // 3, 2 * count // 3, 5, dtype=torch.float64).round()
+    spaced = torch.linspace(count // 3, 2 * count // 3, 5, dtype=torch.float64, device="cpu").round()
     return tuple(sorted({min(int(layer), count - 1) for layer in spaced}))
 
 

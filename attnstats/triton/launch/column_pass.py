@@ -140,6 +140,8 @@ def _pieces(key_bounds: tuple[int, ...], block: int, device: torch.device) -> _P
     return _Pieces(
         len(starts),
         torch.tensor([*starts, length], dtype=torch.int32, device=device),
-        torch.tensor([*(index[start] for start in range(0, length, block)), len(starts)], dtype=torch.int32).to(device),
-        torch.tensor([b - a for a, b in pairwise(first)], device=device),
+        torch.tensor(
+            [*(index[start] for start in range(0, length, block)), len(starts)], dtype=torch.int32, device="cpu"
+        ).to(device),
+        torch.tensor([b - a for a, b in pairwise(first)], device=device, dtype=torch.int64),
     )
