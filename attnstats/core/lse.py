@@ -1,7 +1,8 @@
 """The log-sum-exp of another attention kernel: its layout, its base, rows that see no key, and whether it is one.
 
 `check_values` recomputes a few rows of each head, so it costs O(T), and tells a mistake from rounding: the limit is
-above the error of every kernel that accumulates in float32, and far below what a wrong base or a lost mask makes.
+above the error of every kernel that accumulates in float32, and of eager attention in half precision, and far below
+what a wrong base or a lost mask makes.
 """
 
 from __future__ import annotations
@@ -87,8 +88,11 @@ def check_values(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, ba
     if bool(((given - quick).abs() <= EXPONENTIAL)[checked & quick.isfinite()].all()):
         return
     exact = _exact(query, key, geometry, rows, torch.float64)
-    limit = _largest_rounding(exact, geometry)
+    returned = given / LN2 if base == "2" else given
     checked &= exact.lse.isfinite()
+    of_many = checked & (exact.lse > exact.largest)  # the lse of a single key is its score, which may be rounded
+    half = _half_precision(returned[of_many])
+    limit = _largest_rounding(exact, geometry, half is None)
     excess = ((given - exact.lse).abs() - limit).masked_fill(~checked, 0.0)
     if bool((excess <= 0).all()):
         return
@@ -96,12 +100,13 @@ def check_values(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, ba
     batch, which, row = (int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
     place = f"{'token' if geometry.packing else f'batch row {batch}, query'} {int(rows.places[batch, row])}"
     mistakes = _mistakes(query, key, lse, given, geometry, base, rows, exact)
+    by_numbers = _by_numbers(given, exact.lse, limit, checked, half)
     looks = (text for text, found, right in mistakes if bool(((found - right).abs() <= limit)[checked].all()))
     raise ValueError(
         "lse: not the natural log of the sum of exp(score) over the keys that a query sees: in head "
         f"{which}, {place} it is {float(given[batch, which, row]):.6g} and not "
         f"{float(exact.lse[batch, which, row]):.6g}. "
-        f"{next(looks, None) or _by_numbers(given, exact.lse, limit, checked, base)}. check=False takes it as it is, "
+        f"{next(looks, by_numbers)}. check=False takes it as it is, "
         "as for an lse of merged parts, which counts keys that aren't passed"
     )
 
@@ -175,13 +180,24 @@ def _exact(query: Tensor, key: Tensor, geometry: Geometry, rows: _Rows, dtype: t
     return _Exact(lse, largest, size)
 
 
-def _largest_rounding(exact: _Exact, geometry: Geometry) -> Tensor:
-    """(B, Hq, n) the largest error of a kernel that is right."""
+def _half_precision(returned: Tensor) -> torch.dtype | None:
+    """The dtype to which all these numbers are rounded."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if len(returned) and bool(((returned.to(dtype).double() - returned).abs() <= 1e-6 * returned.abs()).all()):
+            return dtype
+    return None
+
+
+def _largest_rounding(exact: _Exact, geometry: Geometry, eager: bool) -> Tensor:
+    """(B, Hq, n) the largest error of a kernel that is right; eager: it may round scores to the dtype of the inputs."""
     limit = EXPONENTIAL + ROUNDING * geometry.head_dim * (exact.size + exact.lse.abs())
     if geometry.dtype == torch.float32 and geometry.device.type != "cpu":
         limit = limit + TF32 * exact.size
     if geometry.softcap is not None:
         limit = limit + TANH * exact.size.clamp(max=geometry.softcap)
+    if eager and geometry.dtype in (torch.float16, torch.bfloat16):
+        # The mean of |score| under A, to first order: the difference to the largest is at most the entropy.
+        limit = limit + torch.finfo(geometry.dtype).eps * (exact.largest.abs() + math.log(geometry.key_length))
     return limit
 
 
@@ -236,14 +252,12 @@ def _differ(old: Any, new: Any) -> bool:
     return old is not new and (new is None or old is None or old != new)
 
 
-def _by_numbers(given: Tensor, exact: Tensor, limit: Tensor, checked: Tensor, base: str) -> str:
+def _by_numbers(given: Tensor, exact: Tensor, limit: Tensor, checked: Tensor, half: torch.dtype | None) -> str:
     """What it looks like from the numbers alone."""
-    returned = (given / LN2 if base == "2" else given)[checked]
-    for dtype in (torch.bfloat16, torch.float16):
-        rounding = torch.finfo(dtype).eps * exact.abs()
-        rounded = (returned.to(dtype).double() - returned).abs() <= 1e-6 * returned.abs()
-        if bool(rounded.all()) and bool(((given - exact).abs() <= limit + rounding)[checked].all()):
-            return f"It looks rounded to {dtype}: keep the float32 that the kernel computed"
+    if half is not None:
+        rounding = torch.finfo(half).eps * exact.abs()
+        if bool(((given - exact).abs() <= limit + rounding)[checked].all()):
+            return f"It looks rounded to {half}: keep the float32 that the kernel computed"
     pairs = ((given[:, :, None] - exact[:, None]).abs() <= limit[:, None]) | ~checked[:, :, None]
     if bool(pairs.all(-1).all(0).any(-1).all()):
         return "Its heads look out of order"

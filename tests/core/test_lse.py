@@ -166,6 +166,21 @@ def test_the_rounding_of_large_scores_is_no_mistake(size, dtype):
         attnstats.statistics_from_lse(query, key, by_eager.bfloat16().float(), statistics=["waad"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("length", [1, 37, 300])
+def test_eager_attention_in_half_precision_passes(dtype, length):
+    """Its scores are rounded to the dtype, and its lse is not."""
+    case = Case(query_length=length, key_length=length, dtype=dtype, head_dim=24, spread=3.0)
+    lse = case.call(reference, case.tensors(), enable_gqa=True).statistics.lse
+    from_lse(case, lse)
+    if length > 1:
+        assert float((lse - exact(case)).abs().max()) > 2**-10
+        with pytest.raises(ValueError, match="rounded to"):
+            from_lse(case, lse.to(getattr(torch, dtype)).float())
+        with pytest.raises(ValueError, match="lse_base='2'"):
+            from_lse(case, lse / LN2)
+
+
 def test_an_exponential_good_to_2_to_minus_14_passes():
     lse = exact(LARGE)
     from_lse(LARGE, lse + 2**-12)
@@ -258,10 +273,10 @@ def test_tf32_products_pass_on_a_gpu_alone():
         lse_of_rows(*x, here, _Rows(rows, torch.ones(1, 1, 1).bool()), torch.float64) for x in ((query, key), cut)
     )
     error = (by_tf32.lse - exact.lse).abs()
-    assert not (error <= _largest_rounding(exact, here)).all()
-    assert (error <= _largest_rounding(exact, on_gpu)).all()
+    assert not (error <= _largest_rounding(exact, here, True)).all()
+    assert (error <= _largest_rounding(exact, on_gpu, True)).all()
     halves = dataclasses.replace(on_gpu, dtype=torch.bfloat16)  # whose products are exact
-    assert torch.equal(_largest_rounding(exact, halves), _largest_rounding(exact, here))
+    assert torch.equal(_largest_rounding(exact, halves, False), _largest_rounding(exact, here, True))
 
 
 def test_an_approximate_tanh_passes():
