@@ -38,8 +38,10 @@ def add_parser(commands: Any) -> None:
     subject = parser.add_argument_group("what is analysed")
     arguments.add_model(subject)
     prompts = subject.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", action="append", help="a question; can be given more than once")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help=arguments.PROMPT_FILE)
+    prompts.add_argument(
+        "--prompt", action="append", type=arguments.text, help="a question; can be given more than once"
+    )
+    prompts.add_argument("--prompts", type=arguments.path, metavar="FILE", help=arguments.PROMPT_FILE)
     arguments.add_responses(subject, rows="--prompts", max_tokens=256, temperature=0.0)
     subject.add_argument("--seed", type=int, default=0, help="seed of the sampling, for a temperature above 0")
     method = parser.add_argument_group("how; defaults are those of the preset")
@@ -49,12 +51,14 @@ def add_parser(commands: Any) -> None:
     method.add_argument("--layers", help="middle-third, all, or a list such as 9,11,14-16")
     method.add_argument("--head-share", type=float, help="share of heads that are local, and that are global")
     method.add_argument(
-        "--head-profile", type=Path, metavar="FILE",
+        "--head-profile", type=arguments.path, metavar="FILE",
         help="heads.json of a corpus: its heads are local and global, not those of each response",
     )  # fmt: skip
     arguments.add_machine(method)
     results = parser.add_argument_group("results")
-    results.add_argument("--out", type=Path, default=Path("out/analysis"), help="folder; replaced when all is done")
+    results.add_argument(
+        "--out", type=arguments.path, default=Path("out/analysis"), help="folder; replaced when all is done"
+    )
     results.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     arguments.add_color(results)
     results.add_argument("--verify", action="store_true", help="recompute with eager attention and compare")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,13 @@ def add_model(parser: argparse._ArgumentGroup) -> None:
 
 def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int, temperature: float) -> None:
     parser.add_argument(
-        "--field", help=f"the field of a row of {rows} with the prompt (default: question, or messages)"
+        "--field", type=text, help=f"the field of a row of {rows} with the prompt (default: question, or messages)"
     )
     parser.add_argument(
-        "--system", default=SYSTEM, help="system text of prompts that have none; '' for no system text at all"
+        "--system",
+        type=text,
+        default=SYSTEM,
+        help="system text of prompts that have none; '' for no system text at all",
     )
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help="greatest length of a response")
     parser.add_argument(
@@ -46,7 +50,7 @@ def add_machine(parser: argparse._ArgumentGroup) -> None:
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the --out of a finished `attnstats analyze`")
+    parser.add_argument("folder", type=path, metavar="DIR", help="the --out of a finished `attnstats analyze`")
 
 
 def add_color(parser: argparse._ActionsContainer) -> None:
@@ -54,6 +58,26 @@ def add_color(parser: argparse._ActionsContainer) -> None:
         "--color-by", default="waad", metavar="COLUMN",
         help="statistic that colours the tokens in the terminal: waad, fai, entropy, delta or gamma",
     )  # fmt: skip
+
+
+def text(given: str) -> str:
+    """An argument as the user typed it: UTF-8, also where the locale is not, and Python kept its bytes."""
+    if any("\udc80" <= character <= "\udcff" for character in given):
+        try:
+            return os.fsencode(given).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise argparse.ArgumentTypeError("not UTF-8 text; type or convert it as UTF-8") from error
+    return given
+
+
+def path(given: str) -> Path:
+    """A path whose name the libraries that open it can take."""
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError as error:
+        message = "a name with other characters than the locale has; set one of UTF-8, such as LC_ALL=C.UTF-8"
+        raise argparse.ArgumentTypeError(message) from error
+    return Path(given)
 
 
 def require(*packages: str) -> None:
@@ -65,6 +89,20 @@ def require(*packages: str) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise InputError(f"{error.name or package} is not installed; run: pip install 'attnstats[cli]'") from error
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write --out whole: where that fails, nothing is left of it and an older file stays. Raises InputError."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file):
+        if file.exists() and not file.is_file():
+            file.write_bytes(content)  # a pipe or a device is written into
+            return
+        try:
+            part.write_bytes(content)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager

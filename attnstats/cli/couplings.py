@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     )
     subject = parser.add_argument_group("what is analysed")
     arguments.add_model(subject)
-    subject.add_argument("--data", type=Path, required=True, metavar="FILE", help=arguments.PROMPT_FILE)
+    subject.add_argument("--data", type=arguments.path, required=True, metavar="FILE", help=arguments.PROMPT_FILE)
     subject.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     subject.add_argument(
         "--template", choices=("paper", "plain"), default="paper", help="Context/Question, or the prompt as it is"
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
     method.add_argument("--tokens", type=int, default=64, help="length of the continuations that are compared")
     arguments.add_machine(method)
     results = parser.add_argument_group("results")
-    results.add_argument("--out", type=Path, default=Path("out/couplings"), help="folder")
+    results.add_argument("--out", type=arguments.path, default=Path("out/couplings"), help="folder")
     results.add_argument("--resume", action="store_true", help="go on with the results in --out")
 
 
@@ -214,11 +214,10 @@ def _record(
 
 def _show(options: argparse.Namespace, job: Job, tables: CorpusTables, tests: dict[str, OverlapTest]) -> None:
     """Print the tables and the names of the files."""
-    from rich.console import Console
-
     from attnstats.cli.tables import render
+    from attnstats.report.terminal import Output
 
-    console = job.terminal.console if job.terminal.console.is_terminal else Console(width=WIDTH, highlight=False)
+    console = job.terminal.console if job.terminal.console.is_terminal else Output(width=WIDTH, highlight=False)
     for part in render(tables, tests):
         console.print()
         console.print(part)

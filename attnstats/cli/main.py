@@ -1,16 +1,18 @@
 """The entry point: arguments in, an exit code out.
 
-Exit codes: 0; 2 for bad input (one line on stderr, no traceback); 1 when --verify finds a difference; 130 on Ctrl-C;
-141 on a broken pipe. Any other exception keeps its traceback. Heavy imports wait until the arguments are known to be
-good.
+Exit codes: 0; 2 for bad input and for output that can't be written (one line on stderr, no traceback); 1 when --verify
+finds a difference; 130 on Ctrl-C; 141 on a broken pipe. Any other exception keeps its traceback. Heavy imports wait
+until the arguments are known to be good.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import attnstats
@@ -32,21 +34,75 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class Output(io.TextIOWrapper):
+    """stdout with `?` for what its encoding doesn't have; a failure to write to it is an InputError."""
+
+    def write(self, text: str) -> int:
+        with _writing():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _writing():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Inside the `with` an OSError is one of stdout, where then nothing more is written."""
+    try:
+        yield
+    except OSError as error:
+        # What is still in buffers must not fail once more when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has closed it
+            raise
+        remedy = "name a file or a pipe that can be written"
+        raise InputError(f"standard output: {error.strerror or error}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Inside the `with` stdout is an Output."""
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper):  # there is none, or a caller's own
+        yield
+        return
+    stdout.flush()
+    output = Output(
+        stdout.buffer, stdout.encoding, "replace",
+        line_buffering=stdout.line_buffering, write_through=stdout.write_through,
+    )  # fmt: skip
+    try:
+        with contextlib.redirect_stdout(output):
+            try:
+                yield
+            finally:
+                output.flush()
+    finally:
+        with contextlib.suppress(OSError, InputError):
+            output.detach()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
-        options = parser().parse_args(arguments)
-        return COMMANDS[options.command].run(options)
+        with _output():
+            options = parser().parse_args(arguments)
+            return COMMANDS[options.command].run(options)
     except InputError as error:
-        # A message can quote a file: its control characters must not reach the terminal.
-        print(f"attnstats: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+        _complain(f"error: {error}")
         return BAD_INPUT
-    except BrokenPipeError:  # the reader of stdout has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return BROKEN_PIPE
     except KeyboardInterrupt as stop:
-        print(f"attnstats: interrupted; {stop.args[0] if stop.args else 'nothing was written'}", file=sys.stderr)
+        _complain(f"interrupted; {stop.args[0] if stop.args else 'nothing was written'}")
         return INTERRUPTED
+
+
+def _complain(message: str) -> None:
+    """Print a line on stderr. It can quote a file, whose control characters must not reach the terminal."""
+    with contextlib.suppress(OSError):  # a stderr that can't be written changes no exit code
+        print(f"attnstats: {visible(' '.join(message.split()))}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:

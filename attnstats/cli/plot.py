@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from attnstats.cli import arguments
@@ -30,7 +29,7 @@ def add_parser(commands: Any) -> None:
         metavar=("FIRST", "LAST"),
         help="tokens of the response, counted from 1; only for rhythm",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .pdf, .png or .svg")
+    parser.add_argument("--out", type=arguments.path, required=True, metavar="FILE", help="ends in .pdf, .png or .svg")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,7 +54,6 @@ def run(options: argparse.Namespace) -> int:
         figure = figures.rhythm(analysis, (first, last))
     else:
         figure = figures.FIGURES[options.figure](analysis)
-    with arguments.writing(options.out):
-        figures.save(figure, options.out)
+    arguments.write_file(options.out, figures.drawn(figure, options.out.suffix.lower()))
     Terminal().say(str(options.out))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from attnstats.cli import arguments
@@ -16,7 +15,7 @@ def add_parser(commands: Any) -> None:
         description="Read a folder that `attnstats analyze` has written, show it and draw its report.html.",
     )
     arguments.add_folder(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file of the page, if not DIR/report.html")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE", help="file of the page, if not DIR/report.html")
     arguments.add_color(parser)
 
 
@@ -31,7 +30,6 @@ def run(options: argparse.Namespace) -> int:
     analyses, settings, summary, couplings = outputs.load(options.folder)
     page = report.render(analyses, settings, summary, couplings)
     out = options.out or options.folder / outputs.REPORT
-    with arguments.writing(out):
-        out.write_text(page, encoding="utf-8")
+    arguments.write_file(out, page.encode("utf-8"))
     Terminal().show(analyses[: arguments.SHOWN], [out], len(analyses), color_by=options.color_by)
     return 0

@@ -6,6 +6,7 @@ never as mathematics. matplotlib is imported when a figure is drawn.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -121,13 +122,15 @@ def heads(analysis: Analysis) -> Figure:
 FIGURES: dict[str, Callable[[Analysis], Figure]] = {"rhythm": rhythm, "maps": maps, "heads": heads}
 
 
-def save(figure: Figure, file: Any) -> None:
-    """Write a figure to a path that ends in .pdf, .png or .svg: the same bytes for the same figure."""
+def drawn(figure: Figure, kind: str) -> bytes:
+    """The file of a figure, of the kind .pdf, .png or .svg: the same bytes for the same figure."""
     import matplotlib
 
     dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, dpi=300, metadata=dates.get(file.suffix.lower()))
+        figure.savefig(file, format=kind.removeprefix("."), dpi=300, metadata=dates.get(kind))
+    return file.getvalue()
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def prompts_of(out):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "attnstats.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "attnstats.cli", *(a if isinstance(a, bytes) else str(a) for a in arguments)]
 
 
 @pytest.mark.slow
@@ -309,6 +309,71 @@ def test_head_sizes_that_no_kernel_takes_are_named_before_the_weights_are_read(t
     with pytest.raises(ZeroDivisionError):
         main(["analyze", "--model", str(folder), "--max-tokens", "5", "--out", str(tmp_path / "out")])
     assert "Head size 320: over 256 statistics are computed without kernels" in capsys.readouterr().out
+
+
+def run_with_output(finished, stdout, *arguments, **environment):
+    """`attnstats report` or another command on a finished run, with this stdout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    arguments = command(*(arguments or ("report", finished)))
+    return subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, env=environment, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_does_not_have_is_replaced(finished, encoding):
+    done = run_with_output(finished, subprocess.PIPE, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"WAAD ????" in done.stdout
+    assert str(finished).encode() in done.stdout.replace(b"\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [(("report", "{finished}"), ""), (["--help"], ""), (["--help"], "1")]
+)
+def test_output_that_cannot_be_written_is_one_line_and_exit_code_2(finished, arguments, unbuffered):
+    arguments = [argument.format(finished=finished) for argument in arguments]
+    with open("/dev/full", "w") as full:  # noqa: PTH123 as a shell opens it
+        done = run_with_output(finished, full, *arguments, PYTHONUNBUFFERED=unbuffered)
+    remedy = b"name a file or a pipe that can be written"
+    assert done.stderr == b"attnstats: error: standard output: No space left on device; " + remedy + b"\n"
+    assert done.returncode == 2
+
+
+def test_an_error_that_cannot_be_said_has_its_exit_code_all_the_same(tmp_path):
+    with open("/dev/full", "w") as full:  # noqa: PTH123 as a shell opens it
+        assert subprocess.run(command("report", tmp_path), stderr=full, check=False).returncode == 2
+
+
+def test_a_reader_that_goes_away_is_no_difference(finished):
+    """As `attnstats report out | true`: 141, where rich would exit with 1, which means a difference."""
+    read, write = os.pipe()
+    os.close(read)
+    done = run_with_output(finished, write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+UNCOERCED = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_a_prompt_is_utf_8_also_in_the_locale_c(tmp_path, tiny):
+    out = tmp_path / "out"
+    options = ["--max-tokens", "12", "--prompt", "how many Brötchen 🥐", "--system", "ä", "--out", out]
+    done = run_with_output(None, subprocess.PIPE, "analyze", "--model", tiny, *options, **UNCOERCED)
+    assert (done.returncode, done.stderr) == (0, b"")
+    (prompt,) = json.loads((out / "summary.json").read_text())["prompts"]
+    assert prompt["question"] == "how many Brötchen 🥐"
+    assert "Brötchen 🥐" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("option", "value", "message"), [
+    ("--prompt", b"\xfcber", b"argument --prompt: not UTF-8 text; type or convert it as UTF-8"),
+    ("--out", "über".encode(), b"argument --out: a name with other characters than the locale has; set one of UTF-8"),
+])  # fmt: skip
+def test_bytes_that_are_no_text_are_one_line(tmp_path, option, value, message):
+    done = run_with_output(None, subprocess.PIPE, "analyze", option, value, **UNCOERCED)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_help_and_version(capsys):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,9 +158,33 @@ def test_heads_are_lettered_by_class(analysis):
     assert [label.get_text() for label in axis.get_yticklabels()] == ["3", "5"]
 
 
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), UnicodeError("no")])
+@pytest.mark.parametrize("before", [b"", b"older"])
+@pytest.mark.parametrize("where", ["savefig", "write_bytes"])
+def test_a_figure_that_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch, failure, before, where):
+    """Neither an empty file nor half of one; an older figure stays."""
+    out = tmp_path / "a.svg"
+    if before:
+        out.write_bytes(before)
+
+    def fail(self, file, *arguments, **options):
+        if where == "savefig":
+            if isinstance(file, Path):
+                file.touch()
+        else:
+            self.touch()
+        raise failure
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig" if where == "savefig" else "pathlib.Path.write_bytes", fail)
+    expected = InputError if isinstance(failure, OSError) and where == "write_bytes" else type(failure)
+    with pytest.raises(expected):
+        run(folder, "--out", out)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([before] if before else [])
+
+
 @pytest.mark.parametrize("tokens", [["a", "b", "c"], ["a", "b", "c", "d"]])
 @pytest.mark.parametrize("figure", plot.FIGURES)
-def test_shortest_responses(tmp_path, tokens, figure):
+def test_shortest_responses(tokens, figure):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures.save(figures.FIGURES[figure](synthetic_analysis(tokens)), tmp_path / "x.png")
+        assert figures.drawn(figures.FIGURES[figure](synthetic_analysis(tokens)), ".png").startswith(b"\x89PNG")
