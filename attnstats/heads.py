@@ -21,6 +21,7 @@ from attnstats.errors import InputError
 from attnstats.identity import ModelIdentity, differences, identity
 from attnstats.statistics import FAI
 
+SHAPED = 4  # values that a kurtosis needs
 # Receiver heads are those of high kurtosis of this: the attention that a key receives from queries 4 or more later.
 RECEIVED = FAI(4, None)
 FORMAT, VERSION = "attnstats head profile", 2
@@ -102,7 +103,8 @@ def kurtosis(values: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: (T,) bool; None: all.
 
     Returns:
-        (...) float64; NaN where fewer than two entries are valid or all are equal, as in `scipy.stats.kurtosis`.
+        (...) float64; NaN where all valid entries are equal, as in `scipy.stats.kurtosis`, and where they are fewer
+        than SHAPED: the kurtosis of any two values is -2, of any three -1.5.
 
     Example:
         >>> import torch
@@ -110,7 +112,7 @@ def kurtosis(values: Tensor, valid: Tensor | None = None) -> Tensor:
         0.25
     """
     kept = (values if valid is None else values[..., valid]).double()
-    if kept.shape[-1] < 2:
+    if kept.shape[-1] < SHAPED:
         return kept.new_full(kept.shape[:-1], torch.nan)
     mean = kept.mean(-1, keepdim=True)
     centred = kept - mean
@@ -273,7 +275,7 @@ class HeadProfile:
     def receivers(self, count: int = 20, layers: Iterable[int] | None = None) -> Tensor:
         """(L, H) bool: the `count` heads of highest kurtosis among those of some layers, ties in (layer, head) order.
 
-        Fewer where fewer heads have a kurtosis.
+        Fewer where fewer heads have a kurtosis: a head for which no sequence has SHAPED keys to count is not ranked.
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")

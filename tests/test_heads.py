@@ -100,7 +100,7 @@ def drawn(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("shape", [(2,), (5,), (3, 4, 50), (2, 400)])
+@pytest.mark.parametrize("shape", [(4,), (5,), (3, 4, 50), (2, 400)])
 @pytest.mark.parametrize("power", [1, 5])
 def test_kurtosis_is_scipys(shape, power):
     values = drawn(*shape).double() ** power
@@ -114,9 +114,21 @@ def test_kurtosis_is_of_the_valid_entries():
     torch.testing.assert_close(kurtosis(values, valid), torch.as_tensor(expected))
 
 
-@pytest.mark.parametrize("values", [torch.ones(2, 5) / 3, torch.zeros(2, 5), torch.rand(2, 1), torch.rand(2, 0)])
+@pytest.mark.parametrize("values", [torch.ones(2, 5) / 3, torch.zeros(2, 5), torch.rand(2, 3), torch.rand(2, 0)])
 def test_what_has_no_shape_has_no_kurtosis(values):
     assert kurtosis(values).isnan().all()
+
+
+@pytest.mark.parametrize(("count", "ranked"), [(2, 0), (3, 0), (4, 6), (5, 6)])
+def test_heads_are_ranked_by_four_values_or_more(count, ranked):
+    """The kurtosis of two values is -2 and of three -1.5, whatever they are: their order would be rounding noise."""
+    profile = HeadProfile.empty((0, 1), 3).add(drawn(2, 3, 20), None, drawn(2, 3, count, seed=2))
+    assert int(profile.kurtosis.isfinite().sum()) == int(profile.receivers().sum()) == ranked
+    # A long response beside it ranks them by itself.
+    long = drawn(2, 3, 20, seed=3)
+    both = profile.add(drawn(2, 3, 20), None, long)
+    if not ranked:
+        torch.testing.assert_close(both.kurtosis, kurtosis(long))
 
 
 @pytest.mark.parametrize("ignore", [1, 2, 4])

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from attnstats.chance import Coupling
+from attnstats.heads import SHAPED
 from attnstats.study.couplings import CorpusTables, Row
 from attnstats.study.perturb import OverlapTest
 
@@ -21,6 +22,7 @@ TABLE_2 = ((0.3608, 0.2386), (0.6084, 0.2241), (0.5253, 0.3687))  # observed, ra
 TABLE_10 = {"top third": (0.38, 2.96, 0.60), "middle third": (0.26, 1.27, 0.26), "bottom third": (0.52, 1.05, 0.37)}
 TABLE_1 = (0.534, 0.631, 0.8714)  # overlap after high, after low FAI; share of trials with less after high
 DENSITIES = {"fai": "22.4 %", "waad": "about 18 %: half of 36.87 %"}
+UNRANKED = f"no response has {SHAPED} values of what they receive"
 COUPLINGS = ("1: entropy", "2: same peaks", "3: follow")  # in the order of Table 2
 NAMES = {"waad": "WAAD", "fai": "FAI", "receiver_fai": "receiver FAI", "entropy": "entropy"}
 
@@ -77,6 +79,8 @@ def peaks(tables: CorpusTables) -> Table:
         table.add_row(NAMES[name], _percent(density), DENSITIES.get(name, "not given"))
     table.add_section()
     table.add_row("receiver heads that are global heads", f"{tables.receivers_global} of {tables.receivers}", "")
+    if tables.unranked:
+        table.add_row(f"heads not ranked as receivers: {UNRANKED}", str(tables.unranked), "")
     for name, share in tables.sets.items():
         table.add_row(f"tokens in the sets of Eq. 14-18: {name}", _percent(share), "")
     return table
@@ -116,7 +120,10 @@ def variants(tables: CorpusTables) -> Table:
             continue
         densities = (_percent(row.densities["waad"]), _percent(row.densities["fai"]))
         table.add_row(row.setting, row.value, *densities, *map(_cell, row.couplings))
-    return _with_reasons(table, itertools.chain.from_iterable(row.couplings or () for row in tables.rows))
+    _with_reasons(table, itertools.chain.from_iterable(row.couplings or () for row in tables.rows))
+    if any(row.couplings is None for row in tables.rows):
+        table.caption = f"{table.caption}; no heads: {UNRANKED}" if table.caption else f"no heads: {UNRANKED}"
+    return table
 
 
 def _with_reasons(table: Table, rows: Iterable[Coupling | OverlapTest]) -> Table:
@@ -158,6 +165,7 @@ def as_json(tables: CorpusTables, tests: dict[str, OverlapTest]) -> dict[str, An
             "local": tables.local,
             "global": tables.global_,
             "receivers": tables.receivers,
+            "not_ranked_as_receivers": tables.unranked,
             "receivers_that_are_global": tables.receivers_global,
         },
         "perturbation": {

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnstats.heads import SHAPED
 from attnstats.report import data, scale
 from attnstats.report.columns import COLUMNS, horizon
 from attnstats.report.marks import SHARE
@@ -24,14 +25,15 @@ SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js
 
 
 def render(
-    analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any], couplings: Sequence[Any] = ()
+    analyses: Sequence[Analysis], settings: Settings, summary: dict[str, Any], couplings: Sequence[Any] | None = None
 ) -> str:
     """The report as HTML. Parts that would make it too large are left out, and the page names them.
 
     Args:
         analyses: one or more; a sample of many is shown.
         summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them.
-        couplings: objects with the fields of attnstats.rhythm.Coupling.
+        couplings: objects with the fields of attnstats.rhythm.Coupling, none if no head is a receiver. None: no such
+            part of the page.
 
     Raises:
         ValueError: there is no analysis.
@@ -62,7 +64,8 @@ def render(
         maps=shown.maps,
         plain=shown.plain,
         left_out=shown.left_out,
-        couplings=[_coupling(coupling) for coupling in couplings],
+        couplings=None if couplings is None else [_coupling(coupling) for coupling in couplings],
+        shaped=SHAPED,
         settings=settings,
         horizon=horizon(settings),
         facts=_facts(summary),

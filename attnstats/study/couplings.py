@@ -201,6 +201,7 @@ class CorpusTables:
         profiles: profiles of all heads over all responses.
         responses, tokens: their numbers.
         local, global_, receivers: numbers of heads; receivers_global: number of receivers that are global heads.
+        unranked: number of heads without a kurtosis, which are no receivers.
         rows: the default first, then the other variants.
         offsets: the default's couplings by (of, near, offset) (Table 20).
         sets: the default's shares of tokens that are chunk boundaries, anchors and both, and of anchors that are
@@ -214,6 +215,7 @@ class CorpusTables:
     global_: int
     receivers: int
     receivers_global: int
+    unranked: int
     rows: list[Row]
     offsets: dict[tuple[str, str, int], Coupling]
     sets: dict[str, float]
@@ -278,6 +280,7 @@ def examine(store: Store, model: ModelIdentity, chance: Chance) -> CorpusTables:
         global_=int(classes.global_.sum()),
         receivers=int(receivers.sum()),
         receivers_global=int((receivers & classes.global_).sum()),
+        unranked=int(profile.kurtosis.isnan().sum()),
         rows=[
             Row(setting, value, sums[variant].couplings(), sums[variant].densities())
             if variant in sums

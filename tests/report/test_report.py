@@ -218,6 +218,14 @@ def test_without_couplings_there_is_no_section_of_them():
     assert 'id="couplings"' not in text
 
 
+def test_without_receiver_heads_the_page_says_why_there_are_no_couplings():
+    page = Page(report.render([synthetic_analysis(HOSTILE)], Settings(), SUMMARY, []))
+    assert [attributes["id"] for tag, attributes in page.tags if tag == "section" and "id" in attributes][
+        -1
+    ] == "couplings"
+    assert "with 4 such tokens or more; no answer has as many, so there are no couplings." in page.within("p")
+
+
 def test_a_coupling_of_nothing_is_a_dash():
     nothing = types.SimpleNamespace(**COUPLING.__dict__ | {"observed": float("nan"), "lift": None, "count": 0})
     page = Page(report.render([synthetic_analysis(HOSTILE)], Settings(), SUMMARY, [nothing]))

@@ -328,7 +328,7 @@ def test_a_single_response_has_a_dash_and_the_reason_in_tables_and_file(folder, 
     assert "nan" not in said
 
 
-def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
+def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path, capsys):
     """No peaks, no perturbation: null in the file and a dash in the tables, never NaN."""
     options = options_of(*arguments_of(folder, tmp_path / "out", "--max-tokens", 2))
     assert command.run(options) == 0
@@ -336,6 +336,10 @@ def test_short_responses_leave_numbers_out_and_say_so(folder, tmp_path):
     assert "NaN" not in text
     record = json.loads(text)
     assert record["couplings"] == []  # no head receives anything that has a kurtosis
+    assert record["heads"]["not_ranked_as_receivers"] == 24
+    said = capsys.readouterr().out
+    assert "heads not ranked as receivers: no response has 4 values of what they receive" in said
+    assert "no heads: no response has 4 values of what they receive" in said
     assert record["perturbation"]["the likeliest"] == {
         "high": None, "low": None, "lower": None, "p_value": None, "difference_low": None, "difference_high": None,
         "count": 0, "reason": "no interval and no p over fewer than 5 trials",

@@ -114,7 +114,7 @@ def test_a_run_works_beside_the_old_output(tmp_path):
     fill(out, "old")
     outputs.open_store(out, {"text": "new"}, resume=False).close()
     assert contents(out) == "old"
-    with pytest.raises(InputError, match=r"out.part: holds an unfinished run with 0 prompts done; go on .* --resume"):
+    with pytest.raises(InputError, match=r"out.part: holds an unfinished run with no answer; go on .* --resume"):
         fill(out)
     outputs.open_store(out, {"text": "new"}, resume=True)
 
