@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from attnstats import _dispatch
 from attnstats.core import arguments, wire
-from attnstats.core.autograd import Residuals
+from attnstats.core.autograd import Residuals, raise_second_derivative
 from attnstats.core.geometry import Geometry
 from attnstats.core.lse import check_lse
 from attnstats.core.options import Options
@@ -335,7 +335,7 @@ _define(
     _fake_attention_backward,
     f"{_three}, Tensor output, Tensor lse, Tensor[] values, Tensor grad_output, Tensor?[] grads",
     "Tensor[]",
-)
+).register_autograd(raise_second_derivative)
 _define(
     "statistics_from_lse",
     _statistics_from_lse,

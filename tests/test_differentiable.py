@@ -234,15 +234,6 @@ def test_gradients_of_attention_alone_are_the_same_bits(backend, where):
         assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["tiled", "triton"])
-def test_second_derivatives_are_refused(backend, where):
-    inputs = inputs_of(Case(batch=1, group=1, key_heads=1), torch.float32, where)
-    _, stats = attnstats.attention(*inputs, statistics=["waad"], differentiable=True, backend=backend)
-    (gradient,) = torch.autograd.grad(stats["waad"].square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
-
-
 def test_tiled_allocates_nothing_of_the_size_of_the_map(monkeypatch):
     monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 2**12)
     largest = []
@@ -253,3 +244,58 @@ def test_tiled_allocates_nothing_of_the_size_of_the_map(monkeypatch):
             (output.sum() + sum(stats[s].sum() for s in EVERY)).backward()
         largest.append(guards.largest)
     assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
+
+
+SECOND = {
+    "tiled": {"backend": "tiled"},
+    "triton": {"backend": "triton"},
+    "packed": {"backend": "tiled"},
+    "sinks alone": {"backend": "tiled"},
+    "patched": {},
+    "in a graph": {"backend": "tiled"},
+    "in a graph of reference": {"backend": "reference"},
+}
+
+
+@pytest.mark.parametrize("of", ["output", "waad"])
+@pytest.mark.parametrize("how", SECOND)
+def test_a_loss_on_gradients_is_refused_as_torch_refuses_it(how, of):
+    """A dropped penalty gave 1.0 for 3.71: the gradient must carry a graph that raises."""
+    query, key, value = Case(1, 1, 1, 9, 9).tensors()
+    options, leaf = SECOND[how], query.requires_grad_()
+    if how == "sinks alone":
+        leaf = query.new_tensor([0.5]).requires_grad_()
+        query, options = query.detach(), options | {"sinks": leaf}
+
+    def attend(query):
+        if how == "patched":
+            with attnstats.patch_sdpa(statistics=["waad"]):
+                return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        given = {"statistics": [WAAD(4)], "differentiable": True, **options}
+        if how == "packed":
+            rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+            cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+            result = attnstats.varlen_attention(*rows, cu_seqlens_q=cu_seqlens, **given)
+        else:
+            result = attnstats.attention(query, key, value, **given)
+        return result.output if of == "output" else result.statistics["waad"]
+
+    call = torch.compile(attend, backend="eager") if "graph" in how else attend
+    found = call(query)
+    (grad,) = torch.autograd.grad(found.square().sum(), leaf, create_graph=True)
+    (plain,) = torch.autograd.grad(call(query).square().sum(), leaf)
+    assert grad.requires_grad
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match=r"derivative of attention's gradients.*backend='reference'"):
+        (found.sum() + grad.square().sum()).backward()
+
+
+def test_reference_has_second_derivatives():
+    query, key, value = Case(1, 1, 1, 5, 5, 4, 4).tensors()
+    leaves = [x.double().requires_grad_() for x in (query, key, value)]
+
+    def attend(*leaves):
+        output, stats = attnstats.attention(*leaves, statistics=[WAAD(3)], differentiable=True, backend="reference")
+        return output, stats["waad"]
+
+    assert torch.autograd.gradgradcheck(attend, leaves)

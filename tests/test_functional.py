@@ -182,7 +182,7 @@ def test_second_derivatives_are_refused(backend, value_dim, where):
     query, key, value = (x.requires_grad_() for x in tensors)
     output, _ = attnstats.attention(query, key, value, statistics=["waad"], backend=backend)
     (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiate twice|derivative .* not implemented"):
+    with pytest.raises(RuntimeError, match=r"derivative .* not implemented"):
         gradient.sum().backward()
 
 

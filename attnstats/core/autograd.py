@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
 from attnstats.statistics import Statistic
@@ -75,8 +74,16 @@ class _Recomputed(torch.autograd.Function):
         return output, lse, *tensors.values()
 
     @staticmethod
-    @once_differentiable  # the lse is a constant here, so second derivatives would be wrong
     def backward(ctx: Any, grad_output: Tensor | None, _: None, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            gradients = _Recomputed.gradients(ctx, grad_output, grads)
+        if torch.is_grad_enabled():  # create_graph
+            sources = (*ctx.saved_tensors, ctx.geometry.sinks, grad_output, *grads)
+            gradients = _Last.apply(*gradients, *(x for x in sources if x is not None and x.requires_grad))
+        return *gradients, None, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, grad_output: Tensor | None, grads: tuple[Tensor | None, ...]) -> Gradients:
         (*saved,) = ctx.saved_tensors
         residuals, values = Residuals(*saved[:5]), saved[5:]
         triples = zip(ctx.geometry.statistics, values, grads, strict=False)  # no values: not differentiable
@@ -84,5 +91,27 @@ class _Recomputed(torch.autograd.Function):
         if grad_output is None:
             grad_output = torch.zeros_like(residuals.output)
         with full_precision(residuals.query.device):
-            gradients = ctx.backward_pass(residuals, grad_output, ctx.geometry, of_statistics)
-        return *gradients, None, None, None
+            return ctx.backward_pass(residuals, grad_output, ctx.geometry, of_statistics)
+
+
+class _Last(torch.autograd.Function):
+    """Gradients that require grad, as they depend on the inputs, and raise where their own are asked for.
+
+    The lse is a constant in them, so what autograd could derive would be wrong, and no graph at all would drop in
+    silence what a loss has of a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *gradients_and_sources: Tensor | None) -> Any:
+        return gradients_and_sources[: len(Gradients._fields)]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise_second_derivative()
+
+
+def raise_second_derivative(*_: Any) -> NoReturn:
+    raise RuntimeError(
+        "attnstats: the derivative of attention's gradients is not implemented, nor is it in torch's flash attention; "
+        "backend='reference' has it, in O(Tq * Tk) memory"
+    )
