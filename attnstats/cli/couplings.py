@@ -215,9 +215,9 @@ def _record(
 def _show(options: argparse.Namespace, job: Job, tables: CorpusTables, tests: dict[str, OverlapTest]) -> None:
     """Print the tables and the names of the files."""
     from attnstats.cli.tables import render
-    from attnstats.report.terminal import Output
+    from attnstats.report.terminal import PlainConsole
 
-    console = job.terminal.console if job.terminal.console.is_terminal else Output(width=WIDTH, highlight=False)
+    console = job.terminal.console if job.terminal.console.is_terminal else PlainConsole(width=WIDTH, highlight=False)
     for part in render(tables, tests):
         console.print()
         console.print(part)

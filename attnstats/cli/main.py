@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-class Output(io.TextIOWrapper):
+class StandardOutput(io.TextIOWrapper):
     """stdout with `?` for what its encoding doesn't have; a failure to write to it is an InputError."""
 
     def write(self, text: str) -> int:
@@ -62,13 +62,13 @@ def _writing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
-    """Inside the `with` stdout is an Output."""
+    """Inside the `with` stdout is a StandardOutput."""
     stdout = sys.stdout
     if not isinstance(stdout, io.TextIOWrapper):  # there is none, or a caller's own
         yield
         return
     stdout.flush()
-    output = Output(
+    output = StandardOutput(
         stdout.buffer, stdout.encoding, "replace",
         line_buffering=stdout.line_buffering, write_through=stdout.write_through,
     )  # fmt: skip

@@ -31,7 +31,7 @@ SCALE = ramp(DARK)
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
-class Output(Console):
+class PlainConsole(Console):
     """A Console that leaves a broken pipe to its caller, where rich would exit."""
 
     def on_broken_pipe(self) -> None:
@@ -42,7 +42,7 @@ class Terminal:
     """Progress as a bar in a terminal, and as a line now and then if output goes to a file."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False):
-        self.console = console or Output(highlight=False, quiet=quiet)
+        self.console = console or PlainConsole(highlight=False, quiet=quiet)
         self._bar: progress.Progress | None = None
         self._total, self._done, self._began, self._said = 0, 0, 0.0, 0.0
 
