@@ -47,9 +47,12 @@ class Guarded(Largest):
             return made
         room = torch.full((made.numel() + 2 * GUARD,), torch.nan, dtype=made.dtype, device=made.device)
         inside = room[GUARD : GUARD + made.numel()]
-        inside.fill_(MAKERS[function])
+        self.fill(inside, MAKERS[function])
         self.rooms.append((room, inside))
         return inside.as_strided(made.shape, made.stride(), inside.storage_offset())
+
+    def fill(self, made: Tensor, value: float) -> None:
+        made.fill_(value)
 
     def check(self) -> None:
         assert self.rooms, "nothing was allocated inside"
