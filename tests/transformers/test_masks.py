@@ -15,8 +15,10 @@ POSITIONS = torch.cat([torch.cat([torch.arange(int(n)) for n in row.bincount()])
 
 
 def packed(function):
-    remapped = masking_utils.remap_positions_for_packed_sequence(function, POSITIONS)
-    return masking_utils.and_masks(remapped, masking_utils.packed_sequence_mask_function(SEGMENTS))
+    """As transformers packs sequences; 5.17 leaves positions alone."""
+    if remap := getattr(masking_utils, "remap_positions_for_packed_sequence", None):
+        function = remap(function, POSITIONS)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(SEGMENTS))
 
 
 CAUSAL = masking_utils.causal_mask_function
