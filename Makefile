@@ -3,6 +3,7 @@
 #   PYTHON  the interpreter that .venv is made from, 3.10 or newer
 #   TORCH   what pip is asked for, for example: make test TORCH="torch==2.11.0 --index-url ..."
 #   WORKERS processes that run tests
+#   ROWS    of `make versions`, default all: oldest newest python3.12-torch2.12.1 ...
 #   PARTS   of `make gpu`, default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
@@ -16,7 +17,7 @@ PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint docs
+.PHONY: help demo test bench gpu faults versions lint docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +37,14 @@ bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept 
 
 gpu: $(STAMP) ## on a machine with a GPU: correct on it, timed on it, in 8 minutes; PARTS="timing sweep" for some of it
 	@$(BIN)/python -m benchmarks.gpu $(PARTS)
+
+faults: $(STAMP) ## small faults put into the source, one at a time: do the tests notice? goes on where it stopped
+	@$(BIN)/python -m reliability.faults --workers $(WORKERS)
+
+# pyenv answers to python3.10 and its like only for the versions that PYENV_VERSION names.
+versions: $(STAMP) ## the fast tests with other versions of Python, torch, Triton, transformers and numpy; ROWS="oldest"
+	@PYENV_VERSION="$$(pyenv versions --bare 2> /dev/null | grep '^3[.]1' | paste -sd:)" \
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(addprefix -s ,$(ROWS))
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -21,6 +21,13 @@ def coupling(responses, chance=Chance(), shuffled=False):
     return total.result()
 
 
+def test_marks_at_all_tokens_but_one_can_be_placed_in_as_many_ways():
+    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    for marks, expected in ((np.ones(5, dtype=bool), {31.0}), (values < 16, set(31 - values))):
+        found = module._placed_anew(Marked(marks, values), Chance(permutations=200), np.random.default_rng(0))
+        assert set(found.tolist()) == expected
+
+
 def drawn(length, seed):
     return torch.rand(length, generator=torch.Generator().manual_seed(seed))
 

@@ -353,6 +353,7 @@ WRONG: Any = 2.0
         (lambda: credit.global_anchor(SIGNAL, MASK, valid=MASK[:1]), ValueError, "valid must have the shape"),
         (lambda: credit.global_anchor(SIGNAL, MASK, valid=SIGNAL), TypeError, "valid must be a bool tensor"),
         (lambda: credit.local_chunk(SIGNAL, MASK, q=40), ValueError, r"q must be a share in \[0, 1\], got 40"),
+        (lambda: credit.local_chunk(SIGNAL, MASK, q=1.01), ValueError, "q must be a share"),
         (lambda: credit.local_chunk(SIGNAL, MASK, q=float("nan")), ValueError, "q must be a share"),
         (lambda: credit.local_chunk(SIGNAL, MASK, amp=0.5), ValueError, "amp must be at least 1"),
         (lambda: credit.random_tokens(MASK, amp=float("inf")), ValueError, "amp must be at least 1 and finite"),

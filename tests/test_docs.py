@@ -19,9 +19,10 @@ MODULES = (
     *("integrations.roll", "integrations.settings", "integrations.trl", "integrations.verl"),
 )
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(#[^)\s]*)?\)")
-PATH = re.compile(r"(?<![\w/.:-])(?:attnstats|benchmarks|csrc|docs|examples|kernels|tests)/[\w./-]*\w")
+FOLDERS = ("attnstats", "benchmarks", "csrc", "docs", "examples", "kernels", "reliability", "tests")
+PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w")
 FILE = re.compile(r"(?<![\w/.<>-])\w+\.(?:py|cpp)(?!\w)")
-MODULE = re.compile(r"python -m ((?:attnstats|benchmarks|tests)[\w.]*)")
+MODULE = re.compile(r"python -m ((?:attnstats|benchmarks|reliability|tests)[\w.]*)")
 NAME = re.compile(r"(?<![\w/.-])attnstats(?:\.\w+)+(?!\w*[/-])")
 TARGET = re.compile(r"`make (\w+)")
 FETCHED = re.compile(r"<(?:script|img|iframe|source)[^>]+src=\"(?:https?:)?//|<link[^>]+href=\"(?:https?:)?//")
@@ -89,11 +90,10 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_names_files_commands_and_targets_that_are_mentioned_exist(page):
     text = LINK.sub("", page.read_text())
-    names = {path.name for folder in ("attnstats", "benchmarks", "csrc", "docs", "kernels", "tests", "examples")
-             for path in (ROOT / folder).rglob("*.*")}  # fmt: skip
+    names = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
     makefile = (ROOT / "Makefile").read_text()
     absent = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
-    absent += [file for file in FILE.findall(text) if file not in names | {"setup.py"}]
+    absent += [file for file in FILE.findall(text) if file not in names | {"setup.py", "noxfile.py"}]
     absent += [module for module in MODULE.findall(text) if importlib.util.find_spec(module.rstrip(".")) is None]
     absent += [name for name in NAME.findall(text) if not exists(name)]
     absent += [target for target in TARGET.findall(text) if f"\n{target}:" not in makefile]
