@@ -19,7 +19,7 @@ from attnstats.report import data, scale
 from attnstats.report.columns import COLUMNS, horizon
 from attnstats.report.marks import SHARE
 from attnstats.study.analysis import Analysis, Settings
-from attnstats.study.text import visible
+from attnstats.study.text import shortened, visible
 
 SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js")
 
@@ -69,7 +69,7 @@ def render(
         settings=settings,
         horizon=horizon(settings),
         facts=_facts(summary),
-        model=visible(str(summary["model"]["name"])),
+        model=visible(shortened(str(summary["model"]["name"]))),
     )
 
 
@@ -114,7 +114,7 @@ def _coupling(coupling: Any) -> dict[str, str]:
         return number(value, "+.1%")
 
     return {
-        "name": visible(str(coupling.name)),
+        "name": visible(shortened(str(coupling.name))),
         "observed": number(coupling.observed),
         "random": number(coupling.random),
         "lift": percent(coupling.lift),
@@ -135,9 +135,13 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         "Peak memory": {key: f"{value / 2**20:.0f} MiB" for key, value in summary["peak_memory_bytes"].items()},
     }
     return [
-        (title, [(key.replace("_", " "), visible(_value(value))) for key, value in section.items()])
+        (title, [(_fact(key.replace("_", " ")), _fact(_value(value))) for key, value in section.items()])
         for title, section in sections.items()
     ]
+
+
+def _fact(text: str) -> str:
+    return visible(shortened(text, data.MAX_CHARACTERS))
 
 
 def _value(value: Any) -> str:

@@ -21,7 +21,7 @@ from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
 from attnstats.study.analysis import Analysis
-from attnstats.study.text import token_text, visible
+from attnstats.study.text import LONGEST, shortened, token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
 MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response, of a prompt, of a question
@@ -76,6 +76,10 @@ def fit(analyses: Sequence[Analysis]) -> Shown:
         if room_without_script > 0:
             shown.plain.append(plain(number, data))
             room_without_script -= len(data["breaks"])
+        cut = sum(len(token) > LONGEST for token in analysis.shown)
+        if cut:
+            tokens = "token" if cut == 1 else "tokens"
+            shown.left_out.append(f"Prompt {number}: the text of {cut} {tokens} after {LONGEST} characters.")
         length, kept = int(analysis.response.sum()), len(data["breaks"])
         if kept < length:
             shown.left_out.append(f"Prompt {number}: its response from token {kept + 1} to {length}.")
@@ -119,9 +123,8 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
     values = {column.key: column.read(analysis) for column in COLUMNS}
     domains = {column.key: column.domain(values[column.key]) for column in COLUMNS}
     marked = marks(analysis)
-    question = analysis.question[:MAX_CHARACTERS] + ("…" if len(analysis.question) > MAX_CHARACTERS else "")
     return {
-        "question": visible(question),
+        "question": visible(shortened(analysis.question, MAX_CHARACTERS)),
         "start": start,
         "tokens": list(map(token_text, analysis.shown[:stop])),
         "breaks": [text.count("\n") for text in analysis.tokens[start:stop]],

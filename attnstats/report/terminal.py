@@ -23,9 +23,10 @@ from attnstats.report.data import highest_of_stretches
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
 from attnstats.study.analysis import Analysis
-from attnstats.study.text import PART, token_name, visible
+from attnstats.study.text import PART, shortened, token_name, visible
 
 PEAKS = 8
+QUESTION = 5_000  # characters of a question that are shown
 SECONDS_BETWEEN_LINES = 5.0
 SCALE = ramp(DARK)
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -102,7 +103,7 @@ class Terminal:
         for number, analysis in enumerate(analyses, 1):
             self.console.print()
             self.console.rule(Text(f"Prompt {number} of {total}"), style="dim", align="left")
-            self.console.print(Text(visible(analysis.question)), style="bold")
+            self.console.print(Text(visible(shortened(analysis.question, QUESTION))), style="bold")
             self.console.print()
             self.console.print(response(analysis, column))
             self.console.print()
@@ -115,7 +116,7 @@ class Terminal:
         if len(analyses) < total:
             self.console.print(f"{len(analyses)} of {total} responses shown; the page and the tables have more")
         for file in files:
-            self.console.print(Text(str(file)), soft_wrap=True)
+            self.console.print(Text(visible(str(file))), soft_wrap=True)
 
     def show_differences(self, largest: dict[str, float], tolerance: float) -> None:
         table = Table("statistic", "largest |difference| from eager attention", box=None, pad_edge=False)
@@ -139,7 +140,7 @@ def response(analysis: Analysis, column: Column) -> Text:
     preplan, anchors = set(marked.among(marked.preplan)), set(marked.among(marked.anchor))
     text = Text()
     for i, value in enumerate(values.tolist()):
-        token = visible(analysis.shown[analysis.response_start + i])
+        token = visible(shortened(analysis.shown[analysis.response_start + i]))
         style = shade_style(domain.shade(value)) if value == value else Style(dim=True)
         if i in preplan or i in anchors:
             style += Style(overline=i in preplan or None, underline=i in anchors or None, bold=True)

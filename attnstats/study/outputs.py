@@ -147,7 +147,10 @@ def coupling_record(coupling: Coupling) -> dict[str, Any]:
 
 
 def _coupling(record: dict[str, Any]) -> Coupling:
+    """The coupling of a record. Raises TypeError for any other record."""
     fields: dict[str, Any] = {key: math.nan if value is None else value for key, value in record.items()}
+    if not all(isinstance(value, str if key == "name" else (int, float)) for key, value in fields.items()):
+        raise TypeError("couplings must have a name and numbers")
     return Coupling(**fields)
 
 

@@ -11,6 +11,14 @@ import unicodedata
 
 # Controls, surrogates, formats (all bidi marks, overrides and isolates are among them), line and paragraph separators.
 _INVISIBLE = ("Cc", "Cs", "Cf", "Zl", "Zp")
+# Characters of other categories that show nothing: joiners, fillers, blanks, tags, and what XML and fonts don't have.
+_BLANK = frozenset((*map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0)), *map(chr, (
+    *range(0x180B, 0x1810), *range(0xFDD0, 0xFDF0), *range(0xE0000, 0xE1000),
+    *(plane + end for plane in range(0, 0x110000, 0x10000) for end in (0xFFFE, 0xFFFF)),
+))))  # fmt: skip
+_MARKS = ("Mn", "Mc", "Me")
+MARKS = 8  # combining marks on a character that are drawn; more would cover the lines around it
+LONGEST = 500  # characters of a token that are shown
 PART = "·"  # shown for a token that adds no text
 # A text that a spreadsheet would run, or one that `spreadsheet_cell` could have made; as Python and RE2 read it.
 FORMULA = r"\A'*[=+\-@\t\r\x00" + "\uff1d\uff0b\uff0d\uff20]"  # in some locales full-width signs are run too
@@ -19,21 +27,48 @@ FORMULA = r"\A'*[=+\-@\t\r\x00" + "\uff1d\uff0b\uff0d\uff20]"  # in some locales
 def visible(text: str, *, newline: str = "\n", tab: str = "\t") -> str:
     """`text` with every invisible or direction-changing character replaced by a visible one.
 
+    Of the combining marks on a character those after the first MARKS are written as their code points.
+
     Example:
         >>> visible("a\\x1b[31m\\u202eb")
         'a␛[31m⟨U+202E⟩b'
     """
-    return "".join(newline if c == "\n" else tab if c == "\t" else _visible(c) for c in text)
+    if text.isascii() and text.isprintable():
+        return text
+    parts = []
+    marks = 0
+    for c in text:
+        category = unicodedata.category(c)
+        marks = marks + 1 if category in _MARKS or c in "\u0e33\u0eb3" else 0  # the two combine, and are no marks
+        if c == "\n":
+            parts.append(newline)
+        elif c == "\t":
+            parts.append(tab)
+        elif marks > MARKS or category in _INVISIBLE or c in _BLANK:
+            parts.append(_named(c))
+        else:
+            parts.append(c)
+    return "".join(parts)
+
+
+def shortened(text: str, most: int = LONGEST) -> str:
+    """The first `most` characters, with an ellipsis where there are more.
+
+    Example:
+        >>> shortened("abcdef", 3)
+        'abc…'
+    """
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def token_text(token: str) -> str:
-    """The text of a token on one line; PART if it is empty.
+    """The text of a token on one line, at most LONGEST characters of it; PART if it is empty.
 
     Example:
         >>> token_text("\\n"), token_text("")
         ('↵', '·')
     """
-    return visible(token, newline="↵", tab="⇥") or PART
+    return visible(shortened(token), newline="↵", tab="⇥") or PART
 
 
 def token_name(token: str) -> str:
@@ -41,15 +76,12 @@ def token_name(token: str) -> str:
     return token_text(token).strip() or "space"
 
 
-def _visible(character: str) -> str:
+def _named(character: str) -> str:
+    """The picture of a control character, or the code point."""
     code = ord(character)
     if code < 0x20:
         return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    if unicodedata.category(character) in _INVISIBLE:
-        return f"⟨U+{code:04X}⟩"
-    return character
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 def spreadsheet_cell(text: str) -> str:

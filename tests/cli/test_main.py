@@ -23,6 +23,7 @@ from attnstats.presets import PRESETS
 from attnstats.study.analysis import Settings
 from attnstats.study.outputs import FILES
 from attnstats.study.store import Store
+from tests.hostile import FORBIDDEN, TEXTS
 from tests.process import python
 from tests.tiny import interrupted_in_pass, save_tiny_model
 
@@ -406,6 +407,38 @@ def test_heads_of_a_corpus_are_taken_for_another(tmp_path, tiny, capsys):
     assert "heads.json: the profile is of another model: " in capsys.readouterr().err
     assert main([*options, "so", "--out", str(tmp_path / "c"), "--head-profile", str(tmp_path / "none")]) == 2
     assert not (tmp_path / "c").exists()
+
+
+def test_hostile_questions_are_answered_and_shown_as_text(tmp_path, tiny, capsys):
+    questions = [text for text in TEXTS[::5] if text.strip() and text.isprintable() and len(text) < 200]
+    questions += ["\x1b[2J=1", "\0", "a\u202eb", "NA", "007"]
+    lines = "".join(json.dumps({"question": question}) + "\n" for question in questions)
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    out = tmp_path / "out"
+    options = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "3", "--system", "\x1b]0;x\x07</script>"]
+    assert main(["analyze", "--model", str(tiny), "--out", str(out), *options]) == 0
+    assert [prompt["question"] for prompt in prompts_of(out)] == questions
+    assert not FORBIDDEN & set(capsys.readouterr().out)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert not FORBIDDEN & set(page)
+    assert page.count("<script") == page.count("</script>")
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text(encoding="utf-8") == page
+
+
+NUMBERS = ("observed", "random", "p_value", "low", "high", "count", "responses")
+
+
+@pytest.mark.parametrize("change", [
+    {"couplings": [{"name": 1}]}, {"couplings": [{"name": "x"}]}, {"couplings": {"a": 1}}, {"couplings": ["x"]},
+    {"prompts": 0}, {"prompts": "x"}, {"prompts": None}, {"prompts": [{}]},
+    {"couplings": [{"name": "x", **dict.fromkeys(NUMBERS, "<b>")}]},
+])  # fmt: skip
+def test_a_summary_that_is_none_is_refused(tmp_path, finished, capsys, change):
+    out = shutil.copytree(finished, tmp_path / "out")
+    change_json(out / "summary.json", **change)
+    assert main(["report", str(out)]) == 2
+    assert "summary.json: cannot be read (no settings, prompts and timings in it" in capsys.readouterr().err
 
 
 def test_a_report_is_drawn_again(tmp_path, tiny, capsys):

@@ -13,6 +13,8 @@ import pytest
 from attnstats import report
 from attnstats.report import data, scale
 from attnstats.study.analysis import Settings
+from attnstats.study.text import token_text, visible
+from tests.hostile import FORBIDDEN, TEXTS
 from tests.report.test_report import HOSTILE, SUMMARY
 from tests.tiny import synthetic_analysis
 
@@ -453,3 +455,29 @@ def test_what_has_no_value_is_said(visit, folder):
     page.focus("#tokens")
     page.keyboard.press("ArrowRight")
     assert cursor(page) == at(1)
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_hostile_texts_are_shown_as_text_and_do_nothing(visit, folder, width):
+    """As tokens, in the prompt and in the answer, and as the question; `visit` fails for a message or an error."""
+    question = " ".join(text for text in TEXTS if len(text) < 1000)
+    analysis = synthetic_analysis([*TEXTS, *TEXTS], prompt=len(TEXTS), question=question)
+    summary = SUMMARY | {"settings": {question: question}, "versions": {text: text for text in TEXTS}}
+    (folder / "texts.html").write_text(report.render([analysis], Settings(), summary), encoding="utf-8")
+    page = visit("texts", width=width)
+    shown = page.eval_on_selector_all("#tokens > span", "all => all.map(s => s.textContent)")
+    expected = [text[1:] if text.startswith(" ") and text.strip() else text for text in map(token_text, TEXTS)]
+    assert shown == expected
+    assert page.text_content("#question") == visible(question)
+    assert not FORBIDDEN & set(page.evaluate("document.body.innerText"))
+    for tag in ("img", "iframe", "form", "a[href^=javascript]", "base", "object", "plaintext", "template"):
+        assert page.locator(tag).count() == 0
+    assert page.evaluate("document.scripts.length") == 4  # the page's data, the prompt with maps, and the script
+    assert page.title() == "Preplan and anchor: <b>tiny</b>"
+    page.focus("#tokens")
+    page.keyboard.press("Home")
+    for text in shown:
+        assert page.text_content("#readout mark").strip() == text.strip()
+        page.keyboard.press("ArrowRight")
+    # Long words and piled-up marks make nothing wider than the page.
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from attnstats.report.marks import marks
 from attnstats.study import outputs
 from attnstats.study.analysis import Settings
 from attnstats.study.store import begin
+from tests.hostile import FORBIDDEN, TEXTS
 from tests.tiny import synthetic_analysis
 
 WORDS = [
@@ -188,3 +190,19 @@ def test_shortest_responses(tokens, figure):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert figures.drawn(figures.FIGURES[figure](synthetic_analysis(tokens)), ".png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("first", range(2, len(TEXTS), 80))
+def test_hostile_text_is_text_in_a_figure(kind, first):
+    analysis = synthetic_analysis(TEXTS)
+    figure = figures.rhythm(analysis, (first - 1, min(first + 78, len(TEXTS) - 2)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font|.*Matplotlib currently does not support")
+        drawn = figures.drawn(figure, f".{kind}")
+    assert drawn.startswith(STARTS[kind])
+    if kind == "svg":
+        root = ElementTree.fromstring(drawn)
+        tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert not tags & {"script", "a", "image", "foreignObject", "b", "img", "iframe", "form", "math", "template"}
+        assert not (FORBIDDEN - {"\n"}) & set(" ".join(root.itertext()))

@@ -23,6 +23,8 @@ from attnstats.errors import InputError
 from attnstats.report import columns, data, scale
 from attnstats.report.columns import COLUMNS
 from attnstats.study.analysis import Settings
+from attnstats.study.text import shortened, token_text, visible
+from tests.hostile import FORBIDDEN, TEXTS
 from tests.tiny import synthetic_analysis
 
 HOSTILE = [
@@ -388,3 +390,58 @@ def test_an_unknown_column_is_an_error_that_names_those_there_are():
     assert columns.find("WAAD").key == "waad"
     with pytest.raises(InputError, match=r"--color-by red: no such column; there are waad, fai, entropy, delta, gamma"):
         columns.find("red")
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    """The hostile texts as tokens of one prompt, as questions of others, and in everything else that a page shows."""
+    analyses = [synthetic_analysis(TEXTS), *(synthetic_analysis(["a", "b", "c"], question=text) for text in TEXTS)]
+    short = [text for text in TEXTS if len(text) < 1000]
+    summary = {"model": {"name": "".join(short)}, "settings": {text: text for text in short}}
+    summary |= {
+        "versions": {},
+        "timings_seconds": dict.fromkeys(short, 1.0),
+        "peak_memory_bytes": dict.fromkeys(short, 1),
+    }
+    couplings = [dataclasses.replace(COUPLINGS, name=text) for text in short]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "MAX_PROMPTS", len(analyses))
+        return analyses, report.render(analyses, Settings(), summary, couplings)
+
+
+COUPLINGS = Coupling("x", 0.5, 0.4, 0.01, 0.1, 0.2, 99, 9)
+
+
+def test_hostile_text_is_text_everywhere_on_the_page(hostile):
+    analyses, text = hostile
+    text.encode("utf-8")
+    assert not FORBIDDEN & set(text)
+    page, plain = (
+        Page(text),
+        Page(report.render([synthetic_analysis(["a", "b", "c"])] * len(analyses), Settings(), SUMMARY)),
+    )
+    assert page.open == []
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in plain.tags} | {
+        "div",
+        "li",
+        "ul",
+        "table",
+        "tbody",
+        "td",
+        "th",
+        "thead",
+        "tr",
+        "strong",
+    }
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert names <= {name for _, attributes in plain.tags for name in attributes} | {"scope", "tabindex", "role"}
+    assert page.data["data-1"]["tokens"] == list(map(token_text, TEXTS))
+    for number, question in enumerate(TEXTS, 2):
+        assert page.data[f"data-{number}"]["question"] == visible(shortened(question, data.MAX_CHARACTERS))
+
+
+def test_tokens_of_a_megabyte_leave_the_page_small():
+    tokens = ["how", " many", *["x" * 1_000_000] * 30]
+    text = report.render([synthetic_analysis(tokens)], Settings(), SUMMARY)
+    assert len(text) < 200_000
+    assert "Prompt 1: the text of 30 tokens after 500 characters." in text

@@ -1,16 +1,19 @@
 """Terminal output: progress with and without a terminal, and text of a model that stays text."""
 
 import io
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
+from attnstats.cli.main import main
 from attnstats.errors import InputError
 from attnstats.report.columns import COLUMNS, find
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, ink, ramp
 from attnstats.report.terminal import Terminal, curve, legend, response
+from tests.hostile import FORBIDDEN, TEXTS
 from tests.tiny import synthetic_analysis
 
 HOSTILE = ["how", " many", " [bold]x[/bold]", "\x1b]0;title\x07", "\u202egnp", "\n", " so", " on", " ends"]
@@ -156,3 +159,21 @@ def test_differences(worst, verdict):
     text = shown(lambda terminal: terminal.show_differences({"waad": 1e-7, "fai": worst}, 1e-4))
     assert verdict in text
     assert f"{worst:.2e}" in text
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_hostile_text_is_text_in_the_terminal(tmp_path, is_terminal):
+    analyses = [synthetic_analysis(TEXTS), *(synthetic_analysis(["a", "b", "c"], question=text) for text in TEXTS[::7])]
+    files = [tmp_path / text for text in TEXTS if "\0" not in text and len(text) < 200]
+    text = shown(lambda terminal: terminal.show(analyses, files), is_terminal=is_terminal)
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours, overlines and underlines are ours
+    assert bare == text or is_terminal
+    assert not FORBIDDEN & set(bare)
+    assert len(text) < 1_000_000
+    assert "Prompt" in bare
+
+
+def test_hostile_text_in_a_message_is_text(capsys):
+    for text in TEXTS:
+        assert main(["report", text if text.strip() else "x", "--no-such-option"]) == 2
+    assert not (FORBIDDEN - {"\n"}) & set(capsys.readouterr().err)

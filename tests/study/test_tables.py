@@ -10,6 +10,8 @@ from attnstats.chance import Chance
 from attnstats.study import findings, tables
 from attnstats.study.analysis import Analyses
 from attnstats.study.store import Store, begin
+from attnstats.study.text import from_spreadsheet_cell
+from tests.hostile import TEXTS
 from tests.tiny import synthetic_analysis
 
 TOKENS = ["how", " many", " so", "\n\n", "=1+1", '"q", x', "\r", "\ud800", "\0", "漢字", " end"]
@@ -138,3 +140,54 @@ def test_a_corpus_is_read_once(tmp_path, monkeypatch):
     assert not {"head_waad", "head_fai", "head_mean_distance", "local_map"} & {
         name for _, names in reads for name in names
     }
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """The tables of a prompt whose tokens are the hostile texts, and of prompts with each as the question."""
+    folder = tmp_path_factory.mktemp("hostile")
+    tokens = synthetic_analysis(TEXTS)
+    tables.write(folder, [tokens, *(synthetic_analysis(["a", "b", "c"], question=text) for text in TEXTS)])
+    return folder
+
+
+UTF8 = [text.encode("utf-8", "backslashreplace").decode() for text in TEXTS]
+
+
+def test_hostile_text_comes_back_from_parquet(hostile):
+    tokens = pandas.read_parquet(hostile / "tokens.parquet")
+    assert tokens.token[tokens.prompt == 0].tolist() == UTF8
+    prompts = pandas.read_parquet(hostile / "prompts.parquet")
+    assert prompts.question.tolist()[1:] == UTF8
+    assert prompts.response[0] == "".join(UTF8[2:])
+    assert tokens.token.notna().all()
+
+
+def test_hostile_text_comes_back_from_csv(hostile):
+    tokens = pandas.read_csv(
+        hostile / "tokens.csv", dtype={"token": str}, keep_default_na=False, na_values={"delta": [""], "entropy": [""]}
+    )
+    kept = pandas.read_parquet(hostile / "tokens.parquet")
+    assert tokens.token.map(from_spreadsheet_cell).tolist() == kept.token.tolist()
+    for name in kept.columns.drop("token"):
+        pandas.testing.assert_series_equal(tokens[name], kept[name], check_dtype=False)
+    csv.field_size_limit(2**31 - 1)
+    with (hostile / "tokens.csv").open(newline="", encoding="utf-8") as file:
+        cells = [row["token"] for row in csv.DictReader(file)]
+    assert list(map(from_spreadsheet_cell, cells)) == kept.token.tolist()
+
+
+def test_hostile_text_comes_back_from_json_lines(hostile):
+    text = (hostile / "prompts.jsonl").read_text(encoding="ascii")
+    assert [json.loads(line)["question"] for line in text.splitlines()][1:] == UTF8
+    frame = pandas.read_json(hostile / "prompts.jsonl", lines=True, dtype=False)
+    assert frame.question.tolist()[1:] == UTF8
+
+
+def test_hostile_text_comes_back_from_a_store(tmp_path):
+    store = begin(tmp_path / "run", {"texts": TEXTS}, resume=False)
+    store.write(0, *synthetic_analysis(TEXTS, question=TEXTS[0]).stored())
+    store.close()
+    begin(tmp_path / "run", {"texts": TEXTS}, resume=True).close()
+    (analysis,) = Analyses(store, 1)
+    assert (analysis.tokens, analysis.shown, analysis.question) == (TEXTS, TEXTS, TEXTS[0])
