@@ -132,7 +132,7 @@ class Outline:
         """The outline in an item that `Analysis.stored` made.
 
         Raises:
-            KeyError, TypeError, ValueError: any other item.
+            LookupError, TypeError, ValueError: any other item.
         """
         _check_item({**_AXES, "layers": "L", "local": "LH", "global": "LH"}, tensors, texts)
         return cls(**_fields(tensors, texts))
@@ -198,7 +198,7 @@ class Analysis(Outline):
         """The analysis of an item that `stored` made.
 
         Raises:
-            KeyError, TypeError, ValueError: any other item.
+            LookupError, TypeError, ValueError: any other item.
         """
         _check_item({**_AXES, **_PER_HEAD, "layers": "L", "local": "LH", "global": "LH"}, tensors, texts)
         fields = _fields(tensors, texts) | {name: tensors[name] for name in _PER_HEAD}
@@ -208,11 +208,13 @@ class Analysis(Outline):
 def _fields(tensors: dict[str, Tensor], texts: dict[str, Any]) -> dict[str, Any]:
     """The fields of the outline in an item."""
     tokens = list(map(str, texts["tokens"]))
-    shown = {int(position): str(text) for position, text in texts.get("shown", {}).items()}
+    shown = list(tokens)
+    for position, text in texts.get("shown", {}).items():
+        shown[int(position)] = str(text)
     return {
         "question": str(texts["question"]),
         "tokens": tokens,
-        "shown": [shown.get(position, token) for position, token in enumerate(tokens)],
+        "shown": shown,
         "layers": tuple(tensors["layers"].tolist()),
         "classes": HeadClasses(tensors["local"], tensors["global"]),
         **{name: tensors[name] for name in _AXES},
@@ -275,5 +277,5 @@ class Analyses(Sequence[Analysis]):
         item = self._store.read(index, kind.tensors())
         try:
             return kind.restored(*item)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise corrupt(self._store.path(index), f"not an analysis: {error}") from error

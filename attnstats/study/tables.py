@@ -130,9 +130,9 @@ def token_rows(prompt: int, outline: Outline) -> Rows:
     delta[outline.response.numpy()] = outline.delta.numpy()
     length = len(outline.tokens)
     return {
-        "prompt": [prompt] * length,
-        "position": range(length),
-        "token": list(map(utf8, outline.tokens)),
+        "prompt": np.full(length, prompt),
+        "position": np.arange(length),
+        "token": outline.tokens if "".join(outline.tokens).isascii() else list(map(utf8, outline.tokens)),
         "is_response": _copied(outline.response),
         "waad": _copied(outline.waad),
         "fai": _copied(outline.fai),
