@@ -219,6 +219,22 @@ class Geometry:
         end = torch.searchsorted(before, before[:, stop])
         return torch.stack([first - begin, end - begin], dim=-1).flatten(0, 1)
 
+    def tail_of(self, statistic: Statistic) -> float:
+        """The weight of a statistic with a band outside of it; 0 where no query sees a key outside.
+
+        Sums of the weights less their tail, to which the tail is added, lose digits of a tail that no pair has.
+        """
+        assert statistic.band is not None
+        if self.packing is None:
+            nearest, farthest = self.offset - self.key_length + 1, self.offset + self.query_length - 1
+        else:
+            farthest = self.packing.max_keys - 1
+            nearest = 1 - max(self.packing.max_queries, self.packing.max_keys)
+        nearest = nearest if self.right is None else max(nearest, -self.right)
+        farthest = farthest if self.left is None else min(farthest, self.left)
+        lo, hi = statistic.band
+        return 0.0 if lo <= nearest and farthest <= hi else statistic.tail
+
     def visible_pairs(self, last_queries: int | None = None) -> int:
         """Pairs (t, s) inside the causal mask, windows and sequences, of a head of a batch row, padding included.
 

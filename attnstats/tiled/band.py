@@ -46,7 +46,7 @@ def evaluate(
                     weights.masked_fill_(~query_mask[batch, rows, None], 0.0)
                 for s in columns_of:
                     _add_columns_(tensors[s][batch, head], space.band, geometry.offset + start, len(weights), band, s)
-    tails = {s: s.tail for s in statistics if s.axis == "row"}
+    tails = {s: geometry.tail_of(s) for s in statistics if s.axis == "row"}
     if any(tails.values()):
         mass = geometry.row_mass(lse)
         tensors |= {s: tensors[s] + tail * mass for s, tail in tails.items() if tail}
@@ -188,7 +188,7 @@ class _Band(NamedTuple):
         spans = {s: (lo, hi) for s, (lo, hi) in clipped.items() if lo <= hi}
         weights = {
             s: s.weight_as(torch.arange(lo, hi + 1, device=geometry.device, dtype=torch.int64), geometry.accumulator)
-            - s.tail
+            - geometry.tail_of(s)
             for s, (lo, hi) in spans.items()
         }
         unweighted = frozenset(s for s in spans if s.horizon == s.band)

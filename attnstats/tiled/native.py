@@ -189,7 +189,7 @@ def _template(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Templat
         softcap=geometry.softcap or 0.0,
         count=len(statistics),
     )
-    return _Template(call, requests, weights, {s: tail for s in statistics if (tail := _tail(s))})
+    return _Template(call, requests, weights, {s: tail for s in statistics if (tail := _tail(s, geometry))})
 
 
 def _window(geometry: Geometry) -> tuple[int, int]:
@@ -204,9 +204,9 @@ def _kind(statistic: Statistic) -> int:
     return WHOLE_ROWS[type(statistic)]
 
 
-def _tail(statistic: Statistic) -> float:
+def _tail(statistic: Statistic, geometry: Geometry) -> float:
     """The weight that is added as a share of the row's mass, so that the band suffices; 0 for wide bands."""
-    return statistic.tail if statistic.is_banded else 0.0
+    return geometry.tail_of(statistic) if statistic.is_banded else 0.0
 
 
 def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
@@ -215,7 +215,7 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
     left, right = _window(geometry)
     farthest = min(geometry.offset + geometry.query_length - 1, left)
     nearest = max(geometry.offset - geometry.key_length + 1, -right)
-    tail = _tail(statistic)
+    tail = _tail(statistic, geometry)
     if statistic.band is not None and statistic.tail == tail:
         nearest, farthest = max(nearest, statistic.band[0]), min(farthest, statistic.band[1])
     if nearest > farthest:  # no key is within the band

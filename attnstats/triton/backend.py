@@ -119,8 +119,8 @@ def _map_gradients(
             shift -= grads[s]
         elif s.method == "weight" and s.axis == "row":
             shift += grads[s] * geometry.in_all_heads(s, value)
-            if s.band is not None:
-                excess -= s.tail * grads[s]
+            if s in lists.near_rows:
+                excess -= geometry.tail_of(s) * grads[s]
         elif s.method == "row":  # the entropy, the only one that carries gradients
             rows.append(grads[s])
             shift += grads[s] * (geometry.in_all_heads(s, value) - geometry.row_mass(lse))

@@ -121,7 +121,7 @@ class GradientPlan(NamedTuple):
     """The statistics that carry gradients by the list of the backward kernels that has their weight."""
 
     far_rows: tuple[Statistic, ...]
-    near_rows: tuple[Statistic, ...]  # those with a band: looked at near the diagonal alone
+    near_rows: tuple[Statistic, ...]  # those with a narrow band: looked at near the diagonal alone
     entropy: bool
     far_columns: tuple[Statistic, ...]
     near_columns: tuple[Statistic, ...]
@@ -132,11 +132,11 @@ class GradientPlan(NamedTuple):
         rows = [s for s in statistics if s.method == "weight" and s.axis == "row"]
         columns = [s for s in statistics if s.axis == "column"]
         return GradientPlan(
-            far_rows=tuple(s for s in rows if s.band is None),
-            near_rows=tuple(s for s in rows if s.band is not None),
+            far_rows=tuple(s for s in rows if not s.is_banded),
+            near_rows=tuple(s for s in rows if s.is_banded),
             entropy=any(s.method == "row" for s in statistics),
-            far_columns=tuple(s for s in columns if s.band is None),
-            near_columns=tuple(s for s in columns if s.band is not None),
+            far_columns=tuple(s for s in columns if not s.is_banded),
+            near_columns=tuple(s for s in columns if s.is_banded),
         )
 
     @property

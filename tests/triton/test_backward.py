@@ -163,3 +163,25 @@ def test_offsets_past_two_to_the_31():
     command = [sys.executable, "-c", OFFSETS]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-1500:]
+
+
+@pytest.mark.parametrize("window", [8, 39, 40, 1000, 1023, 10**6, 2**31 - 2])
+def test_gradients_of_windows_of_any_width(window, device):
+    """A weight less its tail loses the digits of the tail where the window is wide: 0.7 of a gradient at 10^6."""
+    case = small(batch=1, query_length=40, key_length=40, group=1)
+    asked = [WAAD(window), FAI(3, window)]
+    found = []
+    for function, dtype in (
+        (attnstats.attention, torch.float32),
+        (reference.attention, torch.float32),
+        (reference.attention, torch.float64),
+    ):
+        query, key, value = (x.to(dtype).requires_grad_() for x in case.tensors(device))
+        backend = {"backend": "triton"} if function is attnstats.attention else {}
+        _, stats = function(query, key, value, statistics=asked, differentiable=True, **backend)
+        loss = stats[asked[0]].square().sum() + stats[asked[1]].square().sum()
+        found.append(torch.autograd.grad(loss, (query, key)))
+    ours, eager, truth = found
+    for x, by_eager, y in zip(ours, eager, truth, strict=True):
+        error, of_eager = (float((each.double() - y).abs().max()) for each in (x, by_eager))
+        assert error <= 2 * of_eager + 1e-6 * float(y.abs().max()), f"{error:.1e}, eager {of_eager:.1e}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -138,14 +138,14 @@ def dims(geometry: Geometry, with_value: bool = True) -> dict[str, int]:
     return constants
 
 
-def weights(statistics: Iterable[Any], tails: bool = True) -> tuple[Any, ...]:
-    """The statistics' weights as the flat constexpr tuple of kernels/tiles.py."""
+def weights(statistics: Iterable[Any], tail_of: Callable[[Any], float] = lambda _: 0.0) -> tuple[Any, ...]:
+    """The statistics' weights, less their tails, as the flat constexpr tuple of kernels/tiles.py."""
     flat: list[Any] = []
     for s in statistics:
         weight = kernel_weight(s)
         # Triton's cache key of a tuple names the functions in it but not their source: the digest does.
         digest = getattr(weight, "cache_key", "")
-        flat += [weight, *(*s.parameters, 0, 0)[:2], s.tail if tails else 0.0, digest]
+        flat += [weight, *(*s.parameters, 0, 0)[:2], tail_of(s), digest]
     return tuple(flat)
 
 

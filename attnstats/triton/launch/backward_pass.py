@@ -118,8 +118,8 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
     blocks = -(-sizes.longest // (config.BN if by_keys else config.BM))
     heads = geometry.key_heads if by_keys else geometry.query_heads
     constants = {
-        "ROWS": arguments.weights(plan.far_rows, tails=False),
-        "NEAR_ROWS": arguments.weights(plan.near_rows),
+        "ROWS": arguments.weights(plan.far_rows),
+        "NEAR_ROWS": arguments.weights(plan.near_rows, geometry.tail_of),
         "ENTROPY": int(plan.entropy),
         "COLUMNS": arguments.weights(plan.far_columns),
         "NEAR_COLUMNS": arguments.weights(plan.near_columns),

@@ -80,7 +80,7 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
 
     packed, config = band_tile(geometry, heads, config)
     constants = {
-        "ROWS": arguments.weights(plan.band_rows),
+        "ROWS": arguments.weights(plan.band_rows, geometry.tail_of),
         "COLUMNS": arguments.weights(plan.band_columns),
         "HEADS": packed,
         "BM": config.BM,

@@ -134,9 +134,9 @@ def _prepare_forward(
     heads, config = forward_tile(geometry, config)
     constants = {
         "MOMENT": len(plan.moment),
-        "LOOP_ROWS": arguments.weights(plan.loop_rows, tails=False),
+        "LOOP_ROWS": arguments.weights(plan.loop_rows),
         **plan.whole_row_constants,
-        "BAND_ROWS": arguments.weights(plan.band_rows),
+        "BAND_ROWS": arguments.weights(plan.band_rows, geometry.tail_of),
         "BAND_COLUMNS": arguments.weights(plan.band_columns),
         "BAND_BOUND": plan.bound(geometry),
         "FROM_LSE": from_lse,
