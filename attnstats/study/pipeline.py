@@ -22,7 +22,6 @@ from attnstats.study.maps import mean_maps
 from attnstats.study.models import LoadedModel
 from attnstats.study.reading import pieces, read, shown
 from attnstats.study.store import Item, begin
-from attnstats.transformers.capture import capture
 
 
 def analyze(
@@ -81,11 +80,13 @@ def check_settings(settings: Settings, questions: Sequence[Prompt]) -> None:
 
 def check_model(settings: Settings, loaded: LoadedModel) -> None:
     """Raises InputError for a model that can't be measured: a pass over one token finds it before generating."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=loaded.device)
     try:
-        with torch.no_grad(), capture(loaded.model, statistics=settings.statistics, layers=settings.layers) as run:
-            loaded.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=loaded.device), use_cache=False)
-            count = len(run.layers)
+        run, _ = read(loaded, ids, settings.statistics, settings.temperature, start=0, layers=settings.layers)
+        count = len(run.layers)
     except (TypeError, ValueError) as error:
+        if str(error).startswith("--"):
+            raise
         option = "--layers" if str(error).startswith("layers") else f"--model {loaded.name}"
         raise InputError(f"{option}: {str(error).removeprefix('layers: ').removeprefix('model: ')}") from error
     if count * loaded.model.config.get_text_config().num_attention_heads < 2:

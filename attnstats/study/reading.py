@@ -18,6 +18,10 @@ from attnstats.transformers.capture import capture
 from attnstats.transformers.run import Capture
 
 ENTROPY_ROWS = 64  # 64 rows of a vocabulary of 150k in fp32 are 38 MB
+# What transformers calls the scale and the softcap of logits after the output embedding: Cohere and Falcon-H1, Granite,
+# Gemma and RecurrentGemma.
+FACTORS, DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so tokens at most
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # a byte in vocabularies of SentencePiece
@@ -76,22 +80,34 @@ def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor, temp
         last_logits: (vocabulary,), the model's logits of the last row.
 
     Raises:
-        InputError: the logits are not the output embedding of the hidden states.
+        InputError: the logits are not the output embedding of the hidden states, with the config's scale and softcap.
     """
-    head = loaded.model.get_output_embeddings()
     with torch.no_grad():
-        if not torch.allclose(head(hidden[-1:])[0], last_logits, rtol=1e-2, atol=1e-2):
+        if not torch.allclose(_logits(loaded, hidden[-1:])[0], last_logits.float(), rtol=1e-2, atol=1e-2):
             raise InputError(
-                f"--model {loaded.name}: its logits are not its output embedding of the last hidden state (a softcap "
-                "or a scale comes after), so that the entropy of a token cannot be computed; use another model"
+                f"--model {loaded.name}: its logits are not its output embedding of the last hidden state with a scale "
+                "or softcap of its config, so that the entropy of a token cannot be computed; use another model"
             )
         rows = [
-            torch.distributions.Categorical(logits=head(chunk).float() / (temperature or 1.0), validate_args=False)
+            torch.distributions.Categorical(logits=_logits(loaded, chunk) / (temperature or 1.0), validate_args=False)
             .entropy()
             .cpu()
             for chunk in hidden[:-1].split(ENTROPY_ROWS)
         ]
     return torch.cat([torch.tensor([torch.nan], dtype=torch.float32, device="cpu"), *rows])
+
+
+def _logits(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """(rows, vocabulary) float32, the model's logits of last hidden states (rows, width)."""
+    config = loaded.config.get_text_config()
+
+    def setting(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(config, name, None))), None)
+
+    logits: Tensor = loaded.model.get_output_embeddings()(hidden).float()
+    logits = logits * (setting(*FACTORS) or 1.0) / (setting(*DIVISORS) or 1.0)
+    cap = setting(*SOFTCAPS)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def pieces(tokenizer: Any, ids: list[int]) -> list[str]:

@@ -23,6 +23,19 @@ def analyses(tiny):
     return analyze(tiny, QUESTIONS, SETTINGS, Silent())
 
 
+@pytest.mark.parametrize(("kind", "config"), [
+    ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    ("Cohere", {"logit_scale": 0.3}),
+    ("Granite", {"logits_scaling": 3.0, "attention_multiplier": 0.3}),
+])  # fmt: skip
+def test_entropies_are_of_logits_with_scale_and_softcap(tmp_path, kind, config):
+    loaded = models.load(str(save_tiny_model(tmp_path, kind=kind, **config)), dtype="float32", device="cpu")
+    settings = dataclasses.replace(SETTINGS, temperature=0.7)
+    found = analyze(loaded, QUESTIONS[:1], settings, Silent())
+    largest = differences(loaded, found, settings, Silent())
+    assert max(largest.values()) < 2e-5, largest
+
+
 @pytest.mark.parametrize("changes", [
     {},
     {"fai_hi": None, "fai_lo": 0},
@@ -229,6 +242,20 @@ def test_bad_settings(tiny, changes, message):
 def test_empty_prompts(tiny, questions):
     with pytest.raises(InputError, match="prompt"):
         analyze(tiny, questions, SETTINGS, Silent())
+
+
+def test_logits_that_are_not_the_output_embedding_are_refused_before_generating(tiny, monkeypatch):
+    forward = tiny.model.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits * 3 + 1
+        return output
+
+    monkeypatch.setattr(tiny.model, "forward", scaled)
+    monkeypatch.setattr(tiny.model, "generate", None)
+    with pytest.raises(InputError, match=r"--model .*: its logits are not its output embedding"):
+        analyze(tiny, QUESTIONS, SETTINGS, Silent())
 
 
 def test_models_that_cannot_be_analysed_say_so_before_generating(tmp_path):
