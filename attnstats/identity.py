@@ -53,6 +53,9 @@ def identity(model: Any) -> ModelIdentity:
         >>> one = identity(model)
         >>> (one.model_type, one.layers, one.heads, one.head_dim), one == identity(model.bfloat16())
         (('llama', 2, 4, 8), True)
+
+    Raises:
+        ValueError: weights that are on the meta device, as offloaded ones are, can't be read.
     """
     model = unwrap(model)
     config = model.config.get_text_config()
@@ -84,13 +87,16 @@ def weights_digest(weights: dict[str, Tensor]) -> str:
     each place makes a change of one entry always change the sum.
     """
     total = hashlib.sha256()
+    longest = max((max(2 * tensor.numel(), tensor.nbytes) for tensor in weights.values()), default=0)
     places: dict[torch.device, Tensor] = {}
     for name, tensor in sorted(weights.items()):
         if hasattr(tensor, "full_tensor"):  # of which a rank has a part
             tensor = tensor.full_tensor()
+        if tensor.is_meta:
+            raise ValueError(f"model: {name} is on the meta device, without its numbers; load the model whole")
         total.update(f"{name} {tuple(tensor.shape)}\n".encode())
         if tensor.device not in places:
-            places[tensor.device] = _place_weights(tensor.device)
+            places[tensor.device] = _place_weights(min(CHUNK, longest // 8 + 1), tensor.device)
         sums = [(words * places[tensor.device][: len(words)]).sum() for words in _words(tensor.detach())]
         if sums:
             total.update(torch.stack(sums).cpu().numpy().astype("<i8").tobytes())
@@ -110,9 +116,9 @@ def _words(tensor: Tensor) -> Iterator[Tensor]:
         yield padded.view(torch.int64)
 
 
-def _place_weights(device: torch.device) -> Tensor:
-    """(CHUNK,) odd int64 numbers without a pattern: the mixing of splitmix64, with arithmetic shifts."""
-    mixed = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * -0x61C8864680B583EB
+def _place_weights(count: int, device: torch.device) -> Tensor:
+    """(count,) odd int64 numbers without a pattern: the mixing of splitmix64, with arithmetic shifts."""
+    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         mixed = (mixed ^ (mixed >> shift)) * factor
     return mixed | 1

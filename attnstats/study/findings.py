@@ -7,9 +7,11 @@ is the paper's study of the couplings, over all layers and settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from attnstats.chance import Chance, Coupling
@@ -36,6 +38,17 @@ def profile(summaries: Iterable[HeadSummary], model: ModelIdentity | None = None
     if total is None:
         raise ValueError("summaries is empty: a profile is of one response or more")
     return total
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside the `with` torch computes in one thread: for tensors of one response, waking others takes longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def curves(outline: Outline, receivers: Tensor) -> Curves:
@@ -68,7 +81,7 @@ def tabulate(
     """
     receivers = heads.receivers(RECEIVERS)
     total = CorpusRhythm(chance=chance)
-    with tables.written(folder) as add:
+    with _one_thread(), tables.written(folder) as add:
         for prompt, outline in enumerate(outlines):
             add(prompt, outline)
             if receivers.any():
