@@ -32,8 +32,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
     """Output, lse and statistics with a batch dimension, packed calls too."""
     query, key, value, geometry = _batched(query, key, value, options)
     geometry = arguments.with_dropout_seed(geometry, options.dropout_seed)
+    backend = choose(options.backend, geometry)
+    if geometry.dense_mask is not None:
+        geometry.live()  # `valid` reads it later, when the caller may have written into the mask
     with full_precision(geometry.device):
-        return choose(options.backend, geometry).attend(query, key, value, geometry), geometry
+        return backend.attend(query, key, value, geometry), geometry
 
 
 def from_lse(

@@ -7,6 +7,7 @@ shares no arithmetic with the other backends: masks are dense, counts are sums o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -72,7 +73,10 @@ def varlen_attention(
 def _attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
     geometry = arguments.with_dropout_seed(arguments.resolve(query, key, value, options))
     evaluation = attend(query, key, value, geometry)
-    return as_result(evaluation, geometry, lambda s: validity(s, geometry), lambda s: counts(s, geometry))
+    kept = geometry
+    if geometry.dense_mask is not None:  # read later, when the caller may have written into it
+        kept = dataclasses.replace(geometry, dense_mask=_shows(geometry.dense_mask).clone(), memo={})
+    return as_result(evaluation, geometry, lambda s: validity(s, kept), lambda s: counts(s, kept))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
@@ -80,8 +84,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
     scores = _scores(query, key, geometry)
     visible = _visible(geometry)
     live = visible.any(-1, keepdim=True)
-    # Zeros under a dead row keep softmax and its gradient finite; its weights are then set to 0.
-    hidden = scores.masked_fill(~visible & live, -torch.inf)
+    # Zeros in a row that sees no key, also where an additive mask hides them all, keep softmax and its gradient finite;
+    # the row's weights are then set to 0.
+    hidden = scores.masked_fill(~visible, -torch.inf).masked_fill(~live, 0.0)
     if geometry.sinks is not None:  # one more column, which belongs to no key
         sink = geometry.sinks.to(hidden.dtype)[:, None, None].expand(*hidden.shape[:3], 1)
         weights = torch.cat([hidden, sink], -1).softmax(-1, dtype=geometry.accumulator)[..., :-1]
@@ -184,9 +189,13 @@ def _visible(geometry: Geometry) -> Tensor:
     if geometry.key_mask is not None:
         visible = visible & geometry.key_mask[:, None, None, :]
     if geometry.dense_mask is not None:
-        dense = geometry.dense_mask
-        visible = visible & (dense if dense.dtype == torch.bool else dense > -torch.inf)
+        visible = visible & _shows(geometry.dense_mask)
     return visible
+
+
+def _shows(dense_mask: Tensor) -> Tensor:
+    """True where a mask, bool or additive, hides nothing."""
+    return dense_mask if dense_mask.dtype == torch.bool else dense_mask > -torch.inf
 
 
 def _counts(geometry: Geometry, last: int | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import attnstats
 from attnstats import (
     FAI,
     LSE,
@@ -107,3 +108,35 @@ def test_every_statistic_by_loops(case):
             for j, keys in enumerate((range(1), range(1, case.key_length))):
                 number = sum(a.get((t, s), 0.0) for t in rows if t in counted for s in keys)
                 assert math.isclose(float(stats["pooled_map"][b, h, i, j]), number, abs_tol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:attn_mask of shape")
+@pytest.mark.parametrize("kind", ["additive", "bool"])
+@pytest.mark.parametrize("through", ["attention", "reference", "patched"])
+def test_a_row_that_a_dense_mask_hides_whole(through, kind):
+    """Its output and gradients are 0 and it is not valid; a softmax over -inf alone has NaN gradients."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 2, 6, 4, generator=generator))
+    seen = torch.rand(6, 6, generator=generator) > 0.3
+    seen[2], seen[:, 0], seen[2, 0] = False, True, False
+    mask = seen if kind == "bool" else torch.randn(6, 6, generator=generator).masked_fill(~seen, -torch.inf)
+    given = {"attn_mask": mask, "is_causal": False, "statistics": ["waad", "received"]}
+    if through == "patched":
+        with attnstats.patch_sdpa(statistics=["waad", "received"], allow_dense=True) as calls:
+            output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        stats = calls[0]
+    elif through == "attention":
+        output, stats = attnstats.attention(query, key, value, backend="reference", **given)
+    else:
+        output, stats = reference.attention(query, key, value, **given)
+    found = torch.autograd.grad(output.square().sum(), (query, key, value))
+    by_torch = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    expected = torch.autograd.grad(by_torch.square().sum(), (query, key, value))
+    torch.testing.assert_close(output, by_torch.nan_to_num())
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    mask.fill_(True if kind == "bool" else 0.0)  # results don't read the caller's mask
+    live = [True, True, False, True, True, True]
+    assert stats.valid["waad"].tolist() == [live]
+    assert stats.lse.isfinite()[0, 0].tolist() == live
+    assert stats["waad"][..., 2].eq(0).all()

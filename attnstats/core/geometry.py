@@ -99,17 +99,32 @@ class Geometry:
     @functools.cached_property
     def all_live(self) -> bool:
         """True if every query is certain to see a key, without a look at a mask."""
-        return self.key_mask is None and self.packing is None and self.left is None and self.offset >= 0
+        no_mask = self.key_mask is None and self.packing is None and self.dense_mask is None
+        return no_mask and self.left is None and self.offset >= 0
 
     def live(self) -> Tensor:
-        """(B, Tq) bool: the query sees at least one key. From the masks, never from an lse."""
+        """(B, Tq) bool: the query sees at least one key, in any head. From the masks, never from an lse."""
         if self.all_live:
             return torch.ones(self.batch, self.query_length, dtype=torch.bool, device=self.device)
         first, end = self.seen()
+        if self.dense_mask is not None:
+            return self._dense_live
         if self.key_mask is None:
             return (end > first).expand(self.batch, -1)
         before = rows_before(self.key_mask)
         return before[:, end] > before[:, first]
+
+    @functools.cached_property
+    def _dense_live(self) -> Tensor:
+        """`live` under a mask that depends on the query: made once, when the call is, as the mask is the caller's."""
+        assert self.dense_mask is not None
+        visible = self.dense_mask if self.dense_mask.dtype == torch.bool else self.dense_mask > -torch.inf
+        first, end = (x.expand(self.query_length)[:, None] for x in self.seen())
+        index = torch.arange(self.key_length, dtype=torch.int64, device=self.device)
+        visible = visible & (index >= first) & (index < end)
+        if self.key_mask is not None:
+            visible = visible & self.key_mask[:, None, None]
+        return visible.any(1).any(-1).expand(self.batch, -1)
 
     def query_mask_of(self, last_queries: int | None) -> Tensor | None:
         """`query_mask`, of each sequence only so many of the last queries that count; None: no limit."""
