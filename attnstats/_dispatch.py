@@ -50,7 +50,9 @@ def from_lse(
     with torch.no_grad(), full_precision(geometry.device):
         if options.check:
             check_values(query, key, lse, geometry, options.lse_base)
-        return choose(options.backend, geometry).from_lse(query, key, lse, geometry), lse, geometry
+        lse = geometry.nan_without_softmax(lse)
+        results = choose(options.backend, geometry).from_lse(query, key, lse, geometry)
+    return results, lse.to(geometry.accumulator), geometry
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> Explanation:

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
 
 enum Kind : int64_t { ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT };
 
@@ -27,7 +27,8 @@ struct Statistic {
 
 struct Call {
     Tensor query, key, lse;
-    int64_t type;
+    int64_t type;      // of query and key
+    int64_t lse_type;  // FLOAT32 or FLOAT64
     int64_t batch, heads, group, rows, keys, dim;
     int64_t offset;       // position of the first row
     int64_t left, right;  // row t sees key s where -right <= t - s <= left

@@ -83,7 +83,8 @@ struct Room {
     float* keys;      // [KEYS / PANEL][dim][PANEL]
     float* scores;    // [GROUP][KEYS]
     float* line;      // [dim]
-    float* lse;       // [chunk]
+    float* lse;       // [chunk] rounded to float32
+    float* rest;      // [chunk] what the rounding left
     int32_t* seen;    // [KEYS]
     double* results;  // [count][chunk]
     Reach* reach;     // [chunk / GROUP]
@@ -205,7 +206,7 @@ private:
 
 // The sizes of the buffers of a thread (`Room`), in floats.
 struct Sizes {
-    int64_t rows, keys, scores, line, lse, seen, results, reach;
+    int64_t rows, keys, scores, line, lse, rest, seen, results, reach;
 
     Sizes(const Call& call, const Plan& plan)
         : rows(round_up(plan.chunk * call.dim, LINE)),
@@ -213,11 +214,12 @@ struct Sizes {
           scores(ALIGNMENT * KEYS),
           line(round_up(call.dim, LINE)),
           lse(round_up(plan.chunk, LINE)),
+          rest(lse),
           seen(KEYS),
           results(round_up(2 * call.count * plan.chunk, LINE)),
           reach(round_up(plan.chunk * (sizeof(Reach) / sizeof(float)), LINE)) {}
 
-    int64_t total() const { return rows + keys + scores + line + lse + seen + results + reach; }
+    int64_t total() const { return rows + keys + scores + line + lse + rest + seen + results + reach; }
 };
 
 static Room room_of(const Sizes& sizes, float* at) {
@@ -227,7 +229,8 @@ static Room room_of(const Sizes& sizes, float* at) {
     room.scores = at += sizes.keys;
     room.line = at += sizes.scores;
     room.lse = at += sizes.line;
-    room.seen = reinterpret_cast<int32_t*>(at += sizes.lse);
+    room.rest = at += sizes.lse;
+    room.seen = reinterpret_cast<int32_t*>(at += sizes.rest);
     room.results = reinterpret_cast<double*>(at += sizes.seen);
     room.reach = reinterpret_cast<Reach*>(at += sizes.results);
     return room;
@@ -313,7 +316,7 @@ static int64_t evaluate(const Call& call) {
 #endif
 extern "C" {
 
-int64_t attnstats_version() { return 2; }
+int64_t attnstats_version() { return 3; }
 
 // The bytes of working memory that a call takes; of its pointers only those to query masks are followed.
 int64_t attnstats_scratch_bytes(const Call* call) {

@@ -70,11 +70,11 @@ static inline void fetch(const Call& call, const Tensor& x, int64_t at) {
     for (int64_t byte = 0; byte < call.dim * size; byte += 64) __builtin_prefetch(row + byte);
 }
 
-// `count` numbers from element `begin` on, times `scale`.
-static void convert(const void* data, int64_t begin, int64_t type, int64_t count, float scale, float* to) {
+// `count` numbers from element `begin` on.
+static void convert(const void* data, int64_t begin, int64_t type, int64_t count, float* to) {
     if (type == FLOAT32) {
         const float* from = (const float*)data + begin;
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i] * scale;
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
         return;
     }
     const uint16_t* from = (const uint16_t*)data + begin;
@@ -83,7 +83,7 @@ static void convert(const void* data, int64_t begin, int64_t type, int64_t count
             uint32_t bits = (uint32_t)from[i] << 16;
             float x;
             __builtin_memcpy(&x, &bits, sizeof x);
-            to[i] = x * scale;
+            to[i] = x;
         }
         return;
     }
@@ -97,7 +97,7 @@ static void convert(const void* data, int64_t begin, int64_t type, int64_t count
         __builtin_memcpy(&bits, &x, sizeof x);
         bits |= special | (uint32_t)(from[i] & 0x8000) << 16;
         __builtin_memcpy(&x, &bits, sizeof x);
-        to[i] = x * scale;
+        to[i] = x;
     }
 }
 
@@ -110,9 +110,10 @@ static float dot(const float* a, const float* b, int64_t dim) {
     return sum(total) + rest;
 }
 
-// scores[ROWS][PANEL] = rows x one panel of keys
+// scores[ROWS][PANEL] = rows x one panel of keys * scale. The scale comes last, as in eager attention: a score has that
+// one rounding more than its product, however large the keys' common part is.
 template <int ROWS>
-static void multiply(const float* rows, const float* panel, int64_t dim, float* scores) {
+static void multiply(const float* rows, const float* panel, int64_t dim, float scale, float* scores) {
     Float low[ROWS] = {}, high[ROWS] = {};
     for (int64_t d = 0; d < dim; ++d) {
         Float first = load(panel), second = load(panel + LANES);
@@ -126,8 +127,8 @@ static void multiply(const float* rows, const float* panel, int64_t dim, float* 
     }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-        store(scores + i * KEYS, low[i]);
-        store(scores + i * KEYS + LANES, high[i]);
+        store(scores + i * KEYS, low[i] * scale);
+        store(scores + i * KEYS + LANES, high[i] * scale);
     }
 }
 
@@ -218,14 +219,15 @@ static void take_maximum(const Tile& tile, double* result) {
     }
 }
 
-// A = exp(scores - lse) in place, 0 where the score is -inf whatever the lse; adds the rows' entropy.
-static void exponentiate(const Tile& tile, const float* lse, double* entropy) {
+// A = exp(scores - lse) in place, 0 where the score is -inf whatever the lse; adds the rows' entropy. An lse of thousands
+// is rounded to 1e-4 in float32, and A with it, so it comes in two parts.
+static void exponentiate(const Tile& tile, const float* lse, const float* rest, double* entropy) {
     for (int64_t i = 0; i < tile.rows; ++i) {
         float* row = tile.scores + i * KEYS;
         Float total = {};
         for (int64_t j = tile.begin; j < tile.end; j += LANES) {
             Float x = load(row + j);
-            x = x == -__builtin_inff() ? x : x - lse[i];
+            x = x == -__builtin_inff() ? x : x - lse[i] - rest[i];
             Float a = exponential(x);
             store(row + j, a);
             if (entropy) total -= a * (x < -1e4f ? splat(-1e4f) : x);  // 0 * -inf would be NaN
@@ -240,12 +242,14 @@ static void load_rows(const Call& call, const Task& task, const Room& room, bool
         int64_t at = task.batch * call.query.batch + task.head * call.query.head + (task.row + i) * call.query.row;
         if (i + AHEAD < task.rows) fetch(call, call.query, at + AHEAD * call.query.row);
         float* line = few ? room.rows + i * call.dim : room.line;
-        convert(call.query.data, at, call.type, call.dim, call.scale, line);
+        convert(call.query.data, at, call.type, call.dim, line);
         float* group = room.rows + i / GROUP * GROUP * call.dim + i % GROUP;
         for (int64_t d = 0; !few && d < call.dim; ++d) group[d * GROUP] = line[d];
-        const float* lse = (const float*)call.lse.data + task.batch * call.lse.batch + task.head * call.lse.head;
-        float x = lse[(task.row + i) * call.lse.row];
-        room.lse[i] = x == -__builtin_inff() ? -x : x;  // a row that sees no key: A is 0, not NaN
+        int64_t of_row = task.batch * call.lse.batch + task.head * call.lse.head + (task.row + i) * call.lse.row;
+        double x = call.lse_type == FLOAT64 ? ((const double*)call.lse.data)[of_row] : ((const float*)call.lse.data)[of_row];
+        bool empty = x == -__builtin_inf();  // a row that sees no key: A is 0, not NaN
+        room.lse[i] = empty ? __builtin_inff() : (float)x;
+        room.rest[i] = room.lse[i] - room.lse[i] == 0 ? (float)(x - room.lse[i]) : 0.0f;  // 0 where it is not finite
     }
 }
 
@@ -258,10 +262,10 @@ static void load_keys(const Call& call, const Task& task, const Room& room, int6
             int64_t head = task.head / call.group;
             int64_t at = task.batch * call.key.batch + head * call.key.head + (key + j) * call.key.row;
             if (j + AHEAD < present) fetch(call, call.key, at + AHEAD * call.key.row);
-            convert(call.key.data, at, call.type, dim, 1.0f, room.line);
+            convert(call.key.data, at, call.type, dim, room.line);
             for (int64_t d = 0; !few && d < dim; ++d) panel[d * PANEL] = room.line[d];
             for (int64_t i = 0; few && i < task.rows; ++i)
-                room.scores[i * KEYS + j] = dot(room.rows + i * dim, room.line, dim);
+                room.scores[i * KEYS + j] = dot(room.rows + i * dim, room.line, dim) * call.scale;
         } else {
             for (int64_t d = 0; !few && d < dim; ++d) panel[d * PANEL] = 0;
         }
@@ -295,9 +299,9 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
             for (int64_t j = tile.begin; !few && j < tile.end; j += PANEL) {
                 const float* rows = room.rows + i * dim;
                 const float* panel = room.keys + j * dim;
-                if (tile.rows > GROUP / 2) multiply<GROUP>(rows, panel, dim, tile.scores + j);
-                else if (tile.rows > 1) multiply<GROUP / 2>(rows, panel, dim, tile.scores + j);
-                else multiply<1>(rows, panel, dim, tile.scores + j);
+                if (tile.rows > GROUP / 2) multiply<GROUP>(rows, panel, dim, call.scale, tile.scores + j);
+                else if (tile.rows > 1) multiply<GROUP / 2>(rows, panel, dim, call.scale, tile.scores + j);
+                else multiply<1>(rows, panel, dim, call.scale, tile.scores + j);
             }
             if (call.softcap > 0) cap(tile, call.softcap);
             bool inside = key + tile.end <= call.keys && last - (key + tile.begin) <= call.left &&
@@ -309,7 +313,7 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
                 if (call.statistics[s].kind == ENTROPY) entropy = room.results + s * plan.chunk + i;
             }
             if (!plan.exponentials) continue;
-            exponentiate(tile, room.lse + i, entropy);
+            exponentiate(tile, room.lse + i, room.rest + i, entropy);
             for (int64_t s = 0; s < call.count; ++s) {
                 const Statistic& statistic = call.statistics[s];
                 if (statistic.kind == ROW_SUM) {

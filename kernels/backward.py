@@ -37,7 +37,7 @@ from .tiles import (
     load_lse2,
     load_tile,
     query_range,
-    scores,
+    scores_above,
     sequence_of,
     softcap_slope,
     store_tile,
@@ -96,12 +96,11 @@ def of_columns(distance, m_query, column_grads, EDGE: tl.constexpr, WEIGHTS: tl.
 
 @triton.jit
 def log2_a(b_q, b_k, b_lse2, m_key, o_position, o_key, visible, score, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Scores and log2 A of a tile, -inf where a key is hidden. m_key None: no key is padding."""
+    """Capped scores and log2 A of a tile, -inf where a key is hidden. m_key None: no key is padding."""
     if TRANSPOSED:
-        b_x = scores(b_k, tl.trans(b_q), score)  # [BN, BM]
+        b_log, b_x = scores_above(b_k, tl.trans(b_q), of_queries(b_lse2, True), score)  # [BN, BM]
     else:
-        b_x = scores(b_q, tl.trans(b_k), score)  # [BM, BN]
-    b_log = b_x - of_queries(b_lse2, TRANSPOSED)
+        b_log, b_x = scores_above(b_q, tl.trans(b_k), of_queries(b_lse2, False), score)  # [BM, BN]
     m_seen = None
     if m_key is not None:
         m_seen = of_keys(m_key, TRANSPOSED)

@@ -20,7 +20,7 @@ from .tiles import FIELDS, band_sweep, head_of, load_flags, load_packed, packed_
 
 @triton.jit
 def band(
-    query, key, lse2, rows, columns, query_mask, sinks, sequences, heads, sizes, visible, score, strides,
+    query, key, pivot, factor, rows, columns, query_mask, sinks, sequences, heads, sizes, visible, score, strides,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -54,17 +54,20 @@ def band(
     o_flat = (wide(i_batch) * n_heads + i_place + o_head) * sizes.n_queries + q_begin + o_row
     b_q = load_packed(head_of(query, strides.query, i_batch, i_head, q_begin), q_rows, DIM, BLOCK_DIM)
     o_lse = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row
-    b_lse2 = tl.load(lse2 + o_lse, mask=m_row, other=float("inf"))
+    b_pivot = tl.load(pivot + o_lse, mask=m_row, other=float("inf"))
+    b_factor = None
+    if factor is not None:
+        b_factor = tl.load(factor + o_lse, mask=m_row, other=0.0)
     m_query = None
     if query_mask is not None:
         m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
     sums = band_sweep(
-        b_q, b_lse2, m_query, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
+        b_q, b_pivot, b_factor, m_query, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
         sequence.offset + i_block * BM, behind,
         Slots(columns, i_place, n_packed, sizes.n_batch, n_heads, sizes.n_keys), visible, score,
         Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM),
     )  # fmt: skip
-    b_mass = row_mass(b_lse2, sinks, i_head, q_rows)
+    b_mass = row_mass(b_pivot, b_factor, sinks, i_head, q_rows)
     for j in tl.static_range(len(ROWS) // FIELDS):
         p_row = rows + wide(j) * sizes.n_batch * n_heads * sizes.n_queries
         tl.store(p_row + o_flat, sums[j] + ROWS[FIELDS * j + 3] * b_mass, mask=m_row)

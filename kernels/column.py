@@ -5,10 +5,11 @@
         keys [BN, D], resident     queries of segment 0   [ tile ][ tile ]...
                                            of segment 1   [ tile ][ tile ]...
 
-Key-stationary: one matmul per tile instead of the forward's two and no online softmax, since A = exp2(Q K^T - lse2).
+Key-stationary: one matmul per tile instead of the forward's two and no online softmax, since
+A = exp2(Q K^T - pivot) * factor.
 From some distance on each weight is constant. There the tile of A is accumulated elementwise, once for all statistics
 and without a mask, and reduced once per segment; nearer tiles are weighted and reduced one by one.
-Queries that don't count, or see no key, have lse2 = +inf in the copy that is passed here, so their A is exactly 0
+Queries that don't count, or see no key, have the pivot +inf in the copy that is passed here, so their A is exactly 0
 and no query mask is read. COUNTED says that some may not count: their scores are hidden, because a NaN among them
 would reach the keys, and of each sequence only the queries from the first that counts to the last are visited.
 Padding among the keys affects only its own column, which is stored as 0.
@@ -22,42 +23,51 @@ import triton
 import triton.language as tl
 
 from .arguments import Strides, Tile
-from .tiles import FIELDS, head_of, hide, keys_present, load_tile, query_range, scores, sequence_of, weigh, wide
+from .tiles import FIELDS, head_of, hide, keys_present, load_tile, query_range, scores_above, sequence_of, weigh, wide
 
 
 @triton.jit
 def near(
-    b_sum, b_kt, o_key, queries, p_lse2, offset, first, last, visible, score,
+    b_sum, b_kt, o_key, queries, p_pivot, p_factor, offset, first, last, visible, score,
     COLUMNS: tl.constexpr, J: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add to b_sum [BN] the sums of statistic J over the queries first .. last, which may not see all keys."""
     for start in range(first, last, TILE.BM):
         o_row = start + tl.arange(0, TILE.BM)
         b_q = load_tile(queries, start, last, TILE.BM, TILE.DIM, TILE.BLOCK_DIM, True)  # [BM, BLOCK_DIM]
-        b_lse2 = tl.load(p_lse2 + o_row, mask=o_row < last, other=float("inf"))
-        b_x = scores(b_q, b_kt, score) - b_lse2[:, None]  # [BM, BN]
+        b_pivot = tl.load(p_pivot + o_row, mask=o_row < last, other=float("inf"))
+        b_x, _ = scores_above(b_q, b_kt, b_pivot[:, None], score)  # [BM, BN]
         distance = offset + o_row[:, None] - o_key[None, :]
-        b_a = tl.exp2(hide(b_x, (b_lse2 < float("inf"))[:, None], distance, 0, visible))
+        b_a = tl.exp2(hide(b_x, (b_pivot < float("inf"))[:, None], distance, 0, visible))
+        if p_factor is not None:
+            b_a *= tl.load(p_factor + o_row, mask=b_pivot < float("inf"), other=0.0)[:, None]
         b_sum += tl.sum(b_a * weigh(distance.to(tl.float32), COLUMNS, J), 0)
     return b_sum
 
 
 @triton.jit
-def far(b_sum, b_kt, queries, p_lse2, first, last, score, COUNTED: tl.constexpr, TILE: tl.constexpr):
+def far(b_sum, b_kt, queries, p_pivot, p_factor, first, last, score, COUNTED: tl.constexpr, TILE: tl.constexpr):
     """Add the A of whole tiles of queries, which see every key, to b_sum [BM, BN]."""
     for start in range(first, last, TILE.BM):
         b_q = load_tile(queries, start, last, TILE.BM, TILE.DIM, TILE.BLOCK_DIM, False)  # [BM, BLOCK_DIM]
-        b_lse2 = tl.load(p_lse2 + start + tl.arange(0, TILE.BM))
-        b_x = scores(b_q, b_kt, score) - b_lse2[:, None]
+        o_row = start + tl.arange(0, TILE.BM)
+        b_pivot = tl.load(p_pivot + o_row)
+        b_x, _ = scores_above(b_q, b_kt, b_pivot[:, None], score)
         if COUNTED:
-            b_x = tl.where((b_lse2 < float("inf"))[:, None], b_x, float("-inf"))
-        b_sum += tl.exp2(b_x)
+            b_x = tl.where((b_pivot < float("inf"))[:, None], b_x, float("-inf"))
+        b_a = tl.exp2(b_x)
+        if p_factor is not None:  # an FMA with the sum
+            b_factor = tl.load(p_factor + o_row)
+            if COUNTED:
+                b_factor = tl.where(b_pivot < float("inf"), b_factor, 0.0)
+            b_a *= b_factor[:, None]
+        b_sum += b_a
     return b_sum
 
 
 @triton.jit
 def column(
-    query, key, lse2, columns, sequences, counted, heads, sizes, segments, visible, reach, score, strides,
+    query, key, pivot, factor, columns, sequences, counted, heads, sizes, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +91,11 @@ def column(
     o_key = k_start + tl.arange(0, BN)
     keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
     queries = head_of(query, strides.query, i_batch, i_head, sequence.q_begin)
-    p_lse2 = lse2 + (wide(i_batch) * sizes.n_query_heads + i_head) * sizes.n_queries + sequence.q_begin
+    o_head = (wide(i_batch) * sizes.n_query_heads + i_head) * sizes.n_queries + sequence.q_begin
+    p_pivot = pivot + o_head
+    p_factor = factor
+    if factor is not None:
+        p_factor = factor + o_head
     # Transposed here, not in the loop: there it would go through shared memory again and again.
     b_kt = tl.trans(load_tile(keys, k_start, n_keys, BN, DIM, BLOCK_DIM, True))  # [BLOCK_DIM, BN]
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)
@@ -120,14 +134,14 @@ def column(
             b_sum = tl.zeros((BN,), tl.float32)
             for part in tl.range(0, 2, num_stages=1):
                 b_sum = near(
-                    b_sum, b_kt, o_key, queries, p_lse2, sequence.offset,
+                    b_sum, b_kt, o_key, queries, p_pivot, p_factor, sequence.offset,
                     tl.where(part == 0, first, edge), tl.where(part == 0, whole, last), visible, score,
                     COLUMNS, j, TILE,
                 )  # fmt: skip
             sums = sums + (b_sum,)
         b_far = tl.zeros((BM, BN), tl.float32)
         if FAR is not None:
-            b_far = far(b_far, b_kt, queries, p_lse2, whole, edge, score, COUNTED, TILE)
+            b_far = far(b_far, b_kt, queries, p_pivot, p_factor, whole, edge, score, COUNTED, TILE)
         b_far_sum = tl.sum(b_far, 0)
         if segments is None:
             for j in tl.static_range(len(COLUMNS) // FIELDS):

@@ -4,8 +4,10 @@
 
         rows [BM] of all (B, Hq, Tq)      split 0 | split 1 | ...      once for lse, output and each statistic
 
-With w_i = exp(lse_i - lse) and lse = log sum_i exp(lse_i): output and distance statistics are sum_i w_i x_i, the
-entropy is sum_i w_i (H_i - ln w_i), the maximum is the largest. A sink is one more term of the sum for lse.
+Split i has A = exp2(score - pivot_i) * factor_i, so its share of the row is w_i = exp2(pivot_i - top) / factor_i over
+the sum of these: output and distance statistics are sum_i w_i x_i, the entropy is sum_i w_i (H_i - ln w_i), the maximum
+is the largest. A sink is one more term of the sum. Neither these shares nor the row's own pivot and factor, which are
+stored for later passes, have an error of the size of the lse's rounding.
 """
 
 import triton
@@ -15,8 +17,17 @@ from .tiles import LN2, wide
 
 
 @triton.jit
+def load_part(pivots, factors, o_part, m_row):
+    """Of a split: the pivots, the sums of exp2(score - pivot), and which rows see a key in it; -inf and 0 where not."""
+    b_pivot = tl.load(pivots + o_part, mask=m_row, other=float("inf"))
+    b_factor = tl.load(factors + o_part, mask=m_row, other=1.0)
+    m_sees = b_pivot != float("inf")
+    return tl.where(m_sees, b_pivot, float("-inf")), tl.where(m_sees, 1.0 / b_factor, 0.0), m_sees
+
+
+@triton.jit
 def combine(
-    output_parts, lse_parts, row_parts, output, lse, rows, sinks,
+    output_parts, pivots, factors, row_parts, output, lse, pivot, factor, rows, sinks,
     n_rows, n_splits, n_query_heads, n_queries,
     LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
@@ -28,27 +39,31 @@ def combine(
     o_out = o_row[:, None] * VALUE_DIM + o_dim[None, :]
 
     b_top = tl.full((BM,), float("-inf"), tl.float32)
+    m_live = o_row < 0
     for i_split in range(n_splits):
-        b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
-        b_top = tl.maximum(b_top, b_part)
-    m_live = b_top != float("-inf")
+        b_pivot, _, m_sees = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
+        b_top = tl.maximum(b_top, b_pivot)
+        m_live |= m_sees
     b_sink = tl.full((BM,), float("-inf"), tl.float32)
     if sinks is not None:
-        b_sink = tl.load(sinks + o_row // n_queries % n_query_heads, mask=m_row, other=float("-inf")) * LN2
+        b_sink = tl.load(sinks + o_row // n_queries % n_query_heads, mask=m_row, other=float("-inf"))
         b_top = tl.maximum(b_top, b_sink)
-    b_pivot = tl.where(m_live, b_top, 0.0)
-    b_sum = tl.exp(b_sink - b_pivot)
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)  # rows of NaN too
+    b_sum = tl.exp2(b_sink - b_top)
     for i_split in range(n_splits):
-        b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
-        b_sum += tl.exp(b_part - b_pivot)
-    b_lse = b_pivot + tl.log(tl.where(m_live, b_sum, 1.0))
-    tl.store(lse + o_row, tl.where(m_live, b_lse, float("-inf")), mask=m_row)
+        b_pivot, b_part, _ = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
+        b_sum += tl.exp2(b_pivot - b_top) * b_part
+    b_sum = tl.where(m_live, b_sum, 1.0)
+    tl.store(lse + o_row, tl.where(m_live, (b_top + tl.log2(b_sum)) * LN2, float("-inf")), mask=m_row)
+    tl.store(pivot + o_row, tl.where(m_live, b_top, float("inf")), mask=m_row)
+    tl.store(factor + o_row, 1.0 / b_sum, mask=m_row)
 
     b_out = tl.zeros((BM, BLOCK_VALUE_DIM), tl.float32)
     for i_split in range(n_splits):
-        b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
+        b_pivot, b_part, _ = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
+        b_w = tl.exp2(b_pivot - b_top) * b_part / b_sum
         p_part = output_parts + wide(i_split) * n_rows * VALUE_DIM
-        b_out += tl.exp(b_part - b_lse)[:, None] * tl.load(p_part + o_out, mask=m_out, other=0.0)
+        b_out += b_w[:, None] * tl.load(p_part + o_out, mask=m_out, other=0.0)
     tl.store(output + o_out, b_out.to(output.dtype.element_ty), mask=m_out)
 
     for j in tl.static_range(LOOP_ROWS + ENTROPY + MAX_LOGIT):
@@ -56,14 +71,14 @@ def combine(
         if j == LOOP_ROWS + ENTROPY:
             b_row += float("-inf")
         for i_split in range(n_splits):
-            b_part = tl.load(lse_parts + wide(i_split) * n_rows + o_row, mask=m_row, other=float("-inf"))
-            b_log = b_part - b_lse
-            b_w = tl.exp(b_log)
+            b_pivot, b_part, _ = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
+            b_w = tl.exp2(b_pivot - b_top) * b_part / b_sum
             b_x = tl.load(row_parts + (wide(j) * n_splits + i_split) * n_rows + o_row, mask=m_row, other=0.0)
             if j < LOOP_ROWS:
                 b_row += b_w * b_x
             elif j < LOOP_ROWS + ENTROPY:
-                b_row += b_w * (b_x - tl.where(b_w > 0, b_log, 0.0))
+                b_log = b_pivot - b_top + tl.log2(tl.where(b_w > 0, b_part, 1.0)) - tl.log2(b_sum)
+                b_row += b_w * (b_x - tl.where(b_w > 0, b_log * LN2, 0.0))
             else:
                 b_row = tl.maximum(b_row, b_x)
         tl.store(rows + j * wide(n_rows) + o_row, b_row, mask=m_row)

@@ -17,7 +17,9 @@ results of its split, combine.py adds them up, and there is no epilogue. SPLIT_K
 MOMENT is MeanDistance under a causal mask: a first moment of the positions, one FMA per element. All row sums of the
 loop are kept in CHUNK columns and reduced after it.
 
-With FROM_LSE there is no value, no maximum and no output: `lse` is lse2, which is the pivot of exp2.
+With FROM_LSE there is no value, no maximum and no output: `pivot` is lse2. Else the pass stores, for later ones, each
+row's pivot, its maximum (+inf where it sees no key), and its factor, 1 over its sum: A = exp2(score - pivot) * factor
+has no error of the size of the lse's rounding, which is 1e-4 of A where the lse is in the thousands.
 Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
 """
 
@@ -128,7 +130,7 @@ def visit(
             # A row that has seen no key yet keeps a finite pivot: (-inf) - (-inf) is NaN.
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_rescale = tl.exp2(b_max - b_pivot)
-        b_log_a = b_score * unit - b_pivot[:, None]
+        b_log_a = tl.fma(b_score, unit, -b_pivot[:, None])
         b_a = tl.exp2(b_log_a)
         if LOOP.ENTROPY:
             if not LOOP.FROM_LSE:  # sum of a * log2(a) moves with the pivot
@@ -169,7 +171,7 @@ def visit(
 
 @triton.jit
 def forward(
-    query, key, value, output, lse, rows, columns, query_mask, sinks, sequences, reach,
+    query, key, value, output, lse, pivot, factor, rows, columns, query_mask, sinks, sequences, reach,
     sizes, visible, score, dropout, strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
@@ -221,7 +223,7 @@ def forward(
 
     b_zero = tl.zeros((HEADS * BM, CHUNK), tl.float32)
     if FROM_LSE:
-        b_max = tl.load(lse + o_flat, mask=m_row, other=float("inf"))
+        b_max = tl.load(pivot + o_flat, mask=m_row, other=float("inf"))
     else:
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
@@ -246,26 +248,28 @@ def forward(
 
     b_out, b_sum, b_log, b_moment, sums, b_max = state
     b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
-    b_lse2 = b_max
+    b_pivot = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
     b_mass = b_inverse  # the sum of each row's A
     if not FROM_LSE:
         m_live = b_sum != 0.0  # a row of NaN is not one that sees no key
         b_above = tl.log2(tl.where(m_live, b_sum, 1.0))  # of lse2 above the maximum
-        b_lse2 = b_max + b_above
         b_inverse = 1.0 / tl.where(m_live, b_sum, 1.0)
         b_mass = tl.where(m_live, 1.0, 0.0)
         if sinks is not None:
-            b_sink2 = tl.load(sinks + i_head + o_head, mask=m_row, other=float("-inf"))
-            b_top = tl.maximum(b_lse2, tl.where(m_live, b_sink2, b_lse2))
-            b_top = tl.where(m_live, b_top, 0.0)
-            b_lse2 = b_top + tl.log2(tl.exp2(b_lse2 - b_top) + tl.exp2(b_sink2 - b_top))
-            b_above = tl.where(m_live, b_lse2 - b_max, 0.0)
-            b_inverse = tl.exp2(-b_above)
+            b_sink = tl.load(sinks + i_head + o_head, mask=m_row, other=float("-inf")) - b_max
+            b_sink = tl.where(m_live, b_sink, float("-inf"))
+            b_top = tl.maximum(b_sink, 0.0)  # above the maximum
+            b_total = b_sum * tl.exp2(-b_top) + tl.exp2(b_sink - b_top)
+            b_above = tl.where(m_live, b_top + tl.log2(b_total), 0.0)
+            b_inverse = tl.exp2(-b_top) / tl.where(m_live, b_total, 1.0)
             b_mass = b_sum * b_inverse
-        p_lse = lse + i_split * n_flat
-        tl.store(p_lse + o_flat, tl.where(m_live, b_lse2 * LN2, float("-inf")), mask=m_row)
-        b_lse2 = tl.where(m_live & m_row, b_lse2, float("inf"))
+        b_pivot = tl.where(m_live & m_row, b_max, float("inf"))
+        if lse is not None:
+            tl.store(lse + o_flat, tl.where(m_live, (b_max + b_above) * LN2, float("-inf")), mask=m_row)
+        if pivot is not None:
+            tl.store(pivot + i_split * n_flat + o_flat, b_pivot, mask=m_row)
+            tl.store(factor + i_split * n_flat + o_flat, b_inverse, mask=m_row)
         o_dim = tl.arange(0, BLOCK_VALUE_DIM)
         out = head_of(output, strides.output, i_batch, i_head, q_begin)
         p_out = out.pointer + i_split * n_flat * VALUE_DIM
@@ -308,7 +312,7 @@ def forward(
         if query_mask is not None:
             m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_lse2, m_query, keys, sequence, position, behind,
+            b_q, b_pivot, None if FROM_LSE else b_inverse, m_query, keys, sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
             Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,
             Band(BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BAND_BN, DIM, BLOCK_DIM),

@@ -3,9 +3,10 @@
 Conventions, here and in every kernel: `i_` is an index, `o_` a vector of positions or offsets, `p_` a pointer, `b_` a
 block held in registers, `m_` a mask, `n_` a count. A kernel's arguments have the names of the Python side; groups of
 them are defined in arguments.py. An argument that is None switches its feature off when the kernel is compiled. Scores
-live in the exp2 domain: `b_x` is score * log2(e), so that A = exp2(b_x - lse2) with lse2 = lse * log2(e). A list of
-weights is one flat constexpr tuple, FIELDS values per statistic: function, two parameters, tail, digest of the
-function's source.
+live in the exp2 domain: `b_x` is score * log2(e), so that A = exp2(b_x - pivot) * factor. Where a pass of ours computed
+the row, pivot and factor are its maximum and 1 over its sum; where the lse came with the call, lse * log2(e) and None.
+A list of weights is one flat constexpr tuple, FIELDS values per statistic: function, two parameters, tail, digest of
+the function's source.
 """
 
 import triton
@@ -163,10 +164,13 @@ def softcap_slope(b_x, score):
 
 
 @triton.jit
-def scores(b_a, b_b, score):
-    """scale * a . b * log2(e), softcapped."""
+def scores_above(b_a, b_b, b_pivot, score):
+    """scale * a . b * log2(e), softcapped, less the pivot, which broadcasts to the tile; and the capped scores.
+
+    An FMA by name, so that a score is rounded once, after the subtraction, whatever the compiler fuses.
+    """
     b_x, unit = softcapped(dot(b_a, b_b), score)
-    return b_x * unit
+    return tl.fma(b_x, unit, -b_pivot), b_x
 
 
 @triton.jit
@@ -244,7 +248,8 @@ def band_step(
     relative,
     block_start,
     b_qt,  # [BLOCK_DIM, HEADS * BM], the rows of HEADS heads of one group
-    b_lse2,  # [HEADS * BM], +inf for rows that don't exist
+    b_pivot,  # [HEADS * BM], +inf for rows that don't exist
+    b_factor,  # [HEADS * BM]; None: 1
     m_query,  # [HEADS * BM] bool: counts in columns; None: every row
     o_row,  # [HEADS * BM] float32, each row's place in its block of BM
     keys, sequence, slots, visible, score,
@@ -263,7 +268,7 @@ def band_step(
     o_tile = tl.arange(0, BN)
     o_key = start + o_tile
     b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
-    b_x = scores(b_k, b_qt, score) - b_lse2[None, :]  # [BN, HEADS * BM]
+    b_x, _ = scores_above(b_k, b_qt, b_pivot[None, :], score)  # [BN, HEADS * BM]
     o_near = (relative + o_tile).to(tl.float32)
     m_key = o_key >= 0
     if EDGE:
@@ -280,6 +285,8 @@ def band_step(
     for j in tl.static_range(len(sums)):
         updated = updated + (sums[j] + b_a * weigh(distance, BAND.ROWS, j),)
     if len(BAND.COLUMNS) > 0:
+        if b_factor is not None:
+            b_a *= b_factor[None, :]
         if m_query is not None:
             b_a = tl.where(m_query[None, :], b_a, 0.0)
         slot = SLOTS_AHEAD - ((relative + o_tile + BM * SLOTS) // BM - SLOTS)  # floor division of a signed number
@@ -297,7 +304,7 @@ def band_step(
 
 @triton.jit
 def band_sweep(
-    b_q, b_lse2, m_query, keys, sequence, block_start, behind, slots, visible, score,
+    b_q, b_pivot, b_factor, m_query, keys, sequence, block_start, behind, slots, visible, score,
     BAND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.
@@ -335,30 +342,36 @@ def band_sweep(
     if len(BAND.COLUMNS) > 0:
         for relative in range(inner, near, BN):
             band_step(
-                (), relative, block_start, b_qt, b_lse2, m_query, o_row,
+                (), relative, block_start, b_qt, b_pivot, b_factor, m_query, o_row,
                 keys, sequence, slots, visible, score, False, BAND, TILE,
             )  # fmt: skip
     for relative in range(near, LAST, BN):
         sums = band_step(
-            sums, relative, block_start, b_qt, b_lse2, m_query, o_row,
+            sums, relative, block_start, b_qt, b_pivot, b_factor, m_query, o_row,
             keys, sequence, slots, visible, score, False, BAND, TILE,
         )  # fmt: skip
     for i_tile in range(before + tl.cdiv(tl.maximum(last - LAST, 0), BN)):
         relative = tl.where(i_tile < before, first, LAST - before * BN) + i_tile * BN
         sums = band_step(
-            sums, relative, block_start, b_qt, b_lse2, m_query, o_row,
+            sums, relative, block_start, b_qt, b_pivot, b_factor, m_query, o_row,
             keys, sequence, slots, visible, score, True, BAND, TILE,
         )  # fmt: skip
     reduced = ()
     for j in tl.static_range(len(BAND.ROWS) // FIELDS):
-        reduced = reduced + (tl.sum(sums[j], 0),)
+        b_row = tl.sum(sums[j], 0)
+        if b_factor is not None:
+            b_row *= b_factor
+        reduced = reduced + (b_row,)
     return reduced
 
 
 @triton.jit
-def row_mass(b_lse2, sinks, i_head, rows):
-    """The sum of a row's A: 1 less the sink's share, 0 where it sees no key (lse2 = +inf)."""
-    b_mass = tl.where(b_lse2 < float("inf"), 1.0, 0.0)
+def row_mass(b_pivot, b_factor, sinks, i_head, rows):
+    """The sum of a row's A: 1 less the sink's share, 0 where it sees no key (pivot = +inf)."""
+    b_mass = tl.where(b_pivot < float("inf"), 1.0, 0.0)
     if sinks is not None:
-        b_mass -= tl.exp2(tl.load(sinks + i_head + rows.o_head, mask=rows.m_row, other=float("-inf")) - b_lse2)
+        b_share = tl.exp2(tl.load(sinks + i_head + rows.o_head, mask=rows.m_row, other=float("-inf")) - b_pivot)
+        if b_factor is not None:
+            b_share *= b_factor
+        b_mass -= b_share
     return b_mass

@@ -220,8 +220,10 @@ class Geometry:
 
     def row_mass(self, lse: Tensor) -> Tensor:
         """(B, 1 | Hq, Tq): the sums of the rows of A: 1 less the sink's share, 0 for rows that see no key."""
-        live = self.live()[:, None].to(lse.dtype)
-        return live if self.sinks is None else -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)) * live
+        live = self.live()[:, None].to(self.accumulator)
+        if self.sinks is None:
+            return live
+        return -torch.expm1(self.sinks.to(lse.dtype)[:, None] - divisor_of(lse)).to(self.accumulator) * live
 
     def counted_rows(self, query_mask: Tensor) -> Tensor:
         """[batch rows or packed sequences, 2] int64: those of its queries that count are all among first .. end - 1."""

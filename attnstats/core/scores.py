@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,11 +13,25 @@ from attnstats.core.visibility import within
 from attnstats.statistics import SinkMass
 
 FIRST_KEYS = 64  # first keys that are gathered together
+FEWEST_KEYS = 16  # for fewer, BLAS takes another order of summation than for the whole map, which errs more
 
 
 def softcap_(scores: Tensor, softcap: float | None) -> Tensor:
     """`softcap * tanh(scores / softcap)` in place; None: unchanged."""
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def subtract_lse_(scores: Tensor, lse: Tensor) -> Tensor:
+    """ln A = scores [.., T, S] - lse [.., T] in place, -inf in a row that sees no key (lse -inf), not NaN.
+
+    A float64 lse is taken off float32 scores in two steps: rounded to float32, then what the rounding left.
+    """
+    divisor = divisor_of(lse)
+    rounded = divisor.to(scores.dtype)
+    scores.sub_(rounded[..., None])
+    if lse.dtype != scores.dtype:
+        scores.sub_(torch.where(rounded.isfinite(), divisor - rounded, 0.0).to(scores.dtype)[..., None])
+    return scores
 
 
 def with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
@@ -31,31 +48,46 @@ def sink_gradient(lse: Tensor, delta: Tensor, geometry: Geometry) -> Tensor | No
     return -(share * delta).sum((0, 2)).to(geometry.sinks.dtype)
 
 
-def sink_mass(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: SinkMass) -> Tensor:
-    """The mass on the first keys of each sequence, at most `count`, which are gathered; no other key is read."""
-    if geometry.packing is not None:
-        mass = torch.zeros_like(lse)
-        for queries, keys, alone in geometry.sequences():
-            mass[:, :, queries] = sink_mass(query[:, :, queries], key[:, :, keys], lse[:, :, queries], alone, statistic)
-        return mass
-    count = min(statistic.count, geometry.key_length)
-    if geometry.key_mask is None:
-        first = torch.arange(count, device=geometry.device, dtype=torch.int64).expand(geometry.batch, count)
-        is_key = torch.ones_like(first, dtype=torch.bool)
-    else:
-        first = geometry.key_mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
-        is_key = geometry.key_mask.gather(1, first)
-    position = torch.arange(geometry.query_length, device=geometry.device, dtype=torch.int64)[:, None] + geometry.offset
-    divisor = divisor_of(lse)[..., None]
-    scaled = query.to(geometry.accumulator) * geometry.scale
-    mass = torch.zeros_like(lse)
-    for keys, keys_exist in zip(first.split(FIRST_KEYS, 1), is_key.split(FIRST_KEYS, 1), strict=True):
-        visible = keys_exist[:, None]
+def sink_mass(
+    query: Tensor, key: Tensor, geometry: Geometry, statistic: SinkMass, weights_of: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """The mass on the first keys of each sequence, at most `count`, which are gathered; no other key is read.
+
+    weights_of: A of products q . k [B, Hq, rows, keys] and a slice of the rows.
+    """
+    mass = torch.zeros(query.shape[:3], dtype=geometry.accumulator, device=query.device)
+    if geometry.packing is None:
+        return _add_sink_mass_(
+            mass, query, key, geometry, statistic, lambda products: weights_of(products, slice(None))
+        )
+    for queries, keys, alone in geometry.sequences():
+        of_sequence = functools.partial(weights_of, rows=queries)
+        _add_sink_mass_(mass[:, :, queries], query[:, :, queries], key[:, :, keys], alone, statistic, of_sequence)
+    return mass
+
+
+def _add_sink_mass_(
+    mass: Tensor,
+    query: Tensor,
+    key: Tensor,
+    geometry: Geometry,
+    statistic: SinkMass,
+    weights_of: Callable[[Tensor], Tensor],
+) -> Tensor:
+    gathered_keys = min(max(statistic.count, FEWEST_KEYS), geometry.key_length)
+    place = torch.arange(gathered_keys, dtype=torch.int64, device=geometry.device).expand(geometry.batch, gathered_keys)
+    first, is_counted = place, place < statistic.count
+    if geometry.key_mask is not None:
+        first = geometry.key_mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :gathered_keys]
+        is_counted = is_counted & geometry.key_mask.gather(1, first)
+    position = torch.arange(geometry.query_length, dtype=torch.int64, device=geometry.device)[:, None] + geometry.offset
+    query = query.to(geometry.accumulator)
+    for keys, counted in zip(first.split(FIRST_KEYS, 1), is_counted.split(FIRST_KEYS, 1), strict=True):
+        visible = counted[:, None]
         inside = within(position - keys[:, None], geometry.left, geometry.right)
         if inside is not None:
             visible = visible & inside
         index = keys[:, None, :, None].expand(-1, geometry.key_heads, -1, geometry.head_dim)
         gathered = key.gather(2, index).to(geometry.accumulator).repeat_interleave(geometry.group, dim=1)
-        scores = softcap_(scaled @ gathered.mT, geometry.softcap)
-        mass += scores.masked_fill_(~visible[:, None], -torch.inf).sub_(divisor).exp_().sum(-1)
+        mass += weights_of(query @ gathered.mT).masked_fill(~visible[:, None], 0.0).sum(-1)
     return mass

@@ -19,9 +19,9 @@ from torch import Tensor
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, differentiable_pass
 from attnstats.core.geometry import Evaluation, Geometry
 from attnstats.core.passes import Pass
-from attnstats.core.scores import sink_mass
+from attnstats.core.scores import sink_mass, softcap_, subtract_lse_
 from attnstats.statistics import Statistic
-from attnstats.tiled import band, cpu_flash, native, sweep
+from attnstats.tiled import band, cpu_flash, native, row_lse, sweep
 
 NAME = "tiled"
 COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
@@ -36,7 +36,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     output, lse = _attention(query, key, value, geometry)
-    return Evaluation(output, lse, from_lse(query, key, lse, geometry))
+    results = from_lse(query, key, row_lse.refined(query, key, lse, geometry, geometry.statistics), geometry)
+    for s in (s for s in results if s.method == "lse"):
+        results[s] = lse[:, list(geometry.heads[s])] if s in geometry.heads else lse
+    return Evaluation(output, lse, results)
 
 
 def gradients(
@@ -45,6 +48,8 @@ def gradients(
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
     if geometry.packing is None and not of_statistics and geometry.sinks is None and cpu_flash.takes(geometry):
         return cpu_flash.gradients(residuals, grad_output, geometry)
+    query, key, *_, lse = residuals
+    residuals = residuals._replace(lse=row_lse.refined(query, key, lse, geometry, of_statistics))
     return sweep.gradients(residuals, grad_output, geometry, of_statistics)
 
 
@@ -93,7 +98,11 @@ def _evaluate(
             results |= _EVALUATE[each.run](query, key, lse, geometry, each.statistics)
         return {s: geometry.finish(s, x) for s, x in results.items()}
     statistics = [s for each in passes for s in each.statistics]
-    results = {s: lse.new_full(geometry.shape_of(s), -torch.inf if s.method == "lse" else 0) for s in statistics}
+    empty = {s: -torch.inf if s.method == "lse" else 0.0 for s in statistics}
+    results = {
+        s: torch.full(geometry.shape_of(s), x, dtype=geometry.accumulator, device=geometry.device)
+        for s, x in empty.items()
+    }
     for queries, keys, alone in geometry.sequences():
         of_sequence = _evaluate(query[:, :, queries], key[:, :, keys], lse[:, :, queries], alone, passes)
         for s, x in of_sequence.items():
@@ -101,15 +110,21 @@ def _evaluate(
     return results
 
 
+def _first_keys(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
+) -> dict[Statistic, Tensor]:
+    def weights(products: Tensor, rows: slice) -> Tensor:
+        return subtract_lse_(softcap_(products.mul_(geometry.scale), geometry.softcap), lse[:, :, rows]).exp_()
+
+    return {s: sink_mass(query, key, geometry, s, weights) for s in statistics}  # type: ignore[arg-type]
+
+
 _EVALUATE: dict[str, Evaluate] = {
     "compiled": native.evaluate,
     "band": band.evaluate,
     "sweep": sweep.evaluate,
-    "first_keys": lambda query, key, lse, geometry, statistics: {
-        s: sink_mass(query, key, lse, geometry, s)  # type: ignore[arg-type]
-        for s in statistics
-    },
-    "lse": lambda query, key, lse, geometry, statistics: dict.fromkeys(statistics, lse),
+    "first_keys": _first_keys,
+    "lse": lambda query, key, lse, geometry, statistics: dict.fromkeys(statistics, lse.to(geometry.accumulator)),
 }
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, divisor_of
-from attnstats.core.scores import softcap_
+from attnstats.core.geometry import Geometry
+from attnstats.core.scores import softcap_, subtract_lse_
 from attnstats.statistics import Statistic
 from attnstats.tiled.sweep import heads_of
 
@@ -27,8 +27,9 @@ def evaluate(
 ) -> dict[Statistic, Tensor]:
     """Row statistics, and columns as sums (`Geometry.finish` divides), from the same scores."""
     band = _Band.of(geometry, statistics)
-    divisor = divisor_of(lse)
-    tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
+    tensors = {
+        s: torch.zeros(geometry.shape_of(s), dtype=geometry.accumulator, device=geometry.device) for s in statistics
+    }
     rows_of = [s for s in band.spans if s.axis == "row"]
     columns_of = [s for s in band.spans if s.axis == "column"]
     query_mask = geometry.query_mask
@@ -36,7 +37,7 @@ def evaluate(
     for batch, heads, key_head in heads_of(geometry):
         hidden = _fill_keys_(space.keys, key[batch, key_head], band, geometry, batch)
         for head in range(heads.start, heads.stop):
-            for start, weights in _band_blocks(query[batch, head], hidden, divisor[batch, head], band, geometry, space):
+            for start, weights in _band_blocks(query[batch, head], hidden, lse[batch, head], band, geometry, space):
                 rows = slice(start, start + len(weights))
                 for s in rows_of:
                     lo, hi = band.spans[s]
@@ -57,8 +58,7 @@ class _Workspace(NamedTuple):
     """Buffers that all heads share: fresh ones of this size would be mapped and unmapped for each."""
 
     keys: Tensor  # [blocks * BAND_ROWS + width - 1, D], beginning `behind` positions before the first query
-    queries: Tensor  # [step, D] scaled
-    divisor: Tensor  # [step]
+    queries: Tensor  # [step, D]
     scores: Tensor  # [step / BAND_ROWS, BAND_ROWS, window]
     band: Tensor  # [width + step + width, width], zeros above and below the rows in use
 
@@ -71,7 +71,6 @@ class _Workspace(NamedTuple):
         shapes = (
             (blocks * BAND_ROWS + band.width - 1, geometry.head_dim),
             (step, geometry.head_dim),
-            (step,),
             (together, BAND_ROWS, window),
             (band.width + step + band.width, band.width),
         )
@@ -94,7 +93,7 @@ def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batc
 
 
 def _band_blocks(
-    query: Tensor, hidden: Tensor, divisor: Tensor, band: _Band, geometry: Geometry, space: _Workspace
+    query: Tensor, hidden: Tensor, lse: Tensor, band: _Band, geometry: Geometry, space: _Workspace
 ) -> Iterator[tuple[int, Tensor]]:
     """For one head, yield the first row and A as [rows, width], a part of `space.band` between rows of zeros."""
     length, dim = query.shape
@@ -102,15 +101,13 @@ def _band_blocks(
     for start in range(0, length, together * BAND_ROWS):
         rows = min(together * BAND_ROWS, length - start)
         blocks = -(-rows // BAND_ROWS)
-        space.queries[:rows].copy_(query[start : start + rows]).mul_(geometry.scale)  # cast first, then scale
-        space.divisor.fill_(torch.inf)[:rows] = divisor[start : start + rows]
+        space.queries[:rows].copy_(query[start : start + rows])
         windows = space.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
         scores = torch.bmm(space.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=space.scores[:blocks])
         diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
         weights = space.band[band.width : band.width + blocks * BAND_ROWS]
-        divided = space.divisor.view(-1, BAND_ROWS, 1)[:blocks]
-        torch.sub(softcap_(diagonals, geometry.softcap), divided, out=weights.view_as(diagonals))
-        weights.exp_()  # 0 beyond the last row, whose divisor is +inf
+        softcap_(torch.mul(diagonals, geometry.scale, out=weights.view_as(diagonals)), geometry.softcap)
+        subtract_lse_(weights[:rows], lse[start : start + rows]).exp_()
         first = geometry.offset + start
         # Without a key mask only the first and the last rows reach beyond the keys.
         reach_before = rows if geometry.key_mask is not None else min(rows, max(0, band.behind - first))

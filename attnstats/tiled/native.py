@@ -22,8 +22,9 @@ from attnstats.core.geometry import Geometry
 from attnstats.statistics import Entropy, MaxLogit, Statistic
 from attnstats.tiled import band
 
-VERSION = 2  # of the interface; a library of another version is not used
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+VERSION = 3  # of the interface; a library of another version is not used
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+INPUTS = {torch.float32, torch.bfloat16, torch.float16}
 ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
 WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
 UNBOUNDED = 2**40  # larger than any distance
@@ -57,6 +58,7 @@ class _Call(Structure):
         ("key", _Tensor),
         ("lse", _Tensor),
         ("type", c_int64),
+        ("lse_type", c_int64),
         ("batch", c_int64),
         ("heads", c_int64),
         ("group", c_int64),
@@ -78,7 +80,7 @@ class _Call(Structure):
 
 def takes(geometry: Geometry) -> bool:
     """True if the library is installed and takes tensors of this device and dtype."""
-    return enabled and geometry.device.type == "cpu" and geometry.dtype in TYPES and _library() is not None
+    return enabled and geometry.device.type == "cpu" and geometry.dtype in INPUTS and _library() is not None
 
 
 def computes(statistic: Statistic) -> bool:
@@ -93,7 +95,9 @@ def evaluate(
     library = _library()
     assert library is not None
     query, key = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key)]
-    tensors: dict[Statistic, Tensor] = {s: lse.new_empty(geometry.shape_of(s)) for s in statistics}
+    tensors: dict[Statistic, Tensor] = {
+        s: torch.empty(geometry.shape_of(s), dtype=geometry.accumulator, device=geometry.device) for s in statistics
+    }
     query_masks = _query_masks(geometry, statistics)
     key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
     template = geometry.memo.get(("native", statistics))
@@ -106,6 +110,7 @@ def evaluate(
             request.query_mask = query_masks[s].data_ptr()
     call = _Call.from_buffer_copy(template.call)
     call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
+    call.lse_type = TYPES[lse.dtype]
     call.statistics, call.threads, call.lanes = requests, torch.get_num_threads(), lanes
     if key_mask is not None:
         call.key_mask = key_mask.data_ptr()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
-from attnstats.core.geometry import Geometry, divisor_of, rows_before
-from attnstats.core.scores import sink_gradient, softcap_, with_sinks
+from attnstats.core.geometry import Geometry, rows_before
+from attnstats.core.scores import sink_gradient, softcap_, subtract_lse_, with_sinks
 from attnstats.core.visibility import within
 from attnstats.statistics import Entropy, PooledMap, Statistic
 
@@ -34,7 +34,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
             row_lse = scores.logsumexp(-1)
             if geometry.sinks is not None:
                 row_lse = with_sinks(row_lse, geometry.sinks[heads])
-            weights = _log_weights_(scores, row_lse).exp_()
+            weights = subtract_lse_(scores, row_lse).exp_()
             if generator is not None:
                 weights *= _kept(weights, generator, geometry)
             seen = value[batch, key_head, block.keys].to(weights.dtype)
@@ -71,7 +71,7 @@ def gradients(
             softcap_slope = None
             if geometry.softcap is not None:
                 softcap_slope = 1 - (scores.clamp(min=-geometry.softcap) / geometry.softcap) ** 2
-            log_weights = _log_weights_(scores, lse[of_rows])
+            log_weights = subtract_lse_(scores, lse[of_rows])
             weights = log_weights.exp()
             grad_rows = grad_output[of_rows].to(weights.dtype)
             grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
@@ -129,7 +129,9 @@ def evaluate(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
     """Statistics with a weight, of whole rows and of segments, as sums (`Geometry.finish` divides)."""
-    tensors = {s: lse.new_zeros(geometry.shape_of(s)) for s in statistics}
+    tensors = {
+        s: torch.zeros(geometry.shape_of(s), dtype=geometry.accumulator, device=geometry.device) for s in statistics
+    }
     counts = {s: _counts(s, geometry) for s in statistics if s.axis != "row"}
     before = {s: rows_before(count).tolist() for s, count in counts.items()}
     maps: list[Any] = [s for s in statistics if s.method == "pooled"]
@@ -153,7 +155,7 @@ def evaluate(
             of_rows = (batch, heads, block.rows)
             own_rows = [s for s in needed[batch] if s.method == "row" and not isinstance(s, Entropy)]
             of_scores = scores.clone() if own_rows else scores
-            log_weights = _log_weights_(scores, lse[of_rows]).clamp_(min=LOG_ZERO)
+            log_weights = subtract_lse_(scores, lse[of_rows]).clamp_(min=LOG_ZERO)
             weights = log_weights.exp()
             for s in own_rows:
                 tensors[s][of_rows] = s.row(weights, of_scores)
@@ -267,15 +269,11 @@ def _scores(
     query: Tensor, key: Tensor, geometry: Geometry, block: _Block, batch: int, heads: slice, key_head: int
 ) -> Tensor:
     """[G, rows, keys] scores of one group, -inf where a key can't be seen."""
-    rows = query[batch, heads, block.rows].to(geometry.accumulator) * geometry.scale
-    scores = softcap_(rows @ key[batch, key_head, block.keys].to(geometry.accumulator).T, geometry.softcap)
+    rows, keys = query[batch, heads, block.rows], key[batch, key_head, block.keys]
+    products = rows.to(geometry.accumulator) @ keys.to(geometry.accumulator).T
+    scores = softcap_(products.mul_(geometry.scale), geometry.softcap)  # scaled last, as in eager attention
     if block.hidden is not None:
         scores.masked_fill_(block.hidden, -torch.inf)
     if geometry.key_mask is not None:
         scores.masked_fill_(~geometry.key_mask[batch, block.keys], -torch.inf)
     return scores
-
-
-def _log_weights_(scores: Tensor, lse: Tensor) -> Tensor:
-    """ln A = scores - lse in place; in a row that sees no key (lse -inf) it is -inf, not NaN."""
-    return scores.sub_(divisor_of(lse)[..., None])

@@ -27,7 +27,7 @@ NAME = "triton"
 COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
 MAX_HEAD_DIM = 256
 
-RunPass = Callable[[Tensor, Tensor, Tensor, Geometry, Pass], dict[Statistic, Tensor]]
+RunPass = Callable[[Tensor, Tensor, launch.RowLse, Geometry, Pass], dict[Statistic, Tensor]]
 
 
 def unavailable(geometry: Geometry) -> str | None:
@@ -70,18 +70,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     forward, *later = _passes(geometry, attends=True)
     lists = Plan.of(forward.statistics, geometry.is_causal)
-    output, lse, results = launch.forward(query, key, value, geometry, lists)
+    output, row_lse, results = launch.forward(query, key, value, geometry, lists, any(p.run != "lse" for p in later))
     results = _of_heads(results, geometry)
     for each in later:
-        results |= _RUN[each.run](query, key, lse, geometry, each)
-    return Evaluation(output, lse, {s: geometry.finish(s, results[s]) for s in geometry.statistics})
+        results |= _RUN[each.run](query, key, row_lse, geometry, each)
+    return Evaluation(output, row_lse.lse, {s: geometry.finish(s, results[s]) for s in geometry.statistics})
 
 
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:
     """The statistics of `A = exp(scores - lse)`; lse (B, Hq, Tq), -inf for rows that see no key."""
     results: dict[Statistic, Tensor] = {}
+    row_lse = launch.RowLse.of(lse)
     for each in _passes(geometry, attends=False):
-        results |= _RUN[each.run](query, key, lse, geometry, each)
+        results |= _RUN[each.run](query, key, row_lse, geometry, each)
     return {s: geometry.finish(s, results[s]) for s in geometry.statistics}
 
 
@@ -146,38 +147,53 @@ def _select(x: Tensor, heads: Heads) -> Tensor:
     return x if index is None else x.index_select(1, index)
 
 
-def _rows(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
+def _rows(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+) -> dict[Statistic, Tensor]:
     lists = Plan.of(each.statistics, geometry.is_causal)
-    return _of_heads(launch.forward(query, key, None, geometry, lists, lse).tensors, geometry)
+    return _of_heads(launch.rows(query, key, row_lse, geometry, lists), geometry)
 
 
-def _band(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
-    return launch.band(query, key, lse, geometry, Plan.of(each.statistics, geometry.is_causal), each.heads)
+def _band(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+) -> dict[Statistic, Tensor]:
+    return launch.band(query, key, row_lse, geometry, Plan.of(each.statistics, geometry.is_causal), each.heads)
 
 
-def _columns(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
+def _columns(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+) -> dict[Statistic, Tensor]:
     query_mask = geometry.query_mask_of(each.last_queries)
-    sums = launch.columns(query, key, lse, geometry, each.statistics, query_mask, each.heads)
+    sums = launch.columns(query, key, row_lse, geometry, each.statistics, query_mask, each.heads)
     return dict(zip(each.statistics, sums, strict=True))
 
 
-def _pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
+def _pooled(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+) -> dict[Statistic, Tensor]:
     (statistic,) = each.statistics
     assert isinstance(statistic, PooledMap)
-    return {statistic: launch.pooled(query, key, lse, geometry, statistic, each.heads)}
+    return {statistic: launch.pooled(query, key, row_lse, geometry, statistic, each.heads)}
 
 
-def _first_keys(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
+def _first_keys(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+) -> dict[Statistic, Tensor]:
     if each.heads is not None:
         of_key = tuple(head // geometry.group for head in each.heads)
-        query, key, lse = _select(query, each.heads), _select(key, of_key), _select(lse, each.heads)
+        query, key = _select(query, each.heads), _select(key, of_key)
+        row_lse = row_lse.of_heads(launch.on_device(each.heads, query.device))
         geometry = geometry.subset(each.heads)
     (statistic,) = each.statistics
-    return {statistic: sink_mass(query, key, lse, geometry, statistic)}  # type: ignore[arg-type]
+
+    def weights(products: Tensor, rows: slice) -> Tensor:
+        return row_lse.weights(products, rows, geometry)
+
+    return {statistic: sink_mass(query, key, geometry, statistic, weights)}  # type: ignore[arg-type]
 
 
-def _lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
-    return _of_heads(dict.fromkeys(each.statistics, lse), geometry)
+def _lse(query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
+    return _of_heads(dict.fromkeys(each.statistics, row_lse.lse), geometry)
 
 
 _RUN: dict[str, RunPass] = {

@@ -3,16 +3,17 @@
 Nothing here waits for the device, and no size depends on data, so a call can be captured into a CUDA graph.
 """
 
-from attnstats.triton.launch.arguments import block_dim, kernel_weight, on_device
+from attnstats.triton.launch.arguments import RowLse, block_dim, kernel_weight, on_device
 from attnstats.triton.launch.backward_pass import MapGradients, backward, backward_kernels
 from attnstats.triton.launch.band_pass import band, band_tile, slot_count
 from attnstats.triton.launch.column_pass import columns, pooled
-from attnstats.triton.launch.forward_pass import forward, forward_tile, splits
+from attnstats.triton.launch.forward_pass import forward, forward_tile, rows, splits
 from attnstats.triton.launch.start import Launch, launching_with
 
 __all__ = [
     "Launch",
     "MapGradients",
+    "RowLse",
     "backward",
     "backward_kernels",
     "band",
@@ -25,6 +26,7 @@ __all__ = [
     "launching_with",
     "on_device",
     "pooled",
+    "rows",
     "slot_count",
     "splits",
 ]

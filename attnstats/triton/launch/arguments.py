@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry
+from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.scores import softcap_
 from attnstats.kernels.arguments import Dropout, Score, Sequences, Sizes, Visibility
 from attnstats.statistics import CATALOGUE, Statistic, Summed
 from attnstats.triton.configs import interpreted
@@ -17,6 +18,47 @@ from attnstats.triton.plan import Heads
 
 LOG2E = 1.4426950408889634
 FARTHEST = 2**30  # a distance that a 32-bit position can be added to; no sequence is as long
+
+
+class RowLse(NamedTuple):
+    """What normalises each row, (B, Hq, Tq): A = exp(score - lse), in the kernels exp2(score2 - pivot) * factor.
+
+    Attributes:
+        lse: natural log, -inf for rows that see no key.
+        pivot: in the exp2 domain, +inf for rows that see no key.
+        factor: None: 1.
+    """
+
+    lse: Tensor
+    pivot: Tensor
+    factor: Tensor | None
+
+    @staticmethod
+    def of(lse: Tensor) -> RowLse:
+        """That of an lse which came with the call."""
+        return RowLse(lse, (divisor_of(lse) * LOG2E).float(), None)
+
+    def of_heads(self, heads: Tensor | None) -> RowLse:
+        """That of some heads; None: all."""
+        if heads is None:
+            return self
+        return RowLse(*(None if x is None else x.index_select(1, heads) for x in self))  # type: ignore[arg-type]
+
+    def weights(self, products: Tensor, rows: slice, geometry: Geometry) -> Tensor:
+        """A of products q . k (B, Hq, rows, keys), from scores as the kernels have them.
+
+        A product less the pivot is rounded once there, by an FMA; here by a difference of products first.
+        """
+        pivot = self.pivot[:, :, rows].double()
+        if geometry.softcap is None:
+            scale2 = float(torch.tensor(geometry.scale * LOG2E, dtype=torch.float32))
+            of_pivot = (pivot / scale2).float()
+            rest = torch.where(pivot.isfinite(), of_pivot.double() * scale2 - pivot, 0.0).float()
+            log2 = products.sub_(of_pivot[..., None]).mul_(scale2).add_(rest[..., None])
+        else:
+            log2 = softcap_(products.mul_(geometry.scale), geometry.softcap).mul_(LOG2E).sub_(pivot[..., None])
+        weights = log2.exp2_()
+        return weights if self.factor is None else weights.mul_(self.factor[:, :, rows, None])
 
 
 def power_of_two(number: int) -> int:

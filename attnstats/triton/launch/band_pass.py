@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Strides
 from attnstats.statistics import Statistic
 from attnstats.triton.configs import MAX_PACKED_HEADS, Config, interpreted
 from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import Heads, Plan
 
@@ -41,15 +42,15 @@ def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Co
 
 
 def band(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads
+    query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan, heads: Heads
 ) -> dict[Statistic, Tensor]:
-    """The plan's band statistics, of these heads, from an lse of all heads."""
+    """The plan's band statistics, of these heads, from the lse of all heads."""
     dim = geometry.head_dim
-    return fitting("band", geometry, dim, lambda config: _band(query, key, lse, geometry, plan, heads, config))
+    return fitting("band", geometry, dim, lambda config: _band(query, key, row_lse, geometry, plan, heads, config))
 
 
 def _band(
-    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, plan: Plan, heads: Heads, config: Config
+    query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan, heads: Heads, config: Config
 ) -> dict[Statistic, Tensor]:
     prepared = remembered(geometry, _prepare_band, plan, config, heads)
     query, key = arguments.as_input(query), arguments.as_input(key)
@@ -61,7 +62,8 @@ def _band(
         geometry,
         query=query,
         key=key,
-        lse2=divisor_of(lse) * arguments.LOG2E,
+        pivot=row_lse.pivot,
+        factor=row_lse.factor,
         rows=rows,
         columns=columns,
         query_mask=arguments.flags(geometry.query_mask),

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Segments, Strides
 from attnstats.statistics import PooledMap, Received, Statistic
 from attnstats.triton.configs import Config
 from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import Heads
 
@@ -22,7 +23,7 @@ from attnstats.triton.plan import Heads
 def columns(
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
+    row_lse: RowLse,
     geometry: Geometry,
     statistics: Sequence[Statistic],
     query_mask: Tensor | None,
@@ -35,13 +36,15 @@ def columns(
         if (queries := arguments.longest(geometry)[0]) < config.BM:
             config = config._replace(BM=max(16, arguments.power_of_two(queries)))
         sums = arguments.empty(geometry, shape)
-        _column(query, key, lse, geometry, tuple(statistics), query_mask, heads, sums, None, config)
+        _column(query, key, row_lse, geometry, tuple(statistics), query_mask, heads, sums, None, config)
         return sums
 
     return fitting("column", geometry, geometry.head_dim, run)
 
 
-def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistic: PooledMap, heads: Heads) -> Tensor:
+def pooled(
+    query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, statistic: PooledMap, heads: Heads
+) -> Tensor:
     """[B, heads, I, J] sums over segments of queries and of keys."""
     query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
     segments = len(query_bounds) - 1
@@ -55,7 +58,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
             geometry, (pieces.total, geometry.batch, arguments.head_count(geometry, heads), segments)
         )
         cuts = Segments(arguments.on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
-        _column(query, key, lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
+        _column(query, key, row_lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
     return fitting("pooled", geometry, geometry.head_dim, run)
@@ -64,7 +67,7 @@ def pooled(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statisti
 def _column(
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
+    row_lse: RowLse,
     geometry: Geometry,
     statistics: tuple[Statistic, ...],
     query_mask: Tensor | None,
@@ -75,17 +78,18 @@ def _column(
 ) -> None:
     """Fill `sums`."""
     query, key = arguments.as_input(query), arguments.as_input(key)
-    lse2, counted = divisor_of(lse) * arguments.LOG2E, None
+    pivot, counted = row_lse.pivot, None
     if query_mask is not None:
         counted = geometry.counted_rows(query_mask).int()
-        lse2 = lse2.masked_fill(~query_mask[:, None], torch.inf)
+        pivot = pivot.masked_fill(~query_mask[:, None], torch.inf)
     prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
     start_prepared(
         prepared,
         geometry,
         query=query,
         key=key,
-        lse2=lse2,
+        pivot=pivot,
+        factor=row_lse.factor,
         columns=sums,
         counted=counted,
         heads=arguments.on_device(heads, geometry.device),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Evaluation, Geometry, divisor_of
+from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Strides
 from attnstats.statistics import Statistic
 from attnstats.triton.configs import (
@@ -19,11 +22,14 @@ from attnstats.triton.configs import (
     interpreted,
 )
 from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.band_pass import band_reach, column_slots, slot_count
 from attnstats.triton.launch.start import Launch, Prepared, fitting, prepare, remembered, start, start_prepared
 from attnstats.triton.plan import Plan
 
 COMBINE = Config(16, 0, 4, 2)
+
+T = TypeVar("T")
 
 
 def splits(geometry: Geometry) -> int:
@@ -37,72 +43,115 @@ def _split_keys() -> int:
     return INTERPRETED_SPLIT_KEYS if interpreted() else SPLIT_KEYS
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor | None, geometry: Geometry, plan: Plan, lse: Tensor | None = None
-) -> Evaluation:
-    """Attention (with a value), or the rows of its loop from an lse."""
-    parts = splits(geometry)
-    kernel: Kernel = "decode" if parts else "forward_loop" if plan.in_loop else "forward"
-    dim = max(geometry.head_dim, geometry.value_dim)
-    return fitting(
-        kernel, geometry, dim, lambda config: _forward(query, key, value, geometry, plan, lse, parts, config)
-    )
+class Attended(NamedTuple):
+    """The results of an attention pass; `row_lse` has a pivot and a factor where a later pass reads them."""
+
+    output: Tensor
+    row_lse: RowLse
+    tensors: dict[Statistic, Tensor]
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    geometry: Geometry,
-    plan: Plan,
-    lse: Tensor | None,
-    parts: int,
-    config: Config,
-) -> Evaluation:
-    prepared = remembered(geometry, _prepare_forward, plan, config, value is None, parts, chunk(geometry.device))
-    dtype = query.dtype
-    query, key = arguments.as_input(query), arguments.as_input(key)
+def forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool) -> Attended:
+    """Attention with the statistics of its pass. with_pivot: a later pass reads `row_lse`."""
+    return _fitting(geometry, plan, lambda config: _attend(query, key, value, geometry, plan, with_pivot, config))
+
+
+def rows(query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan) -> dict[Statistic, Tensor]:
+    """The row statistics of the plan from an lse that came with the call."""
+    return _fitting(geometry, plan, lambda config: _rows(query, key, row_lse, geometry, plan, config))
+
+
+def _fitting(geometry: Geometry, plan: Plan, run: Callable[[Config], T]) -> T:
+    kernel: Kernel = "decode" if splits(geometry) else "forward_loop" if plan.in_loop else "forward"
+    return fitting(kernel, geometry, max(geometry.head_dim, geometry.value_dim), run)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool, config: Config
+) -> Attended:
+    parts, dtype = splits(geometry), query.dtype
+    query, key, value = (arguments.as_input(x) for x in (query, key, value))
     shape: tuple[int, ...] = (geometry.batch, geometry.query_heads, geometry.query_length)
     if parts:
         shape = (parts, *shape)
-    output: Tensor | None = None
-    if value is None:
-        assert lse is not None
-        lse = divisor_of(lse) * arguments.LOG2E
-    else:
-        value = arguments.as_input(value)
-        output = _output(geometry, shape, query.dtype)
-        lse = arguments.empty(geometry, shape, fill=-torch.inf)
-    rows = arguments.empty(geometry, (len(plan.in_rows), *shape))
-    columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
+    output = _output(geometry, shape, query.dtype)
+    lse = None if parts else arguments.empty(geometry, shape, fill=-torch.inf)
+    pivot = factor = None
+    if parts or with_pivot:
+        pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
     sinks2 = arguments.sinks2(geometry)
-    strides = Strides(query.stride(), key.stride())
-    if value is not None and output is not None:
-        strides = Strides(*strides[:2], value.stride(), (output[0] if parts else output).stride())
-    start_prepared(
-        prepared,
+    in_rows, columns = _start(
         geometry,
+        plan,
+        config,
+        parts,
         query=query,
         key=key,
         value=value,
         output=output,
         lse=lse,
-        rows=rows,
+        pivot=pivot,
+        factor=factor,
+        sinks=None if parts else sinks2,
+        strides=Strides(query.stride(), key.stride(), value.stride(), (output[0] if parts else output).stride()),
+    )
+    if lse is None:
+        assert pivot is not None
+        assert factor is not None
+        output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks2, plan, geometry, query.dtype)
+    else:
+        row_lse = RowLse(lse, lse if pivot is None else pivot, factor)
+    return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns))
+
+
+def _rows(
+    query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan, config: Config
+) -> dict[Statistic, Tensor]:
+    parts = splits(geometry)
+    query, key = arguments.as_input(query), arguments.as_input(key)
+    in_rows, columns = _start(
+        geometry,
+        plan,
+        config,
+        parts,
+        query=query,
+        key=key,
+        value=None,
+        output=None,
+        lse=None,
+        pivot=row_lse.pivot,
+        factor=None,
+        sinks=None,
+        strides=Strides(query.stride(), key.stride()),
+    )
+    return _results(plan, in_rows.sum(1) if parts else in_rows, columns)
+
+
+def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors: Any) -> tuple[Tensor, Tensor]:
+    """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq] and its slots of columns."""
+    from_lse = tensors["value"] is None
+    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, chunk(geometry.device))
+    shape = (geometry.batch, geometry.query_heads, geometry.query_length)
+    in_rows = arguments.empty(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
+    columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
+    start_prepared(
+        prepared,
+        geometry,
+        rows=in_rows,
         columns=columns,
         query_mask=arguments.flags(geometry.query_mask),
-        sinks=None if parts else sinks2,
         reach=arguments.on_device(plan.reach_of_heads(geometry), geometry.device),
         dropout=arguments.dropout(geometry),
-        strides=strides,
+        **tensors,
     )
-    if parts and output is not None:
-        output, lse, rows = _combine(output, lse, rows, sinks2, plan, geometry, query.dtype)
-    elif parts:
-        rows = rows.sum(1)
-    results: dict[Statistic, Tensor] = dict(zip(plan.in_rows, rows, strict=True))
+    return in_rows, columns
+
+
+def _results(plan: Plan, in_rows: Tensor, columns: Tensor) -> dict[Statistic, Tensor]:
+    results: dict[Statistic, Tensor] = dict(zip(plan.in_rows, in_rows, strict=True))
     if plan.band_columns:
         results |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
-    return Evaluation(query if output is None else output.to(dtype), lse, results)
+    return results
 
 
 def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -157,33 +206,35 @@ def _prepare_forward(
 
 def _combine(
     output_parts: Tensor,
-    lse_parts: Tensor,
+    pivots: Tensor,
+    factors: Tensor,
     row_parts: Tensor,
     sinks2: Tensor | None,
     plan: Plan,
     geometry: Geometry,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, RowLse, Tensor]:
     """Output, lse and rows of [splits, ...] parts."""
     output = output_parts.new_empty(output_parts.shape[1:], dtype=dtype)
-    lse = lse_parts.new_empty(lse_parts.shape[1:])
-    rows = row_parts.new_empty(len(row_parts), *lse.shape)
+    row_lse = RowLse(*(torch.empty_like(pivots[0]) for _ in range(3)))
+    rows = row_parts.new_empty(len(row_parts), *row_lse.lse.shape)
     launch = remembered(geometry, _prepare_combine, plan)
     start(
         launch,
         output_parts=output_parts,
-        lse_parts=lse_parts,
+        pivots=pivots,
+        factors=factors,
         row_parts=row_parts,
         output=output,
-        lse=lse,
         rows=rows,
         sinks=sinks2,
-        n_rows=lse.numel(),
-        n_splits=len(lse_parts),
+        n_rows=row_lse.lse.numel(),
+        n_splits=len(pivots),
         n_query_heads=geometry.query_heads,
         n_queries=geometry.query_length,
+        **row_lse._asdict(),
     )
-    return output, lse, rows
+    return output, row_lse, rows
 
 
 def _prepare_combine(geometry: Geometry, plan: Plan) -> Launch:
