@@ -230,7 +230,8 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
         counts = _counts(geometry, statistic.last_queries)
         weight = _weights(statistic, geometry)
         weights = weights.masked_fill(counts[:, None, :, None] == 0, 0.0)  # NaN in what doesn't count doesn't count
-        total = torch.einsum("bhts,bt,ts->bhs", weights, counts, weight)
+        weighted = torch.where(weight == 0, 0.0, weights * weight)  # nor NaN where the weight is 0
+        total = torch.einsum("bhts,bt->bhs", weighted, counts)
         if geometry.key_mask is not None:
             total = total * geometry.key_mask[:, None]
         if statistic.horizon is None:
@@ -245,7 +246,9 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
             [torch.stack([p.sum(-1) for p in row.split(_lengths(key_bounds), -1)], -1) for row in rows], 2
         )
     row = _evaluate_row(statistic, weights, scores, geometry)
-    live = (scores > -torch.inf).any(-1)
+    if statistic.from_lse:  # else a function of the scores alone
+        row = row.masked_fill(weights.isnan().any(-1), torch.nan)
+    live = _visible(geometry).any(-1)
     if geometry.real_queries is not None:
         live = live & geometry.real_queries[:, None]
     return row.masked_fill(~live, 0.0)

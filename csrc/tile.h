@@ -201,6 +201,12 @@ static void hide(const Tile& tile, const Call& call, const int32_t* seen) {
     }
 }
 
+// A row whose lse is NaN has no softmax: a score of -inf there must not pass for a hidden key.
+static void spoil(const Tile& tile, const float* lse) {
+    for (int64_t i = 0; i < tile.rows; ++i)
+        for (int64_t j = tile.begin; lse[i] != lse[i] && j < tile.end; ++j) tile.scores[i * KEYS + j] = lse[i];
+}
+
 static void cap(const Tile& tile, float softcap) {
     for (int64_t i = 0; i < tile.rows; ++i)
         for (int64_t j = tile.begin; j < tile.end; j += LANES) {
@@ -304,6 +310,7 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
                 else multiply<1>(rows, panel, dim, call.scale, tile.scores + j);
             }
             if (call.softcap > 0) cap(tile, call.softcap);
+            spoil(tile, room.lse + i);
             bool inside = key + tile.end <= call.keys && last - (key + tile.begin) <= call.left &&
                           key + tile.end - 1 - tile.position <= call.right;
             if (!inside || call.key_mask) hide(tile, call, call.key_mask ? room.seen : nullptr);

@@ -38,10 +38,11 @@ def near(
         b_pivot = tl.load(p_pivot + o_row, mask=o_row < last, other=float("inf"))
         b_x, _ = scores_above(b_q, b_kt, b_pivot[:, None], score)  # [BM, BN]
         distance = offset + o_row[:, None] - o_key[None, :]
-        b_a = tl.exp2(hide(b_x, (b_pivot < float("inf"))[:, None], distance, 0, visible))
+        b_a = tl.exp2(hide(b_x, (b_pivot != float("inf"))[:, None], distance, 0, visible))
         if p_factor is not None:
-            b_a *= tl.load(p_factor + o_row, mask=b_pivot < float("inf"), other=0.0)[:, None]
-        b_sum += tl.sum(b_a * weigh(distance.to(tl.float32), COLUMNS, J), 0)
+            b_a *= tl.load(p_factor + o_row, mask=o_row < last, other=0.0)[:, None]
+        b_w = weigh(distance.to(tl.float32), COLUMNS, J)
+        b_sum += tl.sum(tl.where(b_w == 0, 0.0, b_a * b_w), 0)  # 0 * NaN is NaN
     return b_sum
 
 
@@ -54,13 +55,10 @@ def far(b_sum, b_kt, queries, p_pivot, p_factor, first, last, score, COUNTED: tl
         b_pivot = tl.load(p_pivot + o_row)
         b_x, _ = scores_above(b_q, b_kt, b_pivot[:, None], score)
         if COUNTED:
-            b_x = tl.where((b_pivot < float("inf"))[:, None], b_x, float("-inf"))
+            b_x = tl.where((b_pivot != float("inf"))[:, None], b_x, float("-inf"))
         b_a = tl.exp2(b_x)
         if p_factor is not None:  # an FMA with the sum
-            b_factor = tl.load(p_factor + o_row)
-            if COUNTED:
-                b_factor = tl.where(b_pivot < float("inf"), b_factor, 0.0)
-            b_a *= b_factor[:, None]
+            b_a *= tl.load(p_factor + o_row)[:, None]
         b_sum += b_a
     return b_sum
 

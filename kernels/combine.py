@@ -55,8 +55,9 @@ def combine(
         b_sum += tl.exp2(b_pivot - b_top) * b_part
     b_sum = tl.where(m_live, b_sum, 1.0)
     tl.store(lse + o_row, tl.where(m_live, (b_top + tl.log2(b_sum)) * LN2, float("-inf")), mask=m_row)
-    tl.store(pivot + o_row, tl.where(m_live, b_top, float("inf")), mask=m_row)
-    tl.store(factor + o_row, 1.0 / b_sum, mask=m_row)
+    b_nan = b_sum * 0.0
+    tl.store(pivot + o_row, tl.where(m_live, b_top + b_nan, float("inf")), mask=m_row)
+    tl.store(factor + o_row, tl.where(b_nan == 0.0, 1.0 / b_sum, 1.0), mask=m_row)
 
     b_out = tl.zeros((BM, BLOCK_VALUE_DIM), tl.float32)
     for i_split in range(n_splits):
@@ -80,5 +81,5 @@ def combine(
                 b_log = b_pivot - b_top + tl.log2(tl.where(b_w > 0, b_part, 1.0)) - tl.log2(b_sum)
                 b_row += b_w * (b_x - tl.where(b_w > 0, b_log * LN2, 0.0))
             else:
-                b_row = tl.maximum(b_row, b_x)
+                b_row = tl.maximum(b_row, b_x, propagate_nan=tl.PropagateNan.ALL)
         tl.store(rows + j * wide(n_rows) + o_row, b_row, mask=m_row)

@@ -136,8 +136,7 @@ def visit(
             if not LOOP.FROM_LSE:  # sum of a * log2(a) moves with the pivot
                 b_old_pivot = tl.where(b_max == float("-inf"), b_pivot, b_max)
                 b_log = (b_log + b_sum * (b_old_pivot - b_pivot)[:, None]) * b_rescale[:, None]
-            if EDGE or visible.key_mask is not None:
-                b_log_a = tl.maximum(b_log_a, LOG2_ZERO)
+            b_log_a = tl.maximum(b_log_a, LOG2_ZERO)  # a score may be -inf in a whole tile, too
             b_log = add_products(b_log, b_a, b_log_a, ROWS, BN, CHUNK)
         b_here = sum_chunks(b_a, ROWS, BN, CHUNK)  # the same sum whatever statistics are requested
         if LOOP.MOMENT:
@@ -250,12 +249,14 @@ def forward(
     b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
     b_pivot = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
+    b_factor = b_inverse
     b_mass = b_inverse  # the sum of each row's A
     if not FROM_LSE:
         m_live = b_sum != 0.0  # a row of NaN is not one that sees no key
         b_above = tl.log2(tl.where(m_live, b_sum, 1.0))  # of lse2 above the maximum
         b_inverse = 1.0 / tl.where(m_live, b_sum, 1.0)
-        b_mass = tl.where(m_live, 1.0, 0.0)
+        b_nan = b_sum * 0.0  # NaN for rows with a NaN or inf among their scores, else 0
+        b_mass = tl.where(m_live, 1.0 + b_nan, 0.0)
         if sinks is not None:
             b_sink = tl.load(sinks + i_head + o_head, mask=m_row, other=float("-inf")) - b_max
             b_sink = tl.where(m_live, b_sink, float("-inf"))
@@ -264,12 +265,15 @@ def forward(
             b_above = tl.where(m_live, b_top + tl.log2(b_total), 0.0)
             b_inverse = tl.exp2(-b_top) / tl.where(m_live, b_total, 1.0)
             b_mass = b_sum * b_inverse
-        b_pivot = tl.where(m_live & m_row, b_max, float("inf"))
+        # A NaN is in the pivot alone: a hidden key has A = 0 * factor in such a row, too.
+        b_pivot = tl.where(m_live & m_row, b_max + b_nan, float("inf"))
+        b_factor = tl.where(b_nan == 0.0, b_inverse, 1.0)
+        b_max += b_nan
         if lse is not None:
             tl.store(lse + o_flat, tl.where(m_live, (b_max + b_above) * LN2, float("-inf")), mask=m_row)
         if pivot is not None:
             tl.store(pivot + i_split * n_flat + o_flat, b_pivot, mask=m_row)
-            tl.store(factor + i_split * n_flat + o_flat, b_inverse, mask=m_row)
+            tl.store(factor + i_split * n_flat + o_flat, b_factor, mask=m_row)
         o_dim = tl.arange(0, BLOCK_VALUE_DIM)
         out = head_of(output, strides.output, i_batch, i_head, q_begin)
         p_out = out.pointer + i_split * n_flat * VALUE_DIM
@@ -312,7 +316,7 @@ def forward(
         if query_mask is not None:
             m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_pivot, None if FROM_LSE else b_inverse, m_query, keys, sequence, position, behind,
+            b_q, b_pivot, None if FROM_LSE else b_factor, m_query, keys, sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
             Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,
             Band(BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BAND_BN, DIM, BLOCK_DIM),

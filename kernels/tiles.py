@@ -296,7 +296,8 @@ def band_step(
         o_column = (o_place[:, None] + o_head[None, :]) * slots.n_keys + (sequence.k_begin + o_key)[:, None]
         for j in tl.static_range(len(BAND.COLUMNS) // FIELDS):
             b_w = weigh(distance, BAND.COLUMNS, j)
-            b_sum = tl.sum(tl.reshape(b_a * b_w, (BN, TILE.HEADS, BM)), 2)  # [BN, HEADS]
+            b_part = tl.where(b_w == 0, 0.0, b_a * b_w)  # 0 * NaN is NaN
+            b_sum = tl.sum(tl.reshape(b_part, (BN, TILE.HEADS, BM)), 2)  # [BN, HEADS]
             p_column = slots.pointer + wide(j * SLOTS) * slots.n_batch * slots.n_heads * slots.n_keys
             tl.store(p_column + o_column, b_sum, mask=m_store)
     return updated
@@ -367,8 +368,8 @@ def band_sweep(
 
 @triton.jit
 def row_mass(b_pivot, b_factor, sinks, i_head, rows):
-    """The sum of a row's A: 1 less the sink's share, 0 where it sees no key (pivot = +inf)."""
-    b_mass = tl.where(b_pivot < float("inf"), 1.0, 0.0)
+    """The sum of a row's A: 1 less the sink's share, 0 where it sees no key (pivot = +inf), NaN where that is NaN."""
+    b_mass = tl.where(b_pivot == float("inf"), 0.0, 1.0 + 0.0 * b_pivot)
     if sinks is not None:
         b_share = tl.exp2(tl.load(sinks + i_head + rows.o_head, mask=rows.m_row, other=float("-inf")) - b_pivot)
         if b_factor is not None:

@@ -114,8 +114,9 @@ def test_one_rule(attention, where, number, setting):
 def test_few_queries_and_many_keys(attention):
     query, key, value = spoiled("key", torch.nan, queries=2)
     key, value = (torch.cat([x, torch.randn(1, 2, 200, 16)], 2) for x in (key, value))
-    stats = attention(query, key, value, statistics=STATISTICS, enable_gqa=True)[1]
-    check(stats, STATISTICS, query, key)
+    statistics = STATISTICS[:-1]
+    stats = attention(query, key, value, statistics=statistics, enable_gqa=True)[1]
+    check(stats, statistics, query, key)
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
@@ -146,4 +147,4 @@ def test_packed(attention):
     for s in statistics:
         nan = ~stats[s].isfinite() if s in (MaxLogit(), LSE()) else stats[s].isnan()
         assert torch.equal(nan[None, :, part], nan_of(s, query[:, :, part], key[:, :, part])), s
-        assert not nan[:, :30].any() and not nan[:, 45:].any(), s
+        assert int(nan.sum()) == int(nan[:, part].sum()), s

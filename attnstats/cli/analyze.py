@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from attnstats.heads import HeadProfile
     from attnstats.study.analysis import Analysis, Settings
     from attnstats.study.store import Store
+    from attnstats.study.verify import Error
 
 DIFFERENT = 1  # exit code
 
@@ -61,7 +62,7 @@ def add_parser(commands: Any) -> None:
     )
     results.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     arguments.add_color(results)
-    results.add_argument("--verify", action="store_true", help="recompute with eager attention and compare")
+    results.add_argument("--verify", action="store_true", help="recompute with eager attention, and compare the errors")
 
 
 def settings_from(options: argparse.Namespace) -> Settings:
@@ -112,15 +113,13 @@ def run(options: argparse.Namespace) -> int:
         job.run(pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store)
         if not job.shard.is_first:
             return 0
-        analyses, differences = _conclude(options, settings, job, store, total)
+        analyses, errors = _conclude(options, settings, job, store, total)
     files = [options.out / name for name in outputs.FILES]
     job.terminal.show(analyses, files, total, color_by=options.color_by)
-    if not differences:
+    if not errors:
         return 0
-    from attnstats.study.verify import TOLERANCE
-
-    job.terminal.show_differences(differences, TOLERANCE)
-    return DIFFERENT if max(differences.values()) > TOLERANCE else 0
+    job.terminal.show_errors(errors)
+    return 0 if all(error.passes for error in errors.values()) else DIFFERENT
 
 
 def _profile(options: argparse.Namespace, settings: Settings, job: Job) -> HeadProfile | None:
@@ -154,23 +153,23 @@ def _identity(job: Job, settings: Settings, profile: HeadProfile | None) -> dict
 
 def _conclude(
     options: argparse.Namespace, settings: Settings, job: Job, store: Store, total: int
-) -> tuple[list[Analysis], dict[str, float]]:
+) -> tuple[list[Analysis], dict[str, Error]]:
     """Write tables, report and summary of a full store and rename it to --out.
 
     Returns:
-        The first analyses, and with --verify the largest differences.
+        The first analyses, and with --verify the largest errors.
     """
     from attnstats import report
     from attnstats.study import findings, outputs
     from attnstats.study.analysis import Analyses
     from attnstats.study.corpus import stage, task
-    from attnstats.study.verify import differences
+    from attnstats.study.verify import errors
 
     analyses = Analyses(store, total)
-    largest: dict[str, float] = {}
+    largest: dict[str, Error] = {}
     if options.verify:
         with stage(job.timings, "verify"):
-            largest = differences(job.loaded, analyses, settings, job.terminal)
+            largest = errors(job.loaded, analyses, settings, job.terminal)
     with arguments.writing(options.out, "make room and go on with --resume"):
         with stage(job.timings, "tables"), task(job.terminal, f"Tables of {total} prompts", total):
             profile = findings.profile(analyses.head_summaries(), job.model)
@@ -191,13 +190,16 @@ def _summary(
     job: Job,
     profile: HeadProfile,
     couplings: Sequence[Coupling],
-    differences: dict[str, float],
+    errors: Mapping[str, Error],
 ) -> dict[str, Any]:
     """summary.json."""
     from attnstats.study.outputs import FILES, coupling_record, peak_memory, versions
 
     loaded = job.loaded
-    finite = {name: value if value < float("inf") else "infinite" for name, value in differences.items()}
+    largest_errors = {
+        name: {of: x if x < float("inf") else "infinite" for of, x in error._asdict().items()}
+        for name, error in errors.items()
+    }
     return {
         "model": {"name": loaded.name, "dtype": loaded.dtype, "device": str(loaded.device)},
         "settings": {"preset": options.preset, **dataclasses.asdict(settings)},
@@ -205,7 +207,7 @@ def _summary(
         "timings_seconds": job.timings,
         "peak_memory_bytes": peak_memory(),
         "files": list(FILES),
-        **({"largest_difference_from_eager": finite} if differences else {}),
+        **({"largest_errors_against_float64": largest_errors} if errors else {}),
         "layers": list(profile.layers),
         "prompts": profile.sequences,
         "response_tokens": profile.rows,

@@ -252,6 +252,11 @@ class Geometry:
         lo, hi = statistic.band
         return 0.0 if lo <= nearest and farthest <= hi else statistic.tail
 
+    def nan_without_softmax(self, lse: Tensor) -> Tensor:
+        """The lse (B, Hq, Tq), NaN where a row sees a key and it isn't finite: a score was NaN or inf, or all -inf."""
+        without = lse.isnan() | (lse == torch.inf) | ((lse == -torch.inf) & self.live()[:, None])
+        return lse.masked_fill(without, torch.nan)
+
     def visible_pairs(self, last_queries: int | None = None) -> int:
         """Pairs (t, s) inside the causal mask, windows and sequences, of a head of a batch row, padding included.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -61,8 +60,11 @@ def sink_mass(
             mass, query, key, geometry, statistic, lambda products: weights_of(products, slice(None))
         )
     for queries, keys, alone in geometry.sequences():
-        of_sequence = functools.partial(weights_of, rows=queries)
-        _add_sink_mass_(mass[:, :, queries], query[:, :, queries], key[:, :, keys], alone, statistic, of_sequence)
+
+        def of_rows(products: Tensor, rows: slice = queries) -> Tensor:
+            return weights_of(products, rows)
+
+        _add_sink_mass_(mass[:, :, queries], query[:, :, queries], key[:, :, keys], alone, statistic, of_rows)
     return mass
 
 

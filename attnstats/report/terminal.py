@@ -7,7 +7,7 @@ as markup.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
 from attnstats.study.analysis import Analysis
 from attnstats.study.text import PART, shortened, token_name, visible
+from attnstats.study.verify import Error
 
 PEAKS = 8
 QUESTION = 5_000  # characters of a question that are shown
@@ -118,15 +119,17 @@ class Terminal:
         for file in files:
             self.console.print(Text(visible(str(file))), soft_wrap=True)
 
-    def show_differences(self, largest: dict[str, float], tolerance: float) -> None:
-        table = Table("statistic", "largest |difference| from eager attention", box=None, pad_edge=False)
-        for name, value in largest.items():
-            table.add_row(name, Text(f"{value:.2e}", style="" if value <= tolerance else "bold red"))
+    def show_errors(self, errors: Mapping[str, Error]) -> None:
+        """The errors of --verify against float64, and the verdict."""
+        table = Table("statistic", "error", "eager's error", "limit", box=None, pad_edge=False)
+        for name, error in errors.items():
+            style = "" if error.passes else "bold red"
+            table.add_row(name, Text(f"{error.ours:.2e}", style), f"{error.eager:.2e}", f"{error.limit:.2e}")
         self.console.print()
         self.console.print(table)
-        worst = max(largest.values())
-        verdict = "agrees with" if worst <= tolerance else "DIFFERS from"
-        self.console.print(f"{verdict} eager attention: {worst:.2e}, the limit is {tolerance:.0e}")
+        failed = [name for name, error in errors.items() if not error.passes]
+        verdict = f"DIFFERS from eager attention: {', '.join(failed)}" if failed else "agrees with eager attention"
+        self.console.print(f"{verdict}; errors are against float64, and twice eager's own passes")
 
 
 def response(analysis: Analysis, column: Column) -> Text:

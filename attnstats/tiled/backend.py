@@ -96,6 +96,9 @@ def _evaluate(
     if geometry.packing is None:
         for each in passes:
             results |= _EVALUATE[each.run](query, key, lse, geometry, each.statistics)
+        if (has_nan := lse.isnan()).any():  # also where no key of the row is in the band
+            rows = (s for s in results if s.axis == "row" and s.from_lse)
+            results |= {s: results[s].masked_fill(has_nan, torch.nan) for s in rows}
         return {s: geometry.finish(s, x) for s, x in results.items()}
     statistics = [s for each in passes for s in each.statistics]
     empty = {s: -torch.inf if s.method == "lse" else 0.0 for s in statistics}

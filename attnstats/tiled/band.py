@@ -129,7 +129,11 @@ def _add_columns_(column: Tensor, padded: Tensor, first: int, rows: int, band: _
     lo, hi = band.spans[statistic]
     start = (band.width - hi + lo) * band.width + band.behind - lo
     antidiagonals = padded.as_strided((rows + hi - lo, hi - lo + 1), (band.width, band.width - 1), start)
-    received = (antidiagonals if statistic in band.unweighted else antidiagonals * band.weights[statistic]).sum(1)
+    received = antidiagonals
+    if statistic not in band.unweighted:
+        weights = band.weights[statistic]
+        received = torch.where(weights == 0, 0.0, antidiagonals * weights)  # 0 * NaN is NaN
+    received = received.sum(1)
     skip = max(0, hi - first)
     keys = slice(first - hi + skip, min(first - lo + rows, len(column)))
     if keys.start < keys.stop:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, Residuals
 from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.core.scores import with_sinks
+from attnstats.tiled import sweep
+
+FEW_KEYS = 16  # the kernel takes a row of NaN over fewer keys for one that sees none, and says lse 0
 
 
 def takes(geometry: Geometry) -> bool:
@@ -32,6 +37,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *inputs, 0.0, causal, attn_mask=bias, scale=geometry.scale
     )
+    if seen < FEW_KEYS and (is_zero := lse == 0).any():  # or it is the log of 1
+        without_sinks = dataclasses.replace(geometry, sinks=None, memo={})
+        lse = torch.where(is_zero, sweep.attention(query, key, value, without_sinks)[1], lse)
     if geometry.key_mask is not None:  # the kernel gives 0 for rows that see nothing
         lse = lse.masked_fill(~geometry.live()[:, None], -torch.inf)
     if geometry.sinks is None:

@@ -1,4 +1,4 @@
-"""The lse of large scores to more digits than float32 has.
+"""The lse as the statistics need it: of large scores with more digits than float32 has, NaN where a row has no softmax.
 
 Half a unit in the last place of an lse of 1,000 is 3e-5. All of a row's A = exp(score - lse) would be off by that much,
 in one direction, where a softmax that divides by its own sum has no such error. So rows whose lse is large are summed
@@ -34,13 +34,17 @@ class RowMass(RowStatistic):
 def refined(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: Iterable[Statistic]) -> Tensor:
     """The lse (B, Hq, Tq) of this call's own attention as the statistics need it.
 
-    float32 as it came where no row needs more digits; else float64, and these rows sum to 1 with their sink.
+    float32 as it came where no row needs more digits; else float64, and these rows sum to 1 with their sink. NaN for
+    rows with a NaN or inf among their scores.
     """
     statistics = [s for s in statistics if s.from_lse and s.method != "lse"]
-    if not statistics or lse.dtype == torch.float64 or lse.device.type == "mps" or lse.numel() == 0:
+    if not statistics or lse.numel() == 0:
         return lse
     low, high = torch.aminmax(lse)
     if low >= -LARGE and high <= LARGE:
+        return lse
+    lse = geometry.nan_without_softmax(lse)
+    if lse.dtype == torch.float64 or lse.device.type == "mps":
         return lse
     is_large = (lse.abs() > LARGE) & lse.isfinite()
     heads = _heads_of(statistics, geometry) & set(is_large.any(2).any(0).nonzero()[:, 0].tolist())

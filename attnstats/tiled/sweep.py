@@ -169,6 +169,8 @@ def evaluate(
                     count = counts[s][batch, block.rows]
                     if has_nan:  # 0 * NaN is NaN: neither uncounted queries nor unseen keys may enter a sum
                         weighted = weighted.masked_fill(count[:, None] == 0, 0.0)
+                        if s in by_distance:
+                            weighted.masked_fill_(by_distance[s] == 0, 0.0)
                         if block.hidden is not None:
                             weighted.masked_fill_(block.hidden, 0.0)
                     if s.axis == "column":

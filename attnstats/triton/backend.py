@@ -189,7 +189,8 @@ def _first_keys(
     def weights(products: Tensor, rows: slice) -> Tensor:
         return row_lse.weights(products, rows, geometry)
 
-    return {statistic: sink_mass(query, key, geometry, statistic, weights)}  # type: ignore[arg-type]
+    mass = sink_mass(query, key, geometry, statistic, weights)  # type: ignore[arg-type]
+    return {statistic: mass.masked_fill(row_lse.pivot.isnan(), torch.nan)}
 
 
 def _lse(query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:

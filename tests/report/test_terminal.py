@@ -1,6 +1,7 @@
 """Terminal output: progress with and without a terminal, and text of a model that stays text."""
 
 import io
+import math
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from attnstats.report.columns import COLUMNS, find
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, ink, ramp
 from attnstats.report.terminal import Terminal, curve, legend, response
+from attnstats.study.verify import Error
 from tests.hostile import FORBIDDEN, TEXTS
 from tests.tiny import synthetic_analysis
 
@@ -153,12 +155,15 @@ def test_in_a_terminal_progress_is_a_bar():
 
 
 @pytest.mark.parametrize(
-    ("worst", "verdict"), [(1e-5, "agrees with"), (2e-4, "DIFFERS from"), (float("inf"), "DIFFERS")]
+    ("worst", "verdict"),
+    [(2.1e-4, "agrees with"), (2.2e-4, "DIFFERS from eager attention: fai;"), (math.inf, "DIFFERS")],
 )
-def test_differences(worst, verdict):
-    text = shown(lambda terminal: terminal.show_differences({"waad": 1e-7, "fai": worst}, 1e-4))
+def test_errors(worst, verdict):
+    errors = {"waad": Error(1e-7, 0.0), "fai": Error(worst, 1e-4)}
+    text = shown(lambda terminal: terminal.show_errors(errors))
     assert verdict in text
     assert f"{worst:.2e}" in text
+    assert "1.00e-04" in text
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
