@@ -134,25 +134,6 @@ class AttentionCall:
             bias=bias,
         )
 
-    def can_skip_keys(self, reach: int) -> bool:
-        """True if `near` would look at less than all keys."""
-        mask = self.mask
-        plain = self.bias is None and not mask.unknown and mask.segments is None and mask.chunks is None
-        return plain and not self.cross and self.end - self.first_key > reach + self.query.shape[2]
-
-    def near(self, lse: Tensor, request: Request, reach: int) -> tuple[int, Statistics]:
-        """Band statistics off the last keys alone, and the position of the first of these keys."""
-        key, _ = self._used()
-        skipped = max(0, self.begin - reach - self.first_key)
-        options = self._options(request)
-        key_mask = options.key_padding_mask
-        options = options._replace(
-            query_offset=self.begin - self.first_key - skipped,
-            key_padding_mask=None if key_mask is None else key_mask[:, skipped:],
-            dropout_p=0.0,
-        )
-        return self.first_key + skipped, functional.from_lse(self.query, key[:, :, skipped:], lse, options)
-
     def _check(self, statistics: tuple[Statistic, ...]) -> None:
         """Raise InputError for statistics of first or last tokens that chunks or a sliding cache hide."""
         for s in statistics:

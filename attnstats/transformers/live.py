@@ -90,25 +90,13 @@ class GenerationRecording(Recording):
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
-        sums = request.summed()
-        narrow = tuple(s for s in sums.statistics if s.band is not None)
-        reach = max((s.band[1] for s in narrow if s.band is not None), default=0)
-        if not call.can_skip_keys(reach):
-            narrow = ()
-        full = tuple(s for s in sums.statistics if s not in narrow)
-        output, in_full = call.attend(sums.only(full))
-        results, starts = dict(in_full), dict.fromkeys(full, call.first_key)
-        if narrow:
-            with torch.no_grad():
-                start, near = call.near(in_full.lse.detach(), sums.only(narrow), reach)
-            results |= dict(near)
-            starts |= dict.fromkeys(narrow, start)
+        output, results = call.attend(request.summed())
         key = None if self.over_layers else layer
         for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
             of_layers = self._sums.setdefault(s, {})
             if key not in of_layers:
                 of_layers[key] = GrowingTensor(x)
-            of_layers[key].add(starts[s.summed] if s.axis == "column" else call.begin, x)
+            of_layers[key].add(call.first_key if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
             self._add_masks(call, request.query_mask)

@@ -343,9 +343,6 @@ class PlacedCall(AttentionCall):
         assert isinstance(last, PlacedCall)
         return replace(last, start=self.end - rows)
 
-    def can_skip_keys(self, reach: int) -> bool:
-        return False
-
     def _parts(self, request: Request, lse: Tensor) -> list[Statistics]:
         """The statistics of all heads, or of those of each key head in turn where these have keys at other places."""
         key, _ = self._used()
