@@ -52,7 +52,7 @@ def from_lse(
             check_values(query, key, lse, geometry, options.lse_base)
         lse = geometry.nan_without_softmax(lse)
         results = choose(options.backend, geometry).from_lse(query, key, lse, geometry)
-    return results, lse.to(geometry.accumulator), geometry
+    return results, lse, geometry
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> Explanation:

@@ -117,8 +117,7 @@ def _dropped(weights: Tensor, geometry: Geometry) -> Tensor:
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:
     """The statistics of `A = exp(scores - lse)` for an lse from elsewhere, (B, Hq, Tq)."""
     masked = _scores(query, key, geometry).to(geometry.accumulator).masked_fill(~_visible(geometry), -torch.inf)
-    weights = (masked - lse[..., None]).exp().masked_fill(~_visible(geometry), 0.0).to(geometry.accumulator)
-    lse = lse.to(geometry.accumulator)
+    weights = (masked - lse[..., None]).exp().masked_fill(~_visible(geometry), 0.0)
     return {s: _evaluate(s, weights, masked, lse, geometry) for s in geometry.statistics}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, PooledMap, Received, SinkMass, reference
+from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass, reference
 from attnstats.tiled import native
 from tests.cases import Case, check
 
@@ -40,18 +40,6 @@ def test_errs_at_most_twice_as_much_as_eager(case, path, device, monkeypatch):
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 def test_a_foreign_lse_has_the_error_of_its_rounding(backend, device):
     check(LARGE, backend, device if backend == "triton" else "cpu", from_lse=True)
-
-
-def test_a_foreign_lse_in_float64_has_not():
-    query, key, value = LARGE.tensors()
-    statistics = (WAAD(10), FAI(3, 20), MeanDistance(), Entropy(), Received(), SinkMass(3), PooledMap(3, 4))
-    arguments = LARGE.arguments() | {"statistics": statistics}
-    _, truth = reference.attention(query.double(), key.double(), value.double(), **arguments)
-    _, eager = reference.attention(query, key, value, **arguments)
-    stats = attnstats.statistics_from_lse(query, key, truth.lse, backend="tiled", **arguments)
-    for s in statistics:
-        error, by_eager = ((x[s].double() - truth[s]).abs().max() for x in (stats, eager))
-        assert error <= 3 * by_eager, s  # the scores' own errors don't cancel against those behind the lse
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -38,8 +38,6 @@ def check_lse(base: str, layout: str | None) -> None:
 def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) -> Tensor:
     """The lse that a kernel returned as (B, Hq, Tq) in natural logarithm, -inf for rows that see no key.
 
-    A float64 lse stays one: float32 would round it, and with it all A of a row, by 1e-4 where it is in the thousands.
-
     Args:
         lse: (B, Hq, Tq), packed (Hq, total) or (total, Hq); a last dimension of 1 is dropped.
 
@@ -65,7 +63,7 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
         raise TypeError(f"lse must be float32 or float64, got {lse.dtype}; in less its error is over 1 % of A")
     if lse.device != geometry.device:
         raise ValueError(f"lse must be on query's device {geometry.device}, got {lse.device}")
-    lse = lse.detach().to(torch.promote_types(lse.dtype, geometry.accumulator)).reshape(shape)
+    lse = lse.detach().to(geometry.accumulator).reshape(shape)
     if geometry.packing is not None:
         lse = (lse.T if layout == "TH" or (layout is None and shape != (heads, length)) else lse)[None]
     if base == "2":
