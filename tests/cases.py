@@ -200,13 +200,15 @@ def allowed(
     """The largest error that passes: twice what eager PyTorch makes in the same dtype, and a floor.
 
     The floor is float32's: every path sums at most `bound` of A, in the complement form `window - sum` for WAAD, with
-    a few roundings. From an lse that came in float32 A has the error of its rounding, |lse| times as large. The tiled
-    path in half precision takes the lse of torch's CPU kernel, whose exp is good to 2^-14. `statistic` None: the
-    output, rounded to its dtype last.
+    a few roundings. From an lse that came with the call A has the error of its rounding, |lse| times as large. So it
+    has in the interpreter where products aren't exact (`Case.bias` makes them so): the kernels compute scores near the
+    diagonal anew, in tiles of another shape, which BLAS sums in another order. The tiled path in half
+    precision takes the lse of torch's CPU kernel, whose exp is good to 2^-14. `statistic` None: the output, rounded to
+    its dtype last.
     """
     eps = torch.finfo(torch.float32).eps
     size = 1.0 + float(lse.abs()[lse.isfinite()].max()) if lse.isfinite().any() else 1.0
-    magnitude = size if from_lse or statistic is None else 1.0
+    magnitude = size if from_lse or statistic is None or (backend == "triton" and not case.bias) else 1.0
     if backend == "tiled" and case.dtype in ("float16", "bfloat16"):
         magnitude += 2**-14 / eps
     if statistic is None:
