@@ -1,6 +1,10 @@
-"""The compiled sums under AddressSanitizer and UndefinedBehaviorSanitizer, compiled anew and run in another process."""
+"""The compiled sums under AddressSanitizer and UndefinedBehaviorSanitizer, compiled anew and run in another process.
+
+A thread's buffers are cut from one allocation. Here each is followed by a gap that may not be touched.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +25,19 @@ assert native._library() is not None
 sys.exit(pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]))
 """
 OVERFLOW = "heap-buffer-overflow"
+GAP = """
+#include <sanitizer/asan_interface.h>
+#include <cstdint>
+static float* behind(float* at, int64_t count) {
+    ASAN_POISON_MEMORY_REGION(at + count, 64);
+    return at + count + 16;
+}
+"""
 # A fault of each kind that has to be found: where, what is written, what it becomes, and what the sanitizer says.
 FAULTS = {
     "behind a result": ("native.cpp", "i < task.rows; ++i) to[i]", "i <= task.rows; ++i) to[i]", OVERFLOW),
     "an absent row": ("tile.h", "i < task.rows; ++i) {", "i <= task.rows; ++i) {", OVERFLOW),
+    "behind a buffer": ("tile.h", "j < KEYS; ++j) {", "j <= KEYS; ++j) {", "use-after-poison"),
     "undefined": ("native.cpp", "= omp_get_thread_num()", "= call.rows << 63", "runtime error: "),
 }
 
@@ -43,6 +56,12 @@ def run(folder, *arguments, fault=None):
         text = (source / file).read_text()
         assert text.count(before) == 1
         (source / file).write_text(text.replace(before, after))
+    native = (source / "native.cpp").read_text()
+    native, buffers = re.subn(r"at \+= (sizes\.\w+)", r"at = behind(at, \1)", native)
+    native, totals = re.subn(r"(int64_t total\(\) const \{ return )", rf"\1 {16 * buffers} + ", native)
+    assert buffers >= 6
+    assert totals == 1
+    (source / "native.cpp").write_text(GAP + native)
     library = folder / "_native.so"
     command = ["g++", *FLAGS.split(), *SANITIZED.split(), str(source / "native.cpp"), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True)
