@@ -20,7 +20,7 @@ from attnstats.core import arguments
 from attnstats.core.autograd import GradientsByStatistic, Residuals
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
 from attnstats.core.lse import check_lse, check_values, natural_lse
-from attnstats.core.options import Options
+from attnstats.core.options import Options, is_packed
 from attnstats.results import Explanation, PassCost
 from attnstats.statistics import Statistic
 from attnstats.tiled import backend as tiled
@@ -96,7 +96,7 @@ def _batched(
     query: Tensor, key: Tensor, value: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Any, Geometry]:
     """The tensors of a call with a batch dimension, and its geometry. A missing value stays None."""
-    if options.is_packed:
+    if is_packed(options):
         query, key = arguments.batch_of_one(query=query, key=key)
         if value is not None:
             (value,) = arguments.batch_of_one(value=value)

@@ -22,7 +22,7 @@ from attnstats.core import arguments, wire
 from attnstats.core.autograd import Residuals, raise_second_derivative
 from attnstats.core.geometry import Geometry
 from attnstats.core.lse import check_lse
-from attnstats.core.options import Options
+from attnstats.core.options import Options, is_packed
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic, resolve
 
@@ -62,7 +62,7 @@ def statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Option
 
 
 def _results(tensors: list[Tensor], lse: Tensor, key: Tensor, options: Options) -> Statistics:
-    keys = key.shape[0] if options.is_packed else key.shape[-2]
+    keys = key.shape[0] if is_packed(options) else key.shape[-2]
     options = options._replace(heads=None, scale=None, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None)
     values = dict(zip(_statistics(options), tensors, strict=False))
     deferred = lse, keys, options
@@ -122,7 +122,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tup
     with torch.no_grad():  # register_autograd has the gradients
         (output, lse, tensors), _ = _dispatch.attend(query, key, value, options)
     output = output.transpose(1, 2).contiguous()  # (B, T, H, D) in memory, as torch's kernels have it
-    output = output[0] if options.is_packed else output.transpose(1, 2)
+    output = output[0] if is_packed(options) else output.transpose(1, 2)
     lse, *values = _apart(_unbatched(options, [lse, *tensors.values()]), (query, key, value, *settings))
     return output, lse, values
 
@@ -130,7 +130,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tup
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     options = wire.decode(settings)
     shapes = _shapes(query, key, options)
-    if options.is_packed:
+    if is_packed(options):
         output = query.new_empty((*query.shape[:2], value.shape[-1]))
     elif query.dim() != 4:
         output = torch.empty_like(query)
@@ -158,7 +158,7 @@ def _define_deferred(name: str, compute: Callable[[Geometry, Statistic], Tensor]
 
     def body(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
         options = _decode(settings)
-        if options.is_packed:  # views that have the shapes of the call's query and key
+        if is_packed(options):  # views that have the shapes of the call's query and key
             query, key = lse.detach().T[..., None], lse.new_zeros(()).expand(keys, len(lse), 1)
         else:
             query, key = lse.detach()[..., None], lse.new_zeros(()).expand(*lse.shape[:2], keys, 1)
@@ -168,7 +168,7 @@ def _define_deferred(name: str, compute: Callable[[Geometry, Statistic], Tensor]
 
     def fake(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
         options = wire.decode(settings)
-        batch = () if options.is_packed else lse.shape[:1]
+        batch = () if is_packed(options) else lse.shape[:1]
         shapes = [(*batch, *s.shape(lse.shape[-1], keys)) for s in _statistics(options)]
         return [lse.new_empty(shape, dtype=dtype) for shape in shapes]
 
@@ -189,14 +189,14 @@ def _attention_backward(
     """For query, key, value, and for sinks and a float attn_mask where there are any."""
     options = _decode(settings)
     inputs = _differentiable(query, key, value, options)
-    if options.is_packed:
+    if is_packed(options):
         output, grad_output = arguments.batch_of_one(output=output, grad_output=grad_output)
         lse, values, grads = lse[None], [x[None] for x in values], [None if x is None else x[None] for x in grads]
     pairs = zip(_statistics(options), values, grads, strict=True)
     of_statistics = {s: (x, grad) for s, x, grad in pairs if grad is not None}
     residuals = Residuals(query, key, value, output, lse)
     gradients = _dispatch.gradients(residuals, grad_output, of_statistics, options)
-    if options.is_packed:
+    if is_packed(options):
         gradients[:3] = [x[0].transpose(0, 1) for x in gradients[:3]]
     return [_like(x, grad) for x, grad in zip(inputs, gradients, strict=True)]
 
@@ -254,15 +254,15 @@ def _is_float(x: Tensor | None) -> bool:
 
 
 def _unbatched(options: Options, tensors: list[Tensor]) -> list[Tensor]:
-    return [x[0] for x in tensors] if options.is_packed else tensors
+    return [x[0] for x in tensors] if is_packed(options) else tensors
 
 
 def _shapes(query: Tensor, key: Tensor, options: Options) -> list[tuple[Any, ...]]:
     """The shapes of the lse and of each statistic. Bad arguments get some shape too: the body raises their error."""
     statistics = _statistics(options)
-    if query.dim() != 3 + (not options.is_packed) or key.dim() != query.dim():
+    if query.dim() != 3 + (not is_packed(options)) or key.dim() != query.dim():
         return [query.shape for _ in ("lse", *statistics)]
-    if options.is_packed:
+    if is_packed(options):
         batch: tuple[Any, ...] = ()
         length, heads, _ = query.shape
         keys = key.shape[0]

@@ -48,9 +48,10 @@ class Options(NamedTuple):
     dropout_seed: Tensor | None = None
     refusal: str = ""
 
-    @property
-    def is_packed(self) -> bool:
-        return self.cu_seqlens_q is not None
+
+def is_packed(options: Options) -> bool:
+    """Not a property: torch 2.10 can't trace one of a NamedTuple."""
+    return options.cu_seqlens_q is not None
 
 
 DENSE_ONLY = ("attn_mask", "key_padding_mask", "query_offset")
