@@ -119,8 +119,8 @@ class CachedPositions:
         self._given: Tensor | None = None  # (B | 1, Tq) of this pass
         self._agreeing: list[MaskDescription] = []  # masks of this pass whose places agree with them
         self._places: dict[int | None, tuple[int, Tensor]] = {}
-        self._known: tuple[int, Tensor] | None = None  # the cache's length, and what `compare` gave for its last tokens
-        self._known_next: tuple[int, Tensor] | None = None
+        self._offset: Tensor | None = None  # what `compare` gave for the last tokens in the cache
+        self._next_offset: Tensor | None = None  # of this pass's tokens
 
     @property
     def passed(self) -> Any:
@@ -145,8 +145,8 @@ class CachedPositions:
         self._given = text_positions(position_ids)
         self._agreeing, self._places = [], {}
         if not resumed:
-            self._known = None
-        self._known_next = None
+            self._offset = None
+        self._next_offset = None
 
     def place(self, layer: int, call: AttentionCall, seen: int | None) -> AttentionCall:
         """The call, or where key positions are set one by these. Raises InputError for positions that are not known.
@@ -169,16 +169,15 @@ class CachedPositions:
         if torch.compiler.is_compiling():
             torch._assert_async(agree(mask, self._given), f"attnstats: position_ids and cache disagree: {PRUNED}")
             return call
-        known = self._known[1] if self._known is not None and self._known[0] == mask.query_offset else None
-        if not bool(agree(mask, self._given, known)):
+        if not bool(agree(mask, self._given, self._offset)):
             raise InputError(disagreement(call.where, mask, self._given))
         self._agreeing.append(mask)
-        self._known_next = mask.query_offset + mask.query_length, compare(mask, self._given)[0]
+        self._next_offset = compare(mask, self._given)[0]
         return call
 
     def end(self) -> None:
         """The pass is complete, and its tokens are cached."""
-        self._known = self._known_next
+        self._offset = self._next_offset
         if self.keys and self._given is not None:
             new = self._given[:, None]
             for layer, keys in self.keys.items():
@@ -190,14 +189,12 @@ class CachedPositions:
     def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """The cache's batch rows were selected or repeated by `change`."""
         self.keys = {layer: keys if len(keys) == 1 else change(keys) for layer, keys in self.keys.items()}
-        if self._known is not None and len(self._known[1]) > 1:
-            self._known = self._known[0], change(self._known[1])
+        if self._offset is not None and len(self._offset) > 1:
+            self._offset = change(self._offset)
 
     def truncate(self, removed: int) -> None:
         """The cache dropped its last `removed` tokens."""
         self.keys = {layer: keys[..., :-removed] for layer, keys in self.keys.items()}
-        if self._known is not None:
-            self._known = self._known[0] - removed, self._known[1]
 
     def _placed(self, layer: int, call: AttentionCall, seen: int | None) -> PlacedCall:
         if torch.compiler.is_compiling():
@@ -211,7 +208,11 @@ class CachedPositions:
                 torch.arange(mask.query_length, device=call.query.device, dtype=torch.int64)[None] + mask.query_offset
             )
         if name not in self._places:
-            self._places[name] = places(call, self.keys[name], self._given, seen or None)
+            start = seen
+            if seen == 0:  # the keys of every layer begin at 0
+                earliest = min(int(keys.min()) for keys in self.keys.values())
+                start = max(0, int(self._given[:, 0].max()) - earliest)
+            self._places[name] = places(call, self.keys[name], self._given, start)
         start, place = self._places[name]
         fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
         return PlacedCall(**fields, start=start, place=place.to(call.key.device), by_place=seen is not None)
@@ -353,7 +354,7 @@ class PlacedCall(AttentionCall):
         if self.mask.real_queries is not None:  # a key may stand where a query on the left is padding
             real = self.mask.real_queries.to(self.query.device)
             options = options._replace(query_mask=real if options.query_mask is None else real & options.query_mask)
-        options = options._replace(query_offset=self.start, window_size=(None, self.mask.right), dropout_p=0.0)
+        options = options._replace(query_offset=self.start, dropout_p=0.0)
         parts = []
         for i in range(count):
             place = self.place[:, i]

@@ -234,7 +234,6 @@ class Capture:
             call = self._positions.place(layer, call, self._seen)
         if self._live and not self._recorded:
             self._start_or_go_on(call)
-            self._seen = call.begin
         count = call.query.shape[1]
         self._recording.ranks = None if self._head_count in (None, count) else self._ranks(count)
         self._recorded.add(layer)

@@ -3,6 +3,7 @@
 The truth is the eager maps of the same steps over the same cache, their keys put at the positions that they had.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import transformers
 
 from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, SinkMass
 from attnstats.transformers.capture import capture
-from attnstats.transformers.positions import text_positions
+from attnstats.transformers.masks import MaskDescription
+from attnstats.transformers.positions import holds_every_key, text_positions
 from tests.tiny import LENGTH, by_definition, padding, tiny, tokens
 
-STATISTICS = (WAAD(4), MeanDistance(), Entropy(), FAI(1, 6), FAI(2, None), Received())
+STATISTICS = (WAAD(4), MeanDistance(), Entropy(), FAI(1, 12), FAI(2, None), Received())
 TOTAL = LENGTH + 7
 SPANS = ((0, LENGTH), (LENGTH, LENGTH + 1), (LENGTH + 1, LENGTH + 4), (LENGTH + 4, TOTAL - 1), (TOTAL - 1, TOTAL))
 TOLERANCE = 3e-4  # a last bit of the hidden states, times the longest distance
@@ -42,24 +44,29 @@ class Pruning:
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0) + shift
         self.ids = tokens(2, TOTAL)
 
+    def begin(self):
+        """Run the first step and remove its keys."""
+        self.cache = transformers.DynamicCache(config=self.model.config)
+        self.cached = torch.zeros(2, 0, dtype=torch.long)
+        output = self.step(*self.spans[0])
+        for layer, places in self.kept.items():
+            of_layer = self.cache.layers[layer]
+            index = places[..., None].expand(2, of_layer.keys.shape[1], -1, 16)
+            of_layer.keys, of_layer.values = (x.gather(2, index) for x in (of_layer.keys, of_layer.values))
+        self.cached = self.cached.gather(1, self.kept[0][:, 0].expand(2, -1))
+        return output
+
+    def step(self, begin, end):
+        self.cached = torch.cat([self.cached, self.mask[:, begin:end]], 1)
+        inputs = {"attention_mask": self.cached, "position_ids": self.positions[:, begin:end]}
+        return self.model(self.ids[:, begin:end], past_key_values=self.cache, **inputs)
+
     def run(self, run=None, keys=None):
         """Run all steps; `keys`, by layer, are set on the run after the first."""
-        cache = transformers.DynamicCache(config=self.model.config)
-        mask, outputs = self.mask[:, : self.spans[0][1]], []
-        for i, (begin, end) in enumerate(self.spans):
-            if i > 0:
-                mask = torch.cat([mask, self.mask[:, begin:end]], 1)
-            inputs = {"attention_mask": mask, "position_ids": self.positions[:, begin:end]}
-            outputs.append(self.model(self.ids[:, begin:end], past_key_values=cache, **inputs))
-            if i == 0:
-                for layer, places in self.kept.items():
-                    of_layer = cache.layers[layer]
-                    index = places[..., None].expand(2, of_layer.keys.shape[1], -1, 16)
-                    of_layer.keys, of_layer.values = (x.gather(2, index) for x in (of_layer.keys, of_layer.values))
-                mask = mask.gather(1, self.kept[0][:, 0].expand(2, -1))
-                if keys is not None:
-                    run.key_positions = keys
-        return outputs
+        outputs = [self.begin()]
+        if keys is not None:
+            run.key_positions = keys
+        return outputs + [self.step(*span) for span in self.spans[1:]]
 
     def key_positions(self):
         """By layer, (B, key heads | 1, n)."""
@@ -157,22 +164,22 @@ def test_positions_may_be_passed_once_for_all_layers(llama, live):
     check(case, run, case.maps(), live)
 
 
-def test_tokens_behind_a_pruned_cache_are_taken_back(llama):
-    case = Pruning(llama, by_head(), spans=SPANS[:-1])
-    wrong = torch.full((2, 3), 5)
+def test_tokens_behind_a_pruned_cache_are_taken_back(llama, monkeypatch):
+    monkeypatch.setattr("attnstats.transformers.live.UNDOABLE_ROWS", 2)
+    case = Pruning(llama, by_head(), spans=SPANS[:-2])
     with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
-        cache = case.run(run, case.key_positions())[-1].cache
-        end = case.spans[-1][1]
-        before = {s: run[s] for s in STATISTICS}
-        llama(wrong, position_ids=torch.arange(end, end + 3)[None], past_key_values=cache)
-        cache.crop(-3)
-        for s in STATISTICS:
-            torch.testing.assert_close(run[s], before[s], rtol=0, atol=TOLERANCE)
+        case.run(run, case.key_positions())
+        cache, begin = case.cache, case.spans[-1][1]
+        drafted = torch.cat([case.ids[:, begin : begin + 1], torch.full((2, 2), 5)], 1)
+        llama(drafted, position_ids=torch.arange(begin, begin + 3)[None], past_key_values=cache)
+        cache.crop(-2)
+        assert run.length == begin + 1
         assert run.key_positions[0].shape == (2, 3, cache.get_seq_length())
         cache.reorder_cache(torch.tensor([1, 1]))
         assert torch.equal(run.key_positions[0][0], run.key_positions[0][1])
-        llama(case.ids[1:, end:].expand(2, -1), position_ids=case.positions[:, end:], past_key_values=cache)
-    case.spans = SPANS
+        rest = {"position_ids": case.positions[:, begin + 1 :], "past_key_values": cache}
+        llama(case.ids[1:, begin + 1 :].expand(2, -1), **rest)
+    case.spans = (*SPANS[:-2], (begin, begin + 1), (begin + 1, TOTAL))
     maps = case.maps()
     for s in STATISTICS:
         for layer, whole in maps.items():
@@ -228,6 +235,35 @@ def test_heads_and_reductions_of_a_pruned_cache(llama):
             chosen = torch.stack([found[0][name][layer][:, own] for layer, own in of_layers.items()])
             torch.testing.assert_close(found[1][name], chosen, rtol=0, atol=1e-6)
             torch.testing.assert_close(found[2][name], chosen.mean((0, 2)), rtol=0, atol=1e-6)
+
+
+def test_a_cache_that_was_pruned_before_the_with(llama):
+    """Its layers begin at different keys; a live run has columns from the first of them on."""
+    kept = {0: torch.tensor([[[4, 9, 21]]]), 1: torch.tensor([[[2, 9, 21]]])}
+    case = Pruning(llama, kept)
+    with torch.no_grad():
+        case.begin()
+        with capture(llama, statistics=STATISTICS, layers="all", live=True) as run:
+            run.key_positions = case.key_positions()
+            for span in case.spans[1:]:
+                case.step(*span)
+    assert run.length == TOTAL - LENGTH
+    maps, counted = case.maps(), case.mask * (torch.arange(TOTAL) >= LENGTH)
+    for s in STATISTICS:
+        for layer, whole in maps.items():
+            expected = by_definition(s, whole * counted[:, None, :, None], case.mask, case.mask, counted)
+            expected = expected[..., 2:] if s.axis == "column" else expected[..., LENGTH:]
+            torch.testing.assert_close(run[s][layer].double(), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_sinks_and_other_keys_by_head():
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 99}
+    model = tiny("gpt_oss", layer_types=["full_attention"] * 2, **sizes)
+    case = Pruning(model, by_head())
+    for live in (False, True):
+        with torch.no_grad(), capture(model, statistics=STATISTICS, layers="all", live=live) as run:
+            case.run(run, case.key_positions())
+        check(case, run, case.maps(), live)
 
 
 def test_the_output_of_a_pruned_cache_keeps_its_bits(llama):
@@ -374,7 +410,8 @@ def test_a_prefix_before_generation_beams_and_rollback(llama):
             assert torch.equal(run.valid[s], forced.valid[s])
     cache = prefix(llama)
     with torch.no_grad(), capture(llama, **asked, live=True) as run:
-        llama(tokens()[:, :4], past_key_values=cache)
+        for begin in (0, 2):
+            llama(tokens()[:, begin : begin + 2], past_key_values=cache)
         cache.crop(-4)
         llama(tokens()[:, :20], past_key_values=cache)
         cache.crop(-3)
@@ -409,14 +446,50 @@ def test_a_sequence_may_begin_at_any_position(llama):
                 if live or s.axis == "row":
                     part = forced[s] if live else forced[s][..., 12:]
                     torch.testing.assert_close(run[s], part, rtol=0, atol=TOLERANCE)
+            cache.crop(-3)
+            llama(ids[:, -3:], position_ids=positions[:, -3:], past_key_values=cache)
             if live:
-                cache.crop(-3)
-                llama(ids[:, -3:], position_ids=positions[:, -3:], past_key_values=cache)
                 torch.testing.assert_close(run["waad"], forced["waad"], rtol=0, atol=TOLERANCE)
                 cache.batch_select_indices(torch.tensor([1, 1]))
                 llama(ids[:, :1], position_ids=positions[1:, -1:] + 1, past_key_values=cache)
             with pytest.raises(ValueError, match="position_ids begin at 99, 99"):
                 llama(ids[:, :1], position_ids=torch.full((2, 1), 99), past_key_values=cache)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["padding counts", "padding does not count"])
+def test_a_cache_that_was_filled_outside(llama, counted):
+    """It has no offsets to compare with: ids count its tokens, or those that are not padding on the left."""
+    ids, mask = tokens(), padding("left")
+    positions = torch.arange(LENGTH).expand(2, -1) if counted else (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"attention_mask": mask, "position_ids": positions}
+    asked: dict[str, Any] = {"statistics": [MeanDistance()], "layers": "all"}
+    caches = [transformers.DynamicCache(config=llama.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            llama(ids[:, :-1], past_key_values=cache, **{name: x[:, :-1] for name, x in inputs.items()})
+        with capture(llama, **asked) as run:
+            llama(ids, **inputs)
+            forced = run[MeanDistance()]
+            step = inputs | {"position_ids": positions[:, -1:]}
+            llama(ids, position_ids=torch.arange(40, 40 + LENGTH)[None])  # another cache's offset is forgotten
+            llama(ids[:, -1:], past_key_values=caches[0], **step)
+            torch.testing.assert_close(run[MeanDistance()], forced[..., -1:], rtol=0, atol=TOLERANCE)
+            for wrong in (torch.tensor([[40], [40]]), torch.tensor([[LENGTH - 1], [LENGTH - 4]])):
+                with pytest.raises(ValueError, match="position_ids begin at"):
+                    llama(ids[:, -1:], past_key_values=copy.deepcopy(caches[1]), **step | {"position_ids": wrong})
+
+
+def test_where_keys_end_says_whether_all_are_there():
+    for right, keys, whole in (
+        (0, 9, True),
+        (0, 40, True),
+        (0, 8, False),
+        (None, 9, True),
+        (None, 12, False),
+        (2, 8, False),
+    ):
+        assert holds_every_key(MaskDescription(6, 0, 3, keys, right=right)) is whole
+        assert holds_every_key(MaskDescription(11, 5, 3, keys, right=right)) is whole
 
 
 def test_packed_rows_and_only_they_may_restart(llama):
