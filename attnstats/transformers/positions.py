@@ -329,15 +329,13 @@ class PlacedCall(AttentionCall):
             heads = (request.heads or {}).get(s)
             if heads is not None and len(parts) > 1:
                 tensors[s] = tensors[s][:, list(heads)]
-        return AttentionResult(
-            output,
-            Statistics(
-                tensors,
-                lambda s: results.valid[s] if s in others else torch.stack([part.valid[s] for part in parts]).all(0),
-                lambda s: results.counts[s] if s in others else torch.stack([part.counts[s] for part in parts]).amin(0),
-                lse,
-            ),
-        )
+
+        def without_heads(of: Callable[[Statistics], Mapping[Statistic, Tensor]]) -> Callable[[Statistic], Tensor]:
+            """What holds for every head."""
+            return lambda s: torch.stack([of(part)[s] for part in ([results] if s in others else parts)]).amin(0)
+
+        valid, counts = without_heads(lambda part: part.valid), without_heads(lambda part: part.counts)
+        return AttentionResult(output, Statistics(tensors, valid, counts, lse))
 
     def last(self, rows: int) -> AttentionCall:
         last = super().last(rows)

@@ -16,7 +16,7 @@ from attnstats.transformers.masks import MaskDescription
 from attnstats.transformers.positions import holds_every_key, text_positions
 from tests.tiny import LENGTH, by_definition, padding, tiny, tokens
 
-STATISTICS = (WAAD(4), MeanDistance(), Entropy(), FAI(1, 12), FAI(2, None), Received())
+STATISTICS = (WAAD(4), MeanDistance(), Entropy(), FAI(1, 18), FAI(2, None), Received())
 TOTAL = LENGTH + 7
 SPANS = ((0, LENGTH), (LENGTH, LENGTH + 1), (LENGTH + 1, LENGTH + 4), (LENGTH + 4, TOTAL - 1), (TOTAL - 1, TOTAL))
 TOLERANCE = 3e-4  # a last bit of the hidden states, times the longest distance
@@ -57,7 +57,7 @@ class Pruning:
         return output
 
     def step(self, begin, end):
-        self.cached = torch.cat([self.cached, self.mask[:, begin:end]], 1)
+        self.cached = torch.cat([self.cached[:, : self.cache.get_seq_length()], self.mask[:, begin:end]], 1)
         inputs = {"attention_mask": self.cached, "position_ids": self.positions[:, begin:end]}
         return self.model(self.ids[:, begin:end], past_key_values=self.cache, **inputs)
 
@@ -161,6 +161,12 @@ def test_positions_may_be_passed_once_for_all_layers(llama, live):
         case.run(run, keys)
         assert run.key_positions.shape == (2, 7 + TOTAL - LENGTH)
         assert torch.equal(run.key_positions[:, 7:], case.positions[:, LENGTH:])
+        results = {s: run[s] for s in STATISTICS}
+        case.cache.crop(-1)
+        assert torch.equal(run.key_positions[:, 7:], case.positions[:, LENGTH:-1])
+        case.step(*SPANS[-1])
+        for s in STATISTICS:
+            torch.testing.assert_close(run[s], results[s], rtol=0, atol=TOLERANCE)
     check(case, run, case.maps(), live)
 
 
@@ -416,6 +422,7 @@ def test_a_prefix_before_generation_beams_and_rollback(llama):
         llama(tokens()[:, :20], past_key_values=cache)
         cache.crop(-3)
         llama(tokens()[:, 17:], past_key_values=cache)
+        assert torch.equal(run.tokens, tokens())
     check_prefix(llama, run, padding(None), {})
 
 
