@@ -12,6 +12,7 @@ from attnstats.errors import InputError
 from attnstats.study import outputs, tables
 from attnstats.study.analysis import Analyses
 from attnstats.study.store import begin
+from tests.hostile import TEXTS
 from tests.tiny import synthetic_analysis
 
 TOKENS = ["how", " many", " so", "\n\n", "=1+1", '"q", x', "\r", "\ud800", "\0", "漢字", " end"]
@@ -48,6 +49,12 @@ def test_summary_is_plain_json(tmp_path):
     assert json.loads(text)["text"] == "\ud800 é"
     with pytest.raises(ValueError, match="JSON"):
         outputs.write_summary(tmp_path, {"number": float("nan")})
+
+
+def test_hostile_text_comes_back_from_a_summary(tmp_path):
+    summary = {"settings": {text: text for text in TEXTS}, "model": {"name": TEXTS}}
+    outputs.write_summary(tmp_path, summary)
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="ascii")) == summary
 
 
 def test_every_file_follows_the_umask(tmp_path, analyses):
