@@ -142,13 +142,15 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Couplin
 
 
 def coupling_record(coupling: Coupling) -> dict[str, Any]:
-    """A coupling for summary.json: null for NaN, which JSON does not have."""
-    return {key: None if value != value else value for key, value in dataclasses.asdict(coupling).items()}
+    """A coupling for summary.json: null for NaN, which JSON does not have, and the reason for no interval and no p."""
+    numbers = {key: None if value != value else value for key, value in dataclasses.asdict(coupling).items()}
+    return {**numbers, "reason": coupling.reason or None}
 
 
 def _coupling(record: dict[str, Any]) -> Coupling:
     """The coupling of a record. Raises TypeError for any other record."""
-    fields: dict[str, Any] = {key: math.nan if value is None else value for key, value in record.items()}
+    own = {key: value for key, value in record.items() if key != "reason"}
+    fields: dict[str, Any] = {key: math.nan if value is None else value for key, value in own.items()}
     if not all(isinstance(value, str if key == "name" else (int, float)) for key, value in fields.items()):
         raise TypeError("couplings must have a name and numbers")
     return Coupling(**fields)

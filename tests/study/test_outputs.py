@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 import sys
 
 import pytest
 import torch
 
+from attnstats.chance import Coupling
 from attnstats.errors import InputError
 from attnstats.study import outputs, tables
 from attnstats.study.analysis import Analyses
@@ -210,3 +212,14 @@ def test_places_that_cannot_be_written(tmp_path, out):
     with pytest.raises(InputError, match=r"--out .*; name a folder"):
         fill(tmp_path / out)
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(("responses", "reason"), [
+    (1, "no interval and no p over fewer than 5 responses with a peak"), (5, None),
+])  # fmt: skip
+def test_a_coupling_without_interval_and_p_has_its_reason_in_the_summary(responses, reason):
+    numbers = (math.nan,) * 3 if reason else (0.01, 0.1, 0.3)
+    record = json.loads(json.dumps(outputs.coupling_record(Coupling("entropy", 0.5, 0.4, *numbers, 12, responses))))
+    assert record["reason"] == reason
+    assert [record[name] is None for name in ("p_value", "low", "high")] == [reason is not None] * 3
+    assert outputs.coupling_record(outputs._coupling(record)) == record
