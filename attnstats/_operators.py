@@ -43,6 +43,25 @@ def is_tracing(x: Any) -> bool:
     )
 
 
+NO_TORCHSCRIPT = "TorchScript cannot record statistics; use torch.compile or torch.export, or leave this part in Python"
+
+
+def refuse_trace() -> None:
+    """Raise RuntimeError while torch.jit.trace runs, which would keep the numbers of this call as constants."""
+    if not _in_dynamo() and torch._C._is_tracing():
+        raise RuntimeError(f"attnstats, traced by torch.jit.trace: {NO_TORCHSCRIPT}")
+
+
+def refuse_script(function: Any) -> Any:
+    """The function, which torch.jit.script will refuse with a reason instead of complaining of its syntax."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{function.__name__}, compiled by torch.jit.script: {NO_TORCHSCRIPT}")
+
+    function.__prepare_scriptable__ = refuse
+    return function
+
+
 # Traced by dynamo: nothing may depend on numbers or sizes, and errors are kept as text.
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from attnstats import _dispatch, _operators
+from attnstats._operators import refuse_script, refuse_trace
+from attnstats.core.arguments import plain
 from attnstats.core.geometry import as_result, as_statistics
 from attnstats.core.options import Heads, Options, Window, check_names
 from attnstats.results import AttentionResult, Explanation, Statistics
@@ -20,6 +22,7 @@ from attnstats.statistics import Statistic
 Backend = Literal["auto", "reference", "tiled", "triton"]
 
 
+@refuse_script
 def attention(
     query: Tensor,
     key: Tensor,
@@ -55,7 +58,8 @@ def attention(
         value: (B, Hkv, Tk, Dv).
         statistics: instances of the catalogue (`WAAD(10)`, `FAI(10, 100)`, ...), or names for the defaults.
         attn_mask: bool, True where a key may be seen, broadcastable to (B, 1, 1, Tk). Masks that depend on the
-            query would cost O(Tq * Tk): only `backend="reference"` takes them, also additive ones.
+            query would cost O(Tq * Tk): only `backend="reference"` takes them, also additive ones. A causal bias of
+            torch.nn.attention.bias stands for is_causal and query_offset.
         dropout_p: the share of the map, in [0, 1), that is dropped before it meets the values, the rest being scaled
             by 1 / (1 - dropout_p). Statistics and lse are those of the map before. Like SDPA it drops whenever it
             is not 0: pass 0 in evaluation. `torch.manual_seed` governs it; backends draw different masks.
@@ -115,6 +119,7 @@ def attention(
     return attend(query, key, value, options)
 
 
+@refuse_script
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -193,6 +198,7 @@ def varlen_attention(
     return attend(query, key, value, options)
 
 
+@refuse_script
 def statistics_from_lse(
     query: Tensor,
     key: Tensor,
@@ -284,7 +290,7 @@ def explain(
         backend=backend,
         **arguments,
     )
-    return _dispatch.explain(query, key, value, options)
+    return _dispatch.explain(query, key, value, plain(query, key, value, options))
 
 
 def _checks(check: bool | None, query: Tensor) -> bool:
@@ -297,13 +303,18 @@ def _checks(check: bool | None, query: Tensor) -> bool:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
     """`attention`, or `varlen_attention` where the options have cu_seqlens_q."""
+    options = plain(query, key, value, options)
     if _operators.is_tracing(query):
         return _operators.attention(query, key, value, options)
+    if options.statistics:
+        refuse_trace()
     return as_result(*_dispatch.attend(query, key, value, options))
 
 
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> Statistics:
     """`statistics_from_lse`."""
+    options = plain(query, key, None, options, lse)
     if _operators.is_tracing(query):
         return _operators.statistics_from_lse(query, key, lse, options)
+    refuse_trace()
     return as_statistics(*_dispatch.from_lse(query, key, lse, options))

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import CausalBias
 
+from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import refuse_distances
 from attnstats.core.options import Heads, Options
-from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise, visible_elements
+from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, read_causal_bias, recognise, visible_elements
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
 from attnstats.statistics import Statistic, resolve
+from attnstats.tensors import check_plain
 from attnstats.wrappers import refuse_replica, refuse_replicas, unwrap
 
 
+@refuse_script
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` that leaves statistics of its attention in `module.statistics`, in O(T) memory.
 
@@ -34,7 +38,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     first call and after one that raised it is None.
 
     Masks that are causal, or the same for every query, take no extra memory. They are compared element by element,
-    whatever is_causal says. Self-attention is `query is key`, or a causal mask: padding then is no query either.
+    whatever is_causal says; a causal bias of torch.nn.attention.bias is taken as what it says. Self-attention is `query is key`, or a causal mask: padding then is no query either.
     Otherwise queries and keys share positions, and have distances, where L = S. Dropout acts on the output alone:
     statistics are of the undropped map.
 
@@ -130,26 +134,33 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         requested = self.requested if statistics is None else resolve(statistics)
         if requested:
             refuse_replica(self)
+            refuse_trace()
         if need_weights and not self.allow_dense:
             raise ValueError(
                 "need_weights=True asks for the T x T map, which is never made here; pass need_weights=False and ask "
                 "for statistics=[...] of it (PooledMap is its picture), or construct the module with allow_dense=True"
             )
         if any(x.is_nested for x in (query, key, value)):
-            raise ValueError(
-                "query, key or value is a nested tensor; nn.TransformerEncoder makes them in eval mode: pass it "
+            raise TypeError(
+                "query, key or value is a nested tensor, which torch's module takes in inference, and this one does "
+                "not: pad it and pass key_padding_mask. nn.TransformerEncoder makes them in eval mode: pass it "
                 "enable_nested_tensor=False, or use attnstats.nn.replace_attention"
             )
+        bias = isinstance(attn_mask, CausalBias)
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": None if bias else attn_mask}
+        check_plain(query=query, key=key, value=value, **masks)
         output, results = self._attend(query, key, value, key_padding_mask, attn_mask, is_causal, requested)
         weights = None
         if need_weights:
             warnings.warn("need_weights=True: attention weights in O(L * S) memory", stacklevel=5)
+            if bias or (is_causal and attn_mask is None):
+                attn_mask = self._causal_mask(query, key, attn_mask)
             output, weights = super().forward(
                 query,
                 key,
                 value,
                 key_padding_mask=key_padding_mask,
-                attn_mask=self._causal_mask(query, key) if is_causal and attn_mask is None else attn_mask,
+                attn_mask=attn_mask,
                 average_attn_weights=average_attn_weights,
                 is_causal=False,
             )
@@ -264,8 +275,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if key_mask is None:
                 bias = self._as_bias("key_padding_mask", key_padding_mask[:, None, None], query.dtype)
         if attn_mask is not None:
-            attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
-            recognised = recognise(attn_mask, length, true_hides=True)
+            recognised = read_causal_bias(attn_mask, length, key_length)
+            if recognised is None:
+                attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
+                recognised = recognise(attn_mask, length, true_hides=True)
             same = recognised is not None and recognised.key_mask is None and recognised[1:] == CAUSAL[1:]
             if is_causal and length > 1 and not same:
                 raise ValueError(
@@ -298,6 +311,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "attn_mask": (attn_mask, ((length, key_length), (batch * heads, length, key_length))),
         }
         for name, (x, allowed) in shapes.items():
+            if isinstance(x, CausalBias):
+                continue
             if x is not None and not (isinstance(x, Tensor) and (x.dtype == torch.bool or x.is_floating_point())):
                 raise TypeError(f"{name} must be a bool or float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
             if x is not None and tuple(x.shape) not in allowed:
@@ -314,11 +329,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return mask.to(dtype)
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
 
-    def _causal_mask(self, query: Tensor, key: Tensor) -> Tensor:
-        """The mask that torch's own attention needs for is_causal=True."""
+    def _causal_mask(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """The mask that torch's own attention needs for is_causal=True, or for a causal bias."""
         axis = 1 if self.batch_first and query.dim() == 3 else 0
-        square = torch.ones(query.shape[axis], key.shape[axis], dtype=torch.bool, device=query.device)
-        return square.triu(1)
+        lengths = query.shape[axis], key.shape[axis]
+        pattern = read_causal_bias(bias, *lengths) or CAUSAL
+        assert pattern.query_offset is not None
+        return torch.ones(lengths, dtype=torch.bool, device=query.device).triu(1 + pattern.query_offset)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def attention(
     """
     check_names("reference.attention", False, keywords)
     options = Options(statistics=statistics, dropout_p=dropout_p, differentiable=differentiable, **keywords)
+    options = arguments.plain(query, key, value, options)
     return _attention(query, key, value, options)
 
 
@@ -66,6 +67,7 @@ def varlen_attention(
         differentiable=differentiable,
         **keywords,
     )
+    options = arguments.plain(query, key, value, options)
     query, key, value = arguments.batch_of_one(query=query, key=key, value=value)
     return _attention(query, key, value, options)
 

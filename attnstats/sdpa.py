@@ -18,14 +18,17 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.bias import CausalBias
 
+from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import refuse_distances
 from attnstats.core.geometry import as_autocast
 from attnstats.core.options import Heads, Options
-from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, recognise
+from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, read_causal_bias, recognise
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
 from attnstats.statistics import LSE, PooledMap, Statistic, resolve
+from attnstats.tensors import check_plain
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
 
@@ -80,14 +83,16 @@ def patch_sdpa(
 ) -> Iterator[Run]:
     """Record statistics of every call of `torch.nn.functional.scaled_dot_product_attention` inside the `with`.
 
-    Outputs and gradients are SDPA's: its alignment of causal masks (query i sees keys j <= i), masks, scale, dropout,
-    grouped heads, autocast and any number of batch dimensions. Statistics have the call's own leading dimensions:
-    rows (..., H, Tq), columns (..., H, Tk). Queries and keys share positions where the call is causal or Tq = Tk; then
-    keys that a mask hides from every query are padding, and no queries either. Calls in a backward pass (gradient
-    checkpointing) are not recorded again; that `backward` belongs inside the `with`.
+    Outputs and gradients are SDPA's: its alignment of causal masks (query i sees keys j <= i), masks, the causal biases
+    of torch.nn.attention.bias, scale, dropout, grouped heads, autocast and any number of batch dimensions. What SDPA
+    refuses raises the same type of error, and so does a mask beside is_causal=True, which some of its kernels take.
+    Statistics have the call's own leading dimensions: rows (..., H, Tq), columns (..., H, Tk). Queries and keys share
+    positions where the call is causal or Tq = Tk; then keys that a mask hides from every query are padding, and no
+    queries either. Calls in a backward pass (gradient checkpointing) are not recorded again; that `backward` belongs
+    inside the `with`.
 
     What goes another way isn't recorded, and if nothing was, leaving the `with` warns: eager attention,
-    nn.MultiheadAttention with need_weights=True, compiled graphs, modules that did
+    nn.MultiheadAttention with need_weights=True, compiled graphs, TorchScript, modules that did
     `from torch.nn.functional import scaled_dot_product_attention` before. The fast path of nn.TransformerEncoder is off
     meanwhile. The patch holds for the whole process: calls of other threads are recorded too, a second patch is
     an error.
@@ -135,6 +140,7 @@ def patch_sdpa(
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
+        *,
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
@@ -146,23 +152,22 @@ def patch_sdpa(
         run.calls += not repeated
         if not is_recorded(index, query, key):
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        output, results = _attend(
-            query,
-            key,
-            value,
-            attn_mask,
-            is_causal,
-            Options(
-                statistics=() if repeated else run.statistics,
-                heads=None if repeated else heads,
-                dropout_p=dropout_p,
-                scale=scale,
-                enable_gqa=enable_gqa,
-                backend=backend,
-            ),
-            allow_dense,
-            original,
+        refuse_trace()
+        options = Options(
+            statistics=() if repeated else run.statistics,
+            heads=None if repeated else heads,
+            dropout_p=dropout_p,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            backend=backend,
         )
+        try:
+            output, results = _attend(query, key, value, attn_mask, is_causal, options, allow_dense, original)
+        except (TypeError, ValueError) as error:
+            torchs = _error_of_torch(original, (query, key, value, attn_mask), dropout_p, is_causal, scale, enable_gqa)
+            if torchs in (None, type(error)):
+                raise
+            raise torchs(str(error)) from error
         if index is not None:
             run.indices.append(index)
             run._recorded.append(_reduced(results, reduce is not None, device))
@@ -172,7 +177,7 @@ def patch_sdpa(
         raise RuntimeError("patch_sdpa: a patch is active already, in this thread or another; there can be only one")
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        functional.scaled_dot_product_attention = scaled_dot_product_attention
+        functional.scaled_dot_product_attention = refuse_script(scaled_dot_product_attention)
         torch.backends.mha.set_fastpath_enabled(False)  # it computes attention without a call of SDPA
         yield run
     finally:
@@ -224,11 +229,20 @@ def _attend(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise ValueError(f"{name} is a nested tensor; pad it, or use attnstats.varlen_attention")
+        check_plain(**{name: x})
         if x.dim() < 2:
             raise ValueError(f"{name} must have the dimensions (..., heads, length, head_dim), got {tuple(x.shape)}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if attn_mask is not None and is_causal:
+        raise ValueError(
+            "attn_mask and is_causal=True exclude each other, as torch documents; put the causal part into the mask"
+        )
+    bias = read_causal_bias(attn_mask, query.shape[-2], key.shape[-2])
+    attn_mask = None if bias is not None else attn_mask
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query)
     query_length, key_length, statistics = query.shape[-2], key.shape[-2], resolve(options.statistics)
     if 0 in (*query.shape, *key.shape, *value.shape):
         arguments = {"scale": options.scale, "enable_gqa": options.enable_gqa}
@@ -236,9 +250,9 @@ def _attend(
         return output, _empty(statistics, output, key_length)
     flat, batch = _flatten(query, key, value, options.enable_gqa)
 
-    pattern, dense_mask = CAUSAL if is_causal else MaskPattern(), None
+    pattern, dense_mask = bias or (CAUSAL if is_causal else MaskPattern()), None
     if attn_mask is not None:
-        pattern, dense_mask = _read_mask(attn_mask, flat[0], key_length, pattern, batch, allow_dense)
+        pattern, dense_mask = _read_mask(attn_mask, flat[0], key_length, batch, allow_dense)
     if pattern.query_offset is None and query_length != key_length:
         refuse_distances(
             statistics,
@@ -273,10 +287,49 @@ def _flatten(
     return tuple(x.reshape(-1, *x.shape[-3:]) for x in tensors), tuple(batch)  # type: ignore[return-value]
 
 
+def _check_mask(mask: Any, query: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    check_plain(attn_mask=mask)
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask must be bool, float32 or query's dtype {query.dtype}, got {mask.dtype}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on query's device {query.device}, got {mask.device}")
+
+
+def _error_of_torch(
+    original: Callable[..., Tensor],
+    tensors: tuple[Any, ...],
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> type[Exception] | None:
+    """The type of error that torch raises for a call, found without its numbers; None: torch takes it."""
+    query, key, value, attn_mask = tensors
+    bias = isinstance(attn_mask, CausalBias)
+    try:
+        check_plain(query=query, key=key, value=value, attn_mask=None if bias else attn_mask)
+    except TypeError:  # torch takes some of these
+        return None
+    if len({x.device for x in tensors if isinstance(x, Tensor)}) > 1:
+        return RuntimeError
+    if attn_mask is not None and is_causal is True:  # refused by some of torch's kernels only
+        return ValueError if bias else RuntimeError
+    try:
+        meta = [x if (bias and x is attn_mask) or not isinstance(x, Tensor) else x.detach().to("meta") for x in tensors]
+        original(*meta, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    except Exception as error:
+        return next(
+            (kind for kind in (RuntimeError, TypeError, ValueError, IndexError) if isinstance(error, kind)), None
+        )
+    return None
+
+
 def _read_mask(
-    mask: Tensor, query: Tensor, key_length: int, pattern: MaskPattern, batch: tuple[int, ...], allow_dense: bool
+    mask: Tensor, query: Tensor, key_length: int, batch: tuple[int, ...], allow_dense: bool
 ) -> tuple[MaskPattern, Tensor | None]:
-    """The pattern of is_causal and an SDPA mask together, with a key mask (B, Tk).
+    """The pattern of an SDPA mask, with a key mask (B, Tk).
 
     A mask with another pattern is returned besides, as (B, H | 1, Tq, Tk).
     """
@@ -289,12 +342,6 @@ def _read_mask(
         raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
     mask = mask.expand(*mask.shape[:-1], key_length)
     recognised = recognise(mask, query.shape[2])
-    if recognised is not None and pattern.query_offset is not None:
-        if recognised.query_offset in (None, pattern.query_offset):
-            # The limits of both hold.
-            recognised = recognised._replace(query_offset=pattern.query_offset, right=pattern.right)
-        else:
-            recognised = None
     if recognised is not None:
         key_mask = recognised.key_mask
         if key_mask is not None:
@@ -302,7 +349,7 @@ def _read_mask(
         return recognised._replace(key_mask=key_mask), None
     allow_whole_map("attn_mask", mask, allow_dense, stacklevel=4)
     mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
-    return pattern, mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    return MaskPattern(), mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
 def _empty(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -> Statistics:

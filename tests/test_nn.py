@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, reference
@@ -197,10 +198,6 @@ ALIBI = -(torch.arange(9)[:, None] - torch.arange(9)).abs().float()
         ({"need_weights": True}, "need_weights=True asks for the T x T map.*allow_dense"),
         ({"statistics": ["wad"]}, "unknown name 'wad'"),
         ({"query": torch.zeros(2, 9, 15)}, r"query must have the shape \(N, T, 16\).*got \(2, 9, 15\)"),
-        (
-            {"query": torch.nested.nested_tensor([torch.zeros(3, 16)], layout=torch.jagged)},
-            "nested tensor.*enable_nested_tensor=False",
-        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, match):
@@ -212,6 +209,52 @@ def test_bad_arguments_are_named(arguments, match):
     assert ours.statistics is None  # not those of the call before
     with pytest.raises(TypeError, match="attn_mask must be a bool or float tensor, got torch"):
         ours(x, x, x, attn_mask=torch.zeros(9, 9).long())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout):
+    """torch's module takes strided ones, for all three arguments, in inference."""
+    theirs, ours = pair()
+    x = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(5, 16)], layout=layout)
+    if layout is torch.strided:
+        with torch.no_grad():
+            theirs.eval()(x, x, x, need_weights=False)
+    for arguments in ((x, x, x), (torch.randn(2, 5, 16), x, x)):
+        with pytest.raises(TypeError, match=r"is a nested tensor.*pass key_padding_mask.*enable_nested_tensor=False"):
+            ours(*arguments)
+
+
+@pytest.mark.parametrize("variant", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize("length", [9, 6])
+def test_causal_biases(variant, length):
+    theirs, ours = pair()
+    ours.allow_dense = True
+    x = torch.randn(2, 9, 16)
+    query, bias = x[:, :length], variant(length, 9)
+    offset = 9 - length if variant is causal_lower_right else 0
+    mask = torch.ones(length, 9).triu(1 + offset).bool()
+    expected, weights = theirs(query, x, x, attn_mask=mask, average_attn_weights=False)
+    output, _ = ours(query, x, x, attn_mask=bias, statistics=["waad"])
+    torch.testing.assert_close(output, expected, atol=ATOL, rtol=1e-5)
+    distance = (torch.arange(length)[:, None] + offset - torch.arange(9)).clamp(0, 10)
+    torch.testing.assert_close(ours.statistics["waad"], (weights * distance).sum(-1), atol=1e-5, rtol=0.0)
+    with pytest.warns(UserWarning, match="need_weights=True"):
+        found = ours(query, x, x, attn_mask=bias, need_weights=True, average_attn_weights=False)
+    torch.testing.assert_close(found, (expected, weights), atol=ATOL, rtol=1e-5)
+    if offset:
+        with pytest.raises(ValueError, match="is_causal=True says that attn_mask is the causal mask"):
+            ours(query, x, x, attn_mask=bias, is_causal=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused_by_name():
+    ours = MultiheadAttention(16, 4, batch_first=True, statistics=["waad"])
+    with pytest.raises(RuntimeError, match=r"MultiheadAttention.*torch\.jit\.script: TorchScript cannot record"):
+        torch.jit.script(nn.Sequential(ours))
+    x = torch.randn(2, 9, 16)
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace: TorchScript cannot record"):
+        torch.jit.trace(ours, (x, x, x))
 
 
 @pytest.mark.parametrize(

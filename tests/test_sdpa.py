@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.masked import masked_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 import attnstats
@@ -54,7 +56,6 @@ CALLS = {
         (2, 4, 9, 8),
         {"attn_mask": torch.zeros(2, 1, 1, 9).masked_fill(~KEYS[:, None, None], -torch.inf)},
     ),
-    "causal with a key mask": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": KEYS[:, None, None], "is_causal": True}),
     "causal mask": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": torch.ones(9, 9).tril().bool()}),
     "causal float mask": ((2, 4, 9, 8), (2, 4, 9, 8), {"attn_mask": CAUSAL(9)}),
     "bottom right": ((2, 4, 5, 8), (2, 4, 9, 8), {"attn_mask": torch.ones(5, 9).tril(4).bool()}),
@@ -109,7 +110,7 @@ def test_every_call_is_sdpas(name):
 
 def test_distances_and_counts():
     x = randn(2, 4, 9, 8)
-    arguments = {"attn_mask": KEYS[:, None, None], "is_causal": True}
+    arguments = {"attn_mask": KEYS[:, None, None] & torch.ones(9, 9).tril().bool()}
     with attnstats.patch_sdpa(statistics=[WAAD(3), FAI(1, 4), PooledMap(2, 3), LSE()]) as run:
         F.scaled_dot_product_attention(x, x, x, **arguments)
         F.scaled_dot_product_attention(x[0], x[0], x[0], is_causal=True)
@@ -160,17 +161,121 @@ def test_autocast_and_half_precision():
         ({"attn_mask": torch.ones(9, 7).bool()}, r"attn_mask must broadcast to \(2, 4, 9, 9\), got \(1, 1, 9, 7\)"),
         ({"attn_mask": torch.ones(9).bool()}, r"attn_mask must broadcast to .*got \(9,\)"),
         ({"key": SQUARE[:, :2], "value": SQUARE[:, :2]}, "expand|enable_gqa"),
-        ({"query": torch.nested.nested_tensor([SQUARE[0]], layout=torch.jagged)}, "query is a nested tensor"),
+        (
+            {"query": torch.nested.nested_tensor([SQUARE[0]], layout=torch.jagged)},
+            "query must be a plain dense tensor, got a .*NestedTensor; pad it",
+        ),
+        ({"value": SQUARE.to_sparse()}, "value must be a plain dense tensor, got one with layout torch.sparse_coo"),
+        (
+            {"attn_mask": masked_tensor(STRIPES, STRIPES)},
+            "attn_mask must be a plain dense tensor, got a .*MaskedTensor",
+        ),
+        ({"attn_mask": causal_lower_right(4, 6)}, r"causal_lower_right\(4, 6\) is for other lengths than Tq=9, Tk=9"),
+        ({"attn_mask": causal_upper_left(4, 6)}, r"causal_upper_left\(4, 6\) is for other lengths than Tq=9, Tk=9"),
+        (
+            {"query": randn(2, 4, 11, 8), "attn_mask": causal_lower_right(11, 9)},
+            r"causal_lower_right\(11, 9\) leaves the first 2 queries without a key",
+        ),
         ({"query": SQUARE[:, :, :5]}, r"WAAD\(window=10\) needs distances.*calls=lambda"),
     ],
 )
 def test_bad_calls_are_named(arguments, match):
     with (
         attnstats.patch_sdpa(statistics=["waad"]) as run,
-        pytest.raises((ValueError, RuntimeError), match=match),
+        pytest.raises((TypeError, ValueError, RuntimeError), match=match),
     ):
         F.scaled_dot_product_attention(**({"query": SQUARE, "key": SQUARE, "value": SQUARE} | arguments))
     assert len(run) == 0
+
+
+CAUSAL_BOOL = torch.ones(9, 9).tril().bool()
+REFUSED_BY_TORCH = {
+    "mask and is_causal": {"attn_mask": CAUSAL_BOOL, "is_causal": True, "error": RuntimeError},
+    "key mask and is_causal": {"attn_mask": KEYS[:, None, None], "is_causal": True, "error": RuntimeError},
+    "bias and is_causal": {"attn_mask": causal_upper_left(9, 9), "is_causal": True},
+    "is_causal": {"is_causal": 1},
+    "dtype of key": {"key": SQUARE.double()},
+    "dtype of value": {"value": SQUARE.half()},
+    "integers": {"query": SQUARE.int(), "key": SQUARE.int(), "value": SQUARE.int()},
+    "integer mask": {"attn_mask": CAUSAL_BOOL.int()},
+    "double mask": {"attn_mask": CAUSAL(9).double()},
+    "half mask": {"attn_mask": CAUSAL(9).half()},
+    "complex mask": {"attn_mask": CAUSAL(9).to(torch.complex64)},
+    "mask as a list": {"attn_mask": [[True]]},
+    "mask of another length": {"attn_mask": CAUSAL_BOOL[:7]},
+    "one dimension": {"query": SQUARE[0, 0, 0], "key": SQUARE[0, 0, 0], "value": SQUARE[0, 0, 0]},
+    "head dim": {"key": SQUARE[..., :4]},
+    "heads": {"key": SQUARE[:, :3], "value": SQUARE[:, :3]},
+    "groups": {"key": SQUARE[:, :3], "value": SQUARE[:, :3], "enable_gqa": True},
+    "batch": {"key": SQUARE[:1].expand(3, 4, 9, 8), "value": SQUARE[:1].expand(3, 4, 9, 8)},
+    "dropout": {"dropout_p": 1.5},
+    "scale": {"scale": "1"},
+    "device": {"key": SQUARE.to("meta")},
+    "no tensor": {"query": None},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_TORCH)
+def test_what_torch_refuses_is_refused_with_the_same_type(name):
+    arguments = {"query": SQUARE, "key": SQUARE, "value": SQUARE} | REFUSED_BY_TORCH[name]
+    documented = arguments.pop("error", None)
+    if documented is None:  # not every kernel of torch holds to its documentation
+        with pytest.raises(Exception) as theirs:  # noqa: PT011
+            ORIGINAL(**arguments)
+        documented = next(kind for kind in (RuntimeError, TypeError, ValueError) if theirs.errisinstance(kind))
+    with attnstats.patch_sdpa(statistics=["received"]) as run, pytest.raises(documented):
+        F.scaled_dot_product_attention(**arguments)
+    assert len(run) == 0
+
+
+def test_a_mask_goes_beside_no_is_causal():
+    with attnstats.patch_sdpa(statistics=["received"]), pytest.raises(RuntimeError, match="as torch documents"):
+        F.scaled_dot_product_attention(SQUARE, SQUARE, SQUARE, CAUSAL_BOOL, is_causal=True)
+
+
+@pytest.mark.parametrize(("length", "key_length"), [(9, 9), (5, 9), (9, 5), (1024, 1024)])
+@pytest.mark.parametrize("variant", [causal_upper_left, causal_lower_right])
+def test_causal_biases_are_read_by_what_they_say(variant, length, key_length):
+    """Their storage is not initialised; at T = 1024 it made attention full."""
+    if variant is causal_lower_right and length > key_length:
+        return  # test_bad_calls_are_named
+    query, key = randn(1, 2, length, 8), randn(1, 2, key_length, 8, seed=1)
+    bias = variant(length, key_length)
+    with attnstats.patch_sdpa(statistics=["waad", "entropy"]) as run:
+        output = F.scaled_dot_product_attention(query, key, key, attn_mask=bias)
+    torch.testing.assert_close(output, ORIGINAL(query, key, key, attn_mask=bias), atol=1e-6, rtol=1e-5)
+    offset = key_length - length if variant is causal_lower_right else 0
+    weights = dense_map(query, key, torch.ones(length, key_length).tril(offset).bool())
+    distance = (torch.arange(length)[:, None] + offset - torch.arange(key_length)).clamp(0, 10).double()
+    torch.testing.assert_close(run[0]["waad"].double(), (weights * distance).sum(-1), atol=1e-4, rtol=0)
+    inputs = {"query": query, "key": key, "value": key, "attn_mask": bias}
+    for backend in ("reference", "tiled"):
+        found, stats = attnstats.attention(**inputs, statistics=["waad"], backend=backend)
+        torch.testing.assert_close(found, output, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(stats["waad"], run[0]["waad"], atol=1e-4, rtol=0)
+    del inputs["value"]
+    beside = attnstats.statistics_from_lse(**inputs, lse=run[0].lse, statistics=["waad"])
+    torch.testing.assert_close(beside["waad"], run[0]["waad"], atol=1e-4, rtol=0)
+
+
+class Scripted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused_by_name():
+    refused = pytest.raises(RuntimeError, match=r"torch\.jit\.(script|trace).*TorchScript cannot record statistics")
+    with attnstats.patch_sdpa(statistics=["received"]) as run:
+        with refused:
+            torch.jit.script(Scripted())
+        with refused:
+            torch.jit.trace(Scripted(), (SQUARE,))
+    assert len(run) == 0
+    for function in (attnstats.attention, attnstats.varlen_attention, attnstats.statistics_from_lse):
+        with refused:
+            torch.jit.script(function)
+    assert torch.equal(torch.jit.trace(Scripted(), (SQUARE,))(SQUARE), ORIGINAL(SQUARE, SQUARE, SQUARE))
 
 
 def test_dense_masks_on_demand():

@@ -17,8 +17,10 @@ from attnstats.core import packing
 from attnstats.core.geometry import Geometry
 from attnstats.core.options import Heads, Options, Window
 from attnstats.core.packing import INTEGERS, check_integer
+from attnstats.core.patterns import read_causal_bias
 from attnstats.statistics import PooledMap, Statistic
 from attnstats.statistics import resolve as resolve_statistics
+from attnstats.tensors import check_plain
 
 UNTRIED = ("mps",)  # devices that plain PyTorch may well run on, but no test of ours ever did
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +64,37 @@ def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
             _CACHE.clear()
         _CACHE[cache_key] = geometry
     return geometry
+
+
+def plain(query: Any, key: Any, value: Any, options: Options, lse: Any = None) -> Options:
+    """The options of a call that has plain tensors alone, a causal bias turned into positions.
+
+    Raises:
+        TypeError: for other subclasses of Tensor, by argument and name. ValueError: a causal bias of other lengths.
+    """
+    bias = None
+    if isinstance(query, Tensor) and isinstance(key, Tensor) and options.attn_mask is not None:
+        bias = read_causal_bias(options.attn_mask, query.shape[-2], key.shape[-2])
+    if bias is not None:
+        if options.query_offset not in (None, bias.query_offset):
+            raise ValueError(
+                f"attn_mask: this causal bias puts the first query at position {bias.query_offset}, query_offset says "
+                f"{options.query_offset}"
+            )
+        options = options._replace(attn_mask=None, is_causal=True, query_offset=bias.query_offset)
+    check_plain(
+        query=query,
+        key=key,
+        value=value,
+        lse=lse,
+        attn_mask=options.attn_mask,
+        key_padding_mask=options.key_padding_mask,
+        query_mask=options.query_mask,
+        sinks=options.sinks,
+        cu_seqlens_q=options.cu_seqlens_q,
+        cu_seqlens_k=options.cu_seqlens_k,
+    )
+    return options
 
 
 def with_dropout_seed(geometry: Geometry, seed: Tensor | None = None) -> Geometry:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.core.visibility import within
@@ -70,6 +71,26 @@ def recognise(
             cache.clear()
         cache[view] = _recognise(mask, query_length, true_hides, hidden)
     return cache[view]
+
+
+def read_causal_bias(mask: Any, query_length: int, key_length: int) -> MaskPattern | None:
+    """The pattern of `causal_upper_left` and `causal_lower_right` of torch.nn.attention.bias; None for anything else.
+
+    Their storage holds no numbers: what they say is in their attributes.
+    """
+    if not isinstance(mask, CausalBias):
+        return None
+    lower_right = mask.variant == CausalVariant.LOWER_RIGHT
+    lengths = mask.seq_len_q, mask.seq_len_kv
+    name = f"causal_{mask.variant.name.lower()}{lengths}"
+    if lengths != (query_length, key_length):
+        raise ValueError(f"attn_mask: {name} is for other lengths than Tq={query_length}, Tk={key_length}")
+    if lower_right and query_length > key_length:
+        raise ValueError(
+            f"attn_mask: {name} leaves the first {query_length - key_length} queries without a key; leave them out, "
+            "or pass causal_upper_left if queries and keys begin together"
+        )
+    return CAUSAL._replace(query_offset=key_length - query_length if lower_right else 0)
 
 
 def allow_whole_map(name: str, mask: Tensor, allow_dense: bool, *, where: str = "", stacklevel: int) -> None:

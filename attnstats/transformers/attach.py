@@ -25,6 +25,7 @@ from attnstats.functional import Backend
 from attnstats.transformers.calls import AttentionCall
 from attnstats.transformers.masks import MaskDescription, describe_mask, describe_no_mask, describe_tensor
 from attnstats.transformers.passes import NO_MAPS, ForwardPasses, Observer
+from attnstats.tensors import check_plain
 from attnstats.transformers.sites import AttentionKind, attention_modules, configs, stacks, transformers_model
 
 # transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
@@ -235,6 +236,7 @@ def attend(
     if isinstance(attention_mask, MaskDescription):
         mask = attention_mask
     else:
+        check_plain(attention_mask=attention_mask)
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and not cross
         lengths = query.shape[2], key.shape[2]
         mask = (

@@ -16,6 +16,7 @@ from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
 from attnstats.results import ByStatistic, find
 from attnstats.statistics import LSE, MaxLogit, Statistic
+from attnstats.tensors import check_plain
 from attnstats.transformers import caches
 from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.live import GenerationRecording
@@ -129,6 +130,7 @@ class Capture:
 
     @query_mask.setter
     def query_mask(self, mask: Tensor | None) -> None:
+        check_plain(query_mask=mask)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2):
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"query_mask must be a bool tensor (B, T) in the shape of input_ids, or None; got {got}")

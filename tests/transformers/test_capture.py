@@ -107,6 +107,7 @@ def test_statistics_of_the_real_model_are_those_of_its_eager_maps(capsys):
         ({"reduce": "sum"}, ValueError, "reduce must be"),
         ({"query_mask": torch.ones(2, 3)}, TypeError, "query_mask must be a bool"),
         ({"query_mask": [[True]]}, TypeError, "query_mask must be a bool"),
+        ({"query_mask": torch.ones(2, 3).bool().to_sparse()}, TypeError, "query_mask must be a plain dense tensor"),
     ],
 )
 def test_bad_arguments_are_named(llama, arguments, error, message):
