@@ -38,9 +38,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     first call and after one that raised it is None.
 
     Masks that are causal, or the same for every query, take no extra memory. They are compared element by element,
-    whatever is_causal says; a causal bias of torch.nn.attention.bias is taken as what it says. Self-attention is `query is key`, or a causal mask: padding then is no query either.
-    Otherwise queries and keys share positions, and have distances, where L = S. Dropout acts on the output alone:
-    statistics are of the undropped map.
+    whatever is_causal says; a causal bias of torch.nn.attention.bias is taken as what it says. Self-attention is
+    `query is key`, or a causal mask: padding then is no query either. Otherwise queries and keys share positions, and
+    have distances, where L = S. Dropout acts on the output alone: statistics are of the undropped map.
 
     `add_zero_attn` is a sink of logit 0: it belongs to no key, so statistics are of the mass on real keys. The key of
     `add_bias_kv` has no position, so with it there are only FAI, Received, Entropy (which counts it), MaxLogit and

@@ -22,10 +22,10 @@ from attnstats.core.options import Options
 from attnstats.distributed import sequence_parallelism
 from attnstats.errors import InputError
 from attnstats.functional import Backend
+from attnstats.tensors import check_plain
 from attnstats.transformers.calls import AttentionCall
 from attnstats.transformers.masks import MaskDescription, describe_mask, describe_no_mask, describe_tensor
 from attnstats.transformers.passes import NO_MAPS, ForwardPasses, Observer
-from attnstats.tensors import check_plain
 from attnstats.transformers.sites import AttentionKind, attention_modules, configs, stacks, transformers_model
 
 # transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
