@@ -160,6 +160,8 @@ def _choose(name: str, geometry: Geometry) -> tuple[ModuleType, str]:
             "attn_mask: a mask that depends on the query takes O(Tq * Tk) memory; use is_causal, key_padding_mask "
             "or a bool mask of shape (B, 1, 1, Tk), or backend='reference'"
         )
+    if geometry.batch * geometry.query_length == 0:
+        return _computing(reference, geometry), "there are no queries"
     if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
         return _computing(tiled, geometry), "as asked" if name == "tiled" else "CPU tensors"
     from attnstats.triton import backend as triton

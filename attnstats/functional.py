@@ -14,7 +14,7 @@ from torch import Tensor
 from attnstats import _dispatch, _operators
 from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import plain
-from attnstats.core.geometry import as_result, as_statistics
+from attnstats.core.geometry import as_autocast, as_result, as_statistics
 from attnstats.core.options import Heads, Options, Window, check_names
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import Statistic
@@ -69,7 +69,8 @@ def attention(
         softcap: scores become `softcap * tanh(score / softcap)`; default: they stay.
         window_size: (left, right), query t sees keys `t - left .. t + right`; None or -1 for no limit. A sliding
             window of w tokens, the query's own included, is (w - 1, 0).
-        sinks: (Hq,) float, a logit per head that takes part in the softmax and belongs to no key. The lse counts it;
+        sinks: (Hq,) float below inf, a logit per head that takes part in the softmax and belongs to no key. The lse
+            counts it;
             statistics are of the mass on keys, which then is less than 1.
         query_mask: (B, Tq) bool, which queries count in column statistics (the response, say); default all.
         key_padding_mask: (B, Tk) bool, True for real tokens. In self-attention (is_causal, or Tq = Tk) padding
@@ -82,6 +83,8 @@ def attention(
             pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
         backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
             else tiled).
+
+    Under `torch.autocast` query, key and value are cast as SDPA casts them.
 
     Returns:
         `output` (B, Hq, Tq, Dv), 0 for rows that see no key, and `statistics`: rows (B, Hq, Tq), columns
@@ -304,6 +307,7 @@ def _checks(check: bool | None, query: Tensor) -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
     """`attention`, or `varlen_attention` where the options have cu_seqlens_q."""
     options = plain(query, key, value, options)
+    query, key, value = as_autocast(query, key, value)
     if _operators.is_tracing(query):
         return _operators.attention(query, key, value, options)
     if options.statistics:

@@ -256,6 +256,8 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
 
 
 def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometry: Geometry) -> Tensor:
+    if not weights.numel():  # no rows, and perhaps no keys to take a maximum over
+        return weights.sum(-1)
     if statistic.method == "weight":
         return (weights * _weights(statistic, geometry)).sum(-1)
     if statistic.method == "row":

@@ -13,7 +13,7 @@ stored for later passes, have an error of the size of the lse's rounding.
 import triton
 import triton.language as tl
 
-from .tiles import LN2, wide
+from .tiles import LN2, load_sinks, wide
 
 
 @triton.jit
@@ -44,9 +44,11 @@ def combine(
         b_pivot, _, m_sees = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
         b_top = tl.maximum(b_top, b_pivot)
         m_live |= m_sees
+    b_keys_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_sink = tl.full((BM,), float("-inf"), tl.float32)
+    b_sink_lse = b_sink
     if sinks is not None:
-        b_sink = tl.load(sinks + o_row // n_queries % n_query_heads, mask=m_row, other=float("-inf"))
+        b_sink_lse, b_sink = load_sinks(sinks + o_row // n_queries % n_query_heads, m_row)
         b_top = tl.maximum(b_top, b_sink)
     b_top = tl.where(b_top == float("-inf"), 0.0, b_top)  # rows of NaN too
     b_sum = tl.exp2(b_sink - b_top)
@@ -54,10 +56,11 @@ def combine(
         b_pivot, b_part, _ = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
         b_sum += tl.exp2(b_pivot - b_top) * b_part
     b_sum = tl.where(m_live, b_sum, 1.0)
-    tl.store(lse + o_row, tl.where(m_live, (b_top + tl.log2(b_sum)) * LN2, float("-inf")), mask=m_row)
+    b_lse = tl.maximum((b_top + tl.log2(b_sum)) * LN2, b_sink_lse, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(lse + o_row, tl.where(m_live, b_lse, float("-inf")), mask=m_row)
     b_nan = b_sum * 0.0
-    tl.store(pivot + o_row, tl.where(m_live, b_top + b_nan, float("inf")), mask=m_row)
-    tl.store(factor + o_row, tl.where(b_nan == 0.0, 1.0 / b_sum, 1.0), mask=m_row)
+    tl.store(pivot + o_row, tl.where(m_live, b_keys_top + b_nan, float("inf")), mask=m_row)
+    tl.store(factor + o_row, tl.where(b_nan == 0.0, tl.exp2(b_keys_top - b_top) / b_sum, 1.0), mask=m_row)
 
     b_out = tl.zeros((BM, BLOCK_VALUE_DIM), tl.float32)
     for i_split in range(n_splits):

@@ -29,6 +29,7 @@ import triton.language as tl
 from .arguments import Band, Loop, Slots, Softmax, Strides, Tile, Visibility
 from .tiles import (
     FIELDS,
+    LARGEST,
     LN2,
     LOG2_ZERO,
     band_sweep,
@@ -40,6 +41,7 @@ from .tiles import (
     keys_present,
     load_flags,
     load_packed,
+    load_sinks,
     load_tile,
     packed_rows,
     sequence_of,
@@ -258,8 +260,8 @@ def forward(
         b_nan = b_sum * 0.0  # NaN for rows with a NaN or inf among their scores, else 0
         b_mass = tl.where(m_live, 1.0 + b_nan, 0.0)
         if sinks is not None:
-            b_sink = tl.load(sinks + i_head + o_head, mask=m_row, other=float("-inf")) - b_max
-            b_sink = tl.where(m_live, b_sink, float("-inf"))
+            b_sink_lse, b_sink = load_sinks(sinks + i_head + o_head, m_row)
+            b_sink = tl.where(m_live, tl.minimum(b_sink - b_max, LARGEST), float("-inf"))
             b_top = tl.maximum(b_sink, 0.0)  # above the maximum
             b_total = b_sum * tl.exp2(-b_top) + tl.exp2(b_sink - b_top)
             b_above = tl.where(m_live, b_top + tl.log2(b_total), 0.0)
@@ -270,7 +272,12 @@ def forward(
         b_factor = tl.where(b_nan == 0.0, b_inverse, 1.0)
         b_max += b_nan
         if lse is not None:
-            tl.store(lse + o_flat, tl.where(m_live, (b_max + b_above) * LN2, float("-inf")), mask=m_row)
+            b_lse = (b_max + b_above) * LN2
+            if sinks is not None:
+                b_lse = tl.maximum(
+                    b_lse, b_sink_lse, propagate_nan=tl.PropagateNan.ALL
+                )  # which may pass 3e38 / log2(e)
+            tl.store(lse + o_flat, tl.where(m_live, b_lse, float("-inf")), mask=m_row)
         if pivot is not None:
             tl.store(pivot + i_split * n_flat + o_flat, b_pivot, mask=m_row)
             tl.store(factor + i_split * n_flat + o_flat, b_factor, mask=m_row)

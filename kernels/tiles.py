@@ -17,6 +17,7 @@ from .arguments import Head, Rows, Sequence
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
 LN2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # finite float32
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2_ZERO = tl.constexpr(-1.0e4)  # exp2 of it is exactly 0, and 0 * LOG2_ZERO is not NaN as 0 * -inf is
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush: Salmon et al., Parallel random numbers, 2011
@@ -367,12 +368,20 @@ def band_sweep(
 
 
 @triton.jit
+def load_sinks(pointers, m_row):
+    """Sinks and the same in the exp2 domain, finite where they are."""
+    b_sink = tl.load(pointers, mask=m_row, other=float("-inf"))
+    return b_sink, tl.minimum(b_sink * LOG2E, LARGEST)
+
+
+@triton.jit
 def row_mass(b_pivot, b_factor, sinks, i_head, rows):
     """The sum of a row's A: 1 less the sink's share, 0 where it sees no key (pivot = +inf), NaN where that is NaN."""
     b_mass = tl.where(b_pivot == float("inf"), 0.0, 1.0 + 0.0 * b_pivot)
     if sinks is not None:
-        b_share = tl.exp2(tl.load(sinks + i_head + rows.o_head, mask=rows.m_row, other=float("-inf")) - b_pivot)
+        _, b_sink2 = load_sinks(sinks + i_head + rows.o_head, rows.m_row)
+        b_share = tl.exp2(b_sink2 - b_pivot)
         if b_factor is not None:
-            b_share *= b_factor
+            b_share = tl.where(b_factor == 0.0, 1.0, b_share * b_factor)
         b_mass -= b_share
     return b_mass

@@ -295,6 +295,8 @@ def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
         )
     if sinks.device != query.device:
         raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
+    if sinks.device.type == "cpu" and not (sinks < torch.inf).all():  # on a GPU a look at them would wait for it
+        raise ValueError(f"sinks must be finite, or -inf for none, got {sinks[~(sinks < torch.inf)][0].item()}")
     return sinks
 
 
@@ -334,8 +336,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor | None, enable_gqa:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), got {tuple(x.shape)}")
-        if 0 in x.shape:
-            raise ValueError(f"{name} is empty: {tuple(x.shape)}")
+        no_queries = query.shape[0] * query.shape[2] == 0
+        if 0 in (x.shape[1], x.shape[3]) or (0 in x.shape and not no_queries):
+            raise ValueError(f"{name} is empty: {tuple(x.shape)}; only the batch and the queries may be")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != query.dtype:

@@ -48,8 +48,6 @@ def gradients(
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
     if geometry.packing is None and not of_statistics and geometry.sinks is None and cpu_flash.takes(geometry):
         return cpu_flash.gradients(residuals, grad_output, geometry)
-    query, key, *_, lse = residuals
-    residuals = residuals._replace(lse=row_lse.refined(query, key, lse, geometry, of_statistics))
     return sweep.gradients(residuals, grad_output, geometry, of_statistics)
 
 

@@ -33,7 +33,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     """Output and lse."""
     seen, causal, bias = _mask(geometry)
     # It reads the last dimension as contiguous without a look at its stride.
-    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key[:, :, :seen], value[:, :, :seen])]
+    tensors = (query, _keys(key, geometry)[:, :, :seen], value[:, :, :seen])
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *inputs, 0.0, causal, attn_mask=bias, scale=geometry.scale
     )
@@ -53,7 +54,7 @@ def gradients(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> 
     """The gradients that the kernel has for its own output, without sinks."""
     query, key, value, output, lse = residuals
     seen, causal, bias = _mask(geometry)
-    inputs = (grad_output, query, key[:, :, :seen], value[:, :, :seen], output)
+    inputs = (grad_output, query, _keys(key, geometry)[:, :, :seen], value[:, :, :seen], output)
     grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in inputs),
         lse.masked_fill(lse == -torch.inf, 0.0),  # as the kernel gave it
@@ -64,6 +65,11 @@ def gradients(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> 
     )
     beyond = (0, 0, 0, geometry.key_length - seen)
     return Gradients(grad_query, torch.nn.functional.pad(grad_key, beyond), torch.nn.functional.pad(grad_value, beyond))
+
+
+def _keys(key: Tensor, geometry: Geometry) -> Tensor:
+    """The keys, 0 for padding: the kernel adds -inf to scores, which leaves a NaN."""
+    return key if geometry.key_mask is None else key.masked_fill(~geometry.key_mask[:, None, :, None], 0.0)
 
 
 def _mask(geometry: Geometry) -> tuple[int, bool, Tensor | None]:

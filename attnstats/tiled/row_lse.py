@@ -18,8 +18,6 @@ from attnstats.core.geometry import Geometry
 from attnstats.statistics import RowStatistic, Statistic
 from attnstats.tiled import native, sweep
 
-LARGE = 16.0  # below, float32 rounds an lse by at most 4 units of its epsilon, about what the sum of a row loses
-
 
 @dataclass(frozen=True)
 class RowMass(RowStatistic):
@@ -41,12 +39,12 @@ def refined(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statist
     if not statistics or lse.numel() == 0:
         return lse
     low, high = torch.aminmax(lse)
-    if low >= -LARGE and high <= LARGE:
+    if low >= -sweep.LARGE and high <= sweep.LARGE:
         return lse
     lse = geometry.nan_without_softmax(lse)
     if lse.dtype == torch.float64 or lse.device.type == "mps":
         return lse
-    is_large = (lse.abs() > LARGE) & lse.isfinite()
+    is_large = (lse.abs() > sweep.LARGE) & lse.isfinite()
     heads = _heads_of(statistics, geometry) & set(is_large.any(2).any(0).nonzero()[:, 0].tolist())
     if not heads:
         return lse

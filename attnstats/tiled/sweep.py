@@ -20,6 +20,7 @@ from attnstats.statistics import Entropy, PooledMap, Statistic
 
 BLOCK_ELEMENTS = 2**18  # scores of a block: 1 MiB of float32 stays in a core's L2 from the matmul to the sums
 SCRATCH_BYTES = 3 * 4 * BLOCK_ELEMENTS  # scores, their exponential and a weighted copy
+LARGE = 16.0  # an lse below is rounded by at most 4 units of float32's epsilon, about what the sum of a row loses
 LOG_ZERO = -1e4  # exp of it is exactly 0, and 0 * LOG_ZERO is not NaN as 0 * -inf is
 
 
@@ -63,6 +64,7 @@ def gradients(
         delta -= statistic_grads.pop(of_lse)
     counts = {s: _counts(s, geometry)[:, None] for s in statistic_grads if s.axis == "column"}
     generator = _generator(geometry)
+    sinks = geometry.sinks
     for block in _blocks(geometry):
         by_distance = _by_distance(statistic_grads, geometry, block)
         for batch, heads, key_head in heads_of(geometry):
@@ -73,6 +75,8 @@ def gradients(
                 softcap_slope = 1 - (scores.clamp(min=-geometry.softcap) / geometry.softcap) ** 2
             log_weights = subtract_lse_(scores, lse[of_rows])
             weights = log_weights.exp()
+            if of_statistics and (lse[of_rows].abs() > LARGE).any():
+                _normalise_(weights, log_weights, lse[of_rows], None if sinks is None else sinks[heads])
             grad_rows = grad_output[of_rows].to(weights.dtype)
             grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
             dropped = weights
@@ -101,6 +105,16 @@ def gradients(
             grad_value[of_keys] += (dropped.mT @ grad_rows).sum(0)
     grad_sinks = sink_gradient(lse, delta, geometry)
     return Gradients(grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks)
+
+
+def _normalise_(weights: Tensor, log_weights: Tensor, lse: Tensor, sinks: Tensor | None) -> None:
+    """Divide A [G, rows, keys] of whole rows by its sum, the sink's share included, and its log alike."""
+    mass = weights.sum(-1)
+    if sinks is not None:
+        mass += (sinks[:, None] - lse).exp()
+    mass.masked_fill_(lse == -torch.inf, 1.0)
+    log_weights.sub_(mass.log()[..., None])
+    weights.div_(mass[..., None])
 
 
 def _gradients_by_sequence(

@@ -144,9 +144,8 @@ def dropout(geometry: Geometry) -> Dropout | None:
     return None if geometry.dropout_seed is None else Dropout(geometry.dropout_seed, geometry.dropout_p)
 
 
-def sinks2(geometry: Geometry) -> Tensor | None:
-    """Sinks in the exp2 domain."""
-    return None if geometry.sinks is None else geometry.sinks.detach().float() * LOG2E
+def sinks(geometry: Geometry) -> Tensor | None:
+    return None if geometry.sinks is None else geometry.sinks.detach().float()
 
 
 def head_count(geometry: Geometry, heads: Heads) -> int:

@@ -67,7 +67,7 @@ def _band(
         rows=rows,
         columns=columns,
         query_mask=arguments.flags(geometry.query_mask),
-        sinks=arguments.sinks2(geometry),
+        sinks=arguments.sinks(geometry),
         heads=arguments.on_device(heads, geometry.device),
         strides=Strides(query.stride(), key.stride()),
     )

@@ -79,7 +79,7 @@ def _attend(
     pivot = factor = None
     if parts or with_pivot:
         pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
-    sinks2 = arguments.sinks2(geometry)
+    sinks = arguments.sinks(geometry)
     in_rows, columns = _start(
         geometry,
         plan,
@@ -92,13 +92,13 @@ def _attend(
         lse=lse,
         pivot=pivot,
         factor=factor,
-        sinks=None if parts else sinks2,
+        sinks=None if parts else sinks,
         strides=Strides(query.stride(), key.stride(), value.stride(), (output[0] if parts else output).stride()),
     )
     if lse is None:
         assert pivot is not None
         assert factor is not None
-        output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks2, plan, geometry, query.dtype)
+        output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks, plan, geometry, query.dtype)
     else:
         row_lse = RowLse(lse, lse if pivot is None else pivot, factor)
     return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns))
@@ -209,7 +209,7 @@ def _combine(
     pivots: Tensor,
     factors: Tensor,
     row_parts: Tensor,
-    sinks2: Tensor | None,
+    sinks: Tensor | None,
     plan: Plan,
     geometry: Geometry,
     dtype: torch.dtype,
@@ -227,7 +227,7 @@ def _combine(
         row_parts=row_parts,
         output=output,
         rows=rows,
-        sinks=sinks2,
+        sinks=sinks,
         n_rows=row_lse.lse.numel(),
         n_splits=len(pivots),
         n_query_heads=geometry.query_heads,
