@@ -102,8 +102,14 @@ class Plan(NamedTuple):
         return _reach(self.band_rows, geometry)[0]
 
     def bound(self, geometry: Geometry) -> bool:
-        """True if the window hides keys that the band would reach."""
-        return geometry.left is not None and any(s.band is not None and s.band[1] > geometry.left for s in self.bands)
+        """True if the window hides keys of the band's tiles that have a weight.
+
+        Those beyond a band have none unless `Geometry.tail_of` took the tail away, as the window ends within the band.
+        """
+        left = geometry.left
+        if left is None:
+            return False
+        return any(s.band is not None and (s.band[1] > left or geometry.tail_of(s) != s.tail) for s in self.bands)
 
     def reach_of_heads(self, geometry: Geometry) -> tuple[int, ...] | None:
         """The distance that the band reaches behind a query of each head, -1 for none; None: the same in all heads."""
