@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOKENS, HEADS, PROMPTS = "tokens", "heads", "prompts"
 FILES = ("tokens.parquet", "tokens.csv", "heads.parquet", "heads.csv", "prompts.parquet", "prompts.jsonl")
-ROW_GROUP, GROUP_BYTES = 65_536, 2**25  # rows of a Parquet row group, and bytes of theirs, at most
+ROW_GROUP, GROUP_BYTES = 65_536, 2**22  # rows of a Parquet row group, and bytes of theirs, at most
 TOP = 10  # positions of highest WAAD and FAI of each prompt
 COLUMNS = {
     TOKENS: {
