@@ -361,7 +361,7 @@ def test_a_prompt_is_utf_8_also_in_the_locale_c(tmp_path, tiny):
     options = ["--max-tokens", "12", "--prompt", "how many Brötchen 🥐", "--system", "ä", "--out", out]
     done = run_with_output(None, subprocess.PIPE, "analyze", "--model", tiny, *options, **UNCOERCED)
     assert (done.returncode, done.stderr) == (0, b"")
-    (prompt,) = json.loads((out / "summary.json").read_text())["prompts"]
+    (prompt,) = prompts_of(out)
     assert prompt["question"] == "how many Brötchen 🥐"
     assert "Brötchen 🥐" in (out / "report.html").read_text(encoding="utf-8")
 
