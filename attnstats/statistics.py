@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "FAI",
@@ -494,6 +495,12 @@ def _check_contract(statistic: Statistic) -> None:
         raise ValueError(f"statistics: {statistic}: band must be (lo, hi) with lo <= hi, got {statistic.band}")
     if statistic.axis == "column" and statistic.tail != 0:
         raise ValueError(f"statistics: {statistic}: the tail of a column statistic must be 0, got {statistic.tail}")
+    with _disable_current_modes():  # real numbers, also while a graph is traced
+        _check_weight(statistic, lo, hi)
+
+
+def _check_weight(statistic: Statistic, lo: int, hi: int) -> None:
+    """Raise where the weight contradicts what the statistic says of it."""
     around = torch.arange(lo - 64, hi + 65, dtype=torch.float64, device="cpu")
     distance = torch.nn.functional.pad(torch.nn.functional.pad(around, (1, 0), value=-(2**20)), (0, 1), value=2**20)
     weight = statistic.weight(distance)
