@@ -83,6 +83,8 @@ def statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Option
 def _results(tensors: list[Tensor], lse: Tensor, key: Tensor, options: Options) -> Statistics:
     keys = key.shape[0] if is_packed(options) else key.shape[-2]
     options = options._replace(heads=None, scale=None, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None)
+    if options.attn_mask is not None and _is_float(options.attn_mask):
+        options = options._replace(attn_mask=options.attn_mask.detach() > -torch.inf)
     values = dict(zip(_statistics(options), tensors, strict=False))
     deferred = lse, keys, options
     return Statistics(values, _Deferred("valid", *deferred), _Deferred("counts", *deferred), lse)
@@ -117,7 +119,9 @@ def _checked(options: Options, **tensors: Tensor) -> Options:
         return Options(cu_seqlens_q=packed, refusal=f"{kind}: {error.args[0]}")
     if options.dropout_p:
         options = options._replace(dropout_seed=arguments.draw_seed(tensors["query"].device))
-    return options
+    # Backward, `valid` and `counts` read masks and boundaries later, when the caller may have written into them.
+    given = {name: getattr(options, name) for name in wire.TENSORS if name != "dropout_seed"}
+    return options._replace(**{name: x.clone() for name, x in given.items() if x is not None and not x.requires_grad})
 
 
 def _check(options: Options) -> None:
@@ -316,7 +320,8 @@ def _apart(tensors: list[Tensor], inputs: Iterable[Any]) -> list[Tensor]:
 
 
 def _like(x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient with the strides that `torch.empty_like` gives it in a trace."""
+    """The gradient with the shape of x, as a mask may lack dimensions, and the strides that a trace gives it."""
+    grad = grad.reshape(x.shape)
     if grad.dtype == x.dtype and grad.stride() == torch.empty_like(x, device="meta").stride():
         return grad
     return torch.empty_like(x).copy_(grad)

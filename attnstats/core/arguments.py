@@ -1,7 +1,8 @@
 """The border of the public functions: `Options` in, a `Geometry` out, or one error that names what is wrong.
 
 Every error says which argument, what came and what would work. Nothing behind this module validates again, and
-nothing here touches the numbers in query, key and value.
+nothing here touches the numbers in query, key and value. A Geometry is read when results and gradients are asked for,
+so its masks and boundaries are copies: the caller may write into theirs as soon as the call returns.
 """
 
 from __future__ import annotations
@@ -219,9 +220,10 @@ def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], op
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """True where both masks are; None: everywhere."""
+    """True where both masks are, never the caller's own tensor; None: everywhere."""
     if first is None or second is None:
-        return second if first is None else first
+        given = second if first is None else first
+        return None if given is None else given.clone()
     return first & second
 
 
@@ -243,7 +245,8 @@ def _packed_positions(
         if isinstance(query_mask, Tensor):
             query_mask = query_mask[None]
         _check_mask("query_mask", query_mask, (1, query.shape[2]), query.device)
-    return {"query_offset": 0, "left": left, "right": right, "query_mask": query_mask, "packing": sequences}
+    counted = _both(query_mask, None)
+    return {"query_offset": 0, "left": left, "right": right, "query_mask": counted, "packing": sequences}
 
 
 def refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:
@@ -297,7 +300,7 @@ def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
         raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
     if sinks.device.type == "cpu" and not (sinks < torch.inf).all():  # on a GPU a look at them would wait for it
         raise ValueError(f"sinks must be finite, or -inf for none, got {sinks[~(sinks < torch.inf)][0].item()}")
-    return sinks
+    return sinks if sinks.requires_grad else sinks.clone()
 
 
 def _heads(

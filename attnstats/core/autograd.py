@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -67,8 +68,10 @@ class _Recomputed(torch.autograd.Function):
         output, lse, tensors = forward(query, key, value, geometry)
         tensors = {s: x.clone() if x is lse else x for s, x in tensors.items()}
         saved = tuple(tensors.values()) if geometry.differentiable else ()
-        ctx.save_for_backward(query, key, value, output, lse, *saved)
-        ctx.geometry, ctx.backward_pass = geometry, backward
+        ctx.save_for_backward(query, key, value, sinks, output, lse, *saved)
+        # Sinks are saved, as autograd must notice a write into them before the backward pass.
+        ctx.geometry = geometry if sinks is None else dataclasses.replace(geometry, sinks=None, memo={})
+        ctx.backward_pass = backward
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, *(() if geometry.differentiable else tensors.values()))
         return output, lse, *tensors.values()
@@ -78,20 +81,21 @@ class _Recomputed(torch.autograd.Function):
         with torch.no_grad():
             gradients = _Recomputed.gradients(ctx, grad_output, grads)
         if torch.is_grad_enabled():  # create_graph
-            sources = (*ctx.saved_tensors, ctx.geometry.sinks, grad_output, *grads)
+            sources = (*ctx.saved_tensors, grad_output, *grads)
             gradients = _Last.apply(*gradients, *(x for x in sources if x is not None and x.requires_grad))
         return *gradients, None, None, None
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor | None, grads: tuple[Tensor | None, ...]) -> Gradients:
-        (*saved,) = ctx.saved_tensors
-        residuals, values = Residuals(*saved[:5]), saved[5:]
-        triples = zip(ctx.geometry.statistics, values, grads, strict=False)  # no values: not differentiable
+        query, key, value, sinks, output, lse, *values = ctx.saved_tensors
+        residuals = Residuals(query, key, value, output, lse)
+        geometry = ctx.geometry if sinks is None else dataclasses.replace(ctx.geometry, sinks=sinks, memo={})
+        triples = zip(geometry.statistics, values, grads, strict=False)  # no values: not differentiable
         of_statistics = {s: (x, grad) for s, x, grad in triples if grad is not None}
         if grad_output is None:
             grad_output = torch.zeros_like(residuals.output)
         with full_precision(residuals.query.device):
-            return ctx.backward_pass(residuals, grad_output, ctx.geometry, of_statistics)
+            return ctx.backward_pass(residuals, grad_output, geometry, of_statistics)
 
 
 class _Last(torch.autograd.Function):

@@ -63,7 +63,7 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
         raise TypeError(f"lse must be float32 or float64, got {lse.dtype}; in less its error is over 1 % of A")
     if lse.device != geometry.device:
         raise ValueError(f"lse must be on query's device {geometry.device}, got {lse.device}")
-    lse = lse.detach().to(geometry.accumulator).reshape(shape)
+    lse = lse.detach().to(geometry.accumulator, copy=True).reshape(shape)
     if geometry.packing is not None:
         lse = (lse.T if layout == "TH" or (layout is None and shape != (heads, length)) else lse)[None]
     if base == "2":

@@ -129,7 +129,8 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
             f"got {len(cu_seqlens_k) - 1}"
         )
     shared = same or (len(boundaries) == 2 and boundaries[0] == boundaries[1])
-    return Packing(cu_seqlens_q.int(), cu_seqlens_k.int(), *longest), shared
+    queries, keys = (cu.to(torch.int32, copy=True) for cu in (cu_seqlens_q, cu_seqlens_k))
+    return Packing(queries, keys, *longest), shared
 
 
 def _read(cu_seqlens: Tensor) -> list[int]:
