@@ -8,6 +8,7 @@ transformers is imported on first use.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,16 +67,28 @@ class Attachment:
 _ATTACHMENTS: WeakSet[Attachment] = WeakSet()
 
 
+class AttachedName(str):
+    """NAME in the config of an attached model; a copied or pickled config has the implementation from before."""
+
+    __slots__ = ("before",)
+    before: str | None
+
+    def __new__(cls, before: str | None) -> AttachedName:
+        name = super().__new__(cls, NAME)
+        name.before = before
+        return name
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.before,)  # a function that every process has
+
+
 @dataclass(eq=False)
 class Site:
-    """The place of an attention module in its model."""
+    """The place of an attention module in its model. A copied or pickled model has none: it isn't attached."""
 
     attachment: Attachment
     kind: AttentionKind
     layer: int
-
-    def __deepcopy__(self, _: Any) -> None:
-        """A copy of the model attends like its original, without an observer."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -91,6 +104,8 @@ def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) 
         model: a loaded model (`PreTrainedModel`), wrapped or not, as for `attnstats.capture`.
         backend: as for `attnstats.attention`.
         allow_dense: as for `attnstats.capture`.
+
+    A copy of the model, and what is loaded from a pickle of it, is not attached and has its own attention.
 
     Returns:
         The model, as it was passed.
@@ -114,13 +129,6 @@ def detach(model: Any) -> Any:
         if attachment.observer is not None:
             raise InputError("model: it is being captured; leave the `with attnstats.capture(...)` before detaching")
         _release(attachment)
-        return model
-    bare = transformers_model(model)
-    if any(config._attn_implementation == NAME for config in configs(bare)):  # a copy of an attached model
-        try:
-            bare.set_attn_implementation("sdpa")
-        except ValueError:
-            bare.set_attn_implementation("eager")
     return model
 
 
@@ -180,6 +188,9 @@ def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
             model.set_attn_implementation(NAME)
         except ValueError as error:
             raise InputError(f"model: the attention of {name} cannot be replaced: {error}; {HOW_TO}") from error
+        for config, before in attachment.implementations:
+            if config._attn_implementation == NAME:
+                config._attn_implementation_internal = AttachedName(before)
         attachment.modules = attention_modules(model)
         if model.config.get_text_config()._attn_implementation != NAME or not attachment.modules:
             raise InputError(
@@ -228,7 +239,7 @@ def attend(
     mask is what their eager attention follows.
     """
     site = module.__dict__.get(SITE)
-    if site is None:  # a copy of an attached model
+    if site is None:  # a model that was made of the config of an attached one
         site = Site(Attachment("auto", allow_dense=False), "self", getattr(module, "layer_idx", -1))
     attachment, observer, cross = site.attachment, site.attachment.observer, site.kind == "cross"
     where = f"attnstats: {type(module).__name__} of layer {site.layer}"

@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import pickle
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -70,10 +72,10 @@ def test_implementations_of_sub_configs_are_back():
     expected = model(ids).logits
     with capture(model, statistics=["waad"]) as run:
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
+        copied = copy.deepcopy(model)
     assert run["waad"].shape == (3, 2, HEADS, LENGTH)
-    assert [
-        c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)
-    ] == before
+    for c in (model.config, copied.config):
+        assert [x._attn_implementation for x in (c, c.text_config, c.vision_config)] == before
 
 
 def test_two_models_at_once_keep_their_runs_apart():
@@ -185,17 +187,45 @@ def test_a_copy_of_a_captured_model_is_not_captured(llama):
         copied = copy.deepcopy(llama)
         copied(tokens(seed=7))
         assert torch.equal(run["waad"], before)
+        kept = io.BytesIO()
+        torch.save(llama, kept)
     with torch.no_grad(), capture(copied, statistics=["waad"]) as run:
         copied(tokens())
     assert torch.equal(run["waad"], before)
-    assert attnstats.detach(copied).config._attn_implementation == "sdpa"
-    fresh = tiny()
-    with torch.no_grad(), capture(fresh, statistics=["waad"]):
-        kept = io.BytesIO()
-        torch.save(fresh, kept)
     kept.seek(0)
-    loaded = attnstats.detach(torch.load(kept, weights_only=False))
-    torch.testing.assert_close(loaded(tokens()).logits, fresh(tokens()).logits)
+    loaded = torch.load(kept, weights_only=False)
+    assert loaded.config._attn_implementation == "sdpa"
+    assert torch.equal(loaded(tokens()).logits, llama(tokens()).logits)
+
+
+def pickled(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_copy_of_an_attached_model_is_not_attached(llama, implementation, how):
+    llama.set_attn_implementation(implementation)
+    expected = llama(tokens()).logits
+    attnstats.attach(llama)
+    copied, config = how(llama), how(llama.config)
+    assert copied.config._attn_implementation == config._attn_implementation == implementation
+    assert type(config._attn_implementation) is str
+    assert torch.equal(copied(tokens()).logits, expected)
+    attnstats.attach(copied)
+    attnstats.detach(copied)
+    assert copied.config._attn_implementation == implementation
+    assert torch.equal(copied(tokens()).logits, expected)
+    assert llama.config._attn_implementation == "attnstats"
+
+
+def test_a_pickled_attached_model_runs_where_attnstats_never_was(llama, tmp_path):
+    torch.save(attnstats.attach(llama), tmp_path / "model.pt")
+    code = f"""import sys, torch
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+model(torch.arange(9)[None])
+assert "attnstats" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_capture_left_open_lets_go_when_it_is_dropped(llama):
