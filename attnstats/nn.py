@@ -15,12 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import CausalBias
 
 from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import refuse_distances
 from attnstats.core.options import Heads, Options
-from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, read_causal_bias, recognise, visible_elements
+from attnstats.core.patterns import (
+    CAUSAL,
+    MaskPattern,
+    allow_whole_map,
+    is_causal_bias,
+    read_causal_bias,
+    recognise,
+    visible_elements,
+)
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
 from attnstats.statistics import Statistic, resolve
@@ -146,7 +153,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "not: pad it and pass key_padding_mask. nn.TransformerEncoder makes them in eval mode: pass it "
                 "enable_nested_tensor=False, or use attnstats.nn.replace_attention"
             )
-        bias = isinstance(attn_mask, CausalBias)
+        bias = is_causal_bias(attn_mask)
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": None if bias else attn_mask}
         check_plain(query=query, key=key, value=value, **masks)
         output, results = self._attend(query, key, value, key_padding_mask, attn_mask, is_causal, requested)
@@ -311,7 +318,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "attn_mask": (attn_mask, ((length, key_length), (batch * heads, length, key_length))),
         }
         for name, (x, allowed) in shapes.items():
-            if isinstance(x, CausalBias):
+            if is_causal_bias(x):
                 continue
             if x is not None and not (isinstance(x, Tensor) and (x.dtype == torch.bool or x.is_floating_point())):
                 raise TypeError(f"{name} must be a bool or float tensor, got {getattr(x, 'dtype', type(x).__name__)}")

@@ -18,13 +18,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.bias import CausalBias
 
 from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import refuse_distances
 from attnstats.core.geometry import as_autocast
 from attnstats.core.options import Heads, Options
-from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, read_causal_bias, recognise
+from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, is_causal_bias, read_causal_bias, recognise
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
 from attnstats.statistics import LSE, PooledMap, Statistic, resolve
@@ -307,7 +306,7 @@ def _error_of_torch(
 ) -> type[Exception] | None:
     """The type of error that torch raises for a call, found without its numbers; None: torch takes it."""
     query, key, value, attn_mask = tensors
-    bias = isinstance(attn_mask, CausalBias)
+    bias = is_causal_bias(attn_mask)
     try:
         check_plain(query=query, key=key, value=value, attn_mask=None if bias else attn_mask)
     except TypeError:  # torch takes some of these

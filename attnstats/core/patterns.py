@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.core.visibility import within
@@ -39,6 +38,11 @@ class MaskPattern(NamedTuple):
     query_offset: int | None = None
     left: int | None = None
     right: int | None = None
+
+
+def is_causal_bias(x: Any) -> bool:
+    """True for a CausalBias, by its name: its module, torch.nn.attention.bias, imports Triton."""
+    return type(x).__name__ == "CausalBias" and type(x).__module__ == "torch.nn.attention.bias"
 
 
 CAUSAL = MaskPattern(query_offset=0, right=0)
@@ -78,9 +82,9 @@ def read_causal_bias(mask: Any, query_length: int, key_length: int) -> MaskPatte
 
     Their storage holds no numbers: what they say is in their attributes.
     """
-    if not isinstance(mask, CausalBias):
+    if not is_causal_bias(mask):
         return None
-    lower_right = mask.variant == CausalVariant.LOWER_RIGHT
+    lower_right = mask.variant.name == "LOWER_RIGHT"
     lengths = mask.seq_len_q, mask.seq_len_kv
     name = f"causal_{mask.variant.name.lower()}{lengths}"
     if lengths != (query_length, key_length):

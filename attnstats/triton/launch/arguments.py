@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class RowLse(NamedTuple):
         """
         pivot = self.pivot[:, :, rows].double()
         if geometry.softcap is None:
-            scale2 = float(torch.tensor(geometry.scale * LOG2E, dtype=torch.float32))
+            scale2 = float(np.float32(geometry.scale * LOG2E))
             of_pivot = (pivot / scale2).float()
             rest = torch.where(pivot.isfinite(), of_pivot.double() * scale2 - pivot, 0.0).float()
             log2 = products.sub_(of_pivot[..., None]).mul_(scale2).add_(rest[..., None])
