@@ -121,7 +121,7 @@ class Terminal:
 
     def show_errors(self, errors: Mapping[str, Error]) -> None:
         """The errors of --verify against float64, and the verdict."""
-        table = Table("statistic", "error", "eager's error", "limit", box=None, pad_edge=False)
+        table = Table("statistic", "error against float64", "eager's", "limit", box=None, pad_edge=False)
         for name, error in errors.items():
             style = "" if error.passes else "bold red"
             table.add_row(name, Text(f"{error.ours:.2e}", style), f"{error.eager:.2e}", f"{error.limit:.2e}")
@@ -129,7 +129,7 @@ class Terminal:
         self.console.print(table)
         failed = [name for name, error in errors.items() if not error.passes]
         verdict = f"DIFFERS from eager attention: {', '.join(failed)}" if failed else "agrees with eager attention"
-        self.console.print(f"{verdict}; errors are against float64, and twice eager's own passes")
+        self.console.print(f"{verdict}; the limit is twice eager's own error")
 
 
 def response(analysis: Analysis, column: Column) -> Text:
