@@ -102,3 +102,19 @@ def test_an_lse_that_is_given(packed):
     lse.data.zero_()
     assert torch.equal(stats.lse, before[0])
     assert torch.equal(stats["lse"], before[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
+def test_boundaries_written_between_calls(backend):
+    """Through `.data`, as numpy and kernels write, which raises no version."""
+    case = Case(1, 1, 1, packed=((80, 80), (80, 80)))
+    boundaries, rows = torch.tensor([0, 80, 160], dtype=torch.int32), case.views(case.tensors())
+
+    def waad(cu_seqlens):
+        return attnstats.varlen_attention(
+            *rows, cu_seqlens_q=cu_seqlens, statistics=[WAAD(4)], backend=backend
+        ).statistics["waad"]
+
+    waad(boundaries)
+    boundaries.data.copy_(torch.tensor([0, 2, 160]))
+    assert torch.equal(waad(boundaries), waad(boundaries.clone()))
