@@ -81,13 +81,17 @@ def statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Option
 
 
 def _results(tensors: list[Tensor], lse: Tensor, key: Tensor, options: Options) -> Statistics:
+    values = dict(zip(_statistics(options), tensors, strict=False))
+    return Statistics(values, *placeholders(lse, key, options), lse)
+
+
+def placeholders(lse: Tensor, key: Tensor, options: Options) -> tuple[_Deferred, _Deferred]:
+    """`Statistics.valid` and `.counts` of a call, by statistic."""
     keys = key.shape[0] if is_packed(options) else key.shape[-2]
     options = options._replace(heads=None, scale=None, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None)
     if options.attn_mask is not None and _is_float(options.attn_mask):
         options = options._replace(attn_mask=options.attn_mask.detach() > -torch.inf)
-    values = dict(zip(_statistics(options), tensors, strict=False))
-    deferred = lse, keys, options
-    return Statistics(values, _Deferred("valid", *deferred), _Deferred("counts", *deferred), lse)
+    return _Deferred("valid", lse, keys, options), _Deferred("counts", lse, keys, options)
 
 
 class _Deferred:
@@ -265,6 +269,8 @@ def _decode(settings: Sequence[Any]) -> Options:
     """The options of a body. Raises the error of the call that was traced, if it has one."""
     options = wire.decode(settings)
     wire.raise_refusal(options)
+    if options.position is not None:
+        options = options._replace(query_offset=int(options.position), position=None)
     return options
 
 

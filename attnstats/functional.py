@@ -14,7 +14,7 @@ from torch import Tensor
 from attnstats import _dispatch, _operators
 from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import plain
-from attnstats.core.geometry import as_autocast, as_result, as_statistics
+from attnstats.core.geometry import Validity, as_autocast, as_result, as_statistics
 from attnstats.core.options import Heads, Options, Window, check_names
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import Statistic
@@ -322,3 +322,12 @@ def from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> Stati
         return _operators.statistics_from_lse(query, key, lse, options)
     refuse_trace()
     return as_statistics(*_dispatch.from_lse(query, key, lse, options))
+
+
+def placeholders(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> tuple[Validity, Validity]:
+    """`Statistics.valid` and `.counts` of a call, by statistic, for values that were computed by other calls."""
+    options = options._replace(heads=None)
+    if _operators.is_tracing(query):
+        return _operators.placeholders(lse, key, options)
+    geometry = _dispatch.geometry_of(query, key, options)
+    return geometry.validity, geometry.counts

@@ -245,7 +245,7 @@ def attend(
     where = f"attnstats: {type(module).__name__} of layer {site.layer}"
     _check_whole_sequences(where)
     if isinstance(attention_mask, MaskDescription):
-        mask = attention_mask
+        mask = attention_mask if torch.compiler.is_compiling() else attention_mask.placed()
     else:
         check_plain(attention_mask=attention_mask)
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and not cross

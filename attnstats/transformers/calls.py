@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from attnstats import functional
-from attnstats.core import arguments
 from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic
+from attnstats.transformers import blocks
 from attnstats.transformers.masks import MaskDescription
 
 
@@ -77,11 +77,12 @@ class AttentionCall:
     @property
     def begin(self) -> int:
         """Position of the first query, which is the number of tokens before it."""
+        assert not isinstance(self.mask.query_offset, Tensor)
         return self.mask.query_offset
 
     @property
     def end(self) -> int:
-        return self.mask.query_offset + self.query.shape[2]
+        return self.begin + self.query.shape[2]
 
     @property
     def first_key(self) -> int:
@@ -108,6 +109,8 @@ class AttentionCall:
         options = self._options(request)
         if self.bias is not None or mask.unknown:
             return self._attend_dense(options)
+        if isinstance(mask.query_offset, Tensor) and self.query.shape[2] == 1 and not request.statistics:
+            return self._attend_single(options)
         if mask.segments is not None or mask.chunks is not None:
             return self._attend_packed(request, options)
         return functional.attend(self.query, *self._used(), options)
@@ -150,7 +153,7 @@ class AttentionCall:
 
     def _used(self) -> tuple[Tensor, Tensor]:
         """Keys and values without the unused slots of a static cache."""
-        used = self.mask.used_keys
+        used = self.mask.readable_keys
         if used == self.key.shape[2]:
             return self.key, self.value
         return self.key[:, :, :used], self.value[:, :, :used]
@@ -158,10 +161,13 @@ class AttentionCall:
     def _options(self, request: Request) -> Options:
         """The options with the request and those of the mask, which are made once for all layers that share it."""
         key = self.cross, self.key.device
-        of_mask = self.mask.memo.get(key)
-        if of_mask is None:
-            of_mask = self.mask.memo[key] = _options_of(self.mask, *key)
         statistics, query_mask, heads = request
+        # What a graph writes into an object becomes one of its outputs.
+        of_mask = None if torch.compiler.is_compiling() else self.mask.memo.get(key)
+        if of_mask is None:
+            of_mask = _options_of(self.mask, *key)
+            if not torch.compiler.is_compiling():
+                self.mask.memo[key] = of_mask
         return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads, **of_mask)
 
     def _attend_dense(self, options: Options) -> AttentionResult:
@@ -177,7 +183,9 @@ class AttentionCall:
                 f"{what}, which has no description in O(T) memory; pass allow_dense=True to compute it on the whole "
                 "map, eagerly"
             )
-        warnings.warn(f"{what}: computed on the whole map, eagerly, in O(Tq * Tk) memory", RuntimeWarning, stacklevel=2)
+        if not torch.compiler.is_compiling():  # where a warning can't be traced
+            message = f"{what}: computed on the whole map, eagerly, in O(Tq * Tk) memory"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         key_mask = self.mask.key_mask if options.key_padding_mask is not None else None
         options = options._replace(
             is_causal=False,
@@ -202,6 +210,18 @@ class AttentionCall:
             return mask
         return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
+    def _attend_single(self, options: Options) -> AttentionResult:
+        """Of a single query whose place is a tensor: by the keys that it sees, which takes no look at that number."""
+        seen = self.mask.visible(torch.zeros(1, dtype=torch.long, device=self.key.device))[:, 0]
+        options = options._replace(
+            is_causal=False,
+            window_size=None,
+            position=None,
+            query_offset=None,
+            key_padding_mask=seen.expand(self.query.shape[0], -1),
+        )
+        return functional.attend(self.query, self.key, self.value, options)
+
     # Packed rows and chunks
 
     def _attend_packed(self, request: Request, options: Options) -> AttentionResult:
@@ -222,6 +242,7 @@ class AttentionCall:
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             query_offset=None,
+            position=None,
             key_padding_mask=None,
         )
         output, results = functional.attend(query, key, value, packed)
@@ -231,59 +252,30 @@ class AttentionCall:
         output = output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
             return AttentionResult(output, results)
-        used, _ = self._used()
-        whole = arguments.resolve(self.query, used, None, options._replace(heads=None, dropout_p=0.0))
+        validity, counting = functional.placeholders(self.query, self._used()[0], results.lse, options)
         tensors = {s: results[s.summed] for s in request.statistics}
-        tensors = {s: whole.finish(s, x) if s.is_mean else x for s, x in tensors.items()}
-        return AttentionResult(output, Statistics(tensors, whole.validity, whole.counts, results.lse))
+        tensors = {s: x / counting(s).clamp(min=1)[:, None] if s.is_mean else x for s, x in tensors.items()}
+        return AttentionResult(output, Statistics(tensors, validity, counting, results.lse))
 
     def _boundaries(self) -> tuple[Tensor, Tensor]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""
-        cached = self.mask.memo.get("boundaries")
-        if cached is None:
-            cached = self.mask.memo["boundaries"] = _boundaries(self.mask, self.query.shape[0], self.where)
-        return cached[0].to(self.query.device), cached[1].to(self.query.device)
+        batch, device = self.query.shape[0], self.query.device
+        if torch.compiler.is_compiling():
+            return blocks.boundaries(self.mask, batch, device, self.where)
+        memo = self.mask.memo
+        if ("boundaries", device) not in memo:
+            memo["boundaries", device] = blocks.boundaries(self.mask, batch, device, self.where)
+        cu_seqlens: tuple[Tensor, Tensor] = memo["boundaries", device]
+        return cu_seqlens
 
 
 def _options_of(mask: MaskDescription, cross: bool, device: torch.device) -> dict[str, Any]:
     """The options that a mask decides."""
-    key_mask = None if mask.key_mask is None else mask.key_mask[:, : mask.used_keys].to(device)
+    key_mask = None if mask.key_mask is None else mask.key_mask[:, : mask.readable_keys].to(device)
     if cross:  # a padded key is no query
         positions: dict[str, Any] = {"attn_mask": None if key_mask is None else key_mask[:, None, None]}
     else:
-        positions = {"query_offset": mask.query_offset - mask.key_offset, "key_padding_mask": key_mask}
+        place = mask.query_offset - mask.key_offset
+        name = "position" if isinstance(place, Tensor) else "query_offset"
+        positions = {name: place, "key_padding_mask": key_mask}
     return {"is_causal": mask.right == 0, "window_size": (mask.left, mask.right), "enable_gqa": True, **positions}
-
-
-def _boundaries(mask: MaskDescription, batch: int, where: str) -> tuple[Tensor, Tensor]:
-    """The boundaries of all batch rows' blocks; padding on either side is a block of queries that see no key."""
-    query = torch.arange(mask.query_length, dtype=torch.int64, device="cpu") + mask.query_offset
-    key = torch.arange(mask.used_keys, dtype=torch.int64, device="cpu") + mask.key_offset
-    key_mask = torch.ones(batch, len(key), dtype=torch.bool, device="cpu")
-    if mask.key_mask is not None:
-        key_mask = mask.key_mask[:, : mask.used_keys].cpu()
-    lengths: list[tuple[int, int]] = []
-    for row in range(batch):
-        if mask.segments is not None:
-            of_key = mask.segments[row % len(mask.segments)].cpu()
-            of_query = of_key
-        else:
-            assert mask.chunks is not None
-            first = int(mask.chunks.first[row])
-            of_query, of_key = (query - first) // mask.chunks.size, (key - first) // mask.chunks.size
-        real = key_mask[row].nonzero().flatten()
-        begin = int(real[0]) if len(real) else len(key)
-        end = int(real[-1]) + 1 if len(real) else len(key)
-        if end - begin != len(real):
-            raise InputError(
-                f"{where} has padding between the real tokens of batch row {row} and attends in blocks, which cannot "
-                "be computed; pad on one side"
-            )
-        blocks = torch.unique(torch.cat([of_key[begin:end], of_query]))
-        inside = (query >= key[begin]) & (query <= key[end - 1]) if begin < end else torch.zeros_like(query).bool()
-        before = int((query < key[begin]).sum()) if begin < end else len(query)
-        lengths += [(before, 0), (0, begin)]
-        lengths += [(int((of_query[inside] == b).sum()), int((of_key[begin:end] == b).sum())) for b in blocks.tolist()]
-        lengths += [(len(query) - before - int(inside.sum()), 0), (0, len(key) - end)]
-    sums = torch.tensor([(0, 0), *lengths], dtype=torch.int64, device="cpu").cumsum(0).int()
-    return sums[:, 0].contiguous(), sums[:, 1].contiguous()

@@ -17,6 +17,7 @@ from attnstats.errors import InputError
 from attnstats.functional import Backend
 from attnstats.statistics import Statistic, resolve
 from attnstats.transformers.attach import attachment_of, observed
+from attnstats.transformers.passes import OutsideGraphs
 from attnstats.transformers.run import Capture, Reduce
 from attnstats.transformers.selection import HeadSelection, Layers, check_heads, resolve_heads, resolve_layers
 from attnstats.transformers.sites import AttentionKind, attention_modules, head_count, transformers_model
@@ -140,12 +141,12 @@ def capture(
         wrapped, attention, statistics, chosen_layers, chosen_heads, over, live, on_token, on, stop_after_last_layer
     )
     run.query_mask = query_mask
-    return Capturing(_observing(model, run, backend, allow_dense))
+    return Capturing(_observing(model, run, live, backend, allow_dense))
 
 
 @contextmanager
-def _observing(model: Any, run: Capture, backend: Backend, allow_dense: bool) -> Iterator[Capture]:
-    with observed(model, run, backend, allow_dense):
+def _observing(model: Any, run: Capture, live: bool, backend: Backend, allow_dense: bool) -> Iterator[Capture]:
+    with observed(model, OutsideGraphs(run) if live else run, backend, allow_dense):
         try:
             yield run
         finally:

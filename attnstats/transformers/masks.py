@@ -45,7 +45,8 @@ class MaskDescription:
     """Query t sees key s, both absolute positions, where `-right <= t - s <= left` and nothing below hides it.
 
     Attributes:
-        query_offset, key_offset: positions of the first query and of the first key.
+        query_offset, key_offset: positions of the first query and of the first key; that of the query as a tensor ()
+            where a static cache counts its tokens in one, so that a graph serves every step.
         query_length, key_length: the lengths that the mask was made for.
         left, right: how far behind and ahead of itself a query sees; None: no limit. Causal is right = 0.
         key_mask: (B, key_length) bool, True for real tokens; None: all are.
@@ -62,7 +63,7 @@ class MaskDescription:
     # a finished mask from a (B, T) one by its rank.
     ndim: ClassVar[int] = 4
 
-    query_offset: int
+    query_offset: int | Tensor
     key_offset: int
     query_length: int
     key_length: int
@@ -77,17 +78,39 @@ class MaskDescription:
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def used_keys(self) -> int:
+    def used_keys(self) -> int | Tensor:
         """The number of keys up to the last one that a query sees; behind it are the unused slots of a static cache."""
         if self.right is None:
             return self.key_length
-        return min(self.key_length, self.query_offset + self.query_length + self.right - self.key_offset)
+        used = self.query_offset + self.query_length + self.right - self.key_offset
+        return used.clamp(max=self.key_length) if isinstance(used, Tensor) else min(self.key_length, used)
+
+    @property
+    def readable_keys(self) -> int:
+        """`used_keys` where it is a number; all keys where it isn't, as queries don't see those behind."""
+        used = self.used_keys
+        return self.key_length if isinstance(used, Tensor) else used
 
     @property
     def real_queries(self) -> Tensor | None:
         """(B, Tq) bool, False where a query of self-attention is padding; None: none is."""
+        if self.key_mask is None:
+            return None
         start = self.query_offset - self.key_offset
-        return None if self.key_mask is None else self.key_mask[:, start : start + self.query_length]
+        if isinstance(start, Tensor):
+            return self.key_mask[
+                :, start + torch.arange(self.query_length, dtype=torch.int64, device=self.key_mask.device)
+            ]
+        return self.key_mask[:, start : start + self.query_length]
+
+    def placed(self) -> MaskDescription:
+        """The same with a query_offset that is a number, and without what hides nothing; not in a graph."""
+        if not isinstance(self.query_offset, Tensor):
+            return self
+        if "placed" not in self.memo:
+            self.memo["placed"] = _simplified(replace(self, query_offset=int(self.query_offset), memo={}))
+        placed: MaskDescription = self.memo["placed"]
+        return placed
 
     def contiguous(self) -> MaskDescription:
         return self
@@ -169,14 +192,19 @@ def describe_mask(
     if isinstance(attention_mask, MaskDescription):
         return attention_mask
     function = causal_mask_function if mask_function is None else mask_function
-    query_offset = q_offset if isinstance(q_offset, int) else int(q_offset)
-    key_offset = kv_offset if isinstance(kv_offset, int) else int(kv_offset)
+    # A cache counts its tokens in place, and may have gone on when the mask is read.
+    query_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
+    key_offset = int(kv_offset) if isinstance(kv_offset, Tensor) else kv_offset
     key_mask = None
+    if attention_mask is None and isinstance(q_offset, Tensor):  # padded batches and others then have the same graph
+        key_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask is not None:
         attention_mask = attention_mask.bool()
         key_mask = attention_mask[:, key_offset : key_offset + kv_length]
         if key_mask.shape[1] < kv_length:
             key_mask = torch.nn.functional.pad(key_mask, (0, kv_length - key_mask.shape[1]), value=False)
+        if isinstance(q_offset, Tensor):  # of one length in all steps
+            attention_mask = key_mask
 
     def dense() -> Tensor:
         rows, keys = (
@@ -187,7 +215,7 @@ def describe_mask(
         return (visible if key_mask is None else visible & key_mask[:, None])[:, None]
 
     compiling = torch.compiler.is_compiling()
-    facts = _announced(settings) if compiling else _facts(function)
+    facts = _announced(settings, attention_mask, batch_size, device) if compiling else _facts(function)
     description = MaskDescription(
         query_offset,
         key_offset,
@@ -200,10 +228,12 @@ def describe_mask(
     )
     if compiling:
         _check_in_graph(description, function, batch_size, device)
-        return description
+        return _without_one_chunk(description)
     if not description.unknown:
         _check(description, function, batch_size, device)
-    return _simplified(description)
+    # `generate` makes the mask of a static cache before it calls a compiled model. What it hides changes with every
+    # step, and the graph would with it.
+    return description if isinstance(query_offset, Tensor) else _simplified(description)
 
 
 def describe_no_mask(query_length: int, key_length: int, is_causal: bool) -> MaskDescription:
@@ -247,7 +277,7 @@ def _simplified(description: MaskDescription) -> MaskDescription:
     """Without padding, packed rows and chunks that hide nothing, and without a left side beyond every key."""
     changes: dict[str, Any] = {}
     key_mask, segments, chunks = description.key_mask, description.segments, description.chunks
-    if key_mask is not None and bool(key_mask[:, : description.used_keys].all()):
+    if key_mask is not None and bool(key_mask[:, : description.readable_keys].all()):
         changes["key_mask"] = None
     if segments is not None and bool((segments == segments[:, :1]).all()):
         changes["segments"] = None
@@ -259,16 +289,28 @@ def _simplified(description: MaskDescription) -> MaskDescription:
     return replace(description, **changes) if changes else description
 
 
+def _without_one_chunk(description: MaskDescription) -> MaskDescription:
+    """In a graph: without chunks that are longer than all keys, which hide nothing."""
+    chunks = description.chunks
+    short = chunks is not None and description.key_offset + description.key_length <= chunks.size
+    return replace(description, chunks=None) if short else description
+
+
 # In a graph no function can be taken apart: what transformers announces beside it is checked where the graph runs.
 
 
-def _announced(settings: dict[str, Any]) -> dict[str, Any]:
-    """left and right by the settings that transformers gives a mask function besides."""
+def _announced(settings: dict[str, Any], attention_mask: Tensor | None, batch: int, device: Any) -> dict[str, Any]:
+    """left, right and chunks by the settings that transformers gives a mask function besides."""
     size, config = settings.get("local_size"), settings.get("config")
     full = "allow_is_bidirectional_skip" in settings
-    if size is None or getattr(config, "attention_chunk_size", None) == size:  # a first chunk hides nothing
+    if size is None:
         return {} if full else {"right": 0}
-    return {"left": size, "right": size} if full else {"left": size - 1, "right": 0}
+    if full or getattr(config, "attention_chunk_size", None) != size:
+        return {"left": size, "right": size} if full else {"left": size - 1, "right": 0}
+    first = torch.zeros(batch, dtype=torch.long, device=device)
+    if attention_mask is not None:  # chunks are counted from the first real token
+        first = (attention_mask.cumsum(-1) == 0).sum(-1)
+    return {"right": 0, "chunks": Chunks(size, first)}
 
 
 def _check_in_graph(description: MaskDescription, function: MaskFunction, batch: int, device: Any) -> None:
@@ -277,8 +319,8 @@ def _check_in_graph(description: MaskDescription, function: MaskFunction, batch:
     rows = torch.arange(4, device=device, dtype=torch.int64) * last // 3
     torch._assert_async(
         _agree(description, function, batch, rows),
-        "attnstats: in a compiled model only causal, full and sliding-window attention with padding can be described; "
-        "packed position_ids, chunks that are full and masks of the model's own can not: do not compile it",
+        "attnstats: in a compiled model only causal, full, chunked and sliding-window attention can be described; "
+        "packed position_ids and masks of the model's own can not: do not compile it",
     )
 
 
@@ -349,14 +391,15 @@ def _evaluate(function: MaskFunction, batch: int, queries: Tensor, keys: Tensor,
     rows = torch.arange(batch, device=device, dtype=torch.int64)[:, None, None]
     head = torch.zeros((), dtype=torch.long, device=device)
     visible = function(rows, head, queries[None, :, None], keys[None, None, :])
-    return visible.expand(batch, len(queries), len(keys)).bool()
+    return visible.expand(batch, queries.shape[0], keys.shape[0]).bool()  # len() would be a constant in an export
 
 
 def _agree(description: MaskDescription, function: MaskFunction, batch: int, rows: Tensor) -> Tensor:
     """() bool: on these rows the description, without its key mask, shows the keys that the mask function shows."""
     keys = torch.arange(description.key_length, device=rows.device, dtype=torch.int64) + description.key_offset
     expected = _evaluate(function, batch, rows + description.query_offset, keys, rows.device)
-    return (replace(description, key_mask=None).visible(rows) == expected).all()
+    # Not ==: Inductor cannot bound a comparison of bools one of which is the same everywhere.
+    return ~(replace(description, key_mask=None).visible(rows) ^ expected).any()
 
 
 _CHECKED: set[tuple[Any, ...]] = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,9 @@ NO_MAPS = (
     "model: output_attentions=True asks for the maps that attnstats is there to avoid; ask attnstats.capture for "
     "statistics of them (PooledMap is a picture of the map), or detach the model and use attn_implementation='eager'"
 )
+
+
+_IN_GRAPH = 0  # stands for the thread where a graph is traced
 
 
 class Observer(Protocol):
@@ -42,6 +46,36 @@ class Observer(Protocol):
         """The forward pass is over, also after an exception."""
 
 
+_outside = torch.compiler.disable(
+    reason="attnstats.capture(live=True) grows with every step, which no graph can: compile with fullgraph=False, or "
+    "capture without live=True"
+)
+
+
+class OutsideGraphs:
+    """An observer that compiled models call outside of their graphs."""
+
+    def __init__(self, observer: Observer):
+        self.kind = observer.kind
+        self._observer = observer
+
+    @_outside
+    def begin(self, ids: Tensor | None, cache: Any, positions: Any) -> None:
+        self._observer.begin(ids, cache, positions)
+
+    @_outside
+    def attend(self, layer: int, call: AttentionCall) -> Tensor:
+        return self._observer.attend(layer, replace(call, mask=call.mask.placed()))
+
+    @_outside
+    def end(self, cache: Any) -> None:
+        self._observer.end(cache)
+
+    @_outside
+    def leave(self) -> None:
+        self._observer.leave()
+
+
 class ForwardPasses:
     """Hooks on nested modules that tell the observer of each forward pass once.
 
@@ -55,7 +89,7 @@ class ForwardPasses:
         self.stacks = stacks
         self.observer = observer
         self.parameters = [tuple(inspect.signature(stack.forward).parameters) for stack in stacks]
-        self.outermost: dict[int, nn.Module | None] = {}
+        self.outermost: dict[int, nn.Module | None] = {_IN_GRAPH: None}  # a key that comes later would compile anew
 
     def hook(self) -> list[Any]:
         """Register the hooks; returns their handles."""
@@ -124,7 +158,7 @@ class ForwardPasses:
 
 
 def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return _IN_GRAPH if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _cache(fields: Any) -> Any:

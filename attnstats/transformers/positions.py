@@ -64,7 +64,7 @@ def agree(mask: MaskDescription, positions: Tensor, offset: Tensor | None = None
             must count the cached tokens, all of them or those that are not padding on the left.
     """
     difference, constant = compare(mask, positions)
-    if mask.query_offset == 0:
+    if not isinstance(mask.query_offset, Tensor) and mask.query_offset == 0:
         return constant.all()
     right, settled, device = constant.all(), difference == UNKNOWN, difference.device
     if offset is not None and (len(offset) == len(difference) or 1 in (len(offset), len(difference))):
@@ -75,11 +75,15 @@ def agree(mask: MaskDescription, positions: Tensor, offset: Tensor | None = None
     if mask.attention_mask is not None:
         padding = (~mask.attention_mask.to(device)).int().cumprod(-1).sum(-1)
         counted = counted | ((difference == -padding) | settled).all()
+    if isinstance(mask.query_offset, Tensor):
+        counted = counted | (mask.query_offset == 0)
     return right & counted
 
 
 def holds_every_key(mask: MaskDescription) -> bool:
     """False if keys are missing behind the first one: the last key is not where the last query is."""
+    if isinstance(mask.query_offset, Tensor):  # a static cache loses none
+        return True
     missing = mask.query_offset + mask.query_length - mask.key_offset - mask.key_length
     return missing <= 0 if mask.right == 0 else missing == 0
 
@@ -154,11 +158,11 @@ class CachedPositions:
         Args:
             seen: tokens that a live run holds, which has columns over all of them; None: the run is not live.
         """
-        mask = call.mask
+        mask, offset = call.mask, call.mask.query_offset
         if self._given is not None and self._given.shape[1] != mask.query_length:
             shape = tuple(self._given.shape)
             raise InputError(f"{call.where}: position_ids {shape} are not those of its {mask.query_length} queries")
-        if mask.query_offset == 0:
+        if not isinstance(offset, Tensor) and offset == 0:
             self.keys = {}
         if self.keys:
             return self._placed(layer, call, seen)
@@ -228,7 +232,7 @@ def places(call: AttentionCall, key_positions: Tensor, positions: Tensor, start:
     """
     mask, length = call.mask, call.query.shape[2]
     batch, heads, _, _ = call.key.shape
-    cached = mask.used_keys - length
+    cached = mask.readable_keys - length
     what = f"run.key_positions {tuple(key_positions.shape)}"
     plain = mask.left is None and mask.segments is None and mask.chunks is None and not mask.unknown
     if not plain or mask.key_offset or call.bias is not None:
@@ -245,9 +249,9 @@ def places(call: AttentionCall, key_positions: Tensor, positions: Tensor, start:
     first = difference + mask.query_offset
     behind = first[:, None, None] - key_positions.to(first.device)
     behind = behind.expand(batch, -1, -1)
-    hidden = torch.zeros(batch, 1, mask.used_keys, dtype=torch.bool, device=first.device)
+    hidden = torch.zeros(batch, 1, mask.readable_keys, dtype=torch.bool, device=first.device)
     if mask.key_mask is not None:
-        hidden = ~mask.key_mask[:, None, : mask.used_keys].to(first.device)
+        hidden = ~mask.key_mask[:, None, : mask.readable_keys].to(first.device)
     real = (~hidden[..., cached:]).int()
     padding = real.argmax(-1, keepdim=True)  # queries before a row's first real one; their places are free
     seen = behind.masked_fill(hidden[..., :cached], 1)

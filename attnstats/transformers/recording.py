@@ -130,10 +130,15 @@ class PassRecording(Recording):
         super().__init__(reduce, device)
         self._sums: dict[Statistic, Sums] = {}
         self._valid: dict[Statistic, Tensor] = {}  # layers have the same padding, unless they have own keys
+        # By layer the number of keys that are in use, where a graph can't cut off the unused slots of a static cache.
+        self._used: dict[int | None, Tensor] = {}
 
     def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
         """The output of the call, whose statistics are recorded."""
         output, results = call.attend(request)
+        used = call.mask.used_keys
+        if isinstance(used, Tensor):
+            self._used[None if self.over_layers else layer] = used
         for s, x in self.addends(layer, results).items():
             sums = self._sums.setdefault(s, {})
             if not self.over_layers:
@@ -158,10 +163,17 @@ class PassRecording(Recording):
 
     def read(self, statistic: Statistic) -> Tensor:
         self.wait()
-        return self.mean(statistic, self._sums[statistic])
+        sums = {layer: self._in_use(statistic, layer, x) for layer, x in self._sums[statistic].items()}
+        return self.mean(statistic, sums)
 
     def valid(self, statistic: Statistic) -> Tensor:
-        return self._valid[statistic]
+        return self._in_use(statistic, next(iter(self._sums[statistic])), self._valid[statistic])
+
+    def _in_use(self, statistic: Statistic, layer: int | None, x: Tensor) -> Tensor:
+        """Columns without the unused slots of a static cache; in a graph with them."""
+        if statistic.axis != "column" or layer not in self._used or torch.compiler.is_compiling():
+            return x
+        return x[..., : int(self._used[layer])]
 
 
 def _check_shapes(statistic: Statistic, *tensors: Tensor) -> None:

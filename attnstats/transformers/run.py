@@ -344,7 +344,7 @@ class Capture:
         if call.real_queries is not None:
             mask = call.real_queries if mask is None else mask.to(call.real_queries.device) & call.real_queries
         assert mask is not None
-        batch, length = call.query.shape[0], call.end - call.begin
+        batch, _, length, _ = call.query.shape
         if not self._live and tuple(mask.shape) != (batch, length):
             raise InputError(
                 f"query_mask must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(mask.shape)}"

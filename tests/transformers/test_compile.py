@@ -1,22 +1,43 @@
-"""Captured transformers models under torch.compile(fullgraph=True): outputs, records, and how many graphs."""
+"""Attached and captured transformers models under torch.compile(fullgraph=True) and torch.export: outputs, records, how
+many graphs. `python -m tests.compile_families` does it for every family.
+"""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import attnstats
 from attnstats import FAI, WAAD
 from attnstats.transformers.capture import capture
-from tests.tiny import LENGTH, gradients, padding, tiny, tokens
+from tests.tiny import LENGTH, gradients, padding, run_with, tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
+MULTI_HEAD_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 9,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8},
     "gpt_oss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "deepseek_v3": MULTI_HEAD_LATENT,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "intermediate_size_mlp": 96,
+    },
 }
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -24,12 +45,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 @pytest.fixture(autouse=True)
 def _forget_graphs():
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
 
 def two_layers(family="llama", **changes):
-    return tiny(family, **({"num_hidden_layers": 2} | FAMILIES[family] | changes))
+    sizes = {"num_hidden_layers": 2, "hidden_size": 72, "head_dim": 8}
+    return tiny(family, **(sizes | FAMILIES[family] | changes))
+
+
+def layers_of(family):
+    """The layers that attend."""
+    return [1] if family == "lfm2" else "all"
 
 
 @pytest.mark.parametrize("side", [None, "left"])
@@ -41,7 +69,7 @@ def test_one_graph_computes_and_records_the_same(family, side):
         inputs["attention_mask"] = padding(side)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad(), capture(model, statistics=STATISTICS, layers="all") as run:
+    with torch.no_grad(), capture(model, statistics=STATISTICS, layers=layers_of(family)) as run:
         expected = model(**inputs).logits
         eager = {s: (run[s], run.valid[s]) for s in STATISTICS}
         actual = compiled(**inputs).logits
@@ -52,18 +80,85 @@ def test_one_graph_computes_and_records_the_same(family, side):
             assert torch.equal(run.valid[s], eager[s][1])
 
 
-def test_lengths_do_not_compile_anew():
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("captured", [False, True], ids=["attached", "captured"])
+def test_inductor_compiles_a_model_without_its_mask_and_with_padding(captured, dynamic):
     model = two_layers()
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    inputs = {"input_ids": tokens(length=19), "use_cache": False}
+    padded = {"input_ids": tokens(), "attention_mask": padding("left"), "use_cache": False}
+    attnstats.attach(model)
+    watched = capture(model, statistics=STATISTICS, layers="all") if captured else nullcontext({})
+    with torch.no_grad(), watched as run:
+        for batch in (inputs, padded):
+            close(compiled(**batch).logits, run_with(model, "sdpa", **batch).logits)
+            actual = {s: run[s] for s in STATISTICS if captured}
+            model(**batch)
+            close(actual, {s: run[s] for s in STATISTICS if captured})
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_inductor_compiles_every_kind_of_attention(family):
+    model = two_layers(family)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad(), capture(model, statistics=STATISTICS, layers=layers_of(family)) as run:
+        for mask in (padding("left"), padding("right"), padding(None)[:, :17]):
+            batch = {"input_ids": tokens(length=mask.shape[1]), "attention_mask": mask, "use_cache": False}
+            expected, of_eager = model(**batch).logits, {s: run[s] for s in STATISTICS}
+            close(compiled(**batch).logits, expected)
+            close({s: run[s] for s in STATISTICS}, of_eager)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["attached", "captured"])
+def test_lengths_do_not_compile_anew(captured):
+    model = two_layers("gemma2")
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad(), capture(model, statistics=STATISTICS, layers="all", reduce=("layers", "heads")) as run:
-        for length in (2, 3, 16, 17, 31, 32, 33, 100, 119, 120):
+    attnstats.attach(model)
+    settings: dict[str, Any] = {"statistics": STATISTICS, "layers": "all", "reduce": ("layers", "heads")}
+    with torch.no_grad(), capture(model, **settings) if captured else nullcontext() as run:
+        for length in range(1, 41):
             ids = tokens(length=length)
             logits = compiled(ids, use_cache=False).logits
-            actual = run[WAAD(4)]
-            torch.testing.assert_close(logits, model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
-            torch.testing.assert_close(actual, run[WAAD(4)], rtol=0, atol=1e-5)
-    assert counter.frame_count <= 3
+            actual = run[WAAD(4)] if captured else None
+            close(logits, model(ids, use_cache=False).logits)
+            if captured:
+                close(actual, run[WAAD(4)])
+    assert counter.frame_count == 2  # one token, and more
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["attached", "captured"])
+def test_a_dimension_may_be_marked_dynamic(captured):
+    model = two_layers("gemma2")
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    attnstats.attach(model)
+    with torch.no_grad(), capture(model, statistics=STATISTICS) if captured else nullcontext():
+        for rows, length in ((2, 9), (3, 12), (4, 5)):
+            ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
+            for x in (ids, mask):
+                torch._dynamo.mark_dynamic(x, (0, 1))
+            compiled(ids, attention_mask=mask, use_cache=False)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_attached_model_is_exported_with_dynamic_lengths(strict):
+    model = two_layers("gemma2")
+    attnstats.attach(model)
+    anything = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    batch = {"input_ids": tokens(), "attention_mask": padding("left")}
+    with torch.no_grad():
+        model.config.use_cache = False
+        shapes = dict.fromkeys(batch, anything)
+        program = torch.export.export(model, (), batch, dynamic_shapes=shapes, strict=strict).module()
+        for ids, mask in ((tokens(), padding("right")), (tokens(3, 11), torch.ones(3, 11, dtype=torch.long))):
+            close(program(input_ids=ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

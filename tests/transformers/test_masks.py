@@ -71,6 +71,27 @@ def test_it_may_begin_anywhere(name, query, key, slots):
     assert not visible[..., found.used_keys :].any()
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["causal", "window", "chunks"])
+def test_the_place_of_a_query_may_be_a_tensor(name, padded):
+    """A static cache counts its tokens in a tensor, which goes on in place while the mask is still in use."""
+    padding = PADDING[:, :13] if padded else None
+    place = torch.tensor(11)
+    found = describe_mask(B, 2, 25, place, 0, UNDERSTOOD[name], padding)
+    numbered = describe_mask(B, 2, 25, 11, 0, UNDERSTOOD[name], padding)
+    place.add_(1)
+    assert torch.equal(
+        found.visible(torch.arange(2)).expand(B, -1, -1), numbered.visible(torch.arange(2)).expand(B, -1, -1)
+    )
+    assert found.used_keys == numbered.used_keys == 13
+    assert found.real_queries.all()
+    assert found.key_length == found.readable_keys == 25
+    placed = found.placed()
+    assert (placed.query_offset, placed.left, placed.right) == (11, numbered.left, numbered.right)
+    assert (placed.key_mask is None) == (not padded)
+    assert placed is found.placed()
+
+
 def test_what_hides_nothing_is_left_out():
     found = describe_mask(B, T, T, mask_function=masking_utils.sliding_window_causal_mask_function(T))
     assert (found.left, found.right) == (None, 0)
