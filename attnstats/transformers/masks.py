@@ -98,9 +98,8 @@ class MaskDescription:
             return None
         start = self.query_offset - self.key_offset
         if isinstance(start, Tensor):
-            return self.key_mask[
-                :, start + torch.arange(self.query_length, dtype=torch.int64, device=self.key_mask.device)
-            ]
+            index = torch.arange(self.query_length, dtype=torch.int64, device=self.key_mask.device)
+            return self.key_mask[:, start + index]
         return self.key_mask[:, start : start + self.query_length]
 
     def placed(self) -> MaskDescription:

@@ -58,10 +58,9 @@ def test_every_step_of_an_attached_model_runs_one_graph(family, settings):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("kind", ["attached", "captured"])
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": 8})])
-def test_steps_with_a_static_cache_whose_mask_is_made_in_the_graph(family, changes, kind):
-    model = tiny(family, **SIZES | changes)
+@pytest.mark.parametrize(("family", "kind"), [("llama", "attached"), ("llama", "captured"), ("mistral", "captured")])
+def test_steps_with_a_static_cache_whose_mask_is_made_in_the_graph(family, kind):
+    model = tiny(family, **SIZES | ({"sliding_window": 8} if family == "mistral" else {}))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     ids, mask = tokens(length=16), padding("left")[:, :16]
 
@@ -91,5 +90,6 @@ def test_live_statistics_are_recorded_between_the_graphs_of_a_step():
     actual = record(**static, compile_config=compile_config(fullgraph=False))
     assert counters["stats"]["unique_graphs"]
     torch.testing.assert_close(actual, record(), rtol=0, atol=1e-5)
+    torch._dynamo.reset()
     with pytest.raises(Exception, match=r"capture\(live=True\) grows with every step.*fullgraph=False"):
         record(**static, compile_config=compile_config())
