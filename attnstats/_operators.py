@@ -30,12 +30,12 @@ NO_HEADS = "null"  # the heads of a call, as core.wire writes them, that names n
 
 # Every plain call asks, so these are looked up once.
 _in_dynamo = torch.compiler.is_dynamo_compiling
-_is_wrapped, _modes = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._len_torch_dispatch_stack
+_is_batched, _modes = torch._C._functorch.is_batchedtensor, torch._C._len_torch_dispatch_stack
 
 
 def is_tracing(x: Any) -> bool:
-    """True if x is no real tensor: the call is being traced, or torch.func (vmap, grad) wraps it."""
-    if _in_dynamo() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and _is_wrapped(x)):
+    """True if x is no real tensor: the call is being traced, or torch.vmap hides a dimension."""
+    if _in_dynamo() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and _is_batched(x)):
         return True
     return _modes() > 0 and any(
         torch._C._get_dispatch_mode(mode) is not None
@@ -338,7 +338,8 @@ def _define(name: str, body: Any, fake: Any, tensors: str, returns: str) -> Any:
         f"attnstats::{name}", body, mutates_args=(), schema=f"({tensors}, {wire.SCHEMA}) -> {returns}"
     )
     operator.register_fake(fake)
-    operator.register_vmap(functools.partial(_one_by_one, getattr(torch.ops.attnstats, name)))
+    if name != "attention_backward":
+        operator.register_vmap(functools.partial(_one_by_one, getattr(torch.ops.attnstats, name)))
     return operator
 
 
@@ -346,17 +347,12 @@ def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) 
     """Under torch.vmap each call of the batch is made on its own."""
     results = []
     for i in range(info.batch_size):
-        results.append(operator(*(_of_call(i, x, d) for x, d in zip(args, in_dims, strict=True))))
+        own = [
+            x.select(d, i) if isinstance(x, Tensor) and d is not None else x for x, d in zip(args, in_dims, strict=True)
+        ]
+        results.append(operator(*own))
     stacked = tree_map(lambda *tensors: torch.stack(tensors), *results)
     return stacked, tree_map(lambda _: 0, stacked)
-
-
-def _of_call(i: int, x: Any, dim: Any) -> Any:
-    """The argument x, a tensor or a list of them with their mapped dimensions, of the i-th call."""
-    if isinstance(x, (list, tuple)):
-        dims = dim if isinstance(dim, (list, tuple)) else [None] * len(x)
-        return [_of_call(i, one, d) for one, d in zip(x, dims, strict=True)]
-    return x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
 
 
 _three = "Tensor query, Tensor key, Tensor value"

@@ -157,8 +157,8 @@ def varlen_attention(
         cu_seqlens_q: (n + 1,) int32, boundaries of n sequences from 0 on; equal ones make an empty sequence. Tokens
             after the last boundary belong to no sequence: their output is 0.
         cu_seqlens_k: the same for key and value; default cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: no sequence is longer. Without them, a CUDA tensor of boundaries is read when it
-            is first seen, which waits for the device; with them it is trusted.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. Without them every call reads a CUDA tensor of boundaries,
+            which waits for the device; with them it is trusted.
         query_mask: (total_q,) bool, which queries count in column statistics; default all.
 
     The other arguments are those of `attention`.

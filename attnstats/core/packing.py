@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attnstats.core.options import Options
 
@@ -78,15 +77,11 @@ def check_integer(name: str, length: int | None) -> None:
         raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
-# (version, boundaries) of cu_seqlens that were read already: every layer of a model passes the same tensor.
-_READ: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def read(options: Options, query_length: int, key_length: int, device: torch.device) -> tuple[Packing, bool]:
     """The packing of a call, and True if queries and keys have the same sequences.
 
-    The boundaries of a CUDA tensor are read once, which waits for the device; not at all where both maximal lengths
-    are given, and then the kernels still stay inside the tensors.
+    The boundaries of a CUDA tensor are read in every call, as kernels write without a trace, and this waits for the
+    device; not at all where both maximal lengths are given, and then the kernels still stay inside the tensors.
     """
     cu_seqlens_q, cu_seqlens_k = options.cu_seqlens_q, options.cu_seqlens_k
     max_seqlen_q, max_seqlen_k = options.max_seqlen_q, options.max_seqlen_k
@@ -114,7 +109,7 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
         if max_seqlen is not None and device.type != "cpu":
             longest.append(min(max_seqlen, length))
             continue
-        values = _read(cu)
+        values = cu.tolist()
         steps = [b - a for a, b in pairwise(values)]
         if values[0] != 0 or min(steps) < 0 or values[-1] > length:
             fault = "start at 0" if values[0] else "not decrease" if min(steps) < 0 else f"end at most at {length}"
@@ -131,14 +126,6 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
     shared = same or (len(boundaries) == 2 and boundaries[0] == boundaries[1])
     queries, keys = (cu.to(torch.int32, copy=True) for cu in (cu_seqlens_q, cu_seqlens_k))
     return Packing(queries, keys, *longest), shared
-
-
-def _read(cu_seqlens: Tensor) -> list[int]:
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    cached = _READ.get(cu_seqlens)
-    if cached is None or version is None or cached[0] != version:
-        cached = _READ[cu_seqlens] = (version, cu_seqlens.tolist())
-    return cached[1]
 
 
 def _short(values: list[int]) -> str:
