@@ -9,6 +9,7 @@ transformers is imported on first use.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Attachment:
 
 
 _ATTACHMENTS: WeakSet[Attachment] = WeakSet()
+_LOCK = threading.RLock()  # held while models are attached or detached; the garbage collector may end a capture then
 
 
 class AttachedName(str):
@@ -114,21 +116,25 @@ def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) 
         TypeError: model isn't a transformers model.
         ValueError: its attention can't be replaced; the message says why.
     """
-    attachment = attachment_of(model)
-    if attachment is None:
-        _attach(transformers_model(model), backend, allow_dense)
-    else:
-        attachment.backend, attachment.allow_dense = backend, allow_dense
+    with _LOCK:
+        attachment = attachment_of(model)
+        if attachment is None:
+            _attach(transformers_model(model), backend, allow_dense)
+        else:
+            attachment.backend, attachment.allow_dense = backend, allow_dense
     return model
 
 
 def detach(model: Any) -> Any:
     """Undo `attach`; a model that isn't attached is left as it is. Returns the model."""
-    attachment = attachment_of(model)
-    if attachment is not None:
-        if attachment.observer is not None:
-            raise InputError("model: it is being captured; leave the `with attnstats.capture(...)` before detaching")
-        _release(attachment)
+    with _LOCK:
+        attachment = attachment_of(model)
+        if attachment is not None:
+            if attachment.observer is not None:
+                raise InputError(
+                    "model: it is being captured; leave the `with attnstats.capture(...)` before detaching"
+                )
+            _release(attachment)
     return model
 
 
@@ -139,28 +145,31 @@ def observed(model: Any, observer: Observer, backend: Backend, allow_dense: bool
     Raises:
         TypeError, ValueError: as `attach`; the model is observed already.
     """
-    attachment = attachment_of(model)
-    if attachment is not None and attachment.observer is not None:
-        raise InputError(
-            f"model: this {type(model).__name__}, or one that it is part of, is being captured already; one at a time"
-        )
-    attached_here = attachment is None
-    if attachment is None:
-        attachment = _attach(model, backend, allow_dense)
-    before = attachment.backend, attachment.allow_dense
-    attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
+    with _LOCK:
+        attachment = attachment_of(model)
+        if attachment is not None and attachment.observer is not None:
+            raise InputError(
+                f"model: this {type(model).__name__}, or one that it is part of, is being captured already; one at a "
+                "time"
+            )
+        attached_here = attachment is None
+        if attachment is None:
+            attachment = _attach(model, backend, allow_dense)
+        before = attachment.backend, attachment.allow_dense
+        attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
+        attachment.observer = observer
     handles: list[Any] = []
     try:
         handles += ForwardPasses(stacks(model, observer.kind), observer).hook()
-        attachment.observer = observer
         yield
     finally:
-        attachment.observer = None
-        attachment.backend, attachment.allow_dense = before
-        for handle in handles:
-            handle.remove()
-        if attached_here:
-            _release(attachment)
+        with _LOCK:
+            attachment.observer = None
+            attachment.backend, attachment.allow_dense = before
+            for handle in handles:
+                handle.remove()
+            if attached_here:
+                _release(attachment)
 
 
 def attachment_of(model: Any) -> Attachment | None:

@@ -82,6 +82,7 @@ class ForwardPasses:
     Attributes:
         stacks: the outer before the inner.
         parameters: of each, the names of the arguments that its forward takes.
+        layer_counts: of each, the layers that its config names.
         outermost: by thread, the stack whose forward pass is running.
     """
 
@@ -89,6 +90,7 @@ class ForwardPasses:
         self.stacks = stacks
         self.observer = observer
         self.parameters = [tuple(inspect.signature(stack.forward).parameters) for stack in stacks]
+        self.layer_counts = [_layer_count(stack) for stack in stacks]
         self.outermost: dict[int, nn.Module | None] = {_IN_GRAPH: None}  # a key that comes later would compile anew
 
     def hook(self) -> list[Any]:
@@ -116,6 +118,7 @@ class ForwardPasses:
         thread = _thread()
         if self._is_inner(module, self.outermost.get(thread)):
             return
+        self._refuse_early_exit()
         self.outermost[thread] = module
         if args:
             for stack, names in zip(self.stacks, self.parameters, strict=True):
@@ -132,6 +135,24 @@ class ForwardPasses:
         ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
         positions = kwargs.get("decoder_position_ids", kwargs.get("position_ids"))
         self.observer.begin(ids, _cache(kwargs), positions)
+
+    def _refuse_early_exit(self) -> None:
+        """Raise InputError before a draft of the first layers, and undo the change of the config that asked for it."""
+        early = [
+            (stack, count)
+            for stack, count in zip(self.stacks, self.layer_counts, strict=True)
+            if _layer_count(stack) != count
+        ]
+        if not early:
+            return
+        exit_layer = _layer_count(early[0][0])
+        for stack, count in early:  # generate does not, after an exception
+            config: Any = stack.config
+            config.num_hidden_layers = count
+        raise InputError(
+            f"model: it is to run {exit_layer} of its {early[0][1]} layers, as generate(assistant_early_exit="
+            f"{exit_layer}) drafts tokens, which cannot be captured; generate without it, or give an assistant_model"
+        )
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
         if self.observer is not None and self.outermost.get(_thread()) is module:
@@ -155,6 +176,10 @@ class ForwardPasses:
             if stack is running:
                 return True
         return True
+
+
+def _layer_count(stack: nn.Module) -> Any:
+    return getattr(getattr(stack, "config", None), "num_hidden_layers", None)
 
 
 def _thread() -> int:

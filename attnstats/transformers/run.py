@@ -29,6 +29,11 @@ from attnstats.wrappers import is_sharded, unwrap
 Reduce = Literal["heads", "layers"]
 
 
+@torch.compiler.disable
+def _in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 class StopForward(RuntimeError):
     """Raised after the last captured layer to stop the model, where stop_after_last_layer=True."""
 
@@ -95,6 +100,7 @@ class Capture:
         self._recording: PassRecording | GenerationRecording = self._new_recording()
         self._complete = False
         self._running = False
+        self._unseen_pass = False  # True if a later pass was not announced by `begin`
         self._thread = 0
         self._last_call: tuple[int, Tensor] | None = None  # layer and query of the last one recorded
         self._recorded: set[int] = set()  # layers of this forward pass
@@ -215,15 +221,18 @@ class Capture:
         self._remember(cache)
         self._complete = False
         self._recorded, self._last_call = set(), None
-        self._running = True
+        self._running, self._unseen_pass = True, False
         if not torch.compiler.is_compiling():
             self._thread = threading.get_ident()
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         """The output of a layer's attention call, which is recorded if the layer is captured."""
         statistics = self._statistics_of.get(layer)
-        # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
-        if statistics is None or not self._running:
+        if not self._running:
+            # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
+            self._unseen_pass = self._unseen_pass or not _in_backward()
+            return call.attend().output
+        if statistics is None:
             return call.attend().output
         if layer in self._recorded:
             if self._last_call is not None and self._last_call[0] == layer and self._last_call[1] is call.query:
@@ -397,6 +406,11 @@ class Capture:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _require_complete(self) -> None:
+        if self._unseen_pass:
+            raise RuntimeError(
+                "the last forward pass was not recorded: it went past the model's hooks, as model.forward(...) and "
+                "calls of single layers do; call model(...) inside the `with`"
+            )
         if self._complete:
             return
         if self._recorded or self._running:

@@ -6,6 +6,8 @@ import io
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +114,62 @@ def test_the_body_is_seen_however_it_is_called(llama, wrap):
         whole = run["waad"]
         llama.model(tokens())
     assert torch.equal(run["waad"], whole)
+
+
+@pytest.mark.parametrize("call", [lambda m, ids: m.forward(ids), lambda m, ids: type(m).forward(m, ids)])
+def test_a_pass_that_went_by_the_hooks_is_not_read_as_the_one_before(llama, call):
+    with torch.no_grad(), capture(llama, statistics=["waad"]) as run:
+        llama(tokens())
+        before = run["waad"]
+        call(llama.model, tokens(seed=7))
+        for read in (lambda: run["waad"], lambda: run.valid["waad"]):
+            with pytest.raises(RuntimeError, match=r"model\.forward\(\.\.\.\).*call model\(\.\.\.\)"):
+                read()
+        llama(tokens())
+        assert torch.equal(run["waad"], before)
+    with torch.no_grad(), capture(llama, statistics=["waad"]) as run:
+        llama.forward(tokens())  # its body is called as a module
+    assert torch.equal(run["waad"], before)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_backward_repeats_are_no_pass(llama, reentrant):
+    llama.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    llama.enable_input_require_grads()
+    with capture(llama, statistics=["waad"]) as run:
+        loss = llama(tokens(), use_cache=False).logits.sum()
+        before = run["waad"]
+        loss.backward()
+        assert torch.equal(run["waad"], before)
+
+
+def test_an_early_exit_is_refused_before_it_drafts(llama):
+    prompt = tokens()[:1, :5]
+    with capture(llama, statistics=["waad"]), pytest.raises(InputError, match="assistant_early_exit"):
+        llama.generate(prompt, max_new_tokens=4, assistant_early_exit=2, do_sample=False)
+    assert llama.config.num_hidden_layers == SIZES["num_hidden_layers"]
+    attnstats.attach(llama)
+    llama.generate(prompt, max_new_tokens=4, assistant_early_exit=2, do_sample=False)
+
+
+def test_threads_that_attach_one_model_at_once_share_one_attachment(llama):
+    many = 16
+    start = threading.Barrier(many)
+
+    def attach(_):
+        start.wait()
+        attnstats.attach(llama)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(many) as threads:
+            list(threads.map(attach, range(many)))
+    finally:
+        sys.setswitchinterval(interval)
+    attnstats.detach(llama)
+    assert llama.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("thing", [None, "llama", torch.nn.Linear(2, 2)], ids=["None", "name", "module"])
