@@ -4,11 +4,14 @@
 #   TORCH   what pip is asked for, for example: make test TORCH="torch==2.11.0 --index-url ..."
 #   WORKERS processes that run tests
 #   ROWS    of `make versions`, default all: oldest newest python3.12-torch2.12.1 ...
+#   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
 #   PARTS   of `make gpu`, default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 WORKERS ?= 2
+N       ?= 1000
+SEED    ?= 0
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -17,7 +20,7 @@ PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu faults versions lint docs
+.PHONY: help demo test bench gpu fuzz faults versions lint docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +40,9 @@ bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept 
 
 gpu: $(STAMP) ## on a machine with a GPU: correct on it, timed on it, in 8 minutes; PARTS="timing sweep" for some of it
 	@$(BIN)/python -m benchmarks.gpu $(PARTS)
+
+fuzz: $(STAMP) ## drawn calls and models on every path against float64, N more of a SEED; goes on where it stopped
+	@$(BIN)/python -m reliability.fuzz --seed $(SEED) --cases $(N)
 
 faults: $(STAMP) ## small faults put into the source, one at a time: do the tests notice? goes on where it stopped
 	@$(BIN)/python -m reliability.faults --workers $(WORKERS)

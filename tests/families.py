@@ -293,12 +293,14 @@ class NotBuilt(Exception):
     """The sizes and overrides here don't fit this version's config class."""
 
 
-def build(family: str) -> Any:
-    """The model, in evaluation mode and float32. Raises NotBuilt."""
+def build(family: str, seed: int = 0, **settings: Any) -> Any:
+    """The model, in evaluation mode and float32, with those of the settings that its config has. Raises NotBuilt."""
     kind, changes = config_class(family), OVERRIDES.get(family, {})
     if not kind.sub_configs and "text_config" in changes:
         changes = changes["text_config"]
-    torch.manual_seed(0)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    changes = changes | {name: value for name, value in settings.items() if name in fields}
+    torch.manual_seed(seed)
     try:
         model = model_class(family)._from_config(tiny_config(kind, changes), dtype=torch.float32).eval()
     except Exception as error:

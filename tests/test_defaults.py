@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, WAAD, ColumnStatistic, Entropy, MeanDistance, Received, RowStatistic
+from attnstats import FAI, WAAD, ColumnStatistic, Entropy, MeanDistance, Received, RowStatistic, SinkMass
 from attnstats.core import arguments
 from attnstats.tiled import native
 from attnstats.triton.launch import arguments as launched
@@ -97,7 +97,9 @@ def test_calls(backend, index, others, monkeypatch):
     if plain:
         monkeypatch.setattr(native, "enabled", False)
     tensors, given = case.tensors(), case.arguments() | {"backend": backend}
-    asked = list(case.statistics()) if backend != "triton" else [WAAD(4), FAI(2, 9), FAI(0, None), Received(3)]
+    asked = (
+        list(case.statistics()) if backend != "triton" else [WAAD(4), FAI(2, 9), FAI(0, None), Received(3), SinkMass(2)]
+    )
     if backend != "triton" and case.is_causal:
         asked += [LogDistance(), EveryThird()]
     query, key, _ = case.views(tensors)

@@ -77,10 +77,10 @@ def judge(family: str) -> Verdict:
     unpadded, padded = (families.inputs(family, model, padded) for padded in (False, True))
     first = ""
     for allow_dense, category in ((False, WORKS), (True, DENSE)):
-        complaint = _complaint(family, model, unpadded, allow_dense)
+        complaint = complaint_of(family, model, unpadded, allow_dense)
         if not complaint:
             try:
-                complaint = _complaint(family, model, padded, allow_dense)
+                complaint = complaint_of(family, model, padded, allow_dense)
             except Wrong:
                 if not padding_matters(model, padded):
                     raise
@@ -96,7 +96,7 @@ def _reason(message: str) -> str:
     return next((reason for words, reason in REASONS.items() if words in message), message)
 
 
-def _complaint(family: str, model: Any, inputs: dict[str, Any], allow_dense: bool) -> str:
+def complaint_of(family: str, model: Any, inputs: dict[str, Any], allow_dense: bool) -> str:
     """The error with which attnstats refuses this pass; empty where it doesn't and all numbers are right."""
     expected, maps = eager_pass(model, inputs)
     real = _real(inputs)

@@ -129,9 +129,11 @@ def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float)
     extent = _extent(mask, true_hides, hidden)
     if extent is None:
         return None
+    pattern = MaskPattern(extent.key_mask)
+    if _equals(mask, pattern, true_hides):  # first, as a window whose edge lies in the padding would fit too
+        return _compact(pattern)
     if mask.shape[-2] == 1:
-        pattern = MaskPattern(extent.key_mask)
-        return _compact(pattern) if _equals(mask, pattern, true_hides) else None
+        return None
     key = torch.arange(key_length, device=mask.device, dtype=torch.int64)
     last = max(0, key_length - query_length)
     # Queries at the end of the keys, before the unused slots of a cache (where the mask is causal), or at the start.

@@ -33,6 +33,15 @@ def test_one_wrong_element_anywhere_is_seen(offset):
         assert recognise(form, 12, true_hides=hides) is None
 
 
+def test_padding_beside_which_a_window_would_end():
+    """Keys that are hidden from every query are padding: no position of the queries follows from them."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]).bool()[:, None, None].expand(2, 1, 3, 4)
+    for form, hides in forms(mask):
+        pattern = recognise(form, 3, true_hides=hides)
+        assert pattern.query_offset is pattern.left is pattern.right is None
+        assert torch.equal(pattern.key_mask, mask[:, 0, 0])
+
+
 def test_large_masks_are_read_in_blocks():
     """Of more elements than a block has: the same patterns, and no temporary tensor larger than a block."""
     rows, columns = 1500, 2000

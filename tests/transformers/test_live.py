@@ -16,12 +16,11 @@ from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, Sin
 from attnstats.study.verify import float64
 from attnstats.transformers.capture import capture
 from attnstats.transformers.live import UNDOABLE_ROWS
+from tests.teacher import TOLERANCE, check_live
 from tests.tiny import HEADS, LAYERS, LENGTH, by_definition, padding, run_with, tiny, tiny_bart, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
 NEW = 20
-# Another summation order changes hidden states in their last bits, and with them A of the layers after them.
-TOLERANCE = {WAAD(3): 3e-5, MeanDistance(): 5e-4, Received(): 1e-4}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -59,23 +58,7 @@ def prompt(side=None, rows=2):
 
 
 def check(model, inputs, statistics=STATISTICS, query_mask=None, **options):
-    """Generate with a live capture; its results are those of one pass over the tokens it names."""
-    options = {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW} | options
-    layers = "all"
-    with torch.no_grad(), capture(model, statistics=statistics, layers=layers, live=True, query_mask=query_mask) as run:
-        generated = model.generate(**inputs, **options)
-        seen = run.tokens
-    assert run.length == seen.shape[1] == LENGTH + NEW - 1  # the last token has not been through the model
-    repeats = len(seen) // len(inputs["input_ids"])
-    new = torch.ones(len(seen), NEW - 1, dtype=torch.bool)
-    mask = torch.cat([inputs["attention_mask"].repeat_interleave(repeats, 0).bool(), new], 1)
-    counted = None if query_mask is None else torch.cat([query_mask.repeat_interleave(repeats, 0), new], 1)
-    with torch.no_grad(), capture(model, statistics=statistics, layers=layers, query_mask=counted) as forced:
-        model(seen, attention_mask=mask.long())
-    for s in statistics:
-        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
-        assert torch.equal(run.valid[s], forced.valid[s])
-    return generated, seen
+    return check_live(model, inputs, NEW, statistics, query_mask, **options)
 
 
 @pytest.mark.parametrize("side", [None, "left"])
