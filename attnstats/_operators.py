@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from attnstats import _dispatch
 from attnstats.core import arguments, wire
-from attnstats.core.autograd import Residuals, raise_second_derivative
+from attnstats.core.autograd import Residuals, raise_second_derivative, refuse_transforms
 from attnstats.core.geometry import Geometry
 from attnstats.core.lse import check_lse
 from attnstats.core.options import Options, is_packed
@@ -67,6 +67,8 @@ def refuse_script(function: Any) -> Any:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> AttentionResult:
     """`attnstats.attention` or, with cu_seqlens_q, `varlen_attention`."""
+    if not _in_dynamo():
+        refuse_transforms(query, key, value, options.sinks)
     options = _checked(options, query=query, key=key, value=value)
     output, lse, tensors = torch.ops.attnstats.attention(query, key, value, *wire.encode(options))
     return AttentionResult(output, _results(tensors, lse, key, options))

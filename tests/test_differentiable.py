@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.autograd import forward_ad
 
 import attnstats
 from attnstats import (
@@ -299,3 +300,36 @@ def test_reference_has_second_derivatives():
         return output, stats["waad"]
 
     assert torch.autograd.gradgradcheck(attend, leaves)
+
+
+def attended(x, backend):
+    result = attnstats.attention(x, x, x, is_causal=True, statistics=["waad"], differentiable=True, backend=backend)
+    return result.output.sum() + result.statistics["waad"].square().sum()
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x[None])[0],
+    "grad of vmap": lambda f, x: torch.func.grad(lambda y: torch.func.vmap(f)(y[None]).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torch_func_are_refused_by_name(name):
+    x = torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match=r"attnstats: torch.func.*backend='reference'"):
+        TRANSFORMS[name](lambda y: attended(y, "tiled"), x)
+    if name == "grad of vmap":  # which is an operator
+        return
+    y = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attended(y, "reference"), y)
+    actual = TRANSFORMS[name](lambda y: attended(y, "reference"), x)
+    torch.testing.assert_close(actual, (expected * x).sum() if name == "jvp" else expected)
+
+
+def test_a_dual_tensor_is_refused_by_name():
+    x = torch.randn(1, 2, 7, 4)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        attended(forward_ad.make_dual(x, x), "tiled")

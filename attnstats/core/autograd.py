@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
 from attnstats.statistics import Statistic
@@ -45,6 +47,7 @@ def differentiable_pass(
 ) -> Evaluation:
     """`forward(query, key, value, geometry)`, whose output carries gradients, and its statistics if differentiable."""
     inputs = (query, key, value, geometry.sinks)
+    refuse_transforms(*inputs)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
         return forward(query, key, value, geometry)
     output, lse, *tensors = _Recomputed.apply(*inputs, geometry, forward, backward)
@@ -112,6 +115,24 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise_second_derivative()
+
+
+def refuse_transforms(*inputs: Tensor | None) -> None:
+    """Raise RuntimeError for inputs that torch.func or forward-mode differentiation follows: kernels would drop it."""
+    for x in inputs:
+        inner = x
+        while inner is not None and _functorch.is_functorch_wrapped_tensor(inner):
+            if _functorch.is_gradtrackingtensor(inner):
+                raise RuntimeError(NO_TRANSFORMS)
+            inner = _functorch.get_unwrapped(inner)
+        if x is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(NO_TRANSFORMS)
+
+
+NO_TRANSFORMS = (
+    "attnstats: torch.func.grad, vjp, jacrev, jvp and forward-mode differentiation cannot follow its kernels; use "
+    "backward() or torch.autograd.grad, or, but around a vmap, backend='reference', in O(Tq * Tk) memory"
+)
 
 
 def raise_second_derivative(*_: Any) -> NoReturn:
