@@ -223,7 +223,7 @@ def statistics_from_lse(
     `window * (1 - that sum)`; statistics whose weight is 0 far away are those of the keys that are passed.
 
     Args:
-        query, key: as `attention` takes them, or with cu_seqlens_q as `varlen_attention` does.
+        query, key: as `attention` takes and casts them, or with cu_seqlens_q as `varlen_attention` does.
         lse: (B, Hq, Tq), packed (Hq, total_q) or (total_q, Hq), a last dimension of 1 is dropped; float32 or float64:
             the log of the row sums of exp(score). Its value in rows that see no key is ignored (kernels give -inf, +inf
             or 0 there).
@@ -318,6 +318,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Atten
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Options) -> Statistics:
     """`statistics_from_lse`."""
     options = plain(query, key, None, options, lse)
+    query, key = as_autocast(query, key)  # as the kernel had them
     if _operators.is_tracing(query):
         return _operators.statistics_from_lse(query, key, lse, options)
     refuse_trace()

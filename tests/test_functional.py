@@ -144,20 +144,20 @@ def test_the_same_inputs_give_the_same_bits(backend, device):
 
 @pytest.mark.parametrize("value_dim", [16, 24])  # torch's flash attention for CPU takes the first alone
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_autocast_changes_nothing(backend, value_dim, where):
+def test_under_autocast_a_call_is_that_of_cast_inputs(backend, value_dim, where):
     case = Case(padding="left", counted="some", value_dim=value_dim)
     asked = [s for s in case.statistics() if not isinstance(s, MaxLogit)]
     arguments = case.arguments(where) | {"backend": backend}
 
-    def run():
-        query, key, value = case.tensors(where)
+    def run(dtype):
+        query, key, value = (x.to(dtype) for x in case.tensors(where))
         output, stats = attnstats.attention(query, key, value, statistics=case.statistics(), **arguments)
         beside = attnstats.statistics_from_lse(query, key, stats.lse, statistics=asked, **arguments)
         return output, stats.lse, *stats.values(), *beside.values()
 
-    expected = run()
+    expected = run(torch.bfloat16)
     with torch.autocast(where.type, torch.bfloat16):
-        found = run()
+        found = run(torch.float32)
     for inside, outside in zip(found, expected, strict=True):
         assert inside.dtype == outside.dtype
         assert torch.equal(inside, outside)
