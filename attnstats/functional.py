@@ -220,7 +220,8 @@ def statistics_from_lse(
     All but MaxLogit, which isn't a function of the lse. Masks, scale, softcap and sinks must be those the kernel used:
     with the sinks' share a row of exp(score - lse) must sum to 1 over its visible keys. A few rows of each head are
     checked. Where the sum is not 1 (check=False, and an lse that counts keys that aren't passed), WAAD is off by
-    `window * (1 - that sum)`; statistics whose weight is 0 far away are those of the keys that are passed.
+    `window * (1 - that sum)` unless the window holds the whole sequence; statistics whose weight is 0 far away are
+    those of the keys that are passed.
 
     Args:
         query, key: as `attention` takes and casts them, or with cu_seqlens_q as `varlen_attention` does.
