@@ -289,8 +289,8 @@ def test_a_larger_lse_scales_linear_statistics(backend, where):
 
 @pytest.mark.parametrize("window", [1, 10, 64])
 def test_waad_takes_a_row_to_sum_to_one(window, backend, where):
-    """It is `window` less a band, so mass that an lse takes away counts as if it were `window` tokens back. A window that
-    holds the whole sequence (64 of 37 tokens) needs no such complement."""
+    """It is `window` less a band, so mass that an lse takes away counts as if it were `window` tokens back. A window
+    that holds the whole sequence (64 of 37 tokens) needs no such complement."""
     case = Case(group=1, padding="left")
     query, key, _ = case.tensors(where)
     arguments = case.arguments(where)
