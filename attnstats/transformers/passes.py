@@ -46,34 +46,21 @@ class Observer(Protocol):
         """The forward pass is over, also after an exception."""
 
 
-_outside = torch.compiler.disable(
-    reason="attnstats.capture(live=True) grows with every step, which no graph can: compile with fullgraph=False, or "
-    "capture without live=True"
-)
-
-
 class OutsideGraphs:
     """An observer that compiled models call outside of their graphs."""
 
     def __init__(self, observer: Observer):
+        def attend(layer: int, call: AttentionCall) -> Tensor:
+            return observer.attend(layer, replace(call, mask=call.mask.placed()))
+
+        # Here and not above the methods: it imports torch's compiler, and with it Triton.
+        outside = torch.compiler.disable(
+            reason="attnstats.capture(live=True) grows with every step, which no graph can: compile with "
+            "fullgraph=False, or capture without live=True"
+        )
         self.kind = observer.kind
-        self._observer = observer
-
-    @_outside
-    def begin(self, ids: Tensor | None, cache: Any, positions: Any) -> None:
-        self._observer.begin(ids, cache, positions)
-
-    @_outside
-    def attend(self, layer: int, call: AttentionCall) -> Tensor:
-        return self._observer.attend(layer, replace(call, mask=call.mask.placed()))
-
-    @_outside
-    def end(self, cache: Any) -> None:
-        self._observer.end(cache)
-
-    @_outside
-    def leave(self) -> None:
-        self._observer.leave()
+        self.begin, self.attend = outside(observer.begin), outside(attend)
+        self.end, self.leave = outside(observer.end), outside(observer.leave)
 
 
 class ForwardPasses:
@@ -138,6 +125,8 @@ class ForwardPasses:
 
     def _refuse_early_exit(self) -> None:
         """Raise InputError before a draft of the first layers, and undo the change of the config that asked for it."""
+        if torch.compiler.is_compiling():  # it would compare numbers that may be symbols there
+            return
         early = [
             (stack, count)
             for stack, count in zip(self.stacks, self.layer_counts, strict=True)

@@ -29,9 +29,9 @@ from attnstats.wrappers import is_sharded, unwrap
 Reduce = Literal["heads", "layers"]
 
 
-@torch.compiler.disable
 def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+    """True while autograd runs backward, and in a graph, which cannot tell."""
+    return torch.compiler.is_compiling() or bool(torch._C._current_graph_task_id() != -1)
 
 
 class StopForward(RuntimeError):
