@@ -42,7 +42,7 @@ def refined(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statist
     if low >= -sweep.LARGE and high <= sweep.LARGE:
         return lse
     lse = geometry.nan_without_softmax(lse)
-    if lse.dtype == torch.float64 or lse.device.type == "mps":
+    if lse.dtype == torch.float64:
         return lse
     is_large = (lse.abs() > sweep.LARGE) & lse.isfinite()
     heads = _heads_of(statistics, geometry) & set(is_large.any(2).any(0).nonzero()[:, 0].tolist())
