@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -171,6 +171,10 @@ class Geometry:
         """The shape of a statistic's tensor."""
         heads = len(self.heads.get(statistic, range(self.query_heads)))
         return self.batch, heads, *statistic.shape(self.query_length, self.key_length)
+
+    def zeros(self, statistics: Iterable[Statistic]) -> dict[Statistic, Tensor]:
+        """A tensor for each statistic's sums."""
+        return {s: torch.zeros(self.shape_of(s), dtype=self.accumulator, device=self.device) for s in statistics}
 
     def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
         """The returned value of a backend's sums: means over counted queries, zeros for padding."""

@@ -27,9 +27,7 @@ def evaluate(
 ) -> dict[Statistic, Tensor]:
     """Row statistics, and columns as sums (`Geometry.finish` divides), from the same scores."""
     band = _Band.of(geometry, statistics)
-    tensors = {
-        s: torch.zeros(geometry.shape_of(s), dtype=geometry.accumulator, device=geometry.device) for s in statistics
-    }
+    tensors = geometry.zeros(statistics)
     rows_of = [s for s in band.spans if s.axis == "row"]
     columns_of = [s for s in band.spans if s.axis == "column"]
     query_mask = geometry.query_mask

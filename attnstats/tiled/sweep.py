@@ -143,9 +143,7 @@ def evaluate(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
     """Statistics with a weight, of whole rows and of segments, as sums (`Geometry.finish` divides)."""
-    tensors = {
-        s: torch.zeros(geometry.shape_of(s), dtype=geometry.accumulator, device=geometry.device) for s in statistics
-    }
+    tensors = geometry.zeros(statistics)
     counts = {s: _counts(s, geometry) for s in statistics if s.axis != "row"}
     before = {s: rows_before(count).tolist() for s, count in counts.items()}
     maps: list[Any] = [s for s in statistics if s.method == "pooled"]
