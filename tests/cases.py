@@ -216,7 +216,7 @@ def allowed(
     magnitude = size if from_lse or statistic is None or (backend == "triton" and not case.bias) else 1.0
     if backend == "tiled" and case.dtype in ("float16", "bfloat16"):
         magnitude += 2**-14 / eps
-    if case.spread >= 10:
+    if case.spread >= 10 or case.scale == 1.0:
         magnitude += size
     if statistic is None:
         rounding = torch.finfo(getattr(torch, case.dtype)).eps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,8 +40,11 @@ def check_live(
     rest = torch.ones(len(seen), new - 1, dtype=torch.bool)
     mask = torch.cat([inputs["attention_mask"].repeat_interleave(repeats, 0).bool(), rest], 1)
     counted = None if query_mask is None else torch.cat([query_mask.repeat_interleave(repeats, 0), rest], 1)
+    positions = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # generate counts real tokens alone
+        positions["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), capture(model, **asked, query_mask=counted) as forced:
-        model(seen, attention_mask=mask.long())
+        model(seen, attention_mask=mask.long(), **positions)
     for s in statistics:
         torch.testing.assert_close(run[s], forced[s], rtol=0, atol=TOLERANCE.get(s, 3e-5))
         assert torch.equal(run.valid[s], forced.valid[s])

@@ -102,6 +102,18 @@ def test_nan_under_padding_reaches_nothing(attention):
         torch.testing.assert_close(other, clean)
 
 
+def test_keys_beyond_the_window_may_score_high(attention):
+    """Their score above the row's maximum is one that exp2 can't take, and they have weight 0."""
+    key = torch.zeros(1, 1, 40, 16)
+    key[..., 1, 0] = 1000.0
+    query = torch.ones(1, 1, 40, 16)
+    statistics = (WAAD(1), FAI(1, 6), MeanDistance())
+    _, stats = attention(query, key, key, statistics=statistics, is_causal=True, window_size=(9, 0), scale=1.0)
+    for s in statistics:
+        assert stats[s].isfinite().all()
+    assert stats[WAAD(1)][0, 0, 11:].tolist() == pytest.approx([0.9] * 29)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_autocast_gives_the_dtype_of_sdpa(dtype):
     inputs = [x.to(dtype) for x in tensors()]

@@ -101,14 +101,17 @@ class Plan(NamedTuple):
         """The distance that row statistics of the band reach behind a query."""
         return _reach(self.band_rows, geometry)[0]
 
-    def bound(self, geometry: Geometry) -> bool:
-        """True if the window hides keys of the band's tiles that have a weight.
+    def bound(self, geometry: Geometry, tile: int) -> bool:
+        """True if the window's end matters to the band, whose tiles are `tile` positions and keys together.
 
-        Those beyond a band have none unless `Geometry.tail_of` took the tail away, as the window ends within the band.
+        It hides keys that have a weight, or keys of weight 0 in a tile of rows: their scores are not among those whose
+        maximum is the pivot, so their A may be inf, and 0 * inf is NaN.
         """
         left = geometry.left
-        if left is None:
+        if left is None or not self.bands:
             return False
+        if self.band_rows and left < self.reach(geometry)[0] + tile:
+            return True
         return any(s.band is not None and (s.band[1] > left or geometry.tail_of(s) != s.tail) for s in self.bands)
 
     def reach_of_heads(self, geometry: Geometry) -> tuple[int, ...] | None:

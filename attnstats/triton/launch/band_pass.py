@@ -96,6 +96,6 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
     programs = -(-sizes.longest // config.BM) * of_sequence * arguments.sequence_count(geometry)
     slots = slot_count(*plan.reach(geometry), config.BM)
     prepared = prepare(geometry, kernel, programs, constants, config, sizes, slots)
-    if plan.bound(geometry):
+    if plan.bound(geometry, config.BM + config.BN):
         return prepared
     return prepared._replace(visible=prepared.visible._replace(left=None))

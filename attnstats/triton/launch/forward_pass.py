@@ -187,7 +187,7 @@ def _prepare_forward(
         **plan.whole_row_constants,
         "BAND_ROWS": arguments.weights(plan.band_rows, geometry.tail_of),
         "BAND_COLUMNS": arguments.weights(plan.band_columns),
-        "BAND_BOUND": plan.bound(geometry),
+        "BAND_BOUND": plan.bound(geometry, config.BM + min(64, config.BN)),
         "FROM_LSE": from_lse,
         "SPLIT_KEYS": _split_keys() if parts else 0,
         "CHUNK": chunk,
