@@ -222,7 +222,7 @@ def allowed(
         rounding = torch.finfo(getattr(torch, case.dtype)).eps
         floor = (2 * rounding + 8 * eps * magnitude) * max(1.0, float(truth.abs().max()))
     else:
-        farthest = case.key_length + (case.query_offset or 0)
+        farthest = max(case.query_length, case.key_length) + (case.query_offset or 0)
         bound = {
             WAAD: lambda s: float(min(s.window, farthest)),
             MeanDistance: lambda s: float(farthest),
