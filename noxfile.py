@@ -75,7 +75,7 @@ def check(session: nox.Session, row: Row) -> None:
     tests = session.posargs or [*FAST, *(OF_TRL if row.trl else ())]
     environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     session.run(
-        *("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests),
+        *("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}", *tests),
         env=environment,
         success_codes=[0, 1],
     )
