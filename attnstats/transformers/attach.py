@@ -83,6 +83,9 @@ class AttachedName(str):
     def __reduce__(self) -> Any:
         return copy.copy, (self.before,)  # a function that every process has
 
+    def __deepcopy__(self, memo: Any) -> str | None:  # dynamo, in whose graph bart copies its config, calls this alone
+        return self.before
+
 
 @dataclass(eq=False)
 class Site:

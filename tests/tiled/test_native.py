@@ -45,6 +45,7 @@ def threads():
         Case(softcap=0.5, dtype="bfloat16", heads="split"),
         Case(packed=((9, 9), (0, 4), (21, 7), (3, 30)), sinks=True, counted="some"),
         Case(packed=((9, 9), (31, 31)), is_causal=False, group=3, heads="some"),
+        Case(batch=1, key_heads=1, packed=tuple((n, n) for n in range(17, 31))),  # rows left over from whole tiles
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 many graphs. `python -m tests.compile_families` does it for every family.
 """
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -90,6 +91,12 @@ def test_inductor_compiles_every_kind_of_attention(family):
             close(compiled(**batch).logits, logits)
             close(records(run), of_eager)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_config_that_is_copied_in_the_graph():
+    """As bart's decoder does for its cache."""
+    config = attnstats.attach(two_layers()).config
+    assert torch.compile(copy.deepcopy, fullgraph=True, backend="eager")(config)._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["attached", "captured"])
