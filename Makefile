@@ -4,6 +4,7 @@
 #   TORCH   what pip is asked for, for example: make test TORCH="torch==2.11.0 --index-url ..."
 #   WORKERS processes that run tests
 #   ROWS    of `make versions`, default all: oldest newest python3.12-torch2.12.1 ...
+#   TESTS   of `make versions`, instead of those whose result is noted
 #   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
 #   PARTS   of `make gpu`, default all: ceilings correctness timing end_to_end sweep
 
@@ -50,7 +51,7 @@ faults: $(STAMP) ## small faults put into the source, one at a time: do the test
 # pyenv answers to python3.10 and its like only for the versions that PYENV_VERSION names.
 versions: $(STAMP) ## the fast tests with other versions of Python, torch, Triton, transformers and numpy; ROWS="oldest"
 	@PYENV_VERSION="$$(pyenv versions --bare 2> /dev/null | grep '^3[.]1' | paste -sd:)" \
-		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(addprefix -s ,$(ROWS))
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(addprefix -s ,$(ROWS)) -- $(TESTS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
