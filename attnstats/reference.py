@@ -265,7 +265,7 @@ def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometr
     assert isinstance(statistic, SinkMass)
     if geometry.key_mask is None:
         return weights[..., _places(geometry).key < statistic.count].sum(-1)
-    first = geometry.key_mask & (geometry.key_mask.cumsum(-1) <= statistic.count)
+    first = geometry.key_mask.cumsum(-1) <= statistic.count  # and padding, which has no weight
     return (weights * first[:, None, None, :]).sum(-1)
 
 

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -70,7 +71,7 @@ AREAS = {
     ),
     "segments": Area(("attnstats/segments.py",), 10, ("tests/test_segments.py", "attnstats/segments.py")),
     "statistics": Area(("attnstats/statistics.py", "attnstats/results.py"), 10, SHARED),
-    "reference": Area(("attnstats/reference.py",), 10, SHARED),
+    "reference": Area(("attnstats/reference.py",), 10, (*SHARED, "tests/test_ownership.py")),
     "core": Area(("attnstats/core/*.py",), 15, (*SHARED, *TILED, "tests/test_operators.py")),
     "functional": Area(
         ("attnstats/functional.py", "attnstats/_dispatch.py", "attnstats/_operators.py"),
@@ -262,6 +263,7 @@ class Campaign:
             chosen = [item for item in items if function in item.executes]
         else:
             chosen = [item for item in items if any(x.startswith(f"{fault.path}:") for x in item.executes)]
+        chosen = chosen or items  # a function of which only the first call of a process runs, or none
         seconds = {file: median(x.seconds for x in chosen if x.file == file) for file in {x.file for x in chosen}}
         return sorted(chosen, key=lambda item: (seconds[item.file], item.file))
 
@@ -271,12 +273,12 @@ class Campaign:
         return [str(path.relative_to(tree)) for path in found if path.name not in ("__init__.py", "conftest.py")]
 
     def _record(self, file: str) -> list[Item]:
-        """The items of a test file. They are recorded when the file is new or has changed."""
+        """The items of a test file. They are recorded when it has changed, or what functions there are to execute."""
         if file not in self.recorded:
             tree = self.folder / "clean"
             if not tree.exists():
                 self._tree("clean")
-            digest = hashlib.sha256((tree / file).read_bytes()).hexdigest()[:16]
+            digest = _digest((tree / file).read_text() + self._functions())
             kept = OUT / "executes" / f"{file.replace('/', '.')}.{digest}.json"
             if not kept.exists():
                 kept.parent.mkdir(exist_ok=True)
@@ -291,6 +293,11 @@ class Campaign:
                 Item(name, x["seconds"], frozenset(x["executes"])) for name, x in json.loads(kept.read_text()).items()
             ]
         return self.recorded[file]
+
+    @functools.cache  # noqa: B019 - a campaign lives as long as the process
+    def _functions(self) -> str:
+        sources = [path.read_text() for path in (self.folder / "clean").glob("attnstats/**/*.py")]
+        return repr(sorted({x for source in sources for x in re.findall(r"^ *def (\w+)", source, re.MULTILINE)}))
 
     def _tree(self, name: str) -> Path:
         tree = self.folder / name

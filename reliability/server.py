@@ -7,6 +7,7 @@ tree with a fault costs no imports, and no state is left of the one before.
 from __future__ import annotations
 
 import contextlib
+import cProfile
 import importlib
 import json
 import os
@@ -130,22 +131,17 @@ class Recorder(Selected):
     def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> None:
         self._stop()
         self.item, self.begun = item.nodeid, time.process_time()
-        self.codes: dict[int, Any] = {}
-        codes = self.codes
-
-        def note(frame: Any, event: str, _: Any) -> None:
-            if event == "call":
-                codes[id(frame.f_code)] = frame.f_code
-
-        sys.setprofile(note)
+        self.profile = cProfile.Profile(subcalls=False, builtins=False)
+        self.profile.enable()
 
     def pytest_sessionfinish(self) -> None:
         self._stop()
 
     def _stop(self) -> None:
-        sys.setprofile(None)
         if hasattr(self, "item"):
-            ours = {(c.co_filename, c.co_name) for c in self.codes.values() if c.co_filename.startswith(self.tree)}
+            self.profile.disable()
+            codes: Any = {entry.code for entry in self.profile.getstats()}
+            ours = {(c.co_filename, c.co_name) for c in codes if c.co_filename.startswith(self.tree)}
             executed = sorted(f"{_place(path.removeprefix(self.tree))}:{name}" for path, name in ours)
             executed = [x for x in executed if not x.startswith("tests/")]
             self.items[self.item] = {"seconds": time.process_time() - self.begun, "executes": executed}

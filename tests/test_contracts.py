@@ -51,6 +51,14 @@ class Wider(RowStatistic):
 
 
 @dataclass(frozen=True)
+class Earlier(Wider):
+    """Its weight begins before the band."""
+
+    def weight(self, distance):
+        return (distance >= -1) & (distance <= 3)
+
+
+@dataclass(frozen=True)
 class Reversed(RowStatistic):
     @property
     def band(self):
@@ -103,9 +111,10 @@ class Infinite(RowStatistic):
         (Bare(), TypeError, r"no backend computes Bare\(\); derive Bare from attnstats.RowStatistic"),
         (Rowless(), TypeError, r"no backend computes Rowless\(\).*define row\(weights, scores\)"),
         (Unweighted(), TypeError, r"Unweighted defines no weight\(distance\)"),
-        (Shortened(), ValueError, r"Shortened\(\): weight\(distance\) must be real and of distance's shape .* got"),
+        (Shortened(), ValueError, r"Shortened\(\): weight\(distance\) must be real and of distance's shape .* got torch.float64 \(1,\)"),
         (Scalar(), ValueError, r"Scalar\(\): weight\(distance\) must be real .* got float"),
         (Wider(), ValueError, r"Wider\(\): weight must be the tail 0.0 outside the band \(0, 3\).* at distance 4"),
+        (Earlier(), ValueError, r"Earlier\(\): weight must be the tail 0.0 outside the band \(0, 3\).* at distance -1"),
         (Reversed(), ValueError, r"Reversed\(\): band must be \(lo, hi\) with lo <= hi, got \(3, 0\)"),
         (Tailed(), ValueError, r"Tailed\(\): the tail of a column statistic must be 0, got 1.0"),
         (Uneven(), ValueError, r"Uneven\(\): weight must be 1 within the horizon \(0, 3\)"),
