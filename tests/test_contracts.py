@@ -111,7 +111,7 @@ class Infinite(RowStatistic):
         (Bare(), TypeError, r"no backend computes Bare\(\); derive Bare from attnstats.RowStatistic"),
         (Rowless(), TypeError, r"no backend computes Rowless\(\).*define row\(weights, scores\)"),
         (Unweighted(), TypeError, r"Unweighted defines no weight\(distance\)"),
-        (Shortened(), ValueError, r"Shortened\(\): weight\(distance\) must be real and of distance's shape .* got torch.float64 \(1,\)"),
+        (Shortened(), ValueError, r"Shortened\(\): weight\(distance\) must be real and of .* got torch.float64 \(1,\)"),
         (Scalar(), ValueError, r"Scalar\(\): weight\(distance\) must be real .* got float"),
         (Wider(), ValueError, r"Wider\(\): weight must be the tail 0.0 outside the band \(0, 3\).* at distance 4"),
         (Earlier(), ValueError, r"Earlier\(\): weight must be the tail 0.0 outside the band \(0, 3\).* at distance -1"),
