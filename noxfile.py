@@ -52,7 +52,7 @@ ROWS = (
 )
 OLDEST, NEWEST = ROWS[0], ROWS[5]
 TORCH_NEEDS = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing_extensions")
-TOOLS = ("hypothesis>=6.120", "pytest>=8.3", "pytest-timeout>=2.3", "safetensors", "scipy>=1.14", "accelerate")
+TOOLS = ("hypothesis>=6.120", "pytest>=8.3", "pytest-timeout>=2.3", "safetensors", "scipy>=1.14")
 # What depends most on versions: operators of torch, the interpreter, mask and cache classes of transformers.
 FAST = (
     "tests/core", "tests/test_statistics.py", "tests/test_reference.py", "tests/tiled/test_backend.py",
