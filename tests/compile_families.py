@@ -82,7 +82,7 @@ def compare_forward(family: str, model: Any, dense: bool, ours: bool) -> str:
     if not ours:
         compiled(**batches[0])
         return YES
-    with capture(model, statistics=STATISTICS, layers=_first_layers(model), allow_dense=dense) as run:
+    with capture(model, statistics=STATISTICS, layers=_first_layers(model, batches[0]), allow_dense=dense) as run:
         for inputs in batches:
             expected = model(**inputs).logits
             of_eager = [run[s] for s in STATISTICS]
@@ -94,10 +94,11 @@ def compare_forward(family: str, model: Any, dense: bool, ours: bool) -> str:
     return YES
 
 
-def _first_layers(model: Any) -> Any:
-    """All layers, or those of equally many heads."""
-    counts = getattr(model.config, "num_attention_heads_per_layer", None)
-    return [i for i, count in enumerate(counts) if count == counts[0]] if counts else "all"
+def _first_layers(model: Any, inputs: dict[str, Any]) -> Any:
+    """All layers, or those with as many heads as the first, where not all have."""
+    heads = {m.layer: m.weights.shape[1] for m in verdicts.eager_pass(model, inputs)[1] if m.kind == "self"}
+    alike = [layer for layer in sorted(heads) if heads[layer] == heads[min(heads)]]
+    return alike if len(alike) < len(heads) else "all"
 
 
 def compare_generation(model: Any, dense: bool, ours: bool) -> str:
