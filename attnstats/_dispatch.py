@@ -126,7 +126,7 @@ def _by_autograd(
         again = dataclasses.replace(
             geometry, statistics=tuple(of_statistics), differentiable=True, sinks=leaves[3], dense_mask=dense, memo={}
         )
-        output, _, tensors = reference.attend(query, key, value, again)
+        output, _, tensors, *_ = reference.attend(query, key, value, again)
         outputs = [output, *tensors.values()]
         grads = [grad_output, *(grad for _, grad in of_statistics.values())]
         return list(torch.autograd.grad(outputs, [x for x in leaves if x is not None], grads))

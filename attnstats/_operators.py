@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from attnstats import _dispatch
 from attnstats.core import arguments, wire
 from attnstats.core.autograd import Residuals, raise_second_derivative, refuse_transforms
-from attnstats.core.geometry import Geometry
+from attnstats.core.geometry import Geometry, pivot_of
 from attnstats.core.lse import check_lse
 from attnstats.core.options import Options, is_packed
 from attnstats.results import AttentionResult, Statistics
@@ -70,7 +70,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> At
     if not _in_dynamo():
         refuse_transforms(query, key, value, options.sinks)
     options = _checked(options, query=query, key=key, value=value)
-    output, lse, tensors = torch.ops.attnstats.attention(query, key, value, *wire.encode(options))
+    output, lse, _, _, tensors = torch.ops.attnstats.attention(query, key, value, *wire.encode(options))
     return AttentionResult(output, _results(tensors, lse, key, options))
 
 
@@ -146,17 +146,24 @@ def _check(options: Options) -> None:
 # The operators' bodies, which run when the graph does, and their shapes for tracing.
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+Attended = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]  # output, lse, pivot, factor, statistics
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Attended:
     options = _decode(settings)
     with torch.no_grad():  # register_autograd has the gradients
-        (output, lse, tensors), _ = _dispatch.attend(query, key, value, options)
+        (output, lse, tensors, pivot, factor), _ = _dispatch.attend(query, key, value, options)
+    if pivot is None or factor is None:
+        pivot = pivot_of(lse)
+        factor = torch.ones_like(pivot)
     output = output.transpose(1, 2).contiguous()  # (B, T, H, D) in memory, as torch's kernels have it
     output = output[0] if is_packed(options) else output.transpose(1, 2)
-    lse, *values = _apart(_unbatched(options, [lse, *tensors.values()]), (query, key, value, *settings))
-    return output, lse, values
+    results = _unbatched(options, [lse, pivot, factor, *tensors.values()])
+    lse, pivot, factor, *values = _apart(results, (query, key, value, *settings))
+    return output, lse, pivot, factor, values
 
 
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Attended:
     options = wire.decode(settings)
     shapes = _shapes(query, key, options)
     if is_packed(options):
@@ -167,7 +174,8 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
         batch, heads, length, _ = query.shape
         output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
     lse, *tensors = [_new(query, shape) for shape in shapes]
-    return output, lse, tensors
+    pivot, factor = (lse.new_empty(lse.shape, dtype=torch.float32) for _ in range(2))
+    return output, lse, pivot, factor, tensors
 
 
 def _statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, *settings: Any) -> tuple[Tensor, list[Tensor]]:
@@ -210,6 +218,8 @@ def _attention_backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
+    pivot: Tensor,
+    factor: Tensor,
     values: list[Tensor],
     grad_output: Tensor,
     grads: list[Tensor | None],
@@ -220,10 +230,11 @@ def _attention_backward(
     inputs = _differentiable(query, key, value, options)
     if is_packed(options):
         output, grad_output = arguments.batch_of_one(output=output, grad_output=grad_output)
-        lse, values, grads = lse[None], [x[None] for x in values], [None if x is None else x[None] for x in grads]
+        lse, pivot, factor, *values = (x[None] for x in (lse, pivot, factor, *values))
+        grads = [None if x is None else x[None] for x in grads]
     pairs = zip(_statistics(options), values, grads, strict=True)
     of_statistics = {s: (x, grad) for s, x, grad in pairs if grad is not None}
-    residuals = Residuals(query, key, value, output, lse)
+    residuals = Residuals(query, key, value, output, lse, pivot, factor)
     gradients = _dispatch.gradients(residuals, grad_output, of_statistics, options)
     if is_packed(options):
         gradients[:3] = [x[0].transpose(0, 1) for x in gradients[:3]]
@@ -239,20 +250,22 @@ def _differentiable(query: Tensor, key: Tensor, value: Tensor, options: Options)
     return [query, key, value, *(x for x in (options.sinks, options.attn_mask) if _is_float(x))]  # type: ignore[list-item]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Attended) -> None:
     query, key, value, *settings = inputs
     options = Options(*settings)  # as encoded
-    out, lse, tensors = output
+    *results, tensors = output
     saved = tensors if options.differentiable else []
-    ctx.save_for_backward(query, key, value, out, lse, *(getattr(options, name) for name in wire.TENSORS), *saved)
+    ctx.save_for_backward(query, key, value, *results, *(getattr(options, name) for name in wire.TENSORS), *saved)
     without_tensors: dict[str, Any] = dict.fromkeys(wire.TENSORS)
     ctx.options = options._replace(**without_tensors)
-    ctx.mark_non_differentiable(lse, *(() if options.differentiable else tensors))
+    ctx.mark_non_differentiable(*results[1:], *(() if options.differentiable else tensors))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, _: None, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    query, key, value, out, lse, *rest = ctx.saved_tensors
+def _backward(
+    ctx: Any, grad_output: Tensor | None, _lse: None, _pivot: None, _factor: None, grads: list[Tensor | None]
+) -> tuple[Any, ...]:
+    query, key, value, out, lse, pivot, factor, *rest = ctx.saved_tensors
     tensors, values = rest[: len(wire.TENSORS)], rest[len(wire.TENSORS) :]
     options: Any = ctx.options._replace(**dict(zip(wire.TENSORS, tensors, strict=True)))
     if not options.differentiable:
@@ -260,7 +273,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: None, grads: list[Tensor 
     if grad_output is None:
         grad_output = torch.zeros_like(out)
     operator = torch.ops.attnstats.attention_backward
-    gradients = operator(query, key, value, out, lse, values, grad_output, grads, *options)
+    gradients = operator(query, key, value, out, lse, pivot, factor, values, grad_output, grads, *options)
     of_options = dict.fromkeys(Options._fields)
     names = [name for name in ("sinks", "attn_mask") if _is_float(getattr(options, name))]
     of_options |= zip(names, gradients[3:], strict=True)
@@ -358,14 +371,15 @@ def _one_by_one(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) 
 
 
 _three = "Tensor query, Tensor key, Tensor value"
-_define("attention", _attention, _fake_attention, _three, "(Tensor, Tensor, Tensor[])").register_autograd(
-    _backward, setup_context=_setup_context
-)
+_define(
+    "attention", _attention, _fake_attention, _three, "(Tensor, Tensor, Tensor, Tensor, Tensor[])"
+).register_autograd(_backward, setup_context=_setup_context)
 _define(
     "attention_backward",
     _attention_backward,
     _fake_attention_backward,
-    f"{_three}, Tensor output, Tensor lse, Tensor[] values, Tensor grad_output, Tensor?[] grads",
+    f"{_three}, Tensor output, Tensor lse, Tensor pivot, Tensor factor, Tensor[] values, Tensor grad_output, "
+    "Tensor?[] grads",
     "Tensor[]",
 ).register_autograd(raise_second_derivative)
 _define(

@@ -132,7 +132,7 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
         if attends:
             backend.attend(query, key, key, geometry)
         elif case.request in BACKWARD:
-            residuals = Residuals(query, key, key, query, rows)
+            residuals = Residuals(query, key, key, query, rows, rows, rows)
             backend.gradients(residuals, query, geometry, dict.fromkeys(statistics, (rows, rows)))
         else:
             backend.from_lse(query, key, rows, geometry)

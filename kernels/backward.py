@@ -1,4 +1,5 @@
-"""Gradients of attention and of its statistics, from (query, key, value, output, lse) and the output's gradient.
+"""Gradients of attention and of its statistics, from (query, key, value, output), each row's pivot and factor, and the
+output's gradient.
 
     program (i_sequence, i_head, i_block) of `backward_queries`: dQ, and delta, which `backward_keys` reads
         queries [BM, D], resident     keys      [ masked ] | every row sees every key | [ masked, or near ]
@@ -8,9 +9,10 @@
 
 In registers stay the resident tiles and the accumulators of their gradients, which are written at the end.
 
-With A = exp2(scores - lse2) and dA = dO V^T + the gradients that statistics have for A: dS = A * (dA - rowsum(A dA)),
-dQ = dS K, dK = dS^T Q, dV = A^T dO. Both kernels take A and dS of a tile from `step`; `backward_keys` computes them
-transposed, so that no result of a matmul is transposed to be an operand. No atomics: one program adds up a gradient.
+With A = exp2(score - pivot) * factor and dA = dO V^T + the gradients that statistics have for A:
+dS = A * (dA - rowsum(A dA)), dQ = dS K, dK = dS^T Q, dV = A^T dO. Both kernels take A and dS of a tile from `step`;
+`backward_keys` computes them transposed, so that no result of a matmul is transposed to be an operand. No atomics: one
+program adds up a gradient.
 
 A row statistic's gradient for A is g[t] * w(t - s), a column statistic's g[s] * w(t - s) for queries t that count, and
 the entropy's -g[t] * (ln A + 1); g arrives per query head, [statistics, B, Hq, T] float32. Row-constant terms are
@@ -34,7 +36,6 @@ from .tiles import (
     key_range,
     keys_present,
     load_flags,
-    load_lse2,
     load_tile,
     query_range,
     scores_above,
@@ -95,12 +96,12 @@ def of_columns(distance, m_query, column_grads, EDGE: tl.constexpr, WEIGHTS: tl.
 
 
 @triton.jit
-def log2_a(b_q, b_k, b_lse2, m_key, o_position, o_key, visible, score, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Capped scores and log2 A of a tile, -inf where a key is hidden. m_key None: no key is padding."""
+def log2_a(b_q, b_k, b_pivot, m_key, o_position, o_key, visible, score, EDGE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Capped scores and log2 (A / factor) of a tile, -inf where a key is hidden. m_key None: no key is padding."""
     if TRANSPOSED:
-        b_log, b_x = scores_above(b_k, tl.trans(b_q), of_queries(b_lse2, True), score)  # [BN, BM]
+        b_log, b_x = scores_above(b_k, tl.trans(b_q), of_queries(b_pivot, True), score)  # [BN, BM]
     else:
-        b_log, b_x = scores_above(b_q, tl.trans(b_k), of_queries(b_lse2, False), score)  # [BM, BN]
+        b_log, b_x = scores_above(b_q, tl.trans(b_k), of_queries(b_pivot, False), score)  # [BM, BN]
     m_seen = None
     if m_key is not None:
         m_seen = of_keys(m_key, TRANSPOSED)
@@ -121,9 +122,9 @@ def step(
     N_NEAR: tl.constexpr = len(WEIGHTS.NEAR_ROWS) // FIELDS
     o_position, o_key, row_grads = queries.o_position, keys.o_key, queries.row_grads
     b_x, b_log = log2_a(
-        queries.b_q, keys.b_k, queries.b_lse2, keys.m_key, o_position, o_key, visible, score, EDGE, TRANSPOSED
+        queries.b_q, keys.b_k, queries.b_pivot, keys.m_key, o_position, o_key, visible, score, EDGE, TRANSPOSED
     )
-    b_a = tl.exp2(b_log)
+    b_a = tl.exp2(b_log) * of_queries(queries.b_factor, TRANSPOSED)
     if TRANSPOSED:
         b_da = dot(keys.b_v, tl.trans(queries.b_do))
     else:
@@ -141,7 +142,7 @@ def step(
         for j in tl.static_range(N_NEAR):
             b_da += of_queries(row_grads[N_ROWS + j], TRANSPOSED) * weigh(distance, WEIGHTS.NEAR_ROWS, j)
     if WEIGHTS.ENTROPY:
-        b_ln = LN2 * tl.maximum(b_log, LOG2_ZERO)
+        b_ln = LN2 * tl.maximum(b_log + of_queries(tl.log2(queries.b_factor), TRANSPOSED), LOG2_ZERO)
         b_da -= of_queries(row_grads[N_ROWS + N_NEAR], TRANSPOSED) * b_ln
     if len(WEIGHTS.COLUMNS) + (len(WEIGHTS.NEAR_COLUMNS) if EDGE else 0) > 0:
         b_da += of_columns(distance, queries.m_query, keys.column_grads, EDGE, WEIGHTS, TRANSPOSED)
@@ -153,20 +154,21 @@ def step(
 
 @triton.jit
 def column_delta(
-    b_delta, b_q, b_lse2, m_query, o_position, keys, column_grads, first, last, sequence, visible, score,
+    b_delta, b_q, b_pivot, b_factor, m_query, o_position, keys, column_grads, first, last, sequence, visible, score,
     WEIGHTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """b_delta [BM] and the row sums of A times the gradients of column statistics, over the keys first .. last."""
     N_COLUMNS: tl.constexpr = (len(WEIGHTS.COLUMNS) + len(WEIGHTS.NEAR_COLUMNS)) // FIELDS
+    b_sum = b_delta * 0.0
     for start in range(first, last, TILE.BN):
         o_key = start + tl.arange(0, TILE.BN)
         m_key = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)
         b_k = load_tile(keys, start, sequence.n_keys, TILE.BN, TILE.DIM, TILE.BLOCK_DIM, True)  # [BN, BLOCK_DIM]
         grads = load_each(column_grads, o_key, m_key, N_COLUMNS)
-        _, b_log = log2_a(b_q, b_k, b_lse2, m_key, o_position, o_key, visible, score, True, False)
+        _, b_log = log2_a(b_q, b_k, b_pivot, m_key, o_position, o_key, visible, score, True, False)
         distance = (o_position[:, None] - o_key[None, :]).to(tl.float32)
-        b_delta += tl.sum(tl.exp2(b_log) * of_columns(distance, m_query, grads, True, WEIGHTS, False), 1)
-    return b_delta
+        b_sum += tl.sum(tl.exp2(b_log) * of_columns(distance, m_query, grads, True, WEIGHTS, False), 1)
+    return b_delta + b_sum * b_factor
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def over_keys(
 
 @triton.jit
 def backward_queries(
-    query, key, value, output, d_output, d_query, lse, delta, grads, query_mask, sequences,
+    query, key, value, output, d_output, d_query, pivot, factor, delta, grads, query_mask, sequences,
     sizes, visible, near, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -224,7 +226,8 @@ def backward_queries(
     b_do = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
     head = head_of(output, strides.output, i_batch, i_head, q_begin)
     b_out = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
-    b_lse2 = load_lse2(lse + o_flat, m_row)
+    b_pivot = tl.load(pivot + o_flat, mask=m_row, other=float("inf"))
+    b_factor = tl.load(factor + o_flat, mask=m_row, other=1.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if grads.shift is not None:
         b_delta += tl.load(grads.shift + o_flat, mask=m_row, other=0.0)
@@ -247,14 +250,14 @@ def backward_queries(
             near_end = tl.minimum(end, position + BM + near.ahead)
         if near_first < near_end:
             b_delta = column_delta(
-                b_delta, b_q, b_lse2, m_query, o_position, keys, column_grads, near_first, near_end,
+                b_delta, b_q, b_pivot, b_factor, m_query, o_position, keys, column_grads, near_first, near_end,
                 sequence, visible, score, WEIGHTS, TILE,
             )  # fmt: skip
     tl.store(delta + o_flat, b_delta, mask=m_row)
     if near is not None:
         edge = tl.maximum(tl.minimum(edge, (position - near.behind) // BN * BN), whole)
 
-    queries = QueryBlock(b_q, b_do, b_lse2, b_delta, row_grads, m_query, o_position)
+    queries = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, row_grads, m_query, o_position)
     b_dq = tl.zeros((BM, BLOCK_DIM), tl.float32)
     if visible.left is not None:
         # Guarded, here and below, for the reason that forward.py gives.
@@ -279,7 +282,7 @@ def backward_queries(
 
 @triton.jit
 def over_queries(
-    b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, p_lse, p_delta, row_grads, p_query_mask,
+    b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, p_pivot, p_factor, p_delta, row_grads, p_query_mask,
     i_flat_head, first, last, sequence, visible, score, dropout,
     WEIGHTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -295,13 +298,14 @@ def over_queries(
         m_row = o_row < last
         b_q = load_tile(queries, start, last, BM, TILE.DIM, TILE.BLOCK_DIM, True)  # [BM, BLOCK_DIM]
         b_do = load_tile(d_out, start, last, BM, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, True)
-        b_lse2 = load_lse2(p_lse + o_row, m_row)
+        b_pivot = tl.load(p_pivot + o_row, mask=m_row, other=float("inf"))
+        b_factor = tl.load(p_factor + o_row, mask=m_row, other=1.0)
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
         grads = load_each(row_grads, o_row, m_row, N_ROWS)
         m_query = None
         if p_query_mask is not None:
             m_query = load_flags(p_query_mask + o_row, m_row)
-        query_block = QueryBlock(b_q, b_do, b_lse2, b_delta, grads, m_query, sequence.offset + o_row)
+        query_block = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, grads, m_query, sequence.offset + o_row)
         key_block = KeyBlock(b_k, b_v, column_grads, None, o_key)
         b_met, b_ds = step(query_block, key_block, i_flat_head, sequence, visible, score, dropout, True, WEIGHTS, True)
         b_dv = dot(b_met.to(b_do.dtype), b_do, b_dv)
@@ -311,7 +315,7 @@ def over_queries(
 
 @triton.jit
 def backward_keys(
-    query, key, value, d_output, d_key, d_value, lse, delta, grads, query_mask, sequences,
+    query, key, value, d_output, d_key, d_value, pivot, factor, delta, grads, query_mask, sequences,
     sizes, visible, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -357,8 +361,9 @@ def backward_keys(
             column_grads = load_each(column_stack, o_key, o_key < n_keys, N_COLUMNS)
         if first < last:
             b_dk, b_dv = over_queries(
-                b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, lse + o_head, delta + o_head,
-                row_grads, p_query_mask, i_flat_head, first, last, sequence, visible, score, dropout, WEIGHTS, TILE,
+                b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, pivot + o_head, factor + o_head,
+                delta + o_head, row_grads, p_query_mask, i_flat_head, first, last,
+                sequence, visible, score, dropout, WEIGHTS, TILE,
             )  # fmt: skip
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)[:, None]
     d_k = head_of(d_key, strides.d_key, i_batch, i_key_head, k_begin)

@@ -106,13 +106,6 @@ def store_tile(head, start, n_rows, b_x, ROWS: tl.constexpr, DIM: tl.constexpr, 
 
 
 @triton.jit
-def load_lse2(pointers, m_row):
-    """lse * log2(e), and +inf for rows that see no key or don't exist, so that their A is exactly 0."""
-    b_lse = tl.load(pointers, mask=m_row, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-
-
-@triton.jit
 def load_flags(pointers, m_row):
     """Bools of a uint8 mask, such as the query mask."""
     return tl.load(pointers, mask=m_row, other=0) != 0

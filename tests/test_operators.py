@@ -96,7 +96,7 @@ def test_operators_keep_their_promises(case):
     _, given = call_of(case, asked)
     operators = torch.ops.attnstats
     settings = encoded(given, asked)
-    output, lse, values = operators.attention(*tensors, *settings)
+    output, lse, pivot, factor, values = operators.attention(*tensors, *settings)
     kept = tuple(s for s in asked if isinstance(s, (WAAD, FAI, Entropy, LSE)))
     for x in tensors:
         x.requires_grad_()
@@ -109,7 +109,7 @@ def test_operators_keep_their_promises(case):
     grads = [torch.ones_like(x) for x, s in zip(values, asked, strict=True) if s in kept]
     grads[0] = None
     values = [x for x, s in zip(values, asked, strict=True) if s in kept]
-    backward = (*tensors, output, lse, values, torch.ones_like(output), grads, *differentiable)
+    backward = (*tensors, output, lse, pivot, factor, values, torch.ones_like(output), grads, *differentiable)
     opcheck(operators.attention_backward.default, backward)
     without = [s for s in asked if not isinstance(s, MaxLogit)]
     if isinstance(given["heads"], dict):

@@ -19,13 +19,15 @@ from attnstats.statistics import Statistic
 
 
 class Residuals(NamedTuple):
-    """The inputs and results of a forward pass that its backward pass reads."""
+    """The inputs and results of a forward pass that its backward pass reads; the results as in `Evaluation`."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     output: Tensor
     lse: Tensor
+    pivot: Tensor | None = None
+    factor: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -68,10 +70,10 @@ class _Recomputed(torch.autograd.Function):
         forward: ForwardPass,
         backward: BackwardPass,
     ) -> Any:
-        output, lse, tensors = forward(query, key, value, geometry)
+        output, lse, tensors, pivot, factor = forward(query, key, value, geometry)
         tensors = {s: x.clone() if x is lse else x for s, x in tensors.items()}
         saved = tuple(tensors.values()) if geometry.differentiable else ()
-        ctx.save_for_backward(query, key, value, sinks, output, lse, *saved)
+        ctx.save_for_backward(query, key, value, sinks, output, lse, pivot, factor, *saved)
         # Sinks are saved, as autograd must notice a write into them before the backward pass.
         ctx.geometry = geometry if sinks is None else dataclasses.replace(geometry, sinks=None, memo={})
         ctx.backward_pass = backward
@@ -90,8 +92,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, grad_output: Tensor | None, grads: tuple[Tensor | None, ...]) -> Gradients:
-        query, key, value, sinks, output, lse, *values = ctx.saved_tensors
-        residuals = Residuals(query, key, value, output, lse)
+        query, key, value, sinks, output, lse, pivot, factor, *values = ctx.saved_tensors
+        residuals = Residuals(query, key, value, output, lse, pivot, factor)
         geometry = ctx.geometry if sinks is None else dataclasses.replace(ctx.geometry, sinks=sinks, memo={})
         triples = zip(geometry.statistics, values, grads, strict=False)  # no values: not differentiable
         of_statistics = {s: (x, grad) for s, x, grad in triples if grad is not None}

@@ -20,6 +20,8 @@ from attnstats.core.packing import Line, Packing
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import PooledMap, Statistic
 
+LOG2E = 1.4426950408889634
+
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
@@ -335,11 +337,17 @@ class Geometry:
 
 
 class Evaluation(NamedTuple):
-    """The results of a backend: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic."""
+    """The results of a backend: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic.
+
+    pivot, factor: (B, Hq, Tq) float32, the lse without its rounding, for the backward pass: A = exp2(score * log2(e) -
+    pivot) * factor. The pivot is +inf for rows that see no key. None: the backend has the lse alone.
+    """
 
     output: Tensor
     lse: Tensor
     tensors: dict[Statistic, Tensor]
+    pivot: Tensor | None = None
+    factor: Tensor | None = None
 
 
 Validity = Callable[[Statistic], Tensor]
@@ -349,8 +357,8 @@ def as_result(
     evaluation: Evaluation, geometry: Geometry, validity: Validity | None = None, counts: Validity | None = None
 ) -> AttentionResult:
     """The public result of an evaluation; a packed call loses its batch dimension of one."""
-    output, lse, tensors = evaluation
-    statistics = as_statistics(tensors, lse, geometry, validity, counts)
+    output = evaluation.output
+    statistics = as_statistics(evaluation.tensors, evaluation.lse, geometry, validity, counts)
     return AttentionResult(output if geometry.packing is None else output[0].transpose(0, 1), statistics)
 
 
@@ -389,6 +397,11 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 def divisor_of(lse: Tensor) -> Tensor:
     """The lse with +inf for rows that see no key, so that exp(score - lse) is exactly 0 there, not NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def pivot_of(lse: Tensor) -> Tensor:
+    """The pivot of rows whose factor is 1: their lse in the exp2 domain, float32, +inf for rows that see no key."""
+    return (divisor_of(lse) * LOG2E).float()
 
 
 def rows_before(flags: Tensor) -> Tensor:

@@ -39,11 +39,9 @@ def with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, lse, counted)
 
 
-def sink_gradient(lse: Tensor, delta: Tensor, geometry: Geometry) -> Tensor | None:
-    """[Hq] the gradient for the sinks from delta (B, Hq, Tq), the row sums of A dA; None without sinks."""
-    if geometry.sinks is None:
-        return None
-    share = (geometry.sinks.to(lse.dtype)[:, None] - divisor_of(lse)).exp()
+def sink_gradient(share: Tensor, delta: Tensor, geometry: Geometry) -> Tensor:
+    """[Hq] the gradient for the sinks from their shares of the rows and delta, the row sums of A dA, (B, Hq, Tq)."""
+    assert geometry.sinks is not None
     return -(share * delta).sum((0, 2)).to(geometry.sinks.dtype)
 
 

@@ -52,7 +52,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
 
 def gradients(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> Gradients:
     """The gradients that the kernel has for its own output, without sinks."""
-    query, key, value, output, lse = residuals
+    query, key, value, output, lse, *_ = residuals
     seen, causal, bias = _mask(geometry)
     inputs = (grad_output, query, _keys(key, geometry)[:, :, :seen], value[:, :, :seen], output)
     grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
-from attnstats.core.geometry import Geometry, rows_before
+from attnstats.core.geometry import Geometry, divisor_of, rows_before
 from attnstats.core.scores import sink_gradient, softcap_, subtract_lse_, with_sinks
 from attnstats.core.visibility import within
 from attnstats.statistics import Entropy, PooledMap, Statistic
@@ -56,7 +56,7 @@ def gradients(
     """
     if geometry.packing is not None:
         return _gradients_by_sequence(residuals, grad_output, geometry, of_statistics)
-    query, key, value, output, lse = residuals
+    query, key, value, output, lse, *_ = residuals
     grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=geometry.accumulator) for x in (query, key, value))
     delta = (grad_output.to(geometry.accumulator) * output).sum(-1)
     statistic_grads = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
@@ -65,6 +65,7 @@ def gradients(
     counts = {s: _counts(s, geometry)[:, None] for s in statistic_grads if s.axis == "column"}
     generator = _generator(geometry)
     sinks = geometry.sinks
+    exact_lse = lse if sinks is None else lse.to(torch.float64, copy=True)
     for block in _blocks(geometry):
         by_distance = _by_distance(statistic_grads, geometry, block)
         for batch, heads, key_head in heads_of(geometry):
@@ -75,8 +76,10 @@ def gradients(
                 softcap_slope = 1 - (scores.clamp(min=-geometry.softcap) / geometry.softcap) ** 2
             log_weights = subtract_lse_(scores, lse[of_rows])
             weights = log_weights.exp()
-            if of_statistics and (lse[of_rows].abs() > LARGE).any():
-                _normalise_(weights, log_weights, lse[of_rows], None if sinks is None else sinks[heads])
+            if (lse[of_rows].abs() > LARGE).any():
+                log_mass = _normalise_(weights, log_weights, lse[of_rows], None if sinks is None else sinks[heads])
+                if sinks is not None:
+                    exact_lse[of_rows] += log_mass
             grad_rows = grad_output[of_rows].to(weights.dtype)
             grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
             dropped = weights
@@ -103,24 +106,31 @@ def gradients(
             grad_query[of_rows] = grad_scores @ key[of_keys].to(weights.dtype)
             grad_key[of_keys] += (grad_scores.mT @ query[of_rows].to(weights.dtype)).sum(0)
             grad_value[of_keys] += (dropped.mT @ grad_rows).sum(0)
-    grad_sinks = sink_gradient(lse, delta, geometry)
+    grad_sinks = None
+    if sinks is not None:
+        grad_sinks = sink_gradient((sinks.double()[:, None] - divisor_of(exact_lse)).exp(), delta, geometry)
     return Gradients(grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks)
 
 
-def _normalise_(weights: Tensor, log_weights: Tensor, lse: Tensor, sinks: Tensor | None) -> None:
-    """Divide A [G, rows, keys] of whole rows by its sum, the sink's share included, and its log alike."""
+def _normalise_(weights: Tensor, log_weights: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Divide A [G, rows, keys] of whole rows by its sum, the sink's share included, and its log alike.
+
+    Returns the log of the sums, which is what the lse lacks.
+    """
     mass = weights.sum(-1)
     if sinks is not None:
         mass += (sinks[:, None] - lse).exp()
     mass.masked_fill_(lse == -torch.inf, 1.0)
-    log_weights.sub_(mass.log()[..., None])
+    log_mass = mass.log()
+    log_weights.sub_(log_mass[..., None])
     weights.div_(mass[..., None])
+    return log_mass
 
 
 def _gradients_by_sequence(
     residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
-    query, key, value, output, lse = residuals
+    query, key, value, output, lse, *_ = residuals
     grads = [torch.zeros_like(x) for x in (query, key, value)]
     grad_sinks = None if geometry.sinks is None else torch.zeros_like(geometry.sinks)
     for queries, keys, alone in geometry.sequences():

@@ -70,11 +70,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     forward, *later = _passes(geometry, attends=True)
     lists = Plan.of(forward.statistics, geometry.is_causal)
-    output, row_lse, results = launch.forward(query, key, value, geometry, lists, any(p.run != "lse" for p in later))
+    output, row_lse, results = launch.forward(query, key, value, geometry, lists)
     results = _of_heads(results, geometry)
     for each in later:
         results |= _RUN[each.run](query, key, row_lse, geometry, each)
-    return Evaluation(output, row_lse.lse, {s: geometry.finish(s, results[s]) for s in geometry.statistics})
+    tensors = {s: geometry.finish(s, results[s]) for s in geometry.statistics}
+    return Evaluation(output, row_lse.lse, tensors, row_lse.pivot, row_lse.factor)
 
 
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:
@@ -94,15 +95,18 @@ def gradients(
     residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
-    of_map, excess = _map_gradients(residuals.lse, geometry, of_statistics)
-    *grads, delta = launch.backward(residuals, grad_output, geometry, of_map)
+    assert residuals.pivot is not None
+    row_lse = launch.RowLse(residuals.lse, residuals.pivot, residuals.factor)
+    of_map, excess = _map_gradients(row_lse, geometry, of_statistics)
+    *grads, delta = launch.backward(residuals, row_lse, grad_output, geometry, of_map)
     if excess is not None:
         delta = delta - excess
-    return Gradients(grads[0], grads[1], grads[2], sink_gradient(residuals.lse, delta, geometry))
+    of_sinks = None if geometry.sinks is None else sink_gradient(row_lse.sink_share(geometry), delta, geometry)
+    return Gradients(grads[0], grads[1], grads[2], of_sinks)
 
 
 def _map_gradients(
-    lse: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
+    row_lse: launch.RowLse, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> tuple[launch.MapGradients, Tensor | None]:
     """The statistics' gradients for A, and the part of delta's shift that is not a row sum of A times these.
 
@@ -112,7 +116,7 @@ def _map_gradients(
     lists = GradientPlan.of(tuple(of_statistics))
     if not of_statistics:
         return launch.MapGradients(lists, None, None, None), None
-    shift, excess = torch.zeros_like(lse), torch.zeros_like(lse)
+    shift, excess = torch.zeros_like(row_lse.lse), torch.zeros_like(row_lse.lse)
     grads = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
     rows, columns = [grads[s] for s in lists.rows], [grads[s] for s in lists.columns]
     for s, (value, _) in of_statistics.items():
@@ -124,7 +128,10 @@ def _map_gradients(
                 excess -= geometry.tail_of(s) * grads[s]
         elif s.method == "row":  # the entropy, the only one that carries gradients
             rows.append(grads[s])
-            shift += grads[s] * (geometry.in_all_heads(s, value) - geometry.row_mass(lse))
+            mass = geometry.live()[:, None].to(shift.dtype)
+            if geometry.sinks is not None:
+                mass = (mass - row_lse.sink_share(geometry)).to(shift.dtype)
+            shift += grads[s] * (geometry.in_all_heads(s, value) - mass)
             excess += grads[s]
     shift += excess
     return launch.MapGradients(lists, _stacked(rows), _stacked(columns), shift), excess

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import Geometry, divisor_of
+from attnstats.core.geometry import LOG2E, Geometry, pivot_of
 from attnstats.core.scores import softcap_
 from attnstats.kernels.arguments import Dropout, Score, Sequences, Sizes, Visibility
 from attnstats.statistics import CATALOGUE, Statistic, Summed
 from attnstats.triton.configs import interpreted
 from attnstats.triton.plan import Heads
 
-LOG2E = 1.4426950408889634
 FARTHEST = 2**30  # a distance that a 32-bit position can be added to; no sequence is as long
 
 
@@ -37,13 +36,21 @@ class RowLse(NamedTuple):
     @staticmethod
     def of(lse: Tensor) -> RowLse:
         """That of an lse which came with the call."""
-        return RowLse(lse, (divisor_of(lse) * LOG2E).float(), None)
+        return RowLse(lse, pivot_of(lse), None)
 
     def of_heads(self, heads: Tensor | None) -> RowLse:
         """That of some heads; None: all."""
         if heads is None:
             return self
         return RowLse(*(None if x is None else x.index_select(1, heads) for x in self))  # type: ignore[arg-type]
+
+    def sink_share(self, geometry: Geometry) -> Tensor:
+        """(B, Hq, Tq) float64, the sink's A in each row."""
+        assert geometry.sinks is not None
+        assert self.factor is not None
+        factor = self.factor.double()
+        log2 = geometry.sinks.double()[:, None] * LOG2E - self.pivot.double() + factor.log2()
+        return torch.where(factor < 2**-100, 1.0, log2.exp2())
 
     def weights(self, products: Tensor, rows: slice, geometry: Geometry) -> Tensor:
         """A of products q . k (B, Hq, rows, keys), from scores as the kernels have them.

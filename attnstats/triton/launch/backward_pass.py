@@ -12,6 +12,7 @@ from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, StatisticGradients, Strides
 from attnstats.triton.configs import Config, Kernel
 from attnstats.triton.launch import arguments
+from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
 from attnstats.triton.plan import GradientPlan
 
@@ -33,25 +34,27 @@ def backward_kernels(geometry: Geometry, plan: GradientPlan) -> tuple[Kernel, Ke
 
 
 def backward(
-    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_map: MapGradients
+    residuals: Residuals, row_lse: RowLse, grad_output: Tensor, geometry: Geometry, of_map: MapGradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
     dim = max(geometry.head_dim, geometry.value_dim)
-    inputs = (*residuals, grad_output)
+    inputs = (residuals.query, residuals.key, residuals.value, residuals.output, grad_output)
     by_queries, by_keys = backward_kernels(geometry, of_map.plan)
-    grad_query, delta = fitting(by_queries, geometry, dim, lambda config: _queries(inputs, geometry, of_map, config))
+    grad_query, delta = fitting(
+        by_queries, geometry, dim, lambda config: _queries(inputs, row_lse, geometry, of_map, config)
+    )
     grad_key, grad_value = fitting(
-        by_keys, geometry, dim, lambda config: _keys(inputs, delta, geometry, of_map, config)
+        by_keys, geometry, dim, lambda config: _keys(inputs, row_lse, delta, geometry, of_map, config)
     )
     return grad_query, grad_key, grad_value, delta
 
 
 def _queries(
-    inputs: tuple[Tensor, ...], geometry: Geometry, of_map: MapGradients, config: Config
+    inputs: tuple[Tensor, ...], row_lse: RowLse, geometry: Geometry, of_map: MapGradients, config: Config
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
-    query, key, value, output, lse, grad_output = (arguments.as_input(x) for x in inputs)
-    grad_query, delta = _like(query, geometry), arguments.empty(geometry, lse.shape)
+    query, key, value, output, grad_output = (arguments.as_input(x) for x in inputs)
+    grad_query, delta = _like(query, geometry), arguments.empty(geometry, row_lse.pivot.shape)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
     start_prepared(
         prepared,
@@ -62,20 +65,24 @@ def _queries(
         output=output,
         d_output=grad_output,
         d_query=grad_query,
-        lse=lse.contiguous(),
         delta=delta,
         near=prepared.reach,
         strides=Strides(*(x.stride() for x in (query, key, value, output, grad_output, grad_query))),
-        **_shared_arguments(geometry, of_map),
+        **_shared_arguments(row_lse, geometry, of_map),
     )
     return grad_query.to(dtype), delta
 
 
 def _keys(
-    inputs: tuple[Tensor, ...], delta: Tensor, geometry: Geometry, of_map: MapGradients, config: Config
+    inputs: tuple[Tensor, ...],
+    row_lse: RowLse,
+    delta: Tensor,
+    geometry: Geometry,
+    of_map: MapGradients,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
-    query, key, value, _, lse, grad_output = (arguments.as_input(x) for x in inputs)
+    query, key, value, _, grad_output = (arguments.as_input(x) for x in inputs)
     grad_key, grad_value = _like(key, geometry), _like(value, geometry)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
     start_prepared(
@@ -87,7 +94,6 @@ def _keys(
         d_output=grad_output,
         d_key=grad_key,
         d_value=grad_value,
-        lse=lse.contiguous(),
         delta=delta,
         strides=Strides(
             query.stride(),
@@ -97,14 +103,16 @@ def _keys(
             d_key=grad_key.stride(),
             d_value=grad_value.stride(),
         ),
-        **_shared_arguments(geometry, of_map),
+        **_shared_arguments(row_lse, geometry, of_map),
     )
     return grad_key.to(dtype), grad_value.to(dtype)
 
 
-def _shared_arguments(geometry: Geometry, of_map: MapGradients) -> dict[str, Any]:
+def _shared_arguments(row_lse: RowLse, geometry: Geometry, of_map: MapGradients) -> dict[str, Any]:
     """The other arguments of both kernels."""
     return {
+        "pivot": row_lse.pivot,
+        "factor": row_lse.factor,
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
         "query_mask": arguments.flags(geometry.query_mask) if of_map.plan.columns else None,
         "dropout": arguments.dropout(geometry),

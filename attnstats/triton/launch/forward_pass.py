@@ -44,16 +44,16 @@ def _split_keys() -> int:
 
 
 class Attended(NamedTuple):
-    """The results of an attention pass; `row_lse` has a pivot and a factor where a later pass reads them."""
+    """The results of an attention pass."""
 
     output: Tensor
     row_lse: RowLse
     tensors: dict[Statistic, Tensor]
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool) -> Attended:
-    """Attention with the statistics of its pass. with_pivot: a later pass reads `row_lse`."""
-    return _fitting(geometry, plan, lambda config: _attend(query, key, value, geometry, plan, with_pivot, config))
+def forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan) -> Attended:
+    """Attention with the statistics of its pass."""
+    return _fitting(geometry, plan, lambda config: _attend(query, key, value, geometry, plan, config))
 
 
 def rows(query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan) -> dict[Statistic, Tensor]:
@@ -66,9 +66,7 @@ def _fitting(geometry: Geometry, plan: Plan, run: Callable[[Config], T]) -> T:
     return fitting(kernel, geometry, max(geometry.head_dim, geometry.value_dim), run)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool, config: Config
-) -> Attended:
+def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, config: Config) -> Attended:
     parts, dtype = splits(geometry), query.dtype
     query, key, value = (arguments.as_input(x) for x in (query, key, value))
     shape: tuple[int, ...] = (geometry.batch, geometry.query_heads, geometry.query_length)
@@ -76,9 +74,7 @@ def _attend(
         shape = (parts, *shape)
     output = _output(geometry, shape, query.dtype)
     lse = None if parts else arguments.empty(geometry, shape, fill=-torch.inf)
-    pivot = factor = None
-    if parts or with_pivot:
-        pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
+    pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
     sinks = arguments.sinks(geometry)
     in_rows, columns = _start(
         geometry,
@@ -96,11 +92,9 @@ def _attend(
         strides=Strides(query.stride(), key.stride(), value.stride(), (output[0] if parts else output).stride()),
     )
     if lse is None:
-        assert pivot is not None
-        assert factor is not None
         output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks, plan, geometry, query.dtype)
     else:
-        row_lse = RowLse(lse, lse if pivot is None else pivot, factor)
+        row_lse = RowLse(lse, pivot, factor)
     return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns))
 
 
