@@ -113,6 +113,23 @@ def tiny_bart() -> Any:
     return transformers.BartForConditionalGeneration(config).eval()
 
 
+def tiny_whisper() -> Any:
+    """For sound of 24 frames of 8 bins, which is a segment of 12 positions."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict.fromkeys(["d_model", "encoder_ffn_dim", "decoder_ffn_dim"], 32)
+    sizes |= dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 4)
+    sizes |= {"encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8, "max_source_positions": 12, "init_std": 0.3}
+    ids: dict[str, Any] = {"pad_token_id": 3, "bos_token_id": 3, "eos_token_id": 3, "decoder_start_token_id": 4}
+    unset: dict[str, Any] = {"suppress_tokens": None, "begin_suppress_tokens": None}
+    config = transformers.WhisperConfig(vocab_size=60, max_target_positions=40, **sizes, **ids, **unset)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    of_generation = {"no_timestamps_token_id": 8, "is_multilingual": False, "prev_sot_token_id": 7} | unset
+    vars(model.generation_config).update(of_generation)
+    return model
+
+
 def tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 

@@ -7,7 +7,7 @@ rejected tokens all give the results of one teacher-forced pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,10 @@ class GenerationRecording(Recording):
         if self.tokens is None:
             self.tokens = GrowingTensor(ids)
         self.tokens.add(start - self.first, ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: no token can be taken back."""
+        return super().__getstate__() | {"_last_steps": {}}
 
     def release(self) -> None:
         """Drop the last step's tensors, among them the cache: no token can be taken back any more."""

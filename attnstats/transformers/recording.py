@@ -116,6 +116,11 @@ class Recording:
         self._copies.append(torch.cuda.current_stream(x.device).record_event())
         return copied
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle."""
+        self.wait()
+        return self.__dict__.copy()
+
     def wait(self) -> None:
         """Wait until every copy has arrived."""
         for event in self._copies:

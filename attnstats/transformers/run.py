@@ -57,7 +57,8 @@ class Capture:
 
     `run["waad"]` or `run[WAAD(10)]` is (L, B, H, ...), one slice per captured layer and chosen head, in the order of
     `run.layers` and of `run.heads`; without L where layers are reduced, without H where heads are. It stays readable
-    after the `with`. Reading it before a forward pass, or after one that raised, is a RuntimeError.
+    after the `with`, when it holds no model any more, and so do its copies and pickles. Reading it before a forward
+    pass, or after one that raised, is a RuntimeError.
 
     Attributes:
         statistics: those recorded.
@@ -99,6 +100,9 @@ class Capture:
         self._query_mask: Tensor | None = None
         self._recording: PassRecording | GenerationRecording = self._new_recording()
         self._complete = False
+        self._was_read = False  # what is recorded, in part or whole
+        # Whisper's generate cuts long audio into segments, and may decode one more than once.
+        self._in_segments = hasattr(unwrap(model), "generate_with_fallback")
         self._running = False
         self._unseen_pass = False  # True if a later pass was not announced by `begin`
         self._thread = 0
@@ -115,6 +119,7 @@ class Capture:
 
     def __getitem__(self, key: Statistic | str) -> Tensor:
         self._require_complete()
+        self._was_read = True
         statistic = find(key, self.statistics, "recorded")
         result = self._recording.read(statistic)
         self._check_finite(statistic, result)
@@ -191,6 +196,8 @@ class Capture:
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model; with `stop_after_last_layer` no further than the last captured layer, and return None."""
+        if self._model is None:
+            raise RuntimeError("the `with` of this capture is over; call attnstats.capture(...) again for another pass")
         if self._has_output:
             return self._model(**inputs)
         with torch.no_grad():
@@ -212,6 +219,8 @@ class Capture:
         if self._running and self._thread != threading.get_ident():
             raise RuntimeError("attnstats.capture: two threads run the captured model at once; one after the other")
         if not isinstance(self._recording, GenerationRecording):
+            if self.kind == "encoder" and self._complete:
+                self._drop_segment()
             self._recording = self._new_recording()
         else:
             self._seen = self._recording.length
@@ -313,6 +322,18 @@ class Capture:
         caches.unfollow(self)
         if isinstance(self._recording, GenerationRecording):
             self._recording.release()
+        self.__dict__.update(self._without_model())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: the results."""
+        return self.__dict__ | self._without_model()
+
+    def _without_model(self) -> dict[str, Any]:
+        """The attributes that refer to the model, its cache or the user's functions, emptied."""
+        positions = CachedPositions()
+        positions.keys = dict(self._positions.keys)
+        emptied = dict.fromkeys(("_model", "_cache", "_on_token", "_ids", "_last_call"))
+        return {**emptied, "_positions": positions, "_running": False}
 
     def _remember(self, cache: Any) -> None:
         """This is the cache of the most recent pass."""
@@ -333,6 +354,8 @@ class Capture:
         recording = self._recording
         assert isinstance(recording, GenerationRecording)
         if call.mask.query_offset == 0 or recording.length == 0:
+            if recording.length:
+                self._drop_segment()
             recording = self._recording = GenerationRecording(self._reduce, self._device, first=call.begin)
             self.stopped = self._stopping = False
         elif not self._resumed:
@@ -346,6 +369,17 @@ class Capture:
                 " take tokens back with cache.crop, or if keys were removed set run.key_positions and pass position_ids"
             )
         recording.add_tokens(call.begin, self._ids)
+
+    def _drop_segment(self) -> None:
+        """A sequence is replaced by another: warn if that happens between two calls of the user's."""
+        if self._in_segments and not self._was_read:
+            warnings.warn(
+                "attnstats.capture: this model's generate decodes long audio segment by segment, and the run holds the "
+                "last one alone; pass one segment at a time",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._was_read = False
 
     def _query_mask_of(self, call: AttentionCall) -> Tensor:
         """(B, Tq) bool: the call's queries that count, by the user's mask and without padding."""

@@ -28,6 +28,7 @@ from tests.tiny import (
     padding,
     run_with,
     tiny,
+    tiny_bart,
     tokens,
 )
 
@@ -130,6 +131,38 @@ def test_a_pass_that_went_by_the_hooks_is_not_read_as_the_one_before(llama, call
     with torch.no_grad(), capture(llama, statistics=["waad"]) as run:
         llama.forward(tokens())  # its body is called as a module
     assert torch.equal(run["waad"], before)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("part", ["layers.2", "layers.2.self_attn", "layers.1", "layers.1.self_attn"])
+def test_a_layer_called_on_its_own_is_not_read_as_a_pass(llama, part, live):
+    """Whether the run captures that layer, the 2nd, or not."""
+    body = llama.model
+    hidden = torch.randn(2, LENGTH, llama.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    place = body.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    with torch.no_grad(), capture(llama, statistics=["waad"], layers=[2, 4], live=live) as run:
+        for before in (None, lambda: llama(tokens())):
+            if before is not None:
+                before()
+                assert run["waad"].shape == (2, 2, HEADS, LENGTH)
+            body.get_submodule(part)(hidden, position_embeddings=place, attention_mask=None)
+            for read in (lambda: run["waad"], lambda: run.valid["waad"]):
+                with pytest.raises(RuntimeError, match="the last forward pass was not recorded"):
+                    read()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "self", "cross"])
+def test_the_stacks_of_an_encoder_decoder_past_their_hooks(kind):
+    bart, ids, encoded = tiny_bart(), tokens(), torch.zeros(2, LENGTH, 32)
+    with torch.no_grad(), capture(bart, statistics=["received"], attention=kind) as run:
+        bart(input_ids=ids, decoder_input_ids=ids)
+        run["received"]
+        if kind == "encoder":
+            bart.get_encoder().forward(ids)
+        else:
+            bart.get_decoder().forward(ids, encoder_hidden_states=encoded)
+        with pytest.raises(RuntimeError, match="the last forward pass was not recorded"):
+            run["received"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")

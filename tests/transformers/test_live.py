@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import types
+import warnings
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from attnstats.study.verify import float64
 from attnstats.transformers.capture import capture
 from attnstats.transformers.live import UNDOABLE_ROWS
 from tests.teacher import TOLERANCE, check_live
-from tests.tiny import HEADS, LAYERS, LENGTH, by_definition, padding, run_with, tiny, tiny_bart, tokens
+from tests.tiny import HEADS, LAYERS, LENGTH, by_definition, padding, run_with, tiny, tiny_bart, tiny_whisper, tokens
 
 STATISTICS = (WAAD(3), LocalMass(4), FAI(1, 4), FAI(0, None), Received(), Entropy(), MeanDistance())
 NEW = 20
@@ -464,3 +465,27 @@ def test_the_decoder_of_an_encoder_decoder(beams):
         model(**repeated, decoder_input_ids=run.tokens)
     for s in statistics:
         torch.testing.assert_close(run[s], forced[s], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"live": True}, {"attention": "encoder"}], ids=["live", "encoder"])
+def test_segments_of_long_audio_are_not_dropped_in_silence(settings):
+    """Whisper's generate decodes long audio in segments; a run holds one."""
+    model, segment = tiny_whisper(), 24
+    sound = torch.randn(1, 8, 2 * segment, generator=torch.Generator().manual_seed(0))
+
+    def generate(frames):
+        options = {"return_timestamps": True, "attention_mask": torch.ones(1, frames.shape[-1], dtype=torch.int64)}
+        model.generate(frames, max_new_tokens=6, **options)
+
+    with capture(model, statistics=["received"], layers="all", **settings) as run:
+        with pytest.warns(RuntimeWarning, match="segment by segment, and the run holds the last one alone"):
+            generate(sound)
+        last = run["received"]
+        by_segment = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            for frames in sound.split(segment, dim=-1):
+                generate(frames)
+                by_segment.append(run["received"])
+    torch.testing.assert_close(by_segment[1], last)
+    assert by_segment[0].shape != last.shape or not torch.equal(by_segment[0], last)
