@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from attnstats import _dispatch
 from attnstats.core import arguments, wire
 from attnstats.core.autograd import Residuals, raise_second_derivative, refuse_transforms
-from attnstats.core.geometry import Geometry, pivot_of
+from attnstats.core.geometry import Geometry, needs_pivot, pivot_of
 from attnstats.core.lse import check_lse
 from attnstats.core.options import Options, is_packed
 from attnstats.results import AttentionResult, Statistics
@@ -153,7 +153,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> Att
     options = _decode(settings)
     with torch.no_grad():  # register_autograd has the gradients
         (output, lse, tensors, pivot, factor), _ = _dispatch.attend(query, key, value, options)
-    if pivot is None or factor is None:
+    if not needs_pivot(query.dtype):
+        pivot = factor = lse[..., :0].float()
+    elif pivot is None or factor is None:  # the backward pass may be on another backend
         pivot = pivot_of(lse)
         factor = torch.ones_like(pivot)
     output = output.transpose(1, 2).contiguous()  # (B, T, H, D) in memory, as torch's kernels have it
@@ -174,7 +176,8 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -
         batch, heads, length, _ = query.shape
         output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
     lse, *tensors = [_new(query, shape) for shape in shapes]
-    pivot, factor = (lse.new_empty(lse.shape, dtype=torch.float32) for _ in range(2))
+    of_rows = lse.shape if needs_pivot(query.dtype) else (*lse.shape[:-1], 0)
+    pivot, factor = (lse.new_empty(of_rows, dtype=torch.float32) for _ in range(2))
     return output, lse, pivot, factor, tensors
 
 

@@ -132,7 +132,7 @@ class QueryBlock(NamedTuple):
     b_q: Any  # [BM, BLOCK_DIM]
     b_do: Any  # [BM, BLOCK_VALUE_DIM] gradients for the output
     b_pivot: Any  # [BM], +inf for rows that see no key or don't exist
-    b_factor: Any  # [BM]
+    b_factor: Any  # [BM]; None: 1
     b_delta: Any  # [BM]
     row_grads: Any  # [BM] per row statistic, and for the entropy
     m_query: Any  # [BM] bool: counts in columns; None: every query

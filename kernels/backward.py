@@ -9,16 +9,17 @@ output's gradient.
 
 In registers stay the resident tiles and the accumulators of their gradients, which are written at the end.
 
-With A = exp2(score - pivot) * factor and dA = dO V^T + the gradients that statistics have for A:
-dS = A * (dA - rowsum(A dA)), dQ = dS K, dK = dS^T Q, dV = A^T dO. Both kernels take A and dS of a tile from `step`;
-`backward_keys` computes them transposed, so that no result of a matmul is transposed to be an operand. No atomics: one
-program adds up a gradient.
+With A = exp2(score - pivot) * factor, where the pivot is the lse if factor is None, and dA = dO V^T + the gradients
+that statistics have for A: dS = A * (dA - rowsum(A dA)), dQ = dS K, dK = dS^T Q, dV = A^T dO. Both kernels take A and
+dS of a tile from `step`; `backward_keys` computes them transposed, so that no result of a matmul is transposed to be an
+operand. No atomics: one program adds up a gradient.
 
 A row statistic's gradient for A is g[t] * w(t - s), a column statistic's g[s] * w(t - s) for queries t that count, and
-the entropy's -g[t] * (ln A + 1); g arrives per query head, [statistics, B, Hq, T] float32. Row-constant terms are
-folded into delta, through `grads.shift`. Weights with a band, less their tail, are 0 beyond it: `backward_queries`
-evaluates the lists NEAR_ROWS and NEAR_COLUMNS in masked tiles alone, which include those near the diagonal. The row
-sums of columns take a pass over their keys before dQ's. Without gradients of statistics none of this is compiled.
+the entropy's -g[t] * (ln A + 1); g arrives per query head, [statistics, B, Hq, T] float32. Row-constant terms, the
+entropy's ln factor among them, are folded into delta, through `grads.shift`. Weights with a band, less their tail, are
+0 beyond it: `backward_queries` evaluates the lists NEAR_ROWS and NEAR_COLUMNS in masked tiles alone, which include
+those near the diagonal. The row sums of columns take a pass over their keys before dQ's. Without gradients of
+statistics none of this is compiled.
 """
 
 import triton
@@ -36,6 +37,7 @@ from .tiles import (
     key_range,
     keys_present,
     load_flags,
+    load_pivot,
     load_tile,
     query_range,
     scores_above,
@@ -124,7 +126,9 @@ def step(
     b_x, b_log = log2_a(
         queries.b_q, keys.b_k, queries.b_pivot, keys.m_key, o_position, o_key, visible, score, EDGE, TRANSPOSED
     )
-    b_a = tl.exp2(b_log) * of_queries(queries.b_factor, TRANSPOSED)
+    b_a = tl.exp2(b_log)
+    if queries.b_factor is not None:
+        b_a *= of_queries(queries.b_factor, TRANSPOSED)
     if TRANSPOSED:
         b_da = dot(keys.b_v, tl.trans(queries.b_do))
     else:
@@ -142,7 +146,7 @@ def step(
         for j in tl.static_range(N_NEAR):
             b_da += of_queries(row_grads[N_ROWS + j], TRANSPOSED) * weigh(distance, WEIGHTS.NEAR_ROWS, j)
     if WEIGHTS.ENTROPY:
-        b_ln = LN2 * tl.maximum(b_log + of_queries(tl.log2(queries.b_factor), TRANSPOSED), LOG2_ZERO)
+        b_ln = LN2 * tl.maximum(b_log, LOG2_ZERO)
         b_da -= of_queries(row_grads[N_ROWS + N_NEAR], TRANSPOSED) * b_ln
     if len(WEIGHTS.COLUMNS) + (len(WEIGHTS.NEAR_COLUMNS) if EDGE else 0) > 0:
         b_da += of_columns(distance, queries.m_query, keys.column_grads, EDGE, WEIGHTS, TRANSPOSED)
@@ -159,7 +163,7 @@ def column_delta(
 ):  # fmt: skip
     """b_delta [BM] and the row sums of A times the gradients of column statistics, over the keys first .. last."""
     N_COLUMNS: tl.constexpr = (len(WEIGHTS.COLUMNS) + len(WEIGHTS.NEAR_COLUMNS)) // FIELDS
-    b_sum = b_delta * 0.0
+    b_sum = tl.zeros((TILE.BM,), tl.float32)
     for start in range(first, last, TILE.BN):
         o_key = start + tl.arange(0, TILE.BN)
         m_key = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)
@@ -168,7 +172,9 @@ def column_delta(
         _, b_log = log2_a(b_q, b_k, b_pivot, m_key, o_position, o_key, visible, score, True, False)
         distance = (o_position[:, None] - o_key[None, :]).to(tl.float32)
         b_sum += tl.sum(tl.exp2(b_log) * of_columns(distance, m_query, grads, True, WEIGHTS, False), 1)
-    return b_delta + b_sum * b_factor
+    if b_factor is not None:
+        b_sum *= b_factor
+    return b_delta + b_sum
 
 
 @triton.jit
@@ -226,8 +232,10 @@ def backward_queries(
     b_do = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
     head = head_of(output, strides.output, i_batch, i_head, q_begin)
     b_out = load_tile(head, q_start, n_queries, BM, VALUE_DIM, BLOCK_VALUE_DIM, True)
-    b_pivot = tl.load(pivot + o_flat, mask=m_row, other=float("inf"))
-    b_factor = tl.load(factor + o_flat, mask=m_row, other=1.0)
+    b_pivot = load_pivot(pivot, o_flat, m_row, factor is None)
+    b_factor = None
+    if factor is not None:
+        b_factor = tl.load(factor + o_flat, mask=m_row, other=1.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if grads.shift is not None:
         b_delta += tl.load(grads.shift + o_flat, mask=m_row, other=0.0)
@@ -298,8 +306,10 @@ def over_queries(
         m_row = o_row < last
         b_q = load_tile(queries, start, last, BM, TILE.DIM, TILE.BLOCK_DIM, True)  # [BM, BLOCK_DIM]
         b_do = load_tile(d_out, start, last, BM, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, True)
-        b_pivot = tl.load(p_pivot + o_row, mask=m_row, other=float("inf"))
-        b_factor = tl.load(p_factor + o_row, mask=m_row, other=1.0)
+        b_pivot = load_pivot(p_pivot, o_row, m_row, p_factor is None)
+        b_factor = None
+        if p_factor is not None:
+            b_factor = tl.load(p_factor + o_row, mask=m_row, other=1.0)
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
         grads = load_each(row_grads, o_row, m_row, N_ROWS)
         m_query = None
@@ -351,6 +361,9 @@ def backward_keys(
         o_head = wide(i_flat_head) * sizes.n_queries + q_begin
         queries = head_of(query, strides.query, i_batch, i_head, q_begin)
         d_out = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
+        p_factor = factor
+        if factor is not None:
+            p_factor = factor + o_head
         row_grads = None
         if grads.rows is not None:
             row_grads = stack_of(grads.rows, i_flat_head, q_begin, sizes.n_queries, sizes)
@@ -361,8 +374,8 @@ def backward_keys(
             column_grads = load_each(column_stack, o_key, o_key < n_keys, N_COLUMNS)
         if first < last:
             b_dk, b_dv = over_queries(
-                b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, pivot + o_head, factor + o_head,
-                delta + o_head, row_grads, p_query_mask, i_flat_head, first, last,
+                b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, pivot + o_head, p_factor, delta + o_head,
+                row_grads, p_query_mask, i_flat_head, first, last,
                 sequence, visible, score, dropout, WEIGHTS, TILE,
             )  # fmt: skip
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)[:, None]

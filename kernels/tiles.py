@@ -106,6 +106,17 @@ def store_tile(head, start, n_rows, b_x, ROWS: tl.constexpr, DIM: tl.constexpr, 
 
 
 @triton.jit
+def load_pivot(p_pivot, o_row, m_row, IS_LSE: tl.constexpr):
+    """Pivots, or what they are where an lse is passed for them: lse * log2(e), and +inf for rows that see no key. Rows
+    that don't exist have +inf too, so that their A is exactly 0."""
+    if IS_LSE:
+        b_lse = tl.load(p_pivot + o_row, mask=m_row, other=float("-inf"))
+        return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+    else:
+        return tl.load(p_pivot + o_row, mask=m_row, other=float("inf"))
+
+
+@triton.jit
 def load_flags(pointers, m_row):
     """Bools of a uint8 mask, such as the query mask."""
     return tl.load(pointers, mask=m_row, other=0) != 0

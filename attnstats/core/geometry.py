@@ -340,7 +340,7 @@ class Evaluation(NamedTuple):
     """The results of a backend: output (B, Hq, Tq, Dv), lse (B, Hq, Tq), and a tensor per statistic.
 
     pivot, factor: (B, Hq, Tq) float32, the lse without its rounding, for the backward pass: A = exp2(score * log2(e) -
-    pivot) * factor. The pivot is +inf for rows that see no key. None: the backend has the lse alone.
+    pivot) * factor. The pivot is +inf for rows that see no key. None: the lse is enough, or all that the backend has.
     """
 
     output: Tensor
@@ -397,6 +397,12 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 def divisor_of(lse: Tensor) -> Tensor:
     """The lse with +inf for rows that see no key, so that exp(score - lse) is exactly 0 there, not NaN."""
     return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def needs_pivot(dtype: torch.dtype) -> bool:
+    """True if gradients of these inputs show the rounding of an lse in float32. Inputs in 16 bits round their scores
+    more, and no kernel takes float64."""
+    return dtype == torch.float32
 
 
 def pivot_of(lse: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, differentiable_pass
-from attnstats.core.geometry import Evaluation, Geometry
+from attnstats.core.geometry import Evaluation, Geometry, needs_pivot
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_gradient, sink_mass
 from attnstats.statistics import PooledMap, Statistic
@@ -70,12 +70,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     forward, *later = _passes(geometry, attends=True)
     lists = Plan.of(forward.statistics, geometry.is_causal)
-    output, row_lse, results = launch.forward(query, key, value, geometry, lists)
+    exact = needs_pivot(geometry.dtype)
+    with_pivot = exact or any(each.run != "lse" for each in later)
+    output, row_lse, results = launch.forward(query, key, value, geometry, lists, with_pivot)
     results = _of_heads(results, geometry)
     for each in later:
         results |= _RUN[each.run](query, key, row_lse, geometry, each)
     tensors = {s: geometry.finish(s, results[s]) for s in geometry.statistics}
-    return Evaluation(output, row_lse.lse, tensors, row_lse.pivot, row_lse.factor)
+    return Evaluation(output, row_lse.lse, tensors, *(row_lse[1:] if exact else ()))
 
 
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:
@@ -95,8 +97,10 @@ def gradients(
     residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
-    assert residuals.pivot is not None
-    row_lse = launch.RowLse(residuals.lse, residuals.pivot, residuals.factor)
+    row_lse = launch.RowLse(residuals.lse, residuals.lse, None)
+    if needs_pivot(geometry.dtype):
+        assert residuals.pivot is not None
+        row_lse = launch.RowLse(residuals.lse, residuals.pivot, residuals.factor)
     of_map, excess = _map_gradients(row_lse, geometry, of_statistics)
     *grads, delta = launch.backward(residuals, row_lse, grad_output, geometry, of_map)
     if excess is not None:
@@ -111,7 +115,7 @@ def _map_gradients(
     """The statistics' gradients for A, and the part of delta's shift that is not a row sum of A times these.
 
     With r = rowsum(A dA), dS = A (dA - r). Row-constant terms of dA are folded into r: the tail of a weight, and the
-    entropy's -g. The row sum itself is g S, S being the statistic; the entropy's is g (H - mass).
+    entropy's -g (1 + ln factor). The row sum itself is g S, S being the statistic; the entropy's is g (H - mass).
     """
     lists = GradientPlan.of(tuple(of_statistics))
     if not of_statistics:
@@ -132,7 +136,7 @@ def _map_gradients(
             if geometry.sinks is not None:
                 mass = (mass - row_lse.sink_share(geometry)).to(shift.dtype)
             shift += grads[s] * (geometry.in_all_heads(s, value) - mass)
-            excess += grads[s]
+            excess += grads[s] * (1.0 + row_lse.log_factor())
     shift += excess
     return launch.MapGradients(lists, _stacked(rows), _stacked(columns), shift), excess
 

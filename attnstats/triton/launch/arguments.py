@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstats.core.geometry import LOG2E, Geometry, pivot_of
+from attnstats.core.geometry import LOG2E, Geometry, divisor_of, pivot_of
 from attnstats.core.scores import softcap_
 from attnstats.kernels.arguments import Dropout, Score, Sequences, Sizes, Visibility
 from attnstats.statistics import CATALOGUE, Statistic, Summed
@@ -25,7 +25,7 @@ class RowLse(NamedTuple):
 
     Attributes:
         lse: natural log, -inf for rows that see no key.
-        pivot: in the exp2 domain, +inf for rows that see no key.
+        pivot: in the exp2 domain, +inf for rows that see no key. For `backward` without a factor: the lse.
         factor: None: 1.
     """
 
@@ -47,10 +47,15 @@ class RowLse(NamedTuple):
     def sink_share(self, geometry: Geometry) -> Tensor:
         """(B, Hq, Tq) float64, the sink's A in each row."""
         assert geometry.sinks is not None
-        assert self.factor is not None
+        sinks = geometry.sinks.double()[:, None]
+        if self.factor is None:
+            return (sinks - divisor_of(self.lse)).exp()
         factor = self.factor.double()
-        log2 = geometry.sinks.double()[:, None] * LOG2E - self.pivot.double() + factor.log2()
-        return torch.where(factor < 2**-100, 1.0, log2.exp2())
+        return torch.where(factor < 2**-100, 1.0, (sinks * LOG2E - self.pivot.double() + factor.log2()).exp2())
+
+    def log_factor(self) -> Tensor | float:
+        """ln factor (B, Hq, Tq); of a row whose A is 0 a finite number."""
+        return 0.0 if self.factor is None else self.factor.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def weights(self, products: Tensor, rows: slice, geometry: Geometry) -> Tensor:
         """A of products q . k (B, Hq, rows, keys), from scores as the kernels have them.

@@ -111,8 +111,8 @@ def _keys(
 def _shared_arguments(row_lse: RowLse, geometry: Geometry, of_map: MapGradients) -> dict[str, Any]:
     """The other arguments of both kernels."""
     return {
-        "pivot": row_lse.pivot,
-        "factor": row_lse.factor,
+        "pivot": row_lse.pivot.contiguous(),
+        "factor": None if row_lse.factor is None else row_lse.factor.contiguous(),
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
         "query_mask": arguments.flags(geometry.query_mask) if of_map.plan.columns else None,
         "dropout": arguments.dropout(geometry),

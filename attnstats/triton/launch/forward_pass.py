@@ -51,9 +51,9 @@ class Attended(NamedTuple):
     tensors: dict[Statistic, Tensor]
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan) -> Attended:
-    """Attention with the statistics of its pass."""
-    return _fitting(geometry, plan, lambda config: _attend(query, key, value, geometry, plan, config))
+def forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool) -> Attended:
+    """Attention with the statistics of its pass. with_pivot: `row_lse` has a pivot and a factor, for a later pass."""
+    return _fitting(geometry, plan, lambda config: _attend(query, key, value, geometry, plan, with_pivot, config))
 
 
 def rows(query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan) -> dict[Statistic, Tensor]:
@@ -66,7 +66,9 @@ def _fitting(geometry: Geometry, plan: Plan, run: Callable[[Config], T]) -> T:
     return fitting(kernel, geometry, max(geometry.head_dim, geometry.value_dim), run)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, config: Config) -> Attended:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool, config: Config
+) -> Attended:
     parts, dtype = splits(geometry), query.dtype
     query, key, value = (arguments.as_input(x) for x in (query, key, value))
     shape: tuple[int, ...] = (geometry.batch, geometry.query_heads, geometry.query_length)
@@ -74,7 +76,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan:
         shape = (parts, *shape)
     output = _output(geometry, shape, query.dtype)
     lse = None if parts else arguments.empty(geometry, shape, fill=-torch.inf)
-    pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
+    pivot = factor = None
+    if parts or with_pivot:
+        pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
     sinks = arguments.sinks(geometry)
     in_rows, columns = _start(
         geometry,
@@ -92,9 +96,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan:
         strides=Strides(query.stride(), key.stride(), value.stride(), (output[0] if parts else output).stride()),
     )
     if lse is None:
+        assert pivot is not None
+        assert factor is not None
         output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks, plan, geometry, query.dtype)
     else:
-        row_lse = RowLse(lse, pivot, factor)
+        row_lse = RowLse(lse, lse if pivot is None else pivot, factor)
     return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns))
 
 
