@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import refuse_distances
+from attnstats.core.finite_masks import recognise_finite
 from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import (
     CAUSAL,
@@ -286,6 +287,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if recognised is None:
                 attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))
                 recognised = recognise(attn_mask, length, true_hides=True)
+                if recognised is None and key_padding_mask is None and self.bias_k is None:
+                    recognised = recognise_finite(attn_mask, query, key, None)
             same = recognised is not None and recognised.key_mask is None and recognised[1:] == CAUSAL[1:]
             if is_causal and length > 1 and not same:
                 raise ValueError(

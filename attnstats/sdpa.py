@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from attnstats._operators import refuse_script, refuse_trace
 from attnstats.core.arguments import refuse_distances
+from attnstats.core.finite_masks import FINITE, recognise_finite
 from attnstats.core.geometry import as_autocast
 from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, is_causal_bias, read_causal_bias, recognise
@@ -251,7 +252,7 @@ def _attend(
 
     pattern, dense_mask = bias or (CAUSAL if is_causal else MaskPattern()), None
     if attn_mask is not None:
-        pattern, dense_mask = _read_mask(attn_mask, flat[0], key_length, batch, allow_dense)
+        pattern, dense_mask = _read_mask(attn_mask, flat[0], flat[1], batch, options.scale, allow_dense)
     if pattern.query_offset is None and query_length != key_length:
         refuse_distances(
             statistics,
@@ -326,7 +327,7 @@ def _error_of_torch(
 
 
 def _read_mask(
-    mask: Tensor, query: Tensor, key_length: int, batch: tuple[int, ...], allow_dense: bool
+    mask: Tensor, query: Tensor, key: Tensor, batch: tuple[int, ...], scale: float | None, allow_dense: bool
 ) -> tuple[MaskPattern, Tensor | None]:
     """The pattern of an SDPA mask, with a key mask (B, Tk).
 
@@ -336,17 +337,20 @@ def _read_mask(
         raise ValueError(f"attn_mask must broadcast to (..., heads, Tq, Tk), got {tuple(mask.shape)}")
     while mask.dim() < len(batch) + 3:
         mask = mask[None]
+    key_length = key.shape[2]
     shape = (*batch, *query.shape[1:3], key_length)
     if mask.dim() > len(shape) or any(a not in (1, b) for a, b in zip(mask.shape, shape, strict=True)):
         raise ValueError(f"attn_mask must broadcast to {shape}, got {tuple(mask.shape)}")
     mask = mask.expand(*mask.shape[:-1], key_length)
     recognised = recognise(mask, query.shape[2])
+    if recognised is None:
+        recognised = recognise_finite(mask, query, key, scale)
     if recognised is not None:
         key_mask = recognised.key_mask
         if key_mask is not None:
             key_mask = key_mask.expand(*batch, key_length).reshape(-1, key_length)
         return recognised._replace(key_mask=key_mask), None
-    allow_whole_map("attn_mask", mask, allow_dense, stacklevel=4)
+    allow_whole_map("attn_mask", mask, allow_dense, where="" if mask.dtype == torch.bool else FINITE, stacklevel=4)
     mask = mask.expand(*batch, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
     return MaskPattern(), mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
