@@ -3,7 +3,8 @@
     python -m reliability.without_cuda SITE_PACKAGES
 
 Writes into torch/lib a library for each one that torch is linked to and that is not there. Its functions return 100,
-which says that there is no device. So torch runs on the CPU as its CPU build does; needs gcc, readelf and nm.
+which says that there is no device, and those for the text of an error a text. So torch runs on the CPU as its CPU build
+does; needs gcc, readelf and nm.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 
 NVIDIA = ("libcu", "libnccl", "libnv")
-NO_DEVICE = 100
+NO_DEVICE = "int {}(void) {{ return 100; }}\n"
+TEXT = 'const char* {}(void) {{ return "no device"; }}\n'
 # Libraries whose symbols carry no version, or another than the library's name: prefix of the symbols, or version.
 UNVERSIONED = {"libnccl": "nccl", "libcusparseLt": "cusparseLt", "libcufile": "cuFile"}
 VERSIONS = {"libnvshmem_host": "NVSHMEM"}
@@ -43,11 +45,15 @@ def main() -> None:
 def _stand_in(library: Path, symbols: list[str], version: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, script = Path(folder, "stand_in.c"), Path(folder, "versions")
-        source.write_text("".join(f"int {symbol}(void) {{ return {NO_DEVICE}; }}\n" for symbol in symbols))
+        source.write_text("".join(map(_function, symbols)))
         script.write_text(f"{version} {{ global: *; }};")
         command = ["gcc", "-w", "-fno-builtin", "-shared", "-fPIC", str(source), "-o", str(library)]
         command += [f"-Wl,-soname,{library.name}", *([f"-Wl,--version-script={script}"] if version else [])]
         subprocess.run(command, check=True)
+
+
+def _function(symbol: str) -> str:
+    return (TEXT if re.search("(Error|Status)(String|Name)$", symbol) else NO_DEVICE).format(symbol)
 
 
 def _output(*command: str) -> str:
