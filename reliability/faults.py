@@ -103,6 +103,18 @@ class Item(NamedTuple):
         return self.name.split("::")[0]
 
 
+class Recorded(NamedTuple):
+    """The items of a test file, and which functions there were when it was recorded: "path:function"."""
+
+    items: list[Item]
+    functions: frozenset[str]
+
+    @staticmethod
+    def of(line: dict[str, Any]) -> Recorded:
+        items = [Item(name, x["seconds"], frozenset(x["executes"])) for name, x in line["items"].items()]
+        return Recorded(items, frozenset(line["functions"]))
+
+
 class Drawn(NamedTuple):
     """A fault at its place in the draw.
 
@@ -170,7 +182,7 @@ class Campaign:
         self.commit, self.folder, self.whole = commit, folder, whole
         self.free = [self._tree(f"tree{i}") for i in range(workers)]
         self.running: list[Run] = []
-        self.recorded: dict[str, list[Item]] = {}
+        self.recorded: dict[str, Recorded] = {}
 
     def run(self, faults: Iterable[Drawn], number: int) -> None:
         """Run the first `number` that compile, less those whose result is known."""
@@ -257,8 +269,8 @@ class Campaign:
         fault = drawn.fault
         patterns = AREAS[drawn.area].tests
         files = self._files((*patterns, *WHOLE)) if self.whole else self._files(patterns)
-        items = [item for file in dict.fromkeys(files) for item in self._record(file)]
         function = NATIVE if drawn.area == "csrc" else f"{fault.path}:{fault.scope}"
+        items = [item for file in dict.fromkeys(files) for item in self._record(file, function)]
         if drawn.area == "csrc" or fault.scope:
             chosen = [item for item in items if function in item.executes]
         else:
@@ -272,32 +284,38 @@ class Campaign:
         found = (path for pattern in patterns for path in sorted(tree.glob(pattern)))
         return [str(path.relative_to(tree)) for path in found if path.name not in ("__init__.py", "conftest.py")]
 
-    def _record(self, file: str) -> list[Item]:
-        """The items of a test file. They are recorded when it has changed, or what functions there are to execute."""
-        if file not in self.recorded:
-            tree = self.folder / "clean"
-            if not tree.exists():
-                self._tree("clean")
-            digest = _digest((tree / file).read_text() + self._functions())
-            kept = OUT / "executes" / f"{file.replace('/', '.')}.{digest}.json"
-            if not kept.exists():
-                kept.parent.mkdir(exist_ok=True)
-                child = server.Child(lambda: server.record(tree, file), self.folder / "record.log", *RECORD_LIMIT)
-                while (ended := child.ended()) is None:
-                    time.sleep(0.05)
-                if ended.get("status") not in (0, 5):
-                    raise RuntimeError(f"{file} fails without a fault:\n{child.log.read_text()[-3000:]}")
-                print(f"recorded {file}: {len(ended['items'])} items, {ended['seconds']} s", flush=True)
-                kept.write_text(json.dumps(ended["items"]))
-            self.recorded[file] = [
-                Item(name, x["seconds"], frozenset(x["executes"])) for name, x in json.loads(kept.read_text()).items()
-            ]
-        return self.recorded[file]
+    def _record(self, file: str, function: str) -> list[Item]:
+        """The items of a test file, recorded when it has changed, or when there was no such function yet."""
+        tree = self.folder / "clean"
+        if not tree.exists():
+            self._tree("clean")
+        digest = hashlib.sha256((tree / file).read_bytes()).hexdigest()[:16]
+        kept = OUT / "executes" / f"{file.replace('/', '.')}.{digest}.json"
+        if file not in self.recorded and kept.exists():
+            self.recorded[file] = Recorded.of(json.loads(kept.read_text()))
+        if file not in self.recorded or (function in self._functions() - self.recorded[file].functions):
+            kept.parent.mkdir(exist_ok=True)
+            child = server.Child(lambda: server.record(tree, file), self.folder / "record.log", *RECORD_LIMIT)
+            while (ended := child.ended()) is None:
+                time.sleep(0.05)
+            if ended.get("status") not in (0, 5):
+                raise RuntimeError(f"{file} fails without a fault:\n{child.log.read_text()[-3000:]}")
+            print(f"recorded {file}: {len(ended['items'])} items, {ended['seconds']} s", flush=True)
+            line = {"items": ended["items"], "functions": sorted(self._functions())}
+            kept.write_text(json.dumps(line))
+            self.recorded[file] = Recorded.of(line)
+        return self.recorded[file].items
 
     @functools.cache  # noqa: B019 - a campaign lives as long as the process
-    def _functions(self) -> str:
-        sources = [path.read_text() for path in (self.folder / "clean").glob("attnstats/**/*.py")]
-        return repr(sorted({x for source in sources for x in re.findall(r"^ *def (\w+)", source, re.MULTILINE)}))
+    def _functions(self) -> frozenset[str]:
+        """Each function of a tree, as path:name."""
+        tree = self.folder / "clean"
+        return frozenset(
+            f"{path.relative_to(tree)}:{name}"
+            for folder in ("attnstats", "kernels")
+            for path in (tree / folder).glob("**/*.py")
+            for name in re.findall(r"^ *def (\w+)", path.read_text(), re.MULTILINE)
+        )
 
     def _tree(self, name: str) -> Path:
         tree = self.folder / name
