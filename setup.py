@@ -4,7 +4,7 @@ The packages are listed, not searched for: `attnstats.kernels` is the folder ker
 attnstats/kernels. It has no `__init__.py`, because a package `kernels` at the root would hide Hugging Face's
 package of that name, which transformers imports. tests/test_packaging.py fails when a module is missing here.
 
-`attnstats.tiled._native` is a library with a plain C interface that attnstats/tiled/native.py loads with ctypes;
+`attnstats.tiled._native` is a library with a plain C interface that attnstats/core/library.py loads with ctypes;
 it uses nothing of Python, so one build serves every version. It is optional: without a compiler the install is pure
 Python, and slower.
 The code picks its instruction set when it runs, so no flag here may name the machine that builds.
@@ -22,7 +22,7 @@ setup(
         Extension(
             "attnstats.tiled._native",
             sources=["csrc/native.cpp"],
-            depends=["csrc/call.h", "csrc/tile.h"],
+            depends=["csrc/call.h", "csrc/mask.h", "csrc/tile.h"],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
             py_limited_api=True,

@@ -8,6 +8,7 @@
 // the bits depend neither on the number of threads nor on the other heads.
 
 #include "call.h"
+#include "mask.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -317,6 +318,8 @@ static int64_t evaluate(const Call& call) {
 extern "C" {
 
 int64_t attnstats_version() { return 3; }
+
+int64_t attnstats_first_difference(const Mask* mask) { return first_difference(*mask); }
 
 // The bytes of working memory that a call takes; of its pointers only those to query masks are followed.
 int64_t attnstats_scratch_bytes(const Call* call) {

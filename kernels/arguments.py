@@ -30,6 +30,8 @@ class Sequences(NamedTuple):
 
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+    max_queries: Any  # a sequence with more of either is left out; None: there is none
+    max_keys: Any
 
 
 class Sizes(NamedTuple):

@@ -40,7 +40,8 @@ def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
     """The Sequence of a program that owns the queries from q_start on, or the keys from k_start on; the other is None.
 
     The grid is that of the longest sequence: a block that starts past the end of its own sequence has no keys
-    (queries). The boundaries of packed sequences are clamped to the tensors, because the host never reads them.
+    (queries). The boundaries of packed sequences are clamped to the tensors, because the host may not have read them,
+    and a sequence that is longer than the host was told has no queries and keys: all results keep their fill.
     """
     if sequences is None:
         return Sequence(i_sequence, 0, sizes.n_queries, 0, sizes.n_keys, sizes.query_offset)
@@ -51,6 +52,9 @@ def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
         k_begin = tl.minimum(tl.maximum(tl.load(p_k), 0), sizes.n_keys)
         k_end = tl.minimum(tl.maximum(tl.load(p_k + 1), k_begin), sizes.n_keys)
         queries, keys = q_end - q_begin, k_end - k_begin
+        if sequences.max_queries is not None:
+            m_fits = (queries <= sequences.max_queries) & (keys <= sequences.max_keys)
+            queries, keys = tl.where(m_fits, queries, 0), tl.where(m_fits, keys, 0)
         offset = keys - queries
         if q_start is not None:
             keys = tl.where(q_start < queries, keys, 0)

@@ -1,11 +1,16 @@
-"""A call owns what it keeps: gradients, `valid`, `counts` and lse read no tensor of the caller's after it returned."""
+"""A call owns what it keeps: gradients, `valid`, `counts` and lse read no tensor of the caller's after it returned.
+
+And it remembers nothing of one: masks and boundaries are read anew in every call, whoever wrote into them.
+"""
 
 import pytest
 import torch
+from torch.nn import functional
 
 import attnstats
 from attnstats import FAI, WAAD, Received
 from tests.cases import Case
+from tests.writes import UNNOTICED, write
 
 MASKS = ("query_mask", "key_padding_mask", "attn_mask", "cu_seqlens_q", "cu_seqlens_k", "sinks")
 CASES = {
@@ -104,9 +109,46 @@ def test_an_lse_that_is_given(packed):
     assert torch.equal(stats["lse"], before[1])
 
 
+def _masks(additive):
+    """One that is causal, with the first keys hidden, and one that hides the last keys alone."""
+    causal, full = torch.ones(2, 23, 23, dtype=torch.bool)
+    causal = causal.tril().index_fill(1, torch.arange(3), False)
+    full[:, 20:] = False
+    return [torch.zeros(23, 23).masked_fill(~x, -torch.inf) if additive else x for x in (causal, full)]
+
+
+@pytest.mark.parametrize("way", UNNOTICED)
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_written_between_calls_under_a_patch(additive, way):
+    mask, other = _masks(additive)
+    tensors = Case(1, 1, 1, 23, 23).tensors()
+    with attnstats.patch_sdpa(statistics=["received"]) as run:
+        for _ in range(2):
+            functional.scaled_dot_product_attention(*tensors, attn_mask=mask)
+        write(mask, other, way)
+        output = functional.scaled_dot_product_attention(*tensors, attn_mask=mask)
+        functional.scaled_dot_product_attention(*tensors, attn_mask=other)
+    torch.testing.assert_close(output, functional.scaled_dot_product_attention(*tensors, attn_mask=other))
+    assert torch.equal(run[2]["received"], run[3]["received"])
+    assert not torch.equal(run[0]["received"], run[2]["received"])
+
+
+@pytest.mark.parametrize("way", UNNOTICED)
+def test_a_mask_written_between_calls_of_a_module(way):
+    mask, other = (~x for x in _masks(additive=False))
+    x = torch.randn(1, 23, 16)
+    module = attnstats.nn.MultiheadAttention(16, 2, batch_first=True, statistics=["received"]).eval()
+    theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    theirs.load_state_dict(module.state_dict())
+    module(x, x, x, attn_mask=mask, need_weights=False)
+    write(mask, other, way)
+    output, _ = module(x, x, x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(output, theirs(x, x, x, attn_mask=other, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("way", UNNOTICED)
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
-def test_boundaries_written_between_calls(backend):
-    """Through `.data`, as numpy and kernels write, which raises no version."""
+def test_boundaries_written_between_calls(backend, way):
     case = Case(1, 1, 1, packed=((80, 80), (80, 80)))
     boundaries, rows = torch.tensor([0, 80, 160], dtype=torch.int32), case.views(case.tensors())
 
@@ -116,5 +158,5 @@ def test_boundaries_written_between_calls(backend):
         ).statistics["waad"]
 
     waad(boundaries)
-    boundaries.data.copy_(torch.tensor([0, 2, 160]))
+    write(boundaries, torch.tensor([0, 2, 160], dtype=torch.int32), way)
     assert torch.equal(waad(boundaries), waad(boundaries.clone()))

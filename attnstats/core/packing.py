@@ -41,16 +41,23 @@ class Packing:
     Attributes:
         queries, keys: (n + 1,) int32 each, the sequences' boundaries; equal ones make an empty sequence.
         max_queries, max_keys: no sequence is longer.
+        believed: the call said so, and nobody compared it with the boundaries. Then all results of a sequence that is
+            longer are NaN.
     """
 
     queries: Tensor
     keys: Tensor
     max_queries: int
     max_keys: int
+    believed: bool = False
 
     @property
     def count(self) -> int:
         return len(self.queries) - 1
+
+    def longer(self) -> Tensor:
+        """(n,) bool: the sequence has more queries or keys than there should be."""
+        return (self.queries.diff() > self.max_queries) | (self.keys.diff() > self.max_keys)
 
     def along_queries(self, length: int) -> Line:
         return _line(self.queries, self.keys, length)
@@ -80,8 +87,8 @@ def check_integer(name: str, length: int | None) -> None:
 def read(options: Options, query_length: int, key_length: int, device: torch.device) -> tuple[Packing, bool]:
     """The packing of a call, and True if queries and keys have the same sequences.
 
-    The boundaries of a CUDA tensor are read in every call, as kernels write without a trace, and this waits for the
-    device; not at all where both maximal lengths are given, and then the kernels still stay inside the tensors.
+    The boundaries are read in every call, as numpy and kernels write without a trace. For those of a CUDA tensor this
+    waits for the device, so there a maximal length that is given is believed; the kernels stay inside the tensors.
     """
     cu_seqlens_q, cu_seqlens_k = options.cu_seqlens_q, options.cu_seqlens_k
     max_seqlen_q, max_seqlen_k = options.max_seqlen_q, options.max_seqlen_k
@@ -106,7 +113,7 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
             raise TypeError(f"{name} must be an int32 or int64 tensor of shape (sequences + 1,), got {got}")
         if cu.device != device:
             raise ValueError(f"{name} must be on query's device {device}, got {cu.device}")
-        if max_seqlen is not None and device.type != "cpu":
+        if max_seqlen is not None and _believes(device):
             longest.append(min(max_seqlen, length))
             continue
         values = cu.tolist()
@@ -125,7 +132,13 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
         )
     shared = same or (len(boundaries) == 2 and boundaries[0] == boundaries[1])
     queries, keys = (cu.to(torch.int32, copy=True) for cu in (cu_seqlens_q, cu_seqlens_k))
-    return Packing(queries, keys, *longest), shared
+    max_queries, max_keys = longest
+    return Packing(queries, keys, max_queries, max_keys, believed=len(boundaries) < 2), shared
+
+
+def _believes(device: torch.device) -> bool:
+    """True where a look at the boundaries would wait for the device."""
+    return device.type != "cpu"
 
 
 def _short(values: list[int]) -> str:

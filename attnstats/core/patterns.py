@@ -1,8 +1,9 @@
 """Reading a Tq x Tk attention mask back into the few facts it was made from.
 
 Modules pass whole masks to say what O(T) numbers can say: which keys are padding, that attention is causal, how far
-it looks. `recognise` compares every element, in blocks of rows, and takes no hint. Any other mask is not recognised:
-it needs the whole map, and `allow_whole_map` raises or warns.
+it looks. `recognise` reads a pattern off a few rows and columns, then compares every element with it, and takes no
+hint. It remembers nothing: whoever made the mask may write into it, and numpy, `.data` and kernels do so without a
+trace. Any other mask is not recognised: it needs the whole map, and `allow_whole_map` raises or warns.
 """
 
 from __future__ import annotations
@@ -14,15 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from attnstats.core.library import first_difference
 from attnstats.core.visibility import within
 
-BLOCK = 2**20  # elements that are compared at a time
-CACHED_VIEWS = 16  # of one mask
-
-# Every layer of a model passes the same mask: {mask: {(version, shape, ...): its pattern}}
-_PATTERNS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+BLOCK = 2**18  # elements that are compared at a time
 
 
 class MaskPattern(NamedTuple):
@@ -64,17 +61,10 @@ def recognise(
     """
     if mask.requires_grad:
         return None
-    if mask.is_inference():  # has no version; torch.compile breaks the graph here, before it would trace what follows
-        return _recognise(mask, query_length, true_hides, hidden)
-    owner = mask if mask._base is None else mask._base
-    cache = _PATTERNS.setdefault(owner, {})
-    layout = mask._version, mask.shape, mask.stride(), mask.storage_offset(), mask.dtype
-    view = (*layout, query_length, true_hides, hidden)
-    if view not in cache:
-        if len(cache) >= CACHED_VIEWS:
-            cache.clear()
-        cache[view] = _recognise(mask, query_length, true_hides, hidden)
-    return cache[view]
+    read = _read
+    if torch.compiler.is_compiling():  # not above the function: it imports torch's compiler, and with it Triton
+        read = torch.compiler.disable(_read, reason="what a mask shows decides how attention is computed")
+    return read(mask, query_length, true_hides, hidden)
 
 
 def read_causal_bias(mask: Any, query_length: int, key_length: int) -> MaskPattern | None:
@@ -117,89 +107,188 @@ def visible_elements(mask: Tensor, *, true_hides: bool, hidden: float = -math.in
     return visible if not mask.requires_grad and bool((visible | (mask <= hidden)).all()) else None
 
 
+def _read(mask: Tensor, query_length: int, true_hides: bool, hidden: float) -> MaskPattern | None:
+    """`recognise`, not traced."""
+    leading, mask = mask.shape[:-3], mask.detach()
+    for dim in range(mask.dim() - 2):
+        if mask.stride(dim) == 0:  # expanded: the same elements
+            mask = mask.narrow(dim, 0, 1)
+    if mask.numel() == 0:
+        return MaskPattern()
+    entries = _Entries.of(mask, true_hides, hidden)
+    pattern = None if entries is None else _recognise(entries, query_length)
+    if pattern is None or pattern.key_mask is None:
+        return pattern
+    hides = not bool(pattern.key_mask.all())
+    return pattern._replace(key_mask=pattern.key_mask.expand(*leading, -1).clone() if hides else None)
+
+
+class _Entries(NamedTuple):
+    """A mask and what its elements mean.
+
+    Attributes:
+        mask: (..., Hq | 1, Tq | 1, Tk).
+        visible, concealed: the elements of a key that is seen and of one that isn't. Other elements that mean the same
+            are compared more slowly.
+    """
+
+    mask: Tensor
+    visible: float
+    concealed: float
+    true_hides: bool
+    hidden: float
+
+    @staticmethod
+    def of(mask: Tensor, true_hides: bool, hidden: float) -> _Entries | None:
+        """None where the first or the last row holds other numbers than 0 and those that count as -inf."""
+        if mask.dtype == torch.bool:
+            return _Entries(mask, not true_hides, true_hides, true_hides, hidden)
+        lowest = torch.minimum(mask[..., 0, :].amin(), mask[..., -1, :].amin()).item()
+        if lowest == 0:
+            lowest = -math.inf
+        return _Entries(mask, 0.0, lowest, true_hides, hidden) if lowest <= hidden else None
+
+    @property
+    def one_head(self) -> Tensor:
+        return self.mask[..., 0, :, :]
+
+    def shown(self, elements: Tensor) -> Tensor:
+        """As bool, True for visible."""
+        return elements == self.visible
+
+    def show(self, elements: Tensor, expected: Tensor) -> bool:
+        """True if elements of the mask show just the keys that are True in `expected`, which broadcasts to them."""
+        expected = expected.expand(elements.shape)
+        if elements.dtype == torch.bool:
+            return _same(elements, ~expected if self.true_hides else expected)
+        return _same(self.shown(elements), expected) and _same(elements <= self.hidden, ~expected)
+
+    def of_keys(self, key_mask: Tensor) -> Tensor:
+        """The elements that stand for a bool tensor, True for visible."""
+        elements = torch.full(key_mask.shape, self.concealed, dtype=self.mask.dtype, device=self.mask.device)
+        return elements.masked_fill_(key_mask, self.visible)
+
+
 class _Extent(NamedTuple):
-    key_mask: Tensor  # (..., Tk) the keys that any query sees
     ahead: int  # the farthest that any query sees ahead of its index
     behind: int  # and behind it
 
 
-def _recognise(mask: Tensor, query_length: int, true_hides: bool, hidden: float) -> MaskPattern | None:
-    mask = mask.detach()
+def _recognise(entries: _Entries, query_length: int) -> MaskPattern | None:
+    """`recognise`, with a key mask that may hide nothing."""
+    mask = entries.mask
     key_length = mask.shape[-1]
-    extent = _extent(mask, true_hides, hidden)
-    if extent is None:
-        return None
-    pattern = MaskPattern(extent.key_mask)
-    if _equals(mask, pattern, true_hides):  # first, as a window whose edge lies in the padding would fit too
-        return _compact(pattern)
+    first, last = (entries.shown(entries.one_head[..., row, :]) for row in (0, -1))
+    if torch.equal(first, last):  # first, as a window whose edge lies in the padding would fit too
+        pattern = MaskPattern(first)
+        if _equals(entries, pattern):
+            return pattern
     if mask.shape[-2] == 1:
         return None
     key = torch.arange(key_length, device=mask.device, dtype=torch.int64)
-    last = max(0, key_length - query_length)
-    # Queries at the end of the keys, before the unused slots of a cache (where the mask is causal), or at the start.
-    for offset in dict.fromkeys((last, min(max(0, extent.ahead), last), 0)):
+    for offset in _offsets(entries, query_length):
+        key_mask = _seen_in_place(entries, offset)
+        extent = _extent(entries, key_mask)
+        if extent is None:
+            continue
         ahead, behind = extent.ahead - offset, extent.behind + offset
         right = None if ahead >= key_length - 1 - offset else ahead
         left = None if behind >= offset + query_length - 1 else behind
-        key_mask = extent.key_mask
         if right is not None:  # keys that no query can see may be padding or not
             key_mask = key_mask | (key >= offset + query_length + right)
         if left is not None:
             key_mask = key_mask | (key < offset - left)
         pattern = MaskPattern(key_mask, None if left is right is None else offset, left, right)
-        if (right is None or right >= 0) and (left is None or left >= 0) and _equals(mask, pattern, true_hides):
-            return _compact(pattern)
+        if (right is None or right >= 0) and (left is None or left >= 0) and _equals(entries, pattern):
+            return pattern
     return None
 
 
-def _compact(pattern: MaskPattern) -> MaskPattern:
-    """The pattern with a copy of its key mask, as a view would keep the mask alive; without one that hides no key."""
-    assert pattern.key_mask is not None
-    return pattern._replace(key_mask=None if bool(pattern.key_mask.all()) else pattern.key_mask.clone())
+def _offsets(entries: _Entries, query_length: int) -> Iterator[int]:
+    """Positions that the first query may have: the queries are the last keys, or stand before the unused slots of a
+    cache (where the mask is causal), or are the first keys."""
+    last = max(0, entries.mask.shape[-1] - query_length)
+    yield last
+    if last > 0:
+        extent = _extent(entries, _last_row(entries))
+        ahead = 0 if extent is None else min(max(0, extent.ahead), last)
+        if 0 < ahead < last:
+            yield ahead
+        yield 0
 
 
-def _extent(mask: Tensor, true_hides: bool, hidden: float) -> _Extent | None:
-    """The extent of a mask; None where it holds other numbers than 0 and those that count as -inf."""
-    key_length = mask.shape[-1]
-    key_mask = torch.zeros((*mask.shape[:-3], key_length), dtype=torch.bool, device=mask.device)
-    ahead, behind = -mask.shape[-2], -key_length
-    for rows in _blocks(mask):
-        visible = visible_elements(mask[..., rows, :], true_hides=true_hides, hidden=hidden)
-        if visible is None:
-            return None
-        key_mask |= visible.flatten(-3, -2).any(-2)
-        of_any = visible.flatten(0, -3).any(0) if visible.dim() > 2 else visible  # (rows, Tk)
-        index = torch.arange(rows.start, rows.stop, device=mask.device, dtype=torch.int64)
-        live = of_any.any(-1)
-        if bool(live.any()):
-            first, last = of_any.byte().argmax(-1), key_length - 1 - of_any.flip(-1).byte().argmax(-1)
-            ahead = max(ahead, int((last - index)[live].max()))
-            behind = max(behind, int((index - first)[live].max()))
-    return _Extent(key_mask, ahead, behind)
+def _seen_in_place(entries: _Entries, offset: int) -> Tensor:
+    """(..., Tk) bool: the query at a key's own position sees it, or the nearest one there is."""
+    rows, key_length = entries.mask.shape[-2:]
+    key = torch.arange(key_length, device=entries.mask.device, dtype=torch.int64)
+    row = (key - offset).clamp(0, rows - 1).expand(*entries.one_head.shape[:-2], 1, -1)
+    return entries.shown(entries.one_head.gather(-2, row))[..., 0, :]
 
 
-def _equals(mask: Tensor, pattern: MaskPattern, true_hides: bool) -> bool:
-    """True if every element of the mask, which is bool or holds 0 and -inf alone, is as in the pattern."""
-    assert pattern.key_mask is not None
-    key = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int64)
-    for rows in _blocks(mask):
-        expected = pattern.key_mask[..., None, None, :]
-        if pattern.query_offset is not None:
-            position = (
-                torch.arange(rows.start, rows.stop, device=mask.device, dtype=torch.int64)[:, None]
-                + pattern.query_offset
-            )
+def _last_row(entries: _Entries) -> Tensor:
+    """(..., Tk) bool: the keys that the last query sees which sees any."""
+    seen = entries.shown(entries.one_head[..., -1, :])
+    row = entries.mask.shape[-2] - 1
+    while row > 0 and not bool(seen.any()):
+        row -= 1
+        seen = entries.shown(entries.one_head[..., row, :])
+    return seen
+
+
+def _extent(entries: _Entries, seen: Tensor) -> _Extent | None:
+    """The extent of a window, by the queries that see the last and the first of the keys (..., Tk) that are seen.
+
+    None: no key is seen.
+    """
+    found = seen.any(-1)
+    if not bool(found.any()):
+        return None
+    rows, key_length = entries.mask.shape[-2:]
+    first_key, last_key = seen.byte().argmax(-1), key_length - 1 - seen.flip(-1).byte().argmax(-1)
+
+    def queries(key: Tensor) -> Tensor:
+        """(..., Tq) uint8: they see the key."""
+        index = key[..., None, None].expand(*key.shape, rows, 1)
+        return entries.shown(entries.one_head.gather(-1, index))[..., 0].byte()
+
+    ahead = last_key - queries(last_key).argmax(-1)
+    behind = rows - 1 - queries(first_key).flip(-1).argmax(-1) - first_key
+    return _Extent(int(ahead[found].max()), int(behind[found].max()))
+
+
+def _equals(entries: _Entries, pattern: MaskPattern) -> bool:
+    """True if every element of the mask is as in the pattern: its bytes, and from where they differ its meaning."""
+    mask, key_mask, offset = entries.mask, pattern.key_mask, pattern.query_offset
+    assert key_mask is not None
+    key = torch.arange(mask.shape[-1], device=mask.device, dtype=torch.int32)
+    first = end = None
+    if offset is not None:
+        first = None if pattern.left is None else offset - pattern.left
+        end = None if pattern.right is None else offset + pattern.right + 1
+    lines, concealed = entries.of_keys(key_mask), entries.of_keys(torch.zeros_like(key, dtype=torch.bool))
+    for rows in _blocks(mask, first_difference(mask, lines, concealed, first, end)):
+        expected = key_mask[..., None, None, :]
+        if offset is not None:
+            position = torch.arange(rows.start, rows.stop, device=mask.device, dtype=torch.int32)[:, None] + offset
             window = within(position - key, pattern.left, pattern.right)
             expected = expected if window is None else expected & window
-        block = mask[..., rows, :]
-        visible = block == 0 if mask.dtype != torch.bool else ~block if true_hides else block
-        if not torch.equal(visible, expected.expand(block.shape)):
+        if not entries.show(mask[..., rows, :], expected):
             return False
     return True
 
 
-def _blocks(mask: Tensor) -> Iterator[slice]:
+def _same(x: Tensor, y: Tensor) -> bool:
+    """torch.equal of bool tensors of one shape, eight at a time where it can, as it compares one after the other."""
+    if x.numel() % 8 == 0 and x.is_contiguous() and y.is_contiguous() and x.storage_offset() % 8 == 0:
+        words = [z.flatten().view(torch.int64) for z in (x, y)]
+        if torch.equal(*words):
+            return True
+    return torch.equal(x, y)  # a True may be another byte than 1
+
+
+def _blocks(mask: Tensor, start: int) -> Iterator[slice]:
+    """Slices of the rows from `start` on."""
     rows = mask.shape[-2]
-    step = max(1, BLOCK * rows // max(1, mask.numel()))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    step = max(1, BLOCK * rows // mask.numel())
+    for begin in range(start, rows, step):
+        yield slice(begin, min(begin + step, rows))

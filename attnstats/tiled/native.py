@@ -1,35 +1,30 @@
-"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them.
+"""Statistics on the CPU by the compiled sums of csrc/, where setup.py could build them (core/library.py).
 
-The library is optional. It has a plain C interface, so one build serves every Python and torch; it shares torch's
-threads, because it asks for libgomp by the name under which torch has loaded its own (a torch that calls it otherwise
-gets a second pool beside it). `enabled = False`, or ATTNSTATS_NATIVE=0 in the environment, leaves all to plain PyTorch.
+`enabled = False`, or ATTNSTATS_NATIVE=0 in the environment, leaves all sums to plain PyTorch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
-import os
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnstats.core import library as compiled
 from attnstats.core.geometry import Geometry
+from attnstats.core.library import UNBOUNDED
 from attnstats.statistics import Entropy, MaxLogit, Statistic
 from attnstats.tiled import band
 
-VERSION = 3  # of the interface; a library of another version is not used
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INPUTS = {torch.float32, torch.bfloat16, torch.float16}
 ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
 WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
-UNBOUNDED = 2**40  # larger than any distance
 
-enabled = os.environ.get("ATTNSTATS_NATIVE", "1") != "0"
+enabled = compiled.enabled
 lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: the machine's widest
 
 
@@ -230,23 +225,10 @@ def _weights(statistic: Statistic, geometry: Geometry) -> _Weights:
     return _Weights(farthest, (weights - tail if tail else weights).contiguous())
 
 
-def _path() -> Path | None:
-    """The library beside this file; nowhere else, as another installation's may differ from this one's."""
-    beside = (Path(__file__).with_name("_native" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in beside if path.exists()), None)
-
-
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """None if there is no library, as setup.py found no compiler, or if it does not load or is of another version."""
-    path = _path()
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-        library.attnstats_version.restype = c_int64
+    library = compiled.load()
+    if library is not None:
         for function in (library.attnstats_evaluate, library.attnstats_scratch_bytes):
             function.restype, function.argtypes = c_int64, (POINTER(_Call),)
-    except (OSError, AttributeError):
-        return None
-    return library if library.attnstats_version() == VERSION else None
+    return library

@@ -53,8 +53,6 @@ class Attachment:
     Attributes:
         modules: by kind and layer, the modules that may attend there.
         implementations: each config with the attention implementation that it named before.
-        real_queries: (B, Tq) bool, the tokens of a decoder that are not padding, as its self-attention's mask has them;
-            the mask of its cross-attention does not say.
     """
 
     backend: Backend
@@ -62,7 +60,6 @@ class Attachment:
     modules: dict[AttentionKind, dict[int, list[nn.Module]]] = field(default_factory=dict)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
     observer: Observer | None = None
-    real_queries: Tensor | None = None
 
 
 _ATTACHMENTS: WeakSet[Attachment] = WeakSet()
@@ -270,7 +267,7 @@ def attend(
     _check_arguments(where, mask, kwargs)
     query, key, value = as_autocast(query, key, value)
     if site.kind == "self" and observer is not None and observer.kind == "cross":
-        attachment.real_queries = mask.real_queries
+        observer.real_queries = mask.real_queries
     options = Options(scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout, backend=attachment.backend)
     call = AttentionCall(
         where,
@@ -282,7 +279,7 @@ def attend(
         cross,
         position_bias,
         attachment.allow_dense,
-        attachment.real_queries if cross else None,
+        observer.real_queries if observer is not None and cross else None,
     )
     if observer is not None and observer.kind == site.kind:
         output = observer.attend(site.layer, call)

@@ -116,13 +116,16 @@ class AttentionCall:
         return functional.attend(self.query, *self._used(), options)
 
     def last(self, rows: int) -> AttentionCall:
-        """The call of its last queries alone, without dropout; it keeps no more of the queries alive."""
-        mask, dense = self.mask, self.mask.dense
+        """The call of its last queries alone, without dropout; keeps neither the others nor the caller's mask alive."""
+        mask, dense = self.mask, None
+        if mask.unknown and mask.dense is not None:
+            of_last = mask.dense()[..., -rows:, :].clone()
+            dense = lambda: of_last  # noqa: E731
         of_rows = replace(
             mask,
             query_offset=mask.query_offset + mask.query_length - rows,
             query_length=rows,
-            dense=None if dense is None else lambda: dense()[..., -rows:, :],
+            dense=dense,
             memo={},
         )
         query = self.query if rows == self.query.shape[2] else self.query[:, :, -rows:].clone()

@@ -2,7 +2,8 @@
 
 `describe_mask` is the mask function registered with transformers. It takes apart the function of indices that
 transformers composes (causal, sliding window, chunks, packed rows, padding), and checks its reading against that
-function on a sample of rows. A mask that was made as a tensor is read by core/patterns.py. Parts that neither
+function on a sample of rows. A mask that was made as a tensor is read by core/patterns.py, anew in every layer. A
+description holds copies, so what is derived from one (`memo`) stays right, and is gone with it. Parts that neither
 understands are named in the description and raise where attention is computed, not before: a model may never use it.
 """
 
@@ -198,7 +199,7 @@ def describe_mask(
     if attention_mask is None and isinstance(q_offset, Tensor):  # padded batches and others then have the same graph
         key_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     if attention_mask is not None:
-        attention_mask = attention_mask.bool()
+        attention_mask = attention_mask.to(torch.bool, copy=True)
         key_mask = attention_mask[:, key_offset : key_offset + kv_length]
         if key_mask.shape[1] < kv_length:
             key_mask = torch.nn.functional.pad(key_mask, (0, kv_length - key_mask.shape[1]), value=False)

@@ -29,9 +29,15 @@ _IN_GRAPH = 0  # stands for the thread where a graph is traced
 
 
 class Observer(Protocol):
-    """Sees every forward pass of an attached model, and every attention call of one kind."""
+    """Sees every forward pass of an attached model, and every attention call of one kind.
+
+    Attributes:
+        real_queries: (B, Tq) bool, in a pass the tokens of a decoder that are not padding, as its self-attention's mask
+            has them; the mask of its cross-attention, which is of that kind, does not say.
+    """
 
     kind: AttentionKind
+    real_queries: Tensor | None
 
     def begin(self, ids: Tensor | None, cache: Any, positions: Any) -> None:
         """A forward pass starts, with these input_ids, cache and position_ids, where it has them."""
@@ -59,6 +65,7 @@ class OutsideGraphs:
             "fullgraph=False, or capture without live=True"
         )
         self.kind = observer.kind
+        self.real_queries: Tensor | None = None  # of cross-attention, which is never live
         self.begin, self.attend = outside(observer.begin), outside(attend)
         self.end, self.leave = outside(observer.end), outside(observer.leave)
 

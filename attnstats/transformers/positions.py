@@ -188,6 +188,10 @@ class CachedPositions:
                 batch = max(len(keys), len(new))
                 added = [x.to(keys.device).expand(batch, keys.shape[1], -1) for x in (keys, new)]
                 self.keys[layer] = torch.cat(added, -1)
+        self.leave()
+
+    def leave(self) -> None:
+        """The pass is over, also after an exception."""
         self._given, self._agreeing, self._places = None, [], {}
 
     def select_rows(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -81,6 +81,7 @@ class Capture:
         stop_after_last_layer: bool,
     ):
         self.kind = kind
+        self.real_queries: Tensor | None = None
         self.statistics = statistics
         self.layers = layers
         self.heads = heads
@@ -268,6 +269,7 @@ class Capture:
             query_mask = self._query_mask_of(call)
         output = self._recording.attend(layer, call, Request(statistics, query_mask, heads))
         if layer == self._stop_after:
+            self._positions.end()
             raise StopForward(
                 "stop_after_last_layer=True: the model has no output; call run.forward(**inputs), not model(**inputs)"
             )
@@ -294,9 +296,11 @@ class Capture:
                 self.stopped = self._stopping = True
 
     def leave(self) -> None:
-        """The forward pass is over, also after an exception."""
+        """The forward pass is over, also after an exception: nothing that was read in it is kept."""
         if torch.compiler.is_compiling() or self._thread == threading.get_ident():
             self._running, self._last_call = False, None
+            self._ids = self.real_queries = None
+            self._positions.leave()
 
     def rows_selected(self, cache: Any, change: Callable[[Tensor], Tensor]) -> None:
         """The batch rows of a cache were selected or repeated by `change`."""

@@ -1,10 +1,18 @@
-"""Masks read back into patterns: every element is compared, in blocks of bounded size."""
+"""Masks read back into patterns: every element is compared, by compiled code or in blocks of bounded size."""
 
 import pytest
 import torch
 
+from attnstats.core import library
 from attnstats.core.patterns import BLOCK, recognise
 from tests.guards import Largest
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def way(request, monkeypatch):
+    if request.param == "compiled" and library.load() is None:
+        pytest.skip("attnstats.tiled._native was not built")
+    monkeypatch.setattr(library, "enabled", request.param == "compiled")
 
 
 def forms(mask):
@@ -55,3 +63,59 @@ def test_large_masks_are_read_in_blocks():
         wrong = form.clone()
         wrong[0, 0, -1, 0] = ~wrong[0, 0, -1, 0] if wrong.dtype == torch.bool else 0
         assert recognise(wrong, rows, true_hides=hides) is None
+
+
+@pytest.mark.parametrize("offset", [0, 4, 7])
+@pytest.mark.parametrize("left", [None, 3])
+def test_where_the_first_query_stands(offset, left):
+    """At the first key, before the unused slots of a cache, or so that the last query stands at the last key."""
+    distance = torch.arange(6)[:, None] + offset - torch.arange(13)
+    mask = ((distance >= 0) & (distance <= (99 if left is None else left))).expand(2, 1, -1, -1).clone()
+    mask[0, ..., offset : offset + 2] = False
+    pattern = recognise(mask, 6)
+    assert pattern[1:] == (offset, left, 0)
+    assert pattern.key_mask[0].tolist() == [not offset <= key < offset + 2 for key in range(13)]
+    assert pattern.key_mask[1].all()
+
+
+MADE = {
+    "odd lengths": lambda x: x[..., :27, :27],
+    "a part of a larger one": lambda x: torch.nn.functional.pad(x, (3, 5, 2, 2))[..., 2:34, 3:35],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "every other row": lambda x: x.repeat_interleave(2, -2)[..., ::2, :],
+    "expanded": lambda x: x[:1, :1].expand(2, 3, -1, -1),
+    "heads last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_masks_of_any_strides(made):
+    mask = torch.ones(32, 32).tril().triu(-9).bool().expand(2, 3, -1, -1).clone()
+    mask[1 if made != "expanded" else 0, :, :, :7] = False
+    for form, hides in forms(mask):
+        x = MADE[made](form)
+        pattern = recognise(x, x.shape[-2], true_hides=hides)
+        assert pattern[1:] == (0, 9, 0)
+        assert pattern.key_mask.shape == (2, x.shape[-1])
+        for place in ((1, 2, 20, 15), (0, 0, 3, 20), (0, 1, 26, 2)):
+            wrong = x.clone()
+            wrong[place] = ~wrong[place] if wrong.dtype == torch.bool else 1
+            assert recognise(wrong, x.shape[-2], true_hides=hides) is None, place
+
+
+def test_other_numbers_that_mean_the_same():
+    visible = torch.ones(1, 1, 9, 9).tril().bool()
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -1e30)
+    mask[..., 4, 7:] = -torch.inf
+    mask[..., 5, :3] = -0.0
+    assert recognise(mask, 9) is None
+    assert recognise(mask, 9, hidden=-1e4)[1:] == (0, None, 0)
+    for number in (torch.nan, 1.0, -5.0, torch.inf):
+        wrong = mask.clone()
+        wrong[..., 6, 2] = number
+        assert recognise(wrong, 9, hidden=-1e4) is None
+        wrong = mask.clone()
+        wrong[..., 6, 8] = number
+        assert recognise(wrong, 9, hidden=-1e4) is None
+    bytes_of_two = (visible.to(torch.uint8) * 2).view(torch.bool)
+    assert recognise(bytes_of_two, 9)[1:] == (0, None, 0)

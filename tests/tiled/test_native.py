@@ -7,6 +7,7 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received, reference
+from attnstats.core import library
 from attnstats.tiled import native
 from tests.cases import Case, check
 from tests.process import python
@@ -271,13 +272,14 @@ def test_nan_and_inf_stay_in_their_rows_and_heads(lanes, monkeypatch):
 @pytest.mark.parametrize("break_it", ["off", "missing", "another version", "not a library"])
 def test_without_the_library(break_it, monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)  # uncached
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
     if break_it == "off":
         monkeypatch.setattr(native, "enabled", False)
     elif break_it == "another version":
-        monkeypatch.setattr(native, "VERSION", -1)
+        monkeypatch.setattr(library, "VERSION", -1)
     else:
         (tmp_path / "_native.so").write_text("nothing")
-        monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so" if break_it == "not a library" else None)
+        monkeypatch.setattr(library, "path", lambda: tmp_path / "_native.so" if break_it == "not a library" else None)
     monkeypatch.setattr(native, "evaluate", None)  # a call would fail
     check(Case(), "tiled")
 

@@ -1,6 +1,9 @@
 """The calls of a model: padding, masks made as tensors, packed rows, chunks, caches, dropout, cross-attention."""
 
+import contextlib
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from tests.tiny import (
     tiny_bart,
     tokens,
 )
+from tests.writes import UNNOTICED, write
 
 
 def test_full_attention_follows_the_config(llama):
@@ -105,6 +109,55 @@ def test_masks_made_as_tensors_are_understood(llama, side, window, additive):
             [by_definition(s, a, padding(side), padding(side), torch.ones(2, LENGTH)) for a in theirs.attentions]
         )
         torch.testing.assert_close(run[s].double(), expected, rtol=0, atol=WEIGHT_TOLERANCE * LARGEST_FACTOR[s])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("way", UNNOTICED)
+def test_a_mask_made_as_a_tensor_may_be_written_between_passes(llama, way, captured):
+    mask, other, ids = visible(None), visible("left", 5), tokens()
+    attended = capture(llama, statistics=["received"], layers="all") if captured else contextlib.nullcontext({})
+    attnstats.transformers.attach.attach(llama)
+    with torch.no_grad(), attended as run:
+
+        def results(mask):
+            logits = llama(ids, attention_mask=mask, use_cache=False).logits
+            return [logits, run["received"]] if captured else [logits]
+
+        before = results(mask)
+        write(mask, other, way)
+        after, expected = results(mask), results(other)
+    for x, y, z in zip(before, after, expected, strict=True):
+        assert torch.equal(y, z)
+        assert not torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_nothing_of_a_pass_is_kept_when_it_is_over(llama, kind, error):
+    model = tiny_bart() if kind == "cross" else llama
+    mask, ids, positions = visible(None), tokens(), torch.arange(LENGTH)[None]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    if kind == "cross":
+        mask, ids = padding("right").bool(), tokens()
+        inputs = {"input_ids": tokens(), "decoder_input_ids": ids, "decoder_attention_mask": mask, "use_cache": False}
+    last = model.model.decoder.layers[-1].fc2 if kind == "cross" else model.model.layers[-1].mlp
+    statistics = ["received"] if kind == "cross" else ["waad", "received"]
+    with torch.no_grad(), capture(model, statistics=statistics, layers="all", attention=kind) as run:
+
+        def fail(*_):
+            raise error("in the last layer")
+
+        hook = last.register_forward_hook(fail) if error else None
+        with contextlib.suppress(ValueError):
+            model(**inputs)
+        if hook is not None:
+            hook.remove()
+        watched = [weakref.ref(x) for x in (mask, ids, positions)]
+        held = [x for x in vars(run).values() if isinstance(x, torch.Tensor)]
+        del mask, ids, positions, inputs
+        gc.collect()
+        assert held == []
+        assert [x for x in watched if x() is not None] == []
 
 
 def test_other_masks_are_refused_or_dense_with_a_warning(llama):

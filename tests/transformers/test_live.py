@@ -363,6 +363,32 @@ def test_what_was_cut_is_taken_back_once(llama):
             after(*changes)
 
 
+@pytest.mark.filterwarnings("ignore:.*on the whole map")
+@pytest.mark.parametrize("kind", ["padding", "whole map"])
+def test_what_was_cut_is_taken_back_by_the_masks_of_its_pass(llama, kind):
+    """The caller's masks may be others by then."""
+    mask = padding("left").bool()
+    if kind == "whole map":
+        mask = torch.ones(2, 1, LENGTH, LENGTH).tril().bool()
+        mask[1, 0, 9:, 2:7:2] = False
+    counted = torch.arange(LENGTH).expand(2, -1) > 8
+
+    def after(rewritten):
+        cache, given, counting = transformers.DynamicCache(config=llama.config), mask.clone(), counted.clone()
+        options = {"statistics": [Received(), FAI(1, 4)], "layers": "all", "live": True, "allow_dense": True}
+        with torch.no_grad(), capture(llama, **options, query_mask=counting) as run:
+            llama(tokens(), attention_mask=given, past_key_values=cache)
+            if rewritten:
+                given.data.fill_(True)
+                counting.data.fill_(True)
+            cache.crop(-4)
+        return run
+
+    found, expected = after(rewritten=True), after(rewritten=False)
+    assert torch.equal(found["received"], expected["received"])
+    assert torch.equal(found["fai"], expected["fai"])
+
+
 def test_rows_that_end_go_on_with_their_padding(llama):
     """As generate has it: the run is of the tokens that went through the model, `run.tokens`."""
     plain = llama.generate(**prompt("left"), max_new_tokens=NEW, do_sample=False)

@@ -50,6 +50,45 @@ def test_memory_is_linear_in_the_length(from_lse, device):
     assert largest[2] <= 2 * largest[1] <= 4 * largest[0]
 
 
+# Of queries and keys, the lengths of sequences, what the call says of the longest, and which sequence is longer.
+LONG = {
+    "queries": (((3, 3), (20, 20), (2, 2)), (16, 20), 1),
+    "keys": (((3, 9), (4, 20), (2, 5)), (4, 18), 1),
+    "decoding": (((2, 70), (1, 30), (3, 80)), (2, 80), 2),
+}
+
+
+@pytest.mark.parametrize("from_lse", [False, True], ids=["attention", "from_lse"])
+@pytest.mark.parametrize("name", LONG)
+def test_all_of_a_sequence_longer_than_the_call_says_is_nan(name, from_lse, monkeypatch, device):
+    """Where a look at the boundaries would wait for the device. What is in no sequence is 0, the rest as ever."""
+    lengths, (max_seqlen_q, max_seqlen_k), longer = LONG[name]
+    case = Case(1, 1, 2, packed=(*lengths, (2, 3)))  # without the last boundary: tokens of no sequence
+    rows, key, value = (x.requires_grad_() for x in case.views(case.tensors(device)))
+    asked = [WAAD(3), FAI(1, 3), Entropy(), MeanDistance(), FAI(5, None)] + ([] if from_lse else [MaxLogit()])
+    given = {x: y[:-1] for x, y in case.arguments(device).items() if "cu_seqlens" in x} | {"statistics": asked}
+    given |= {"enable_gqa": True}
+    output, expected = attnstats.varlen_attention(rows, key, value, backend="tiled", **given)
+    monkeypatch.setattr("attnstats.core.packing._believes", lambda device: True)
+    given |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "backend": "triton"}
+    if from_lse:
+        stats = attnstats.statistics_from_lse(rows, key, expected.lse, check=False, **given)
+        pairs = []
+    else:
+        found, stats = attnstats.varlen_attention(rows, key, value, **given)
+        grads = (torch.autograd.grad(x.sum(), (rows, key, value)) for x in (found, output))
+        both = zip(("row", "row", "column", "column"), [(found, output), *zip(*grads, strict=True)], strict=True)
+        pairs = [(axis, *(x.movedim(0, -1) for x in pair)) for axis, pair in both]
+        pairs += [("row", stats.lse, expected.lse)]
+    pairs += [(s.axis, stats[s], expected[s]) for s in asked]
+    for axis, x, y in pairs:
+        sizes = [length[axis == "column"] for length in lengths]
+        spoiled = torch.zeros(x.shape[-1], dtype=torch.bool, device=device)
+        spoiled[sum(sizes[:longer]) : sum(sizes[: longer + 1])] = True
+        assert x[..., spoiled].isnan().all()
+        torch.testing.assert_close(x[..., ~spoiled], y[..., ~spoiled], rtol=1e-4, atol=1e-4)
+
+
 OFFSETS = """
 import torch, attnstats
 stride = 2**30  # elements: head 3 begins past 2^31 of them, 6 GiB of float16 that nothing touches

@@ -119,7 +119,11 @@ def sequence_count(geometry: Geometry) -> int:
 
 
 def sequences(geometry: Geometry) -> Sequences | None:
-    return None if geometry.packing is None else Sequences(geometry.packing.queries, geometry.packing.keys)
+    packing = geometry.packing
+    if packing is None:
+        return None
+    limits = (packing.max_queries, packing.max_keys) if packing.believed else (None, None)
+    return Sequences(packing.queries, packing.keys, *limits)
 
 
 def sizes(geometry: Geometry, by_keys: bool = False) -> Sizes:
@@ -165,12 +169,23 @@ def head_count(geometry: Geometry, heads: Heads) -> int:
     return geometry.query_heads if heads is None else len(heads)
 
 
-def empty(geometry: Geometry, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
-    """A float32 buffer that a kernel fills. No kernel writes to tokens past the last packed sequence: they keep
-    `fill`."""
-    if geometry.packing is None:
-        return torch.empty(shape, dtype=torch.float32, device=geometry.device)
-    return torch.full(shape, fill, dtype=torch.float32, device=geometry.device)
+def buffer(geometry: Geometry, shape: tuple[int, ...], fill: float = 0.0, of_keys: bool = False) -> Tensor:
+    """A float32 buffer (..., Tq) or (..., Tk) that a kernel fills; see `filled`."""
+    return filled(torch.empty(shape, dtype=torch.float32, device=geometry.device), geometry, -1, fill, of_keys)
+
+
+def filled(x: Tensor, geometry: Geometry, tokens: int, fill: float = 0.0, of_keys: bool = False) -> Tensor:
+    """x with what no kernel writes, along its dimension of tokens: `fill` past the last packed sequence, and NaN in
+    sequences that are longer than the call said."""
+    packing = geometry.packing
+    if packing is None:
+        return x
+    if not packing.believed:
+        return x.fill_(fill)
+    index = torch.arange(x.shape[tokens], dtype=torch.int64, device=x.device)
+    within = index < (packing.keys if of_keys else packing.queries)[-1]
+    line = torch.where(within, torch.nan, fill).to(x.dtype)
+    return x.copy_(line if tokens == -1 else line[:, None])
 
 
 def on_device(numbers: tuple[int, ...] | None, device: torch.device) -> Tensor | None:

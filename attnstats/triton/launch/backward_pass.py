@@ -54,7 +54,7 @@ def _queries(
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
     query, key, value, output, grad_output = (arguments.as_input(x) for x in inputs)
-    grad_query, delta = _like(query, geometry), arguments.empty(geometry, row_lse.pivot.shape)
+    grad_query, delta = _like(query, geometry), arguments.buffer(geometry, row_lse.pivot.shape)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
     start_prepared(
         prepared,
@@ -83,7 +83,7 @@ def _keys(
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
     query, key, value, _, grad_output = (arguments.as_input(x) for x in inputs)
-    grad_key, grad_value = _like(key, geometry), _like(value, geometry)
+    grad_key, grad_value = (_like(x, geometry, of_keys=True) for x in (key, value))
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
     start_prepared(
         prepared,
@@ -142,6 +142,6 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
     return prepared._replace(score=prepared.score._replace(scale=geometry.scale))
 
 
-def _like(x: Tensor, geometry: Geometry) -> Tensor:
-    """A buffer of x's shape and, where they are dense, strides; zeros where tokens lie past the last sequence."""
-    return torch.empty_like(x) if geometry.packing is None else torch.zeros_like(x)
+def _like(x: Tensor, geometry: Geometry, of_keys: bool = False) -> Tensor:
+    """A buffer of x's shape and, where they are dense, strides, for gradients."""
+    return arguments.filled(torch.empty_like(x), geometry, -2, of_keys=of_keys)

@@ -26,6 +26,18 @@ def column_slots(geometry: Geometry, plan: Plan, slots: int, heads: int) -> Tens
     return torch.zeros(shape, dtype=torch.float32, device=geometry.device)
 
 
+def add_slots(columns: Tensor, geometry: Geometry) -> Tensor:
+    """[columns, B, heads, Tk] the sums over slots; NaN in sequences that are longer than the call said."""
+    sums = columns.sum(1)
+    packing = geometry.packing
+    if packing is None or not packing.believed or not len(sums):
+        return sums
+    index = torch.arange(geometry.key_length, dtype=torch.int32, device=geometry.device)
+    sequence = torch.searchsorted(packing.keys[1:], index, right=True)
+    longer = torch.nn.functional.pad(packing.longer(), (0, 1))  # one more, of tokens past the last sequence
+    return sums.masked_fill_(longer[sequence], torch.nan)
+
+
 def band_reach(geometry: Geometry, plan: Plan) -> dict[str, int]:
     """The constants of how far a band goes."""
     behind, ahead = plan.reach(geometry)
@@ -55,7 +67,7 @@ def _band(
     prepared = remembered(geometry, _prepare_band, plan, config, heads)
     query, key = arguments.as_input(query), arguments.as_input(key)
     count = arguments.head_count(geometry, heads)
-    rows = arguments.empty(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
+    rows = arguments.buffer(geometry, (len(plan.band_rows), geometry.batch, count, geometry.query_length))
     columns = column_slots(geometry, plan, prepared.slots, count)
     start_prepared(
         prepared,
@@ -71,10 +83,7 @@ def _band(
         heads=arguments.on_device(heads, geometry.device),
         strides=Strides(query.stride(), key.stride()),
     )
-    results: dict[Statistic, Tensor] = dict(zip(plan.band_rows, rows, strict=True))
-    if plan.band_columns:
-        results |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
-    return results
+    return dict(zip(plan.bands, (*rows, *add_slots(columns, geometry)), strict=True))
 
 
 def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) -> Prepared:

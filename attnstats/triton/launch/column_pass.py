@@ -35,7 +35,7 @@ def columns(
     def run(config: Config) -> Tensor:
         if (queries := arguments.longest(geometry)[0]) < config.BM:
             config = config._replace(BM=max(16, arguments.power_of_two(queries)))
-        sums = arguments.empty(geometry, shape)
+        sums = arguments.buffer(geometry, shape, of_keys=True)
         _column(query, key, row_lse, geometry, tuple(statistics), query_mask, heads, sums, None, config)
         return sums
 
@@ -54,9 +54,8 @@ def pooled(
         rows = max(16, arguments.power_of_two(geometry.query_length // segments))
         config = config._replace(BM=min(config.BM, rows))
         pieces = _pieces(key_bounds, config.BN, geometry.device)
-        sums = arguments.empty(
-            geometry, (pieces.total, geometry.batch, arguments.head_count(geometry, heads), segments)
-        )
+        count = arguments.head_count(geometry, heads)
+        sums = torch.empty((pieces.total, geometry.batch, count, segments), dtype=torch.float32, device=geometry.device)
         cuts = Segments(arguments.on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
         _column(query, key, row_lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)

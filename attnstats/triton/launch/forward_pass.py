@@ -23,7 +23,7 @@ from attnstats.triton.configs import (
 )
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
-from attnstats.triton.launch.band_pass import band_reach, column_slots, slot_count
+from attnstats.triton.launch.band_pass import add_slots, band_reach, column_slots, slot_count
 from attnstats.triton.launch.start import Launch, Prepared, fitting, prepare, remembered, start, start_prepared
 from attnstats.triton.plan import Plan
 
@@ -75,10 +75,10 @@ def _attend(
     if parts:
         shape = (parts, *shape)
     output = _output(geometry, shape, query.dtype)
-    lse = None if parts else arguments.empty(geometry, shape, fill=-torch.inf)
+    lse = None if parts else arguments.buffer(geometry, shape, fill=-torch.inf)
     pivot = factor = None
     if parts or with_pivot:
-        pivot, factor = arguments.empty(geometry, shape, fill=torch.inf), arguments.empty(geometry, shape, fill=1.0)
+        pivot, factor = (arguments.buffer(geometry, shape, fill) for fill in (torch.inf, 1.0))
     sinks = arguments.sinks(geometry)
     in_rows, columns = _start(
         geometry,
@@ -128,11 +128,11 @@ def _rows(
 
 
 def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors: Any) -> tuple[Tensor, Tensor]:
-    """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq] and its slots of columns."""
+    """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq] and its columns."""
     from_lse = tensors["value"] is None
     prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, chunk(geometry.device))
     shape = (geometry.batch, geometry.query_heads, geometry.query_length)
-    in_rows = arguments.empty(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
+    in_rows = arguments.buffer(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
     start_prepared(
         prepared,
@@ -144,23 +144,21 @@ def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors
         dropout=arguments.dropout(geometry),
         **tensors,
     )
-    return in_rows, columns
+    return in_rows, add_slots(columns, geometry)
 
 
 def _results(plan: Plan, in_rows: Tensor, columns: Tensor) -> dict[Statistic, Tensor]:
-    results: dict[Statistic, Tensor] = dict(zip(plan.in_rows, in_rows, strict=True))
-    if plan.band_columns:
-        results |= dict(zip(plan.band_columns, columns.sum(1), strict=True))
-    return results
+    return dict(zip((*plan.in_rows, *plan.band_columns), (*in_rows, *columns), strict=True))
 
 
 def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[*shape, value_dim]: float32 for splits; else in BTHD memory order, which models continue with."""
-    if len(shape) == 4:
-        return arguments.empty(geometry, (*shape, geometry.value_dim))
     size = (*shape, geometry.value_dim)
-    output = torch.empty_permuted(size, (0, 2, 1, 3), dtype=dtype, device=geometry.device)
-    return output if geometry.packing is None else output.zero_()
+    if len(shape) == 4:
+        output = torch.empty(size, dtype=torch.float32, device=geometry.device)
+    else:
+        output = torch.empty_permuted(size, (0, 2, 1, 3), dtype=dtype, device=geometry.device)
+    return arguments.filled(output, geometry, -2)
 
 
 def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
