@@ -158,7 +158,8 @@ def varlen_attention(
             after the last boundary belong to no sequence: their output is 0.
         cu_seqlens_k: the same for key and value; default cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: no sequence is longer. Without them every call reads a CUDA tensor of boundaries,
-            which waits for the device; with them it is trusted.
+            which waits for the device; with them it is trusted, and all results of a longer sequence are NaN. On the
+            CPU a longer one is an error.
         query_mask: (total_q,) bool, which queries count in column statistics; default all.
 
     The other arguments are those of `attention`.

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from attnstats.core import library
 from attnstats.study import tables
-from benchmarks import corpus, last_queries, memory, overhead, report, whole_model
+from benchmarks import corpus, last_queries, mask_reading, memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.summary import Series
 from benchmarks.test_attention import inputs_of, turns, verify
@@ -175,3 +176,11 @@ def test_ratios_of_a_whole_model_pair_the_rounds_that_both_have() -> None:
 def test_last_queries_are_measured_on_both_paths(capsys: pytest.CaptureFixture[str]) -> None:
     last_queries.main(64)
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[4:]] == ["compiled", "plain"]
+
+
+def test_reading_of_masks_is_measured_on_both_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    before = library.enabled
+    mask_reading.main(64)
+    ways = [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert ways == ["compiled"] * 4 + ["plain"] * 4
+    assert library.enabled == before
