@@ -257,6 +257,8 @@ def attend(
         mask = attention_mask if torch.compiler.is_compiling() else attention_mask.placed()
     else:
         check_plain(attention_mask=attention_mask)
+        if attention_mask is not None and attention_mask.dim() == 4 and len(attention_mask) == 1:
+            attention_mask = attention_mask.expand(len(query), -1, -1, -1)  # of every batch row
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and not cross
         lengths = query.shape[2], key.shape[2]
         mask = (

@@ -232,7 +232,7 @@ class AttentionCall:
             raise InputError(f"{self.where} is cross-attention in blocks, which cannot be computed")
         batch, _, length, _ = self.query.shape
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *self._used()))
-        cu_seqlens_q, cu_seqlens_k = self._boundaries()
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = self._boundaries()
         if options.query_mask is None:
             options = options._replace(query_mask=self.mask.real_queries)
         chunked = self.mask.chunks is not None
@@ -244,6 +244,8 @@ class AttentionCall:
             query_mask=None if options.query_mask is None else options.query_mask.flatten(),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
             query_offset=None,
             position=None,
             key_padding_mask=None,
@@ -260,16 +262,19 @@ class AttentionCall:
         tensors = {s: x / counting(s).clamp(min=1)[:, None] if s.is_mean else x for s, x in tensors.items()}
         return AttentionResult(output, Statistics(tensors, validity, counting, results.lse))
 
-    def _boundaries(self) -> tuple[Tensor, Tensor]:
-        """cu_seqlens of queries and of keys of all batch rows laid end to end, int32."""
+    def _boundaries(self) -> tuple[Tensor, Tensor, int | None, int | None]:
+        """cu_seqlens of queries and of keys of all batch rows laid end to end, int32, and the longest sequence of each,
+        so that only a pass's first layer has to wait for the device; not in a graph."""
         batch, device = self.query.shape[0], self.query.device
         if torch.compiler.is_compiling():
-            return blocks.boundaries(self.mask, batch, device, self.where)
+            return *blocks.boundaries(self.mask, batch, device, self.where), None, None
         memo = self.mask.memo
         if ("boundaries", device) not in memo:
-            memo["boundaries", device] = blocks.boundaries(self.mask, batch, device, self.where)
-        cu_seqlens: tuple[Tensor, Tensor] = memo["boundaries", device]
-        return cu_seqlens
+            queries, keys = blocks.boundaries(self.mask, batch, device, self.where)
+            longest = torch.stack([queries.diff().max(), keys.diff().max()]).tolist()
+            memo["boundaries", device] = queries, keys, *longest
+        boundaries: tuple[Tensor, Tensor, int, int] = memo["boundaries", device]
+        return boundaries
 
 
 def _options_of(mask: MaskDescription, cross: bool, device: torch.device) -> dict[str, Any]:

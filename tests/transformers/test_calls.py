@@ -11,10 +11,12 @@ import transformers
 
 import attnstats
 from attnstats import WAAD, Received
+from attnstats.core import packing
 from attnstats.transformers.capture import capture
 from tests.tiny import (
     HEADS,
     LARGEST_FACTOR,
+    LAYERS,
     LENGTH,
     LOGITS_TOLERANCE,
     STATISTICS,
@@ -109,6 +111,16 @@ def test_masks_made_as_tensors_are_understood(llama, side, window, additive):
             [by_definition(s, a, padding(side), padding(side), torch.ones(2, LENGTH)) for a in theirs.attentions]
         )
         torch.testing.assert_close(run[s].double(), expected, rtol=0, atol=WEIGHT_TOLERANCE * LARGEST_FACTOR[s])
+
+
+def test_one_mask_of_all_batch_rows_may_hide_keys(llama):
+    mask = torch.ones(1, 1, LENGTH, LENGTH).tril().bool()
+    mask[..., :4] = False
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as run:
+        logits = llama(tokens(), attention_mask=mask, use_cache=False).logits
+        found = {s: run[s] for s in STATISTICS}
+        assert torch.equal(llama(tokens(), attention_mask=mask.repeat(2, 1, 1, 1), use_cache=False).logits, logits)
+        assert all(torch.equal(run[s], found[s]) for s in STATISTICS)
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -222,6 +234,26 @@ def test_packed_rows_are_sequences_of_their_own(family):
                 torch.testing.assert_close(together[s][..., part], run[s], rtol=0, atol=tolerance)
                 assert torch.equal(valid[s][:, part], run.valid[s])
             start += n
+
+
+def test_only_the_first_layer_of_packed_rows_waits_for_a_gpu(llama, monkeypatch):
+    """The others are told how long the longest sequence is."""
+    read, believed = packing.read, []
+
+    def reading(*arguments):
+        found = read(*arguments)
+        believed.append(found[0].believed)
+        return found
+
+    inputs = {"position_ids": torch.tensor([[*range(9), *range(14)]]), "use_cache": False}
+    with torch.no_grad(), capture(llama, statistics=STATISTICS, layers="all") as run:
+        llama(tokens(1), **inputs)
+        expected = {s: run[s] for s in STATISTICS}
+        monkeypatch.setattr(packing, "read", reading)
+        monkeypatch.setattr(packing, "_believes", lambda device: True)
+        llama(tokens(1), **inputs)
+        assert all(torch.equal(run[s], expected[s]) for s in STATISTICS)
+    assert believed == [True] * LAYERS
 
 
 def test_chunks_have_no_first_and_last_tokens_of_the_sequence():
