@@ -34,8 +34,9 @@ _is_batched, _modes = torch._C._functorch.is_batchedtensor, torch._C._len_torch_
 
 
 def is_tracing(x: Any) -> bool:
-    """True if x is no real tensor: the call is being traced, or torch.vmap hides a dimension."""
-    if _in_dynamo() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and _is_batched(x)):
+    """True if x has no numbers to read: the call is being traced, x is on the meta device, or torch.vmap hides a
+    dimension."""
+    if _in_dynamo() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and (x.is_meta or _is_batched(x))):
         return True
     return _modes() > 0 and any(
         torch._C._get_dispatch_mode(mode) is not None

@@ -379,15 +379,19 @@ def as_statistics(
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context with autocast off, which would round the scores of float32 inputs away from their lse."""
-    if not torch.is_autocast_enabled(device.type):
+    if not _is_autocast(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Query, key, value and an additive mask in autocast's dtype, as SDPA casts them; unchanged without autocast."""
     device = next(x for x in tensors if x is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not _is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     not_cast = (torch.float64, torch.bool)

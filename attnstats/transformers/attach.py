@@ -26,7 +26,13 @@ from attnstats.errors import InputError
 from attnstats.functional import Backend
 from attnstats.tensors import check_plain
 from attnstats.transformers.calls import AttentionCall
-from attnstats.transformers.masks import MaskDescription, describe_mask, describe_no_mask, describe_tensor
+from attnstats.transformers.masks import (
+    MaskDescription,
+    describe_mask,
+    describe_no_mask,
+    describe_tensor,
+    is_recorded_as_torch,
+)
 from attnstats.transformers.passes import NO_MAPS, ForwardPasses, Observer
 from attnstats.transformers.sites import AttentionKind, attention_modules, configs, stacks, transformers_model
 
@@ -251,10 +257,13 @@ def attend(
     if site is None:  # a model that was made of the config of an attached one
         site = Site(Attachment("auto", allow_dense=False), "self", getattr(module, "layer_idx", -1))
     attachment, observer, cross = site.attachment, site.attachment.observer, site.kind == "cross"
+    if is_recorded_as_torch():
+        settings = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        return _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, observer, **settings, **kwargs)
     where = f"attnstats: {type(module).__name__} of layer {site.layer}"
     _check_whole_sequences(where)
     if isinstance(attention_mask, MaskDescription):
-        mask = attention_mask if torch.compiler.is_compiling() else attention_mask.placed()
+        mask = attention_mask.placed()
     else:
         check_plain(attention_mask=attention_mask)
         if attention_mask is not None and attention_mask.dim() == 4 and len(attention_mask) == 1:
@@ -288,6 +297,33 @@ def attend(
     else:
         output = call.attend().output
     return output.transpose(1, 2).contiguous(), None
+
+
+def _as_sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float,
+    scaling: float | None,
+    observer: Observer | None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """The call as transformers' SDPA makes it. Raises RuntimeError for what is captured, or no SDPA knows."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    before = getattr(getattr(module.config, "_attn_implementation", None), "before", "sdpa")
+    if observer is not None or before != "sdpa":
+        reason = "while it is captured" if observer is not None else f"whose own attention is {before!r}"
+        raise RuntimeError(
+            f"attnstats: an attached {type(module).__name__} {reason} cannot be recorded by torch.jit.trace or "
+            "torch.onnx.export, which know torch's operators alone; detach the model, or use torch.export"
+        )
+    output: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **settings
+    )
+    return output
 
 
 def _check_whole_sequences(where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnstats.errors import InputError
-from attnstats.transformers.masks import MaskDescription
+from attnstats.transformers.masks import MaskDescription, is_unreadable
 
 
 def boundaries(mask: MaskDescription, batch: int, device: torch.device, where: str) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def boundaries(mask: MaskDescription, batch: int, device: torch.device, where: s
     cu_seqlens_q = torch.cat([none, of_query[:, :1], of_query, queries, queries], dim=1) + rows * query_length
     cu_seqlens_k = torch.cat([none, none, of_key, of_key[:, -1:], keys], dim=1) + rows * key_length
     pairs = torch.stack([cu_seqlens_q.flatten(), cu_seqlens_k.flatten()], dim=1).int()
-    if not torch.compiler.is_compiling():
+    if not is_unreadable(pairs):
         pairs = torch.unique_consecutive(pairs, dim=0)
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
@@ -62,7 +62,7 @@ def _real_keys(mask: MaskDescription, batch: int, device: torch.device, where: s
     last = (real * (index + 1)).amax(1, keepdim=True)
     first = (last - count).clamp(min=0)
     apart = (real & (index < first)).any(1)
-    if torch.compiler.is_compiling():
+    if is_unreadable(apart):
         torch._assert_async(~apart.any(), f"{where} {APART}")
     elif bool(apart.any()):
         raise InputError(f"{where} {APART}, in batch row {int(apart.nonzero()[0])}")

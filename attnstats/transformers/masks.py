@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnstats.core import patterns
 from attnstats.core.visibility import within
@@ -105,7 +106,7 @@ class MaskDescription:
 
     def placed(self) -> MaskDescription:
         """The same with a query_offset that is a number, and without what hides nothing; not in a graph."""
-        if not isinstance(self.query_offset, Tensor):
+        if not isinstance(self.query_offset, Tensor) or is_unreadable(self.query_offset):
             return self
         if "placed" not in self.memo:
             self.memo["placed"] = _simplified(replace(self, query_offset=int(self.query_offset), memo={}))
@@ -175,6 +176,16 @@ class MaskDescription:
     __hash__ = object.__hash__
 
 
+def is_unreadable(x: Tensor) -> bool:
+    """True for a tensor whose numbers can't be read: in a graph, on the meta device, or of a FakeTensorMode."""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+
+
+def is_recorded_as_torch() -> bool:
+    """True while torch.jit.trace or torch.onnx.export records torch's own operators, which are all that they know."""
+    return not torch.compiler.is_dynamo_compiling() and (torch._C._is_tracing() or torch.onnx.is_in_onnx_export())
+
+
 def describe_mask(
     batch_size: int,
     q_length: int,
@@ -185,12 +196,19 @@ def describe_mask(
     attention_mask: Tensor | MaskDescription | None = None,
     device: Any = "cpu",
     **settings: Any,
-) -> MaskDescription:
-    """The mask function registered with transformers, which calls it once per forward pass and kind of layer."""
-    from transformers.masking_utils import causal_mask_function
+) -> Any:
+    """The mask function registered with transformers, which calls it once per forward pass and kind of layer.
+
+    Returns a MaskDescription, and SDPA's mask where `is_recorded_as_torch`.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     if isinstance(attention_mask, MaskDescription):
         return attention_mask
+    if is_recorded_as_torch():
+        settings |= {"mask_function": mask_function or causal_mask_function, "q_offset": q_offset, "device": device}
+        settings |= {"kv_offset": kv_offset, "attention_mask": attention_mask}
+        return sdpa_mask(batch_size, q_length, kv_length, **settings)
     function = causal_mask_function if mask_function is None else mask_function
     # A cache counts its tokens in place, and may have gone on when the mask is read.
     query_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
@@ -214,8 +232,8 @@ def describe_mask(
         visible = _evaluate(function, batch_size, rows + query_offset, keys + key_offset, device)
         return (visible if key_mask is None else visible & key_mask[:, None])[:, None]
 
-    compiling = torch.compiler.is_compiling()
-    facts = _announced(settings, attention_mask, batch_size, device) if compiling else _facts(function)
+    unreadable = is_unreadable(torch.empty(0, device=device, dtype=torch.bool))
+    facts = _announced(settings, attention_mask, batch_size, device) if unreadable else _facts(function)
     description = MaskDescription(
         query_offset,
         key_offset,
@@ -226,7 +244,7 @@ def describe_mask(
         dense=dense,
         **facts,
     )
-    if compiling:
+    if unreadable:
         _check_in_graph(description, function, batch_size, device)
         return _without_one_chunk(description)
     if not description.unknown:
