@@ -44,7 +44,7 @@ def combine(
         b_pivot, _, m_sees = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
         b_top = tl.maximum(b_top, b_pivot)
         m_live |= m_sees
-    b_keys_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_keys_top = b_top
     b_sink = tl.full((BM,), float("-inf"), tl.float32)
     b_sink_lse = b_sink
     if sinks is not None:
@@ -55,12 +55,14 @@ def combine(
     for i_split in range(n_splits):
         b_pivot, b_part, _ = load_part(pivots, factors, wide(i_split) * n_rows + o_row, m_row)
         b_sum += tl.exp2(b_pivot - b_top) * b_part
+    b_sum = tl.where(b_sum == 0.0, float("nan"), b_sum)  # all scores are -inf, and there is no sink
     b_sum = tl.where(m_live, b_sum, 1.0)
     b_lse = tl.maximum((b_top + tl.log2(b_sum)) * LN2, b_sink_lse, propagate_nan=tl.PropagateNan.ALL)
     tl.store(lse + o_row, tl.where(m_live, b_lse, float("-inf")), mask=m_row)
     b_nan = b_sum * 0.0
-    tl.store(pivot + o_row, tl.where(m_live, b_keys_top + b_nan, float("inf")), mask=m_row)
-    tl.store(factor + o_row, tl.where(b_nan == 0.0, tl.exp2(b_keys_top - b_top) / b_sum, 1.0), mask=m_row)
+    b_pivot = tl.where(b_keys_top == float("-inf"), 0.0, b_keys_top)
+    tl.store(pivot + o_row, tl.where(m_live, b_pivot + b_nan, float("inf")), mask=m_row)
+    tl.store(factor + o_row, tl.where(m_live & (b_nan == 0.0), tl.exp2(b_keys_top - b_top) / b_sum, 1.0), mask=m_row)
 
     b_out = tl.zeros((BM, BLOCK_VALUE_DIM), tl.float32)
     for i_split in range(n_splits):

@@ -19,7 +19,8 @@ loop are kept in CHUNK columns and reduced after it.
 
 With FROM_LSE there is no value, no maximum and no output: `pivot` is lse2. Else the pass stores, for later ones, each
 row's pivot, its maximum (+inf where it sees no key), and its factor, 1 over its sum: A = exp2(score - pivot) * factor
-has no error of the size of the lse's rounding, which is 1e-4 of A where the lse is in the thousands.
+has no error of the size of the lse's rounding, which is 1e-4 of A where the lse is in the thousands. A row whose scores
+are all -inf has A = 0 beside a sink, and is NaN without one; of a split its pivot is -inf.
 Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
 """
 
@@ -44,6 +45,7 @@ from .tiles import (
     load_sinks,
     load_tile,
     packed_rows,
+    see_a_key,
     sequence_of,
     softcapped,
     weigh,
@@ -254,13 +256,21 @@ def forward(
     b_factor = b_inverse
     b_mass = b_inverse  # the sum of each row's A
     if not FROM_LSE:
-        m_live = b_sum != 0.0  # a row of NaN is not one that sees no key
-        b_above = tl.log2(tl.where(m_live, b_sum, 1.0))  # of lse2 above the maximum
-        b_inverse = 1.0 / tl.where(m_live, b_sum, 1.0)
-        b_nan = b_sum * 0.0  # NaN for rows with a NaN or inf among their scores, else 0
-        b_mass = tl.where(m_live, 1.0 + b_nan, 0.0)
+        b_sink_lse = tl.full((HEADS * BM,), float("-inf"), tl.float32)
+        b_sink = b_sink_lse
         if sinks is not None:
             b_sink_lse, b_sink = load_sinks(sinks + i_head + o_head, m_row)
+        m_infinite = see_a_key(b_sum == 0.0, position, first, end, sequence, visible, TILE)
+        m_live = m_infinite | (b_sum != 0.0)  # neither scores of -inf nor NaN are those of a row that sees no key
+        if SPLIT_KEYS == 0:  # else combine.py does, which knows the whole row
+            b_sum = tl.where(m_infinite & (b_sink == float("-inf")), float("nan"), b_sum)
+        b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
+        b_above = tl.log2(b_divisor)  # of lse2 above the maximum
+        b_inverse = 1.0 / b_divisor
+        b_nan = b_sum * 0.0  # NaN for rows without a softmax, else 0
+        b_mass = tl.where(b_sum == 0.0, 0.0, 1.0 + b_nan)
+        if sinks is not None:
+            b_pivot = tl.where(b_max == float("-inf"), 0.0, b_max)  # finite where the sink has all the mass
             b_sink = tl.where(m_live, tl.minimum(b_sink - b_max, LARGEST), float("-inf"))
             b_top = tl.maximum(b_sink, 0.0)  # above the maximum
             b_total = b_sum * tl.exp2(-b_top) + tl.exp2(b_sink - b_top)
@@ -268,7 +278,7 @@ def forward(
             b_inverse = tl.exp2(-b_top) / tl.where(m_live, b_total, 1.0)
             b_mass = b_sum * b_inverse
         # A NaN is in the pivot alone: a hidden key has A = 0 * factor in such a row, too.
-        b_pivot = tl.where(m_live & m_row, b_max + b_nan, float("inf"))
+        b_pivot = tl.where(m_live & m_row, b_pivot + b_nan, float("inf"))
         b_factor = tl.where(b_nan == 0.0, b_inverse, 1.0)
         b_max += b_nan
         if lse is not None:

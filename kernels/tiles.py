@@ -209,6 +209,28 @@ def hide(b_x, m_seen, o_query, o_key, visible):
 
 
 @triton.jit
+def see_a_key(m_row, position, first, end, sequence, visible, TILE: tl.constexpr):
+    """Of the rows m_row of a tile, the BM from `position` on, those that see one of the keys first .. end."""
+    o_position = position + tl.arange(0, TILE.HEADS * TILE.BM) % TILE.BM
+    b_first, b_end = o_position * 0 + first, o_position * 0 + end
+    if visible.left is not None:
+        b_first = tl.maximum(b_first, o_position - visible.left)
+    if visible.right is not None:
+        b_end = tl.minimum(b_end, o_position + visible.right + 1)
+    m_row &= b_first < b_end
+    if visible.key_mask is not None:
+        b_count = b_first * 0
+        if tl.max(m_row.to(tl.int32), 0) > 0:  # few programs read their mask again
+            for start in range(first, end, TILE.BN):
+                o_key = start + tl.arange(0, TILE.BN)
+                m_key = keys_present(visible.key_mask, sequence.i_batch, o_key, sequence.n_keys)[None, :]
+                m_key &= (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_end[:, None])
+                b_count += tl.sum(m_key.to(tl.int32), 1)
+        m_row &= b_count > 0
+    return m_row
+
+
+@triton.jit
 def key_range(position, first, end, visible, BM: tl.constexpr, BN: tl.constexpr):
     """first, whole, edge, end: the BM rows from `position` on see keys of first .. end alone, and each of them sees
     every key of whole .. edge, which are whole tiles."""
@@ -347,7 +369,10 @@ def band_sweep(
     near = tl.maximum(inner, NEAR)
     before = (inner - first) // BN  # tiles, and after them those from LAST on
     b_qt = tl.trans(b_q)
-    o_row = (tl.arange(0, TILE.HEADS * BM) % BM).to(tl.float32)
+    o_row = tl.arange(0, TILE.HEADS * BM) % BM
+    # A row that doesn't exist is far before every key: its query of 0 times an inf or NaN in a key is NaN.
+    n_rows = sequence.offset + sequence.n_queries - block_start
+    o_row = tl.where(o_row < n_rows, o_row.to(tl.float32), -FAR)
     sums = zeros_for(len(BAND.ROWS) // FIELDS, (BN, TILE.HEADS * BM))
     if len(BAND.COLUMNS) > 0:
         for relative in range(inner, near, BN):

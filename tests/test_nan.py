@@ -1,7 +1,8 @@
 """NaN and inf in query or key: one rule on every path.
 
-A row with NaN or +inf among its scores has no softmax: its statistics are NaN. A column is NaN where such a row counts
-for it: the row sees the key, counts, and has a weight other than 0. Everything else stays as it was.
+A row with NaN or +inf among its scores has no softmax: its statistics are NaN. So is a row whose scores are all -inf;
+beside a sink that has one, with all the mass in the sink. A column is NaN where a row without a softmax counts for it:
+the row sees the key, counts, and has a weight other than 0. Everything else stays as it was.
 """
 
 import functools
@@ -97,6 +98,13 @@ def attention(request, monkeypatch):
     return functools.partial(attnstats.attention, backend="triton" if request.param == "triton" else "tiled")
 
 
+def varlen(attention):
+    """The same for packed sequences."""
+    if attention is reference_module.attention:
+        return reference_module.varlen_attention
+    return functools.partial(attnstats.varlen_attention, **attention.keywords)
+
+
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("number", [torch.nan, torch.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("where", ["query", "key"])
@@ -119,6 +127,53 @@ def test_few_queries_and_many_keys(attention):
     check(stats, statistics, query, key)
 
 
+def test_queries_beyond_the_last_reach_no_key(attention):
+    """A tile's rows without a query are 8 to 11 positions behind this key."""
+    query, key, value = spoiled("", 0.0)
+    key[0, 0, 52, 3] = torch.nan
+    statistics = (FAI(8, 100), FAI(8, 20))
+    check(attention(query, key, value, statistics=statistics, enable_gqa=True)[1], statistics, query, key)
+
+
+BOUNDS = torch.tensor([0, 20], dtype=torch.int32)
+MINUS_INFINITY = {  # queries, keys, how many of the first keys have the score -inf, other arguments
+    "one": (1, 1, 1, {}),
+    "rows": (20, 20, 6, {}),
+    "some see none": (20, 20, 6, {"key_padding_mask": torch.arange(20)[None] >= 3}),
+    "packed": (20, 20, 6, {"cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS}),
+    "decode": (2, 300, 300, {}),
+    "decode, one split": (2, 300, 200, {}),
+}
+
+
+@pytest.mark.parametrize("sinks", [None, (0.3, 2e38), (-400.0, -torch.inf)])
+@pytest.mark.parametrize("name", MINUS_INFINITY)
+def test_scores_of_minus_infinity(attention, name, sinks):
+    queries, keys, hidden, arguments = MINUS_INFINITY[name]
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, queries, 16, generator=generator)
+    key, value = (torch.randn(1, 1, keys, 16, generator=generator) for _ in range(2))
+    query[..., 0] = query[..., 0].abs() + 0.1
+    key[:, :, :hidden, 0] = -torch.inf
+    tensors, function, truth = [query, key, value], attention, reference_module.attention
+    if name == "packed":
+        tensors = [x[0].transpose(0, 1) for x in tensors]
+        function, truth = varlen(attention), reference_module.varlen_attention
+    statistics = STATISTICS[:-1]
+    given = {"statistics": statistics, "enable_gqa": True, "sinks": None if sinks is None else torch.tensor(sinks)}
+    output, stats = function(*tensors, **arguments, **given)
+    true_output, true = truth(*(x.double() for x in tensors), **arguments, **given)
+    of_torch = isinstance(attention, functools.partial) and attention.keywords["backend"] == "tiled"
+    if of_torch:  # torch's kernel for the CPU gives 0
+        output = output.masked_fill(true_output.isnan(), torch.nan)
+    torch.testing.assert_close(output.double(), true_output, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for s in statistics:
+        found, expected = stats[s].double(), true[s]
+        if s in (MaxLogit(), LSE()):  # NaN is as good as -inf
+            found, expected = (x.masked_fill(~x.isfinite(), torch.nan) for x in (found, expected))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m: f"{s}: {m}")  # noqa: B023
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled", "triton"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_in_an_lse(backend, number):
@@ -136,13 +191,8 @@ def test_packed(attention):
     query, key, value = spoiled("query", torch.nan)
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]
     bounds = torch.tensor([0, 30, 45, LENGTH], dtype=torch.int32)
-    function = attnstats.varlen_attention
-    if attention is reference_module.attention:
-        function = reference_module.varlen_attention
-    else:
-        function = functools.partial(function, **attention.keywords)
     statistics = STATISTICS[:-1]
-    stats = function(*packed, cu_seqlens_q=bounds, statistics=statistics, enable_gqa=True)[1]
+    stats = varlen(attention)(*packed, cu_seqlens_q=bounds, statistics=statistics, enable_gqa=True)[1]
     part = slice(30, 45)
     for s in statistics:
         nan = ~stats[s].isfinite() if s in (MaxLogit(), LSE()) else stats[s].isnan()

@@ -34,9 +34,8 @@ def subtract_lse_(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
-    """The lse [.., H, T] of the keys with the sinks [H] counted; a row that sees no key keeps -inf."""
-    counted = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    return torch.where(lse == -torch.inf, lse, counted)
+    """The lse [.., H, T] of the keys with the sinks [H] counted, for rows that see a key."""
+    return torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
 
 
 def sink_gradient(share: Tensor, delta: Tensor, geometry: Geometry) -> Tensor:

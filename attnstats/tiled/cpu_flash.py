@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,6 @@ from attnstats.core.autograd import Gradients, Residuals
 from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.core.scores import with_sinks
 from attnstats.tiled import sweep
-
-FEW_KEYS = 16  # the kernel takes a row of NaN over fewer keys for one that sees none, and says lse 0
 
 
 def takes(geometry: Geometry) -> bool:
@@ -38,14 +34,20 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *inputs, 0.0, causal, attn_mask=bias, scale=geometry.scale
     )
-    if seen < FEW_KEYS and (is_zero := lse == 0).any():  # or it is the log of 1
-        without_sinks = dataclasses.replace(geometry, sinks=None, memo={})
-        lse = torch.where(is_zero, sweep.attention(query, key, value, without_sinks)[1], lse)
-    if geometry.key_mask is not None:  # the kernel gives 0 for rows that see nothing
-        lse = lse.masked_fill(~geometry.live()[:, None], -torch.inf)
+    # The kernel says lse 0 of rows that see no key, whose scores are all -inf or, of a few keys, NaN.
+    unclear = None
+    if (is_zero := lse == 0).any():
+        live = geometry.live()[:, None]
+        unclear = is_zero & live & ~(output.abs() > 0).any(-1)  # else it is the log of 1
+        lse = lse.masked_fill(~live | unclear, -torch.inf)
+    counted = lse
+    if geometry.sinks is not None:
+        counted = with_sinks(lse, geometry.sinks).masked_fill(lse == -torch.inf, -torch.inf)
+    if unclear is not None and unclear.any():
+        counted = torch.where(unclear, sweep.attention(query, key, value, geometry)[1], counted)
     if geometry.sinks is None:
-        return output, lse
-    counted = with_sinks(lse, geometry.sinks)  # a sink only scales a row
+        return output, counted
+    # A sink only scales a row.
     share = (lse - divisor_of(counted)).exp()[..., None]
     return (output * share).to(output.dtype), counted
 

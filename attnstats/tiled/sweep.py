@@ -29,12 +29,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     output = query.new_zeros(*query.shape[:3], geometry.value_dim)
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=geometry.accumulator)
     generator = _generator(geometry)
+    live = geometry.live()
     for block in _blocks(geometry):
         for batch, heads, key_head in heads_of(geometry):
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
             row_lse = scores.logsumexp(-1)
             if geometry.sinks is not None:
                 row_lse = with_sinks(row_lse, geometry.sinks[heads])
+            # Of scores that are all -inf there is no softmax; a row that sees no key has the lse -inf, sink or not.
+            row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.nan)
+            row_lse.masked_fill_(~live[batch, block.rows], -torch.inf)
             weights = subtract_lse_(scores, row_lse).exp_()
             if generator is not None:
                 weights *= _kept(weights, generator, geometry)
