@@ -282,7 +282,7 @@ def drawn_model(draw: Draw, live: bool) -> Model:
     if not live:
         padding = draw.pick(("none", "right") if family in ENCODERS else ("none", "left", "right"))
         return Model(**shared, padding=padding)
-    return Model(
+    model = Model(
         **shared,
         padding=draw.pick(("none", "left")),
         new=draw.integer(1, 6),
@@ -290,6 +290,8 @@ def drawn_model(draw: Draw, live: bool) -> Model:
         cache=draw.pick((None, None, "static")),
         chunk=draw.pick((None, None, draw.integer(1, 8))),
     )
+    # A dynamic cache keeps every key of a window of 1, which is refused.
+    return dataclasses.replace(model, cache="static") if model.window == 1 else model
 
 
 # Comparing

@@ -101,8 +101,7 @@ class AttentionCall:
         if (mask.query_length, mask.key_length) != (self.query.shape[2], self.key.shape[2]):
             raise InputError(
                 f"{self.where} has {self.query.shape[2]} queries and {self.key.shape[2]} keys, but its mask was made "
-                f"for {mask.query_length} and {mask.key_length}; attention_mask must be (B, T) with T the cached and "
-                "new tokens together"
+                f"for {mask.query_length} and {mask.key_length}; {self._cause_of_other_lengths()}"
             )
         if mask.chunks is not None or mask.key_offset > 0:
             self._check(request.statistics)
@@ -139,6 +138,15 @@ class AttentionCall:
             options=self.options._replace(dropout_p=0.0),
             bias=bias,
         )
+
+    def _cause_of_other_lengths(self) -> str:
+        offset = self.mask.query_offset
+        if not isinstance(offset, Tensor) and 0 < offset == self.mask.key_offset:  # no cached key is in the window
+            return (
+                "in a sliding window of 1 token, transformers' dynamic cache keeps every key, and the model attends to "
+                "all of them; pass cache_implementation='static', or set sliding_window to 2 or more"
+            )
+        return "attention_mask must be (B, T) with T the cached and new tokens together"
 
     def _check(self, statistics: tuple[Statistic, ...]) -> None:
         """Raise InputError for statistics of first or last tokens that chunks or a sliding cache hide."""

@@ -469,6 +469,18 @@ def test_sinks_of_a_sliding_cache_are_gone():
         model.generate(**prompt(), max_new_tokens=5)
 
 
+def test_a_sliding_window_of_one_needs_a_static_cache():
+    """A dynamic cache would have the model attend to every token: transformers slices the keys by [-1 + 1 :]."""
+    model, inputs = tiny("gemma2", sliding_window=1, num_hidden_layers=2), prompt()
+    options = {"max_new_tokens": 2, "min_new_tokens": 2}
+    with (
+        capture(model, statistics=STATISTICS, layers="all", live=True),
+        pytest.raises(ValueError, match=r"sliding window of 1 token.*cache_implementation='static'"),
+    ):
+        model.generate(**inputs, **options)
+    check(model, inputs, cache_implementation="static")
+
+
 def test_shapes_of_a_live_run(llama):
     with capture(llama, statistics=["waad", "fai"], layers=[1, 2], live=True) as run:
         with pytest.raises(RuntimeError, match="nothing was recorded"):
