@@ -415,6 +415,6 @@ def row_mass(b_pivot, b_factor, sinks, i_head, rows):
         _, b_sink2 = load_sinks(sinks + i_head + rows.o_head, rows.m_row)
         b_share = tl.exp2(b_sink2 - b_pivot)
         if b_factor is not None:
-            b_share = tl.where(b_factor == 0.0, 1.0, b_share * b_factor)
+            b_share = tl.where(b_factor < 1.0e-30, 1.0, b_share * b_factor)  # of a sink so far ahead exp2 overflows
         b_mass -= b_share
     return b_mass

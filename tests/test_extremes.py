@@ -85,6 +85,16 @@ def test_a_huge_sink_takes_all(attention, sink, keys):
     assert not some["waad"].any()
 
 
+@pytest.mark.parametrize("sink", [88.0, 92.0, 103.0])
+def test_a_sink_whose_lead_is_at_the_end_of_exps_range(attention, sink):
+    query, key, value = tensors(queries=3, keys=70)  # the kernels split the keys
+    arguments = {"statistics": STATISTICS, "enable_gqa": True, "sinks": torch.tensor([0.0, sink, 0.0, 1.0])}
+    _, stats = attention(query, key, value, **arguments)
+    _, expected = reference.attention(query.double(), key.double(), value.double(), **arguments)
+    for s in STATISTICS:
+        torch.testing.assert_close(stats[s].double(), expected[s].double(), atol=1e-5, rtol=1e-5)
+
+
 def test_nan_under_padding_reaches_nothing(attention):
     query, key, value = tensors()
     padding = torch.arange(20)[None] >= 3

@@ -20,7 +20,7 @@ from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic
 from attnstats.transformers import blocks
-from attnstats.transformers.masks import MaskDescription
+from attnstats.transformers.masks import MaskDescription, is_unreadable
 
 
 class Request(NamedTuple):
@@ -272,9 +272,9 @@ class AttentionCall:
 
     def _boundaries(self) -> tuple[Tensor, Tensor, int | None, int | None]:
         """cu_seqlens of queries and of keys of all batch rows laid end to end, int32, and the longest sequence of each,
-        so that only a pass's first layer has to wait for the device; not in a graph."""
+        so that only a pass's first layer has to wait for the device; None where numbers can't be read."""
         batch, device = self.query.shape[0], self.query.device
-        if torch.compiler.is_compiling():
+        if is_unreadable(self.query):
             return *blocks.boundaries(self.mask, batch, device, self.where), None, None
         memo = self.mask.memo
         if ("boundaries", device) not in memo:
