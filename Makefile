@@ -51,7 +51,7 @@ faults: $(STAMP) ## small faults put into the source, one at a time: do the test
 # pyenv answers to python3.10 and its like only for the versions that PYENV_VERSION names.
 versions: $(STAMP) ## the fast tests with other versions of Python, torch, Triton, transformers and numpy; ROWS="oldest"
 	@PYENV_VERSION="$$(pyenv versions --bare 2> /dev/null | grep '^3[.]1' | paste -sd:)" \
-		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(addprefix -s ,$(ROWS)) -- $(TESTS)
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(if $(ROWS),-s $(ROWS)) -- $(TESTS)
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
