@@ -69,6 +69,7 @@ def gradients(
     counts = {s: _counts(s, geometry)[:, None] for s in statistic_grads if s.axis == "column"}
     generator = _generator(geometry)
     sinks = geometry.sinks
+    has_nan = bool(lse.isnan().any())
     exact_lse = lse if sinks is None else lse.to(torch.float64, copy=True)
     for block in _blocks(geometry):
         by_distance = _by_distance(statistic_grads, geometry, block)
@@ -84,6 +85,8 @@ def gradients(
                 log_mass = _normalise_(weights, log_weights, lse[of_rows], None if sinks is None else sinks[heads])
                 if sinks is not None:
                     exact_lse[of_rows] += log_mass
+            if has_nan:  # -inf less an lse of NaN is NaN
+                _hide_(weights, 0.0, geometry, block, batch)
             grad_rows = grad_output[of_rows].to(weights.dtype)
             grad_scores = grad_rows @ value[of_keys].to(weights.dtype).T
             dropped = weights
@@ -105,6 +108,8 @@ def gradients(
                 grad_scores += grad_weights
                 delta[of_rows] += (weights * grad_weights).sum(-1)
             grad_scores.sub_(delta[of_rows][..., None]).mul_(weights).mul_(geometry.scale)
+            if has_nan:
+                _hide_(grad_scores, 0.0, geometry, block, batch)
             if softcap_slope is not None:
                 grad_scores.mul_(softcap_slope)
             grad_query[of_rows] = grad_scores @ key[of_keys].to(weights.dtype)
@@ -183,6 +188,8 @@ def evaluate(
             of_scores = scores.clone() if own_rows else scores
             log_weights = subtract_lse_(scores, lse[of_rows]).clamp_(min=LOG_ZERO)
             weights = log_weights.exp()
+            if has_nan:  # -inf less an lse of NaN is NaN
+                _hide_(weights, 0.0, geometry, block, batch)
             for s in own_rows:
                 tensors[s][of_rows] = s.row(weights, of_scores)
             for s in needed[batch]:
@@ -193,12 +200,10 @@ def evaluate(
                     tensors[s][of_rows] = weighted.sum(-1)
                 elif s.axis != "row":
                     count = counts[s][batch, block.rows]
-                    if has_nan:  # 0 * NaN is NaN: neither uncounted queries nor unseen keys may enter a sum
+                    if has_nan:  # 0 * NaN is NaN: what doesn't count may not enter a sum
                         weighted = weighted.masked_fill(count[:, None] == 0, 0.0)
                         if s in by_distance:
                             weighted.masked_fill_(by_distance[s] == 0, 0.0)
-                        if block.hidden is not None:
-                            weighted.masked_fill_(block.hidden, 0.0)
                     if s.axis == "column":
                         tensors[s][batch, heads, block.keys] += count @ weighted
                     else:  # added up, not multiplied with a matrix of memberships: that would be Tk x J
@@ -300,8 +305,13 @@ def _scores(
     rows, keys = query[batch, heads, block.rows], key[batch, key_head, block.keys]
     products = rows.to(geometry.accumulator) @ keys.to(geometry.accumulator).T
     scores = softcap_(products.mul_(geometry.scale), geometry.softcap)  # scaled last, as in eager attention
+    return _hide_(scores, -torch.inf, geometry, block, batch)
+
+
+def _hide_(x: Tensor, number: float, geometry: Geometry, block: _Block, batch: int) -> Tensor:
+    """`number` in x [.., rows, keys] in place where a key can't be seen."""
     if block.hidden is not None:
-        scores.masked_fill_(block.hidden, -torch.inf)
+        x.masked_fill_(block.hidden, number)
     if geometry.key_mask is not None:
-        scores.masked_fill_(~geometry.key_mask[batch, block.keys], -torch.inf)
-    return scores
+        x.masked_fill_(~geometry.key_mask[batch, block.keys], number)
+    return x

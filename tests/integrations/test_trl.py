@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import pickle
 import re
 import shutil
 import warnings
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +286,27 @@ def test_a_method_of_the_trainer_is_not_left_replaced(start, monkeypatch):
 
 
 # Heads, signs, logs, masks
+
+
+@pytest.mark.parametrize("settings", [ALIGNED, MISALIGNED], ids=["own pass", "TRL's pass"])
+def test_a_run_of_the_trainer_keeps_no_model(start, settings):
+    of = trainer(start, RhythmCredit(**NEAR), **settings)
+    runs: list[Any] = []
+    make = of._capture
+
+    @contextmanager
+    def collecting(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with make(*args, **kwargs) as run:
+            runs.append(run)
+            yield run
+
+    of._capture = collecting
+    scored(of)
+    parameters = sum(x.numel() * x.element_size() for x in of.model.parameters())
+    assert len(runs) == 2  # the profile of the heads, and the curves
+    for run in runs:
+        assert len(pickle.dumps(run)) < parameters
+        assert not any(isinstance(x, torch.nn.Module) or callable(x) for x in vars(run).values())
 
 
 def test_heads_are_profiled_at_the_start_and_every_so_many_steps(start):
