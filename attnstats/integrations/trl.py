@@ -234,7 +234,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         with ExitStack() as stack:
             with self._watch:
                 run = stack.enter_context(self._capture(statistics.values(), **settings))
-                _time_attention(run, self._watch)
+                stack.enter_context(_attention_timed(run, self._watch))
             for (
                 chunk
             ) in batch.chunks():  # no query_mask: the queries that see a completion's token are the completion's
@@ -341,8 +341,9 @@ class RhythmGRPOTrainer(GRPOTrainer):
             self._metrics["train"][f"rhythm/{name}"].append(total / count if count else float("nan"))
 
 
-def _time_attention(run: Capture, watch: Stopwatch) -> None:
-    """Add the attention of the layers that are read to the time of the statistics: an upper bound of it."""
+@contextmanager
+def _attention_timed(run: Capture, watch: Stopwatch) -> Iterator[None]:
+    """Inside, the attention of the layers that are read adds to the time of the statistics: an upper bound of it."""
     attend = run.attend
 
     def timed(layer: int, call: Any) -> Tensor:
@@ -352,6 +353,10 @@ def _time_attention(run: Capture, watch: Stopwatch) -> None:
             return attend(layer, call)
 
     run.attend = timed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del run.attend
 
 
 def _written_classes(classes: heads.HeadClasses, layers: Iterable[int]) -> dict[str, str]:
