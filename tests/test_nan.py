@@ -135,6 +135,19 @@ def test_queries_beyond_the_last_reach_no_key(attention):
     check(attention(query, key, value, statistics=statistics, enable_gqa=True)[1], statistics, query, key)
 
 
+def test_a_row_of_nan_reaches_no_hidden_key(attention):
+    query, key, value = spoiled("query", torch.nan)
+    value.requires_grad_()
+    padding = (torch.arange(LENGTH)[None] >= 3) & (torch.arange(LENGTH)[None] // 10 != 2)
+    arguments = {"key_padding_mask": padding, "window_size": (18, 0), "enable_gqa": True}
+    output, stats = attention(query, key, value, statistics=[PooledMap(3, 6)], **arguments)
+    nan = stats["pooled_map"].isnan()
+    assert nan[0, 1, 2].tolist() == [False, False, False, True, True, False]  # query 40 sees the keys 30 to 40
+    assert int(nan.sum()) == 2
+    (grad,) = torch.autograd.grad(output.sum(), value)
+    assert torch.equal(grad.isnan().any(-1)[0, 0].nonzero()[:, 0], torch.arange(30, 41))
+
+
 BOUNDS = torch.tensor([0, 20], dtype=torch.int32)
 MINUS_INFINITY = {  # queries, keys, how many of the first keys have the score -inf, other arguments
     "one": (1, 1, 1, {}),
