@@ -45,8 +45,8 @@ SETTINGS = {
 
 def spoiled(where: str, number: float, queries: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 4, LENGTH, 16, generator=generator)
-    key, value = (torch.randn(1, 2, LENGTH, 16, generator=generator) for _ in range(2))
+    query = torch.randn(1, 2, LENGTH, 16, generator=generator)
+    key, value = (torch.randn(1, 1, LENGTH, 16, generator=generator) for _ in range(2))
     if where == "query":
         query[0, 1, 40, 3] = number
     elif where == "key":
@@ -121,7 +121,7 @@ def test_one_rule(attention, where, number, setting):
 
 def test_few_queries_and_many_keys(attention):
     query, key, value = spoiled("key", torch.nan, queries=2)
-    key, value = (torch.cat([x, torch.randn(1, 2, 200, 16)], 2) for x in (key, value))
+    key, value = (torch.cat([x, torch.randn(1, 1, 200, 16)], 2) for x in (key, value))
     statistics = STATISTICS[:-1]
     stats = attention(query, key, value, statistics=statistics, enable_gqa=True)[1]
     check(stats, statistics, query, key)

@@ -49,7 +49,7 @@ def test_a_bad_query_reaches_only_keys_that_it_sees_and_counts_for(number, backe
     query_mask = torch.ones(1, 37, dtype=torch.bool, device=where)
     overwritten = query.clone()
     overwritten[:, :, 20] = number
-    statistics = [Received(), FAI(0, None), FAI(3, 9), PooledMap(37, 37)]
+    statistics = [Received(), FAI(0, None), FAI(3, 9), PooledMap(1, 37)]
 
     def compute(query):
         arguments = {"statistics": statistics, "query_mask": query_mask, "backend": backend}
