@@ -37,6 +37,7 @@ bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept 
 	@$(BIN)/python -m pytest benchmarks -p no:xdist -q --benchmark-enable --benchmark-only --benchmark-quiet \
 		--benchmark-json=out/bench.json
 	@$(BIN)/python -m benchmarks.report out/bench.json
+	@$(BIN)/python -m benchmarks.every_statistic
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.whole_model
 
 gpu: $(STAMP) ## on a machine with a GPU: correct on it, timed on it, in 8 minutes; PARTS="timing sweep" for some of it

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from attnstats.core import library
+from attnstats.statistics import CATALOGUE
 from attnstats.study import tables
-from benchmarks import corpus, last_queries, mask_reading, memory, overhead, report, whole_model
+from benchmarks import corpus, every_statistic, last_queries, mask_reading, memory, overhead, report, whole_model
 from benchmarks.contenders import CONTENDERS, HEADS, Case, contenders
 from benchmarks.summary import Series
 from benchmarks.test_attention import inputs_of, turns, verify
@@ -184,3 +185,12 @@ def test_reading_of_masks_is_measured_on_both_paths(capsys: pytest.CaptureFixtur
     ways = [line.split(" | ")[1] for line in capsys.readouterr().out.splitlines()[4:]]
     assert ways == ["compiled"] * 4 + ["plain"] * 4
     assert library.enabled == before
+
+
+def test_every_statistic_is_timed() -> None:
+    lines = every_statistic.main((32,), 16, rounds=1).splitlines()[4:]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [cell[0] for cell in cells] == [every_statistic.name(x) for x in every_statistic.REQUESTS]
+    assert {s.name for request in every_statistic.REQUESTS for s in request} == set(CATALOGUE)
+    has_gradients = [all(s.differentiable for s in request) for request in every_statistic.REQUESTS]
+    assert [cell[2] != "-" for cell in cells] == has_gradients
