@@ -69,16 +69,16 @@ def forward(length: int) -> dict[str, Callable[[], Any]]:
 
 
 def with_gradients(length: int) -> dict[str, Callable[[], Any]]:
-    leaves = [x.requires_grad_() for x in Case(length, KEY_HEADS).inputs()]
+    query, key, value = leaves = [x.requires_grad_() for x in Case(length, KEY_HEADS).inputs()]
     options: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
 
     def sdpa() -> Any:
-        return torch.autograd.grad(scaled_dot_product_attention(*leaves, **options).sum(), leaves)
+        return torch.autograd.grad(scaled_dot_product_attention(query, key, value, **options).sum(), leaves)
 
     def of(statistics: Sequence[Statistic]) -> Callable[[], Any]:
         def call() -> Any:
             asked = {"statistics": statistics, "differentiable": bool(statistics)}
-            output, stats = attnstats.attention(*leaves, **asked, **options)
+            output, stats = attnstats.attention(query, key, value, **asked, **options)
             loss: Tensor = output.sum()
             for s in statistics:
                 loss = loss + stats[s].sum()

@@ -215,13 +215,24 @@ static void cap(const Tile& tile, float softcap) {
         }
 }
 
+// NaN stays, as it must in the largest of a row.
+static inline Float larger_of(Float x, Float y) { return (x >= y) | (x != x) ? x : y; }
+
+static inline float largest(Float x) {
+    float part[LANES];
+    store(part, x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            part[i] = part[i] >= part[i + half] || part[i] != part[i] ? part[i] : part[i + half];
+    return part[0];
+}
+
 static void take_maximum(const Tile& tile, double* result) {
     for (int64_t i = 0; i < tile.rows; ++i) {
-        float largest = result[i];
-        const float* row = tile.scores + i * KEYS;
-        for (int64_t j = tile.begin; j < tile.end; ++j)
-            largest = largest >= row[j] || largest != largest ? largest : row[j];  // NaN stays
-        result[i] = largest;
+        Float found = splat(result[i]);
+        for (int64_t j = tile.begin; j < tile.end; j += LANES)
+            found = larger_of(found, load(tile.scores + i * KEYS + j));
+        result[i] = largest(found);
     }
 }
 
