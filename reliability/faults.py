@@ -44,7 +44,7 @@ RECORD_LIMIT = 3600.0, 7200.0  # seconds of processor time, and by the clock
 # The quickest tests of what every backend shares, and those in which kernels do most.
 SHARED = ("tests/core/*.py", *(f"tests/test_{x}.py" for x in ("statistics", "reference", "contracts", "identities")))
 TILED = ("tests/tiled/test_native.py", "tests/tiled/test_backend.py", "tests/test_nan.py")
-KERNELS = ("tests/triton/*.py", *(f"tests/test_{x}.py" for x in ("dropout", "differentiable", "features")))
+KERNELS = ("tests/triton/*.py", *(f"tests/test_{x}.py" for x in ("dropout", "differentiable", "features", "nan")))
 WHOLE = ("tests/*.py", "tests/*/*.py", "attnstats/*.py", "attnstats/*/*.py", "README.md", "docs/*.md")
 
 
