@@ -81,11 +81,11 @@ AREAS = {
     "transformers": Area(("attnstats/transformers/*.py",), 15, ("tests/transformers/*.py", "tests/test_recipes.py")),
     "tiled": Area(("attnstats/tiled/*.py",), 10, (*TILED, *SHARED, "tests/test_features.py")),
     "triton": Area(("attnstats/triton/*.py", "attnstats/triton/launch/*.py"), 10, (*SHARED, *KERNELS)),
-    "csrc": Area(("csrc/*",), 55, TILED),
+    "csrc": Area(("csrc/*",), 55, (*TILED, "tests/core/test_patterns.py")),
     "kernels": Area(("kernels/*.py",), 55, KERNELS),
 }
-# What all tests of the compiled sums execute.
-NATIVE = "attnstats/tiled/native.py:evaluate"
+# What tests of the compiled sums execute, and those of the comparison of masks.
+NATIVE, MASKS = "attnstats/tiled/native.py:evaluate", "attnstats/core/library.py:first_difference"
 
 
 IMPORT_LIMIT, ITEM_LIMIT, SLOWER = 120.0, 30.0, 5.0  # seconds of processor time, and times what an item took
@@ -269,7 +269,9 @@ class Campaign:
         fault = drawn.fault
         patterns = AREAS[drawn.area].tests
         files = self._files((*patterns, *WHOLE)) if self.whole else self._files(patterns)
-        function = NATIVE if drawn.area == "csrc" else f"{fault.path}:{fault.scope}"
+        function = f"{fault.path}:{fault.scope}"
+        if drawn.area == "csrc":
+            function = MASKS if fault.path == "csrc/mask.h" else NATIVE
         items = [item for file in dict.fromkeys(files) for item in self._record(file, function)]
         if drawn.area == "csrc" or fault.scope:
             chosen = [item for item in items if function in item.executes]
