@@ -81,7 +81,7 @@ AREAS = {
     "transformers": Area(("attnstats/transformers/*.py",), 15, ("tests/transformers/*.py", "tests/test_recipes.py")),
     "tiled": Area(("attnstats/tiled/*.py",), 10, (*TILED, *SHARED, "tests/test_features.py")),
     "triton": Area(("attnstats/triton/*.py", "attnstats/triton/launch/*.py"), 10, (*SHARED, *KERNELS)),
-    "csrc": Area(("csrc/*",), 55, (*TILED, "tests/core/test_patterns.py")),
+    "csrc": Area(("csrc/*",), 55, (*TILED, "tests/core/test_library.py", "tests/core/test_patterns.py")),
     "kernels": Area(("kernels/*.py",), 55, KERNELS),
 }
 # What tests of the compiled sums execute, and those of the comparison of masks.
