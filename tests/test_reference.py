@@ -140,3 +140,10 @@ def test_a_row_that_a_dense_mask_hides_whole(through, kind):
     assert stats.valid["waad"].tolist() == [live]
     assert stats.lse.isfinite()[0, 0].tolist() == live
     assert stats["waad"][..., 2].eq(0).all()
+
+
+def test_counts_of_a_mean():
+    """The queries within each key's horizon."""
+    query = torch.zeros(1, 1, 6, 4)
+    statistics = reference.attention(query, query, query, statistics=[FAI(1, 3)], is_causal=True).statistics
+    assert statistics.counts[FAI(1, 3)].tolist() == [[3, 3, 3, 2, 1, 0]]
