@@ -32,7 +32,7 @@ from attnstats import (
     Statistic,
 )
 from benchmarks.contenders import Case
-from benchmarks.summary import over, table
+from benchmarks.summary import in_turn, over, table
 
 RESULT = Path(__file__).parent / "results" / "statistics.md"
 KEY_HEADS, ROUNDS = 3, 11
@@ -97,9 +97,9 @@ def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     """Seconds of every round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
-        for name, call in calls.items():
+        for name in in_turn(list(calls), i):
             start = time.perf_counter()
-            call()
+            calls[name]()
             if i:  # the first is to warm up
                 seconds[name].append(time.perf_counter() - start)
     return seconds

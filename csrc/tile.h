@@ -215,15 +215,15 @@ static void cap(const Tile& tile, float softcap) {
         }
 }
 
-// NaN stays, as it must in the largest of a row.
-static inline Float larger_of(Float x, Float y) { return (x >= y) | (x != x) ? x : y; }
+// Of numbers or vectors. NaN stays, as it must in the largest of a row.
+template <typename T>
+static inline T larger_of(T x, T y) { return (x >= y) | (x != x) ? x : y; }
 
 static inline float largest(Float x) {
     float part[LANES];
     store(part, x);
     for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i)
-            part[i] = part[i] >= part[i + half] || part[i] != part[i] ? part[i] : part[i + half];
+        for (int i = 0; i < half; ++i) part[i] = larger_of(part[i], part[i + half]);
     return part[0];
 }
 

@@ -11,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from attnstats.core.geometry import rows_before
 from attnstats.core.patterns import MaskPattern, recognise
+from attnstats.core.visibility import seen_keys
 
 # What a refusal adds for additive masks.
 FINITE = (
@@ -54,14 +56,11 @@ def _every_row_sees_a_key(pattern: MaskPattern, query_length: int, key_length: i
     key_mask = pattern.key_mask
     if pattern.query_offset is None:
         return key_mask is None or bool(key_mask.any(-1).all())
-    device = None if key_mask is None else key_mask.device
-    position = torch.arange(query_length, dtype=torch.int64, device=device or "cpu") + pattern.query_offset
-    first, end = torch.zeros_like(position), torch.full_like(position, key_length)
-    if pattern.left is not None:
-        first = (position - pattern.left).clamp(0, key_length)
-    if pattern.right is not None:
-        end = (position + pattern.right + 1).clamp(0, key_length)
+    device = torch.device("cpu") if key_mask is None else key_mask.device
+    position = torch.arange(query_length, dtype=torch.int64, device=device) + pattern.query_offset
+    length = torch.tensor(key_length, dtype=torch.int64, device=device)
+    first, end = seen_keys(position, length, pattern.left, pattern.right)
     if key_mask is None:
         return bool((end > first).all())
-    before = torch.nn.functional.pad(key_mask.cumsum(-1), (1, 0))
-    return bool((before[..., torch.maximum(first, end)] > before[..., first]).all())
+    before = rows_before(key_mask)
+    return bool((before[..., end] > before[..., first]).all())

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnstats.core.packing import Line, Packing
+from attnstats.core.visibility import seen_keys
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import PooledMap, Statistic
 
@@ -328,12 +329,8 @@ class Geometry:
     def seen(self) -> tuple[Tensor, Tensor]:
         """[Tq] int64 `first` and `end`: a query sees the keys first .. end - 1 of its batch row that no mask hides."""
         position, _, begin, length = self._along_queries()
-        first, end = torch.zeros_like(position), length
-        if self.left is not None:
-            first = torch.minimum((position - self.left).clamp(min=0), length)
-        if self.right is not None:
-            end = torch.minimum((position + self.right + 1).clamp(min=0), length)
-        return begin + first, begin + torch.maximum(first, end)
+        first, end = seen_keys(position, length, self.left, self.right)
+        return begin + first, begin + end
 
 
 class Evaluation(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tiny models that the tests of captured models share."""
+"""What the tests of captured models share: tiny models, and a compiler without graphs of other tests."""
 
 import pytest
 
@@ -13,3 +13,13 @@ def model(request):
 @pytest.fixture
 def llama():
     return tiny()
+
+
+@pytest.fixture
+def forgotten_graphs():
+    from torch import _dynamo
+
+    _dynamo.reset()
+    _dynamo.utils.counters.clear()
+    yield
+    _dynamo.reset()

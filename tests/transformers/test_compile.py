@@ -37,15 +37,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 96,
     },
 }
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("forgotten_graphs"),
+]
 
 
 def two_layers(family="llama", **changes):

@@ -15,15 +15,10 @@ from tests.tiny import padding, tiny, tokens
 
 STATISTICS = [WAAD(4), FAI(1, 4)]
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 72, "head_dim": 8}
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _forget_graphs():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("forgotten_graphs"),
+]
 
 
 def compile_config(**settings):

@@ -179,20 +179,21 @@ def _prepare_forward(
 
     sizes = arguments.sizes(geometry)._replace(n_sequences=arguments.sequence_count(geometry))
     heads, config = forward_tile(geometry, config)
+    band_keys = min(64, config.BN)
     constants = {
         "MOMENT": len(plan.moment),
         "LOOP_ROWS": arguments.weights(plan.loop_rows),
         **plan.whole_row_constants,
         "BAND_ROWS": arguments.weights(plan.band_rows, geometry.tail_of),
         "BAND_COLUMNS": arguments.weights(plan.band_columns),
-        "BAND_BOUND": plan.bound(geometry, config.BM + min(64, config.BN)),
+        "BAND_BOUND": plan.bound(geometry, config.BM + band_keys),
         "FROM_LSE": from_lse,
         "SPLIT_KEYS": _split_keys() if parts else 0,
         "CHUNK": chunk,
         "HEADS": heads,
         "BM": config.BM,
         "BN": config.BN,
-        "BAND_BN": min(64, config.BN),
+        "BAND_BN": band_keys,
         **band_reach(geometry, plan),
         **arguments.dims(geometry),
     }
