@@ -42,6 +42,7 @@ struct Reach {
 struct Plan {
     int64_t chunk;           // rows
     bool exponentials;       // A itself is needed
+    bool maxima;             // a statistic is the largest of a row
     int64_t columns;         // column sums among the statistics
     const Weights* weights;  // [count]
 };
@@ -88,6 +89,7 @@ struct Room {
     float* rest;      // [chunk] what the rounding left
     int32_t* seen;    // [KEYS]
     double* results;  // [count][chunk]
+    float* maxima;    // [chunk][LANES] where plan.maxima
     Reach* reach;     // [chunk / GROUP]
 };
 
@@ -147,6 +149,7 @@ static Plan plan_of(const Call& call, std::vector<Weights>& weights, std::vector
     for (int64_t s = 0; s < call.count; ++s) {
         const Statistic& statistic = call.statistics[s];
         plan.exponentials |= statistic.kind != MAX_LOGIT;
+        plan.maxima |= statistic.kind == MAX_LOGIT;
         if (statistic.weights) total += statistic.distances + 2 * MARGIN;
     }
     padded.assign(total, 0.0f);
@@ -207,7 +210,7 @@ private:
 
 // The sizes of the buffers of a thread (`Room`), in floats.
 struct Sizes {
-    int64_t rows, keys, scores, line, lse, rest, seen, results, reach;
+    int64_t rows, keys, scores, line, lse, rest, seen, results, maxima, reach;
 
     Sizes(const Call& call, const Plan& plan)
         : rows(round_up(plan.chunk * call.dim, LINE)),
@@ -218,9 +221,10 @@ struct Sizes {
           rest(lse),
           seen(KEYS),
           results(round_up(2 * call.count * plan.chunk, LINE)),
+          maxima(plan.maxima ? plan.chunk * LINE : 0),
           reach(round_up(plan.chunk * (sizeof(Reach) / sizeof(float)), LINE)) {}
 
-    int64_t total() const { return rows + keys + scores + line + lse + rest + seen + results + reach; }
+    int64_t total() const { return rows + keys + scores + line + lse + rest + seen + results + maxima + reach; }
 };
 
 static Room room_of(const Sizes& sizes, float* at) {
@@ -233,7 +237,8 @@ static Room room_of(const Sizes& sizes, float* at) {
     room.rest = at += sizes.lse;
     room.seen = reinterpret_cast<int32_t*>(at += sizes.rest);
     room.results = reinterpret_cast<double*>(at += sizes.seen);
-    room.reach = reinterpret_cast<Reach*>(at += sizes.results);
+    room.maxima = at += sizes.results;
+    room.reach = reinterpret_cast<Reach*>(at += sizes.maxima);
     return room;
 }
 

@@ -215,25 +215,24 @@ static void cap(const Tile& tile, float softcap) {
         }
 }
 
-// Of numbers or vectors. NaN stays, as it must in the largest of a row.
-template <typename T>
-static inline T larger_of(T x, T y) { return (x >= y) | (x != x) ? x : y; }
+// NaN stays, as it must in the largest of a row.
+static inline Float larger_of(Float x, Float y) { return (x >= y) | (x != x) ? x : y; }
 
-static inline float largest(Float x) {
-    float part[LANES];
-    store(part, x);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] = larger_of(part[i], part[i + half]);
-    return part[0];
-}
-
-static void take_maximum(const Tile& tile, double* result) {
+// Vectors of a row are reduced to one number when all of its tiles are done: in each tile that would take longer than the
+// comparisons.
+static void take_maximum(const Tile& tile, float* maxima) {
     for (int64_t i = 0; i < tile.rows; ++i) {
-        Float found = splat(result[i]);
+        Float found = load(maxima + i * LANES);
         for (int64_t j = tile.begin; j < tile.end; j += LANES)
             found = larger_of(found, load(tile.scores + i * KEYS + j));
-        result[i] = largest(found);
+        store(maxima + i * LANES, found);
     }
+}
+
+static double largest(const float* part) {
+    float found = part[0];
+    for (int i = 1; i < LANES; ++i) found = (found >= part[i]) | (found != found) ? found : part[i];
+    return found;
 }
 
 // A = exp(scores - lse) in place, 0 where the score is -inf whatever the lse; adds the rows' entropy. An lse of thousands
@@ -297,6 +296,7 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
     const bool few = task.rows <= FEW;
     int64_t scores = 0;
     load_rows(call, task, room, few);
+    for (int64_t i = 0; plan.maxima && i < task.rows; ++i) store(room.maxima + i * LANES, splat(-__builtin_inff()));
     for (int64_t i = 0; i < task.rows; i += GROUP)
         room.reach[i / GROUP] = reach_of(call, plan, task.batch, task.row + i, smaller(GROUP, task.rows - i));
     const int64_t position = call.offset + task.row;
@@ -325,11 +325,10 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
             bool inside = key + tile.end <= call.keys && last - (key + tile.begin) <= call.left &&
                           key + tile.end - 1 - tile.position <= call.right;
             if (!inside || call.key_mask) hide(tile, call, call.key_mask ? room.seen : nullptr);
+            if (plan.maxima) take_maximum(tile, room.maxima + i * LANES);
             double* entropy = nullptr;
-            for (int64_t s = 0; s < call.count; ++s) {
-                if (call.statistics[s].kind == MAX_LOGIT) take_maximum(tile, room.results + s * plan.chunk + i);
+            for (int64_t s = 0; s < call.count; ++s)
                 if (call.statistics[s].kind == ENTROPY) entropy = room.results + s * plan.chunk + i;
-            }
             if (!plan.exponentials) continue;
             exponentiate(tile, room.lse + i, room.rest + i, entropy);
             for (int64_t s = 0; s < call.count; ++s) {
@@ -345,5 +344,8 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
             }
         }
     }
+    for (int64_t s = 0; s < call.count; ++s)
+        for (int64_t i = 0; call.statistics[s].kind == MAX_LOGIT && i < task.rows; ++i)
+            room.results[s * plan.chunk + i] = largest(room.maxima + i * LANES);
     return scores;
 }
