@@ -23,7 +23,7 @@ from attnstats import (
     reference,
 )
 from attnstats.statistics import ColumnStatistic, RowStatistic
-from attnstats.tiled import sweep
+from attnstats.tiled import band, sweep
 from tests.cases import Case
 from tests.guards import Guarded
 
@@ -154,6 +154,54 @@ def test_kernels_match_the_reference(name, monkeypatch, device):
     monkeypatch.setattr(sweep, "gradients", None)
     sizes = {"packed": ((5, 9), (0, 3), (33, 33))} if name == "packed" else {"query_length": 37, "key_length": 37}
     agree(Case(**{"batch": 1, "key_heads": 1} | sizes | FEATURES[name]), (*EVERY, *OWN), "triton", device)
+
+
+BESIDE_THE_DIAGONAL = (WAAD(1), WAAD(4), LocalMass(3), FAI(0, 0), FAI(2, 9), LSE())
+FLASH = {
+    "causal": {},
+    "full": {"is_causal": False},
+    "padding": {"padding": "left", "counted": "some"},
+    "holes": {"padding": "holes", "is_causal": False},
+    "heads-some": FEATURES["heads-some"],
+    "heads-split": FEATURES["heads-split"],
+    "strided": {"layout": "bthd"},
+    "rows beyond the keys": {"key_length": 100, "is_causal": False, "query_offset": 0},
+    "more keys than rows": {"query_length": 100, "is_causal": False, "query_offset": 30},
+}
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_a_narrow_band_beside_torchs_kernel(name, monkeypatch):
+    """On tiled, whose sweep over all pairs isn't needed."""
+    monkeypatch.setattr(sweep, "gradients", None)
+    monkeypatch.setattr(band, "BLOCK_ELEMENTS", 2**13)  # so that a head spans several
+    case = Case(**{"key_heads": 1, "query_length": 150, "key_length": 150} | FLASH[name])
+    agree(case, BESIDE_THE_DIAGONAL, "tiled", "cpu")
+    agree(case, (LSE(),), "tiled", "cpu", with_output=False)
+
+
+def test_a_narrow_band_by_finite_differences(monkeypatch):
+    monkeypatch.setattr(sweep, "gradients", None)
+    monkeypatch.setattr(band, "BAND_ROWS", 4)
+    case = Case(**SMALL | {"value_dim": 3, "query_length": 41, "key_length": 41, "padding": "right"})
+    inputs = inputs_of(case, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: call(attnstats, case, BESIDE_THE_DIAGONAL, inputs, backend="tiled"), inputs
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"bias": 300.0}, {"sinks": True}, {"window_size": (30, 0)}, {"softcap": 3.0}, {"dtype": "bfloat16"}],
+    ids=str,
+)
+def test_what_torchs_kernel_would_get_wrong_is_swept(changed, monkeypatch):
+    calls = []
+    swept = sweep.gradients
+    monkeypatch.setattr(sweep, "gradients", lambda *given: calls.append(given) or swept(*given))
+    case = Case(**{"batch": 1, "key_heads": 1, "query_length": 80, "key_length": 80} | changed)
+    agree(case, (WAAD(4), FAI(2, 9)), "tiled", "cpu", getattr(torch, case.dtype))
+    assert calls
 
 
 @pytest.mark.parametrize("asked", [(WAAD(4),), (FAI(2, 9),), (Received(),), (Entropy(),), (LSE(),)], ids=str)

@@ -4,7 +4,7 @@ Attention is torch's flash kernel for the CPU (`cpu_flash`), which also returns 
 that kernel can't do, a sweep over blocks of rows. The statistics follow from (query, key, lse): those whose weight is
 constant beyond a distance from the keys near the diagonal (`band`, O(T) time), all others from every visible pair
 (`sweep`). On a CPU `native` does both at once where it was compiled. Torch's kernel also gives the gradients of its own
-output; all others, and those of statistics, come from a sweep.
+output, and with the keys near the diagonal those of statistics of a narrow band; all others come from a sweep.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def gradients(
     residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
-    if geometry.packing is None and not of_statistics and geometry.sinks is None and cpu_flash.takes(geometry):
-        return cpu_flash.gradients(residuals, grad_output, geometry)
-    return sweep.gradients(residuals, grad_output, geometry, of_statistics)
+    own = cpu_flash.takes_gradients(residuals.lse, geometry, of_statistics)
+    return (cpu_flash if own else sweep).gradients(residuals, grad_output, geometry, of_statistics)
 
 
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:

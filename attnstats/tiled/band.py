@@ -7,7 +7,7 @@ along a row of it, columns sums along its antidiagonals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,66 @@ def evaluate(
     return tensors
 
 
+def gradients(
+    query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, grads: Mapping[Statistic, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What pairs in the band add to dQ and dK, and the row sums of A dA, (B, Hq, Tq), for rows whose A sums to 1.
+
+    grads: of the sums of each statistic, in all heads (`Geometry.gradient_of_sums`). With dA its weights times its
+    gradient, the softmax gives `A * (dA - rowsum(A dA))`: the first term lies within the band, the second is the
+    caller's to take off all pairs. In rows that see no key outside the band both are done here, and the sum is 0: there
+    they may cancel to their last digits. A tail is the same for all pairs of a row, so it cancels.
+    """
+    band = _Band.of(geometry, tuple(grads))
+    grad_query, grad_key = (torch.zeros_like(x, dtype=geometry.accumulator) for x in (query, key))
+    row_sums = torch.zeros_like(lse, dtype=geometry.accumulator)
+    first, end = geometry.seen()
+    place = torch.arange(geometry.query_length, device=geometry.device, dtype=torch.int64) + geometry.offset
+    whole = (first >= place - band.behind) & (end <= place + band.ahead + 1)
+    space = _Workspace.of(geometry, band)
+    of_keys = torch.zeros_like(space.keys)
+    received = {s: space.keys.new_zeros(len(space.keys)) for s in band.spans if s.axis == "column"}
+    for batch, heads, key_head in heads_of(geometry):
+        hidden = _fill_keys_(space.keys, key[batch, key_head], band, geometry, batch)
+        inside, positions = _inside(space.keys, band, geometry)
+        of_keys.zero_()
+        for head in range(heads.start, heads.stop):
+            for s, x in received.items():
+                x[inside] = grads[s][batch, head, positions]
+            for start, weights in _band_blocks(query[batch, head], hidden, lse[batch, head], band, geometry, space):
+                rows = slice(start, start + len(weights))
+                of_pairs = torch.zeros_like(weights)
+                for s, (lo, hi) in band.spans.items():
+                    near = of_pairs[:, band.behind - hi : band.behind - lo + 1]
+                    if s.axis == "row":
+                        near.addcmul_(grads[s][batch, head, rows, None], band.weights[s].flip(0))
+                        continue
+                    of_column = received[s][start + band.behind - hi :].as_strided(near.shape, (1, 1))
+                    if s not in band.unweighted:
+                        of_column = of_column * band.weights[s].flip(0)
+                    if geometry.query_mask is not None:
+                        of_column = of_column * geometry.query_mask[batch, rows, None]
+                    near += of_column
+                of_rows = torch.linalg.vecdot(weights, of_pairs)
+                of_pairs -= torch.where(whole[rows], of_rows, 0.0)[:, None]
+                row_sums[batch, head, rows] = of_rows.masked_fill_(whole[rows], 0.0)
+                weights.mul_(of_pairs)
+                blocks = -(-len(weights) // BAND_ROWS)
+                scores = space.scores[:blocks].zero_()
+                diagonals = space.diagonals(blocks)
+                diagonals.copy_(space.band[band.width :][: blocks * BAND_ROWS].view_as(diagonals))
+                scores.mul_(geometry.scale)
+                products = torch.bmm(scores, space.windows(start, blocks)).flatten(0, 1)
+                grad_query[batch, head, rows] = products[: len(weights)]
+                parts = torch.bmm(scores.mT, space.queries.unflatten(0, (-1, BAND_ROWS))[:blocks])
+                for offset in range(0, parts.shape[1], BAND_ROWS):  # windows overlap, but not BAND_ROWS keys of each
+                    part = parts[:, offset : offset + BAND_ROWS]
+                    target = of_keys[start + offset :].as_strided(part.shape, space.apart())
+                    target += part
+        grad_key[batch, key_head, positions] = of_keys[inside]
+    return grad_query, grad_key, row_sums
+
+
 class _Workspace(NamedTuple):
     """Buffers that all heads share: fresh ones of this size would be mapped and unmapped for each."""
 
@@ -74,20 +134,39 @@ class _Workspace(NamedTuple):
         )
         return _Workspace(*[torch.zeros(s, dtype=geometry.accumulator, device=geometry.device) for s in shapes])
 
+    def apart(self) -> tuple[int, int, int]:
+        """The strides of keys [blocks, .., D] that begin BAND_ROWS apart."""
+        dim = self.keys.shape[1]
+        return BAND_ROWS * dim, dim, 1
+
+    def windows(self, start: int, blocks: int) -> Tensor:
+        """[blocks, window, D] the keys of each block of rows from `start` on."""
+        return self.keys[start:].as_strided((blocks, self.scores.shape[2], self.keys.shape[1]), self.apart())
+
+    def diagonals(self, blocks: int) -> Tensor:
+        """[blocks, BAND_ROWS, width] the part of the scores that lies in the band."""
+        _, rows, window = self.scores.shape
+        return self.scores.as_strided((blocks, rows, self.band.shape[1]), (rows * window, window + 1, 1))
+
 
 def _fill_keys_(keys: Tensor, key: Tensor, band: _Band, geometry: Geometry, batch: int) -> Tensor:
     """Copy one head's keys to the rows where the band reads them.
 
     Returns [len(keys)] bool, True in rows without a key, or with one that no query may see.
     """
-    first = geometry.offset - band.behind  # the position at index 0
-    begin = max(0, -first)
-    inside = slice(begin, max(begin, min(len(keys), geometry.key_length - first)))
-    positions = slice(inside.start + first, inside.stop + first)
+    inside, positions = _inside(keys, band, geometry)
     keys[inside] = key[positions]
     hidden = torch.ones(len(keys), dtype=torch.bool, device=key.device)
     hidden[inside] = False if geometry.key_mask is None else ~geometry.key_mask[batch, positions]
     return hidden
+
+
+def _inside(keys: Tensor, band: _Band, geometry: Geometry) -> tuple[slice, slice]:
+    """The rows of `_Workspace.keys` that hold a key, and the keys' positions."""
+    first = geometry.offset - band.behind  # the position at index 0
+    begin = max(0, -first)
+    inside = slice(begin, max(begin, min(len(keys), geometry.key_length - first)))
+    return inside, slice(inside.start + first, inside.stop + first)
 
 
 def _band_blocks(
@@ -95,14 +174,14 @@ def _band_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """For one head, yield the first row and A as [rows, width], a part of `space.band` between rows of zeros."""
     length, dim = query.shape
-    together, _, window = space.scores.shape
+    together = len(space.scores)
     for start in range(0, length, together * BAND_ROWS):
         rows = min(together * BAND_ROWS, length - start)
         blocks = -(-rows // BAND_ROWS)
         space.queries[:rows].copy_(query[start : start + rows])
-        windows = space.keys[start:].as_strided((blocks, window, dim), (BAND_ROWS * dim, dim, 1))
-        scores = torch.bmm(space.queries.view(-1, BAND_ROWS, dim)[:blocks], windows.mT, out=space.scores[:blocks])
-        diagonals = scores.as_strided((blocks, BAND_ROWS, band.width), (BAND_ROWS * window, window + 1, 1))
+        of_blocks = space.queries.view(-1, BAND_ROWS, dim)[:blocks]
+        torch.bmm(of_blocks, space.windows(start, blocks).mT, out=space.scores[:blocks])
+        diagonals = space.diagonals(blocks)
         weights = space.band[band.width : band.width + blocks * BAND_ROWS]
         softcap_(torch.mul(diagonals, geometry.scale, out=weights.view_as(diagonals)), geometry.softcap)
         subtract_lse_(weights[:rows], lse[start : start + rows]).exp_()
@@ -136,6 +215,11 @@ def _add_columns_(column: Tensor, padded: Tensor, first: int, rows: int, band: _
     keys = slice(first - hi + skip, min(first - lo + rows, len(column)))
     if keys.start < keys.stop:
         column[keys] += received[skip : skip + keys.stop - keys.start]
+
+
+def width_of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> int:
+    """The number of distances in the band."""
+    return _Band.of(geometry, statistics).width
 
 
 def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, int, int]:

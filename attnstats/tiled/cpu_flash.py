@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnstats.core.autograd import Gradients, Residuals
+from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
 from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.core.scores import with_sinks
-from attnstats.tiled import sweep
+from attnstats.tiled import band, sweep
+
+NARROW = 4  # a band of more than so many parts of the keys costs more than a sweep over all
 
 
 def takes(geometry: Geometry) -> bool:
@@ -22,6 +24,24 @@ def takes(geometry: Geometry) -> bool:
         and geometry.left is None
         and geometry.dropout_p == 0
         and (geometry.right is None or (geometry.is_causal and (geometry.offset == 0 or geometry.query_length == 1)))
+    )
+
+
+def takes_gradients(lse: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic) -> bool:
+    """True for the gradients of attention without sinks, and of statistics of a narrow band whose lse is exact enough.
+
+    lse (B, Hq, Tq). In a row whose lse is large A errs more than the row's sum does in eager attention.
+    """
+    if geometry.packing is not None or geometry.sinks is not None or not takes(geometry):
+        return False
+    if not of_statistics:
+        return True
+    own = [s for s in of_statistics if s.method != "lse"]
+    return (
+        geometry.dtype == geometry.accumulator  # else a row's number would be rounded to the inputs' dtype
+        and all(s.method == "weight" and s.is_banded for s in own)
+        and (not own or NARROW * band.width_of(geometry, tuple(own)) <= geometry.key_length)
+        and bool((lse.masked_fill(lse == -torch.inf, 0.0).abs() <= sweep.LARGE).all())
     )
 
 
@@ -52,12 +72,30 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
     return (output * share).to(output.dtype), counted
 
 
-def gradients(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> Gradients:
-    """The gradients that the kernel has for its own output, without sinks."""
+def gradients(
+    residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
+) -> Gradients:
+    """The gradients that the kernel has for its own output, and those of statistics that `takes_gradients` names.
+
+    The kernel computes `dS = A * (dO V^T - rowsum(dO * O))`. Statistics take one more number off each row, the row sum
+    of `A dA`, of which an lse's gradient is the negative: a channel more of O holds it, of dO 1, of all else 0. What
+    else they add lies in the band beside the diagonal.
+    """
     query, key, value, output, lse, *_ = residuals
     seen, causal, bias = _mask(geometry)
-    inputs = (grad_output, query, _keys(key, geometry)[:, :, :seen], value[:, :, :seen], output)
-    grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    key = _keys(key, geometry)
+    grads = {s: geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_statistics.items()}
+    less = [-grads.pop(s) for s in list(grads) if s.method == "lse"]
+    of_band = band.gradients(query, key, lse, geometry, grads) if grads else None
+    if of_band is not None:
+        less.append(of_band[2])
+    inputs = [grad_output, query, key[:, :, :seen], value[:, :, :seen], output]
+    if less:
+        grad_output, *others = (torch.nn.functional.pad(x, (0, 1)) for x in inputs)
+        grad_output[..., -1] = 1.0
+        others[-1][..., -1] = sum(less)
+        inputs = [grad_output, *others]
+    of_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in inputs),
         lse.masked_fill(lse == -torch.inf, 0.0),  # as the kernel gave it
         0.0,
@@ -65,8 +103,12 @@ def gradients(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> 
         attn_mask=bias,
         scale=geometry.scale,
     )
+    grad_query, grad_key, grad_value = (x[..., : geometry.head_dim] for x in of_kernel)
     beyond = (0, 0, 0, geometry.key_length - seen)
-    return Gradients(grad_query, torch.nn.functional.pad(grad_key, beyond), torch.nn.functional.pad(grad_value, beyond))
+    grad_key, grad_value = (torch.nn.functional.pad(x, beyond) for x in (grad_key, grad_value))
+    if of_band is not None:
+        grad_query, grad_key = grad_query + of_band[0], grad_key + of_band[1]
+    return Gradients(grad_query, grad_key, grad_value)
 
 
 def _keys(key: Tensor, geometry: Geometry) -> Tensor:
