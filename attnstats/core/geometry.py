@@ -24,7 +24,7 @@ from attnstats.statistics import PooledMap, Statistic
 LOG2E = 1.4426950408889634
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Geometry:
     """One attention call without its numbers.
 
@@ -65,19 +65,19 @@ class Geometry:
     device: torch.device
     scale: float
     query_offset: int | None
-    left: int | None = None
-    right: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    left: int | None
+    right: int | None
+    softcap: float | None
+    sinks: Tensor | None
     key_mask: Tensor | None = None
     real_queries: Tensor | None = None
-    query_mask: Tensor | None = None
+    query_mask: Tensor | None
     dense_mask: Tensor | None = None
     packing: Packing | None = None
-    heads: Mapping[Statistic, tuple[int, ...]] = field(default_factory=dict)
-    dropout_p: float = 0.0
+    heads: Mapping[Statistic, tuple[int, ...]]
+    dropout_p: float
     dropout_seed: Tensor | None = None
-    differentiable: bool = False
+    differentiable: bool
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
