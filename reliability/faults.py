@@ -42,9 +42,15 @@ COMPILE = (
 )
 RECORD_LIMIT = 3600.0, 7200.0  # seconds of processor time, and by the clock
 # The quickest tests of what every backend shares, and those in which kernels do most.
-SHARED = ("tests/core/*.py", *(f"tests/test_{x}.py" for x in ("statistics", "reference", "contracts", "identities")))
+SHARED = (
+    "tests/core/*.py",
+    *(f"tests/test_{x}.py" for x in ("statistics", "reference", "contracts", "identities", "extremes")),
+)
 TILED = ("tests/tiled/test_native.py", "tests/tiled/test_backend.py", "tests/test_nan.py")
-KERNELS = ("tests/triton/*.py", *(f"tests/test_{x}.py" for x in ("dropout", "differentiable", "features", "nan")))
+KERNELS = (
+    "tests/triton/*.py",
+    *(f"tests/test_{x}.py" for x in ("dropout", "differentiable", "features", "nan", "extremes")),
+)
 WHOLE = ("tests/*.py", "tests/*/*.py", "attnstats/*.py", "attnstats/*/*.py", "README.md", "docs/*.md")
 
 

@@ -89,3 +89,20 @@ def test_the_last_counted_queries():
     facts = resolve(Q[:, :, :5], K, V, Options(enable_gqa=True, query_mask=mask))
     expected = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
     assert torch.equal(facts.query_mask_of(2), expected)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "tail"),
+    [
+        (10, 10, {}, 0.0),
+        (10, 11, {"query_offset": 0}, 10.0),
+        (11, 10, {"query_offset": 0}, 10.0),
+        (10, 40, {"query_offset": 0, "is_causal": True}, 0.0),
+        (40, 40, {"is_causal": True, "window_size": (9, 0)}, 0.0),
+        (40, 40, {"is_causal": True, "window_size": (10, 0)}, 10.0),
+    ],
+)
+def test_a_tail_that_some_pair_has(queries, keys, options, tail):
+    x = torch.zeros(1, 1, 40, 4)
+    facts = resolve(x[:, :, :queries], x[:, :, :keys], x[:, :, :keys], Options(statistics=[WAAD(10)], **options))
+    assert facts.tail_of(WAAD(10)) == tail

@@ -103,6 +103,18 @@ def test_masks_of_any_strides(made):
             assert recognise(wrong, x.shape[-2], true_hides=hides) is None, place
 
 
+@pytest.mark.parametrize("offset", [0, 3, 8])
+@pytest.mark.parametrize("length", [5, 8])
+def test_masks_that_are_no_multiple_of_eight_bytes(length, offset):
+    """Which are compared eight at a time elsewhere."""
+    mask = torch.ones(length, length).tril().bool()
+    storage = torch.cat((torch.zeros(offset, dtype=torch.bool), mask.flatten()))
+    x = storage[offset:].view(1, 1, length, length)
+    assert recognise(x, length, true_hides=False)[1:] == (0, None, 0)
+    x[0, 0, length - 1, 1] = False
+    assert recognise(x, length, true_hides=False) is None
+
+
 def test_other_numbers_that_mean_the_same():
     visible = torch.ones(1, 1, 9, 9).tril().bool()
     mask = torch.zeros(visible.shape).masked_fill(~visible, -1e30)

@@ -120,3 +120,9 @@ class _NearOfTheLast(ColumnStatistic):
 def test_a_band_of_the_last_queries():
     check(Case(), "tiled", statistics=[_NearOfTheLast()])
     check(Case(counted="some"), "tiled", from_lse=True, statistics=[_NearOfTheLast(), FAI(3, 20)])
+
+
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize("offset", [0, 5, 36])
+def test_one_query_before_the_last_key(offset):
+    check(Case(query_length=1, query_offset=offset), "tiled")
