@@ -25,7 +25,7 @@ from attnstats.results import Explanation, PassCost
 from attnstats.statistics import Statistic
 from attnstats.tiled import backend as tiled
 
-BACKENDS = ("auto", "reference", "tiled", "triton")
+BACKENDS = ("auto", "reference", "tiled", "flash", "triton")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Evaluation, Geometry]:
@@ -51,7 +51,7 @@ def from_lse(
         if options.check:
             check_values(query, key, lse, geometry, options.lse_base)
         lse = geometry.nan_without_softmax(lse)
-        results = choose(options.backend, geometry).from_lse(query, key, lse, geometry)
+        results = choose(options.backend, geometry, attends=False).from_lse(query, key, lse, geometry)
     return results, lse, geometry
 
 
@@ -60,7 +60,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
     query, key, value, geometry = _batched(query, key, value, options)
     if value is None:
         _check_from_lse(geometry)
-    backend, reason = _choose(options.backend, geometry)
+    backend, reason = _choose(options.backend, geometry, attends=value is not None)
     costs = []
     for each in backend.passes(geometry, value is not None):
         description, flops, scratch_bytes = backend.cost(each, geometry)
@@ -142,15 +142,15 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def choose(name: str, geometry: Geometry) -> ModuleType:
-    """The backend that does the work. Raises ValueError for a call that it can't take."""
-    chosen = geometry.memo.get(("backend", name))
+def choose(name: str, geometry: Geometry, attends: bool = True) -> ModuleType:
+    """The backend that does the work of `attend`, or of `from_lse`. Raises ValueError for a call that it can't take."""
+    chosen = geometry.memo.get(("backend", name, attends))
     if chosen is None:
-        chosen = geometry.memo["backend", name] = _choose(name, geometry)[0]
+        chosen = geometry.memo["backend", name, attends] = _choose(name, geometry, attends)[0]
     return chosen
 
 
-def _choose(name: str, geometry: Geometry) -> tuple[ModuleType, str]:
+def _choose(name: str, geometry: Geometry, attends: bool) -> tuple[ModuleType, str]:
     """The backend that does the work, and why it is this one."""
     check_backend(name)
     if name == "reference":
@@ -164,14 +164,25 @@ def _choose(name: str, geometry: Geometry) -> tuple[ModuleType, str]:
         return _computing(reference, geometry), "there are no queries"
     if name == "tiled" or (name == "auto" and geometry.device.type == "cpu"):
         return _computing(tiled, geometry), "as asked" if name == "tiled" else "CPU tensors"
+    from attnstats.flash import backend as flash
     from attnstats.triton import backend as triton
 
-    reason = triton.unavailable(geometry)
+    unavailable = triton.unavailable(geometry)
     if name == "auto":
-        return (_computing(tiled, geometry), reason) if reason else (_computing(triton, geometry), "GPU tensors")
-    if reason:
-        raise ValueError(f"backend='triton': {reason}; backend='tiled' would work")
-    return _computing(triton, geometry), "as asked"
+        if unavailable:
+            return _computing(tiled, geometry), unavailable
+        reason = flash.better_fused(geometry) or flash.unavailable(geometry) if attends else "from an lse"
+        if reason is None:
+            return _computing(flash, geometry), flash.reason(geometry)
+        return _computing(triton, geometry), f"GPU tensors; {reason}"
+    if name == "flash" and attends:
+        reason = flash.unavailable(geometry)
+        if reason:
+            raise ValueError(f"backend='flash': {reason}; backend={'tiled' if unavailable else 'triton'!r} would work")
+        return _computing(flash, geometry), f"as asked; {flash.reason(geometry)}"
+    if unavailable:
+        raise ValueError(f"backend={name!r}: {unavailable}; backend='tiled' would work")
+    return _computing(flash if name == "flash" else triton, geometry), "as asked"
 
 
 def _computing(backend: ModuleType, geometry: Geometry) -> ModuleType:
@@ -189,4 +200,4 @@ def _computing(backend: ModuleType, geometry: Geometry) -> ModuleType:
 def check_backend(name: str) -> None:
     """Raise ValueError for an unknown name."""
     if name not in BACKENDS:
-        raise ValueError(f"backend must be 'auto', 'reference', 'tiled' or 'triton', got {name!r}")
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")

@@ -19,7 +19,7 @@ from attnstats.core.options import Heads, Options, Window, check_names
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import Statistic
 
-Backend = Literal["auto", "reference", "tiled", "triton"]
+Backend = Literal["auto", "reference", "tiled", "flash", "triton"]
 
 
 @refuse_script
@@ -81,8 +81,8 @@ def attention(
         differentiable: statistics carry gradients into query, key and sinks, for a loss on the map's shape:
             all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
             pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
-        backend: "reference" (eager), "tiled" (plain PyTorch), "triton" (kernels), "auto" (triton on a GPU,
-            else tiled).
+        backend: "reference" (eager), "tiled" (plain PyTorch), "flash" (FlashAttention or cuDNN, with kernels for
+            the statistics), "triton" (kernels), "auto" (flash on a GPU, triton for what it can't take, else tiled).
 
     Under `torch.autocast` query, key and value are cast as SDPA casts them.
 

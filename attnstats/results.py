@@ -151,7 +151,7 @@ class Explanation:
     """The backend of a call and its passes, in the order in which they run; prints as text.
 
     Attributes:
-        backend: "reference", "tiled" or "triton".
+        backend: "reference", "tiled", "flash" or "triton".
         reason: why this backend was chosen.
         passes: those that the call makes.
     """

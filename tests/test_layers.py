@@ -14,6 +14,7 @@ LAYERS = (
     ("results", "identity", "curves", "chance"),
     ("core", "heads", "credit"),
     ("reference", "tiled", "triton", "distributed", "rhythm", "presets"),
+    ("flash",),
     ("_dispatch",),
     ("_operators",),
     ("functional",),

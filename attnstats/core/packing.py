@@ -59,6 +59,12 @@ class Packing:
         """(n,) bool: the sequence has more queries or keys than there should be."""
         return (self.queries.diff() > self.max_queries) | (self.keys.diff() > self.max_keys)
 
+    def within_longer(self, boundaries: Tensor, length: int) -> Tensor:
+        """(length,) bool: the position, by queries or keys, lies in a sequence that is longer than there should be."""
+        index = torch.arange(length, dtype=torch.int32, device=boundaries.device)
+        sequence = torch.searchsorted(boundaries[1:], index, right=True)
+        return torch.nn.functional.pad(self.longer(), (0, 1))[sequence]  # one more, of tokens past the last sequence
+
     def along_queries(self, length: int) -> Line:
         return _line(self.queries, self.keys, length)
 

@@ -156,7 +156,7 @@ def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_d
         return
     table = FLOAT32
     if dtype != torch.float32:
-        table = HALF | BY_ARCHITECTURE.get(_target[-1] if _target else _architecture(device), {})
+        table = HALF | BY_ARCHITECTURE.get(architecture(device), {})
     rows = table[kernel]
     config = next(config for widest, config in rows.items() if block_dim <= widest)
     yield config
@@ -173,11 +173,13 @@ def chunk(device: torch.device) -> int:
     In mma's layouts a thread holds whole sets of 8 columns of a row, so that sums over chunks of 8 stay within it.
     Elsewhere chunks would move data between threads, and a row is reduced at once.
     """
-    architecture = _target[-1] if _target else _architecture(device)
-    return 1 if architecture.startswith(("sm_10", "gfx")) else 8
+    return 1 if architecture(device).startswith(("sm_10", "gfx")) else 8
 
 
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """The name by which tables know the device, or what `targeting` says."""
+    if _target:
+        return _target[-1]
     return "sm_90" if device.type == "cpu" else _of_gpu(device.index or 0)
 
 

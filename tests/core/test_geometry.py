@@ -94,12 +94,12 @@ def test_the_last_counted_queries():
 @pytest.mark.parametrize(
     ("queries", "keys", "options", "tail"),
     [
-        (10, 10, {}, 0.0),
-        (10, 11, {"query_offset": 0}, 10.0),
-        (11, 10, {"query_offset": 0}, 10.0),
-        (10, 40, {"query_offset": 0, "is_causal": True}, 0.0),
-        (40, 40, {"is_causal": True, "window_size": (9, 0)}, 0.0),
-        (40, 40, {"is_causal": True, "window_size": (10, 0)}, 10.0),
+        (10, 10, {"is_causal": False}, 0.0),
+        (10, 11, {"is_causal": False, "query_offset": 0}, 10.0),
+        (11, 10, {"is_causal": False, "query_offset": 0}, 10.0),
+        (10, 40, {"query_offset": 0}, 0.0),
+        (40, 40, {"window_size": (9, 0)}, 0.0),
+        (40, 40, {"window_size": (10, 0)}, 10.0),
     ],
 )
 def test_a_tail_that_some_pair_has(queries, keys, options, tail):

@@ -32,10 +32,7 @@ def add_slots(columns: Tensor, geometry: Geometry) -> Tensor:
     packing = geometry.packing
     if packing is None or not packing.believed or not len(sums):
         return sums
-    index = torch.arange(geometry.key_length, dtype=torch.int32, device=geometry.device)
-    sequence = torch.searchsorted(packing.keys[1:], index, right=True)
-    longer = torch.nn.functional.pad(packing.longer(), (0, 1))  # one more, of tokens past the last sequence
-    return sums.masked_fill_(longer[sequence], torch.nan)
+    return sums.masked_fill_(packing.within_longer(packing.keys, geometry.key_length), torch.nan)
 
 
 def band_reach(geometry: Geometry, plan: Plan) -> dict[str, int]:
