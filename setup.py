@@ -12,7 +12,7 @@ The code picks its instruction set when it runs, so no flag here may name the ma
 
 from setuptools import Extension, setup
 
-FOLDERS = ("cli", "core", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
+FOLDERS = ("cli", "core", "flash", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(

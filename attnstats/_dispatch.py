@@ -21,6 +21,7 @@ from attnstats.core.autograd import GradientsByStatistic, Residuals
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
 from attnstats.core.lse import check_lse, check_values, natural_lse
 from attnstats.core.options import Options, is_packed
+from attnstats.flash.providers import settings
 from attnstats.results import Explanation, PassCost
 from attnstats.statistics import Statistic
 from attnstats.tiled import backend as tiled
@@ -144,9 +145,10 @@ def _autograd() -> Iterator[None]:
 
 def choose(name: str, geometry: Geometry, attends: bool = True) -> ModuleType:
     """The backend that does the work of `attend`, or of `from_lse`. Raises ValueError for a call that it can't take."""
-    chosen = geometry.memo.get(("backend", name, attends))
+    key = "backend", name, attends, settings() if name == "flash" or geometry.device.type != "cpu" else None
+    chosen = geometry.memo.get(key)
     if chosen is None:
-        chosen = geometry.memo["backend", name, attends] = _choose(name, geometry, attends)[0]
+        chosen = geometry.memo[key] = _choose(name, geometry, attends)[0]
     return chosen
 
 

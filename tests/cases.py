@@ -213,8 +213,9 @@ def allowed(
     """
     eps = torch.finfo(torch.float32).eps
     size = 1.0 + float(lse.abs()[lse.isfinite()].max()) if lse.isfinite().any() else 1.0
-    magnitude = size if from_lse or statistic is None or (backend == "triton" and not case.bias) else 1.0
-    if backend == "tiled" and case.dtype in ("float16", "bfloat16"):
+    foreign = from_lse or backend == "flash"
+    magnitude = size if foreign or statistic is None or (backend == "triton" and not case.bias) else 1.0
+    if backend in ("tiled", "flash") and case.dtype in ("float16", "bfloat16"):
         magnitude += 2**-14 / eps
     if case.spread >= 10 or case.scale == 1.0:
         magnitude += size
@@ -298,8 +299,10 @@ def check(
 def computed_by(backend: str, statistics: Iterable[Statistic], from_lse: bool = False) -> tuple[Statistic, ...]:
     """Those of the statistics that a backend computes."""
     computed = [s for s in statistics if s.from_lse or not from_lse]
-    if backend == "triton":
+    if backend in ("triton", "flash"):
         computed = [s for s in computed if s.method != "row" or type(s) in WHOLE_ROWS]
+    if backend == "flash":
+        computed = [s for s in computed if s.from_lse]
     return tuple(dict.fromkeys(computed))
 
 

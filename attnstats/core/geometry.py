@@ -269,11 +269,14 @@ class Geometry:
 
         last_queries: of each sequence only so many of the last queries; None: all.
         """
-        first, end = self.seen()
+        here = self
+        if self.packing is None:  # counted without the device
+            here = dataclasses.replace(self, device=torch.device("cpu"), memo={})
+        first, end = here.seen()
         pairs = (end - first).expand(self.query_length)
         if last_queries is not None:
-            index = torch.arange(self.query_length, device=self.device, dtype=torch.int64)
-            pairs = pairs[self._along_queries().own_end - index <= last_queries]
+            index = torch.arange(self.query_length, device=here.device, dtype=torch.int64)
+            pairs = pairs[here._along_queries().own_end - index <= last_queries]
         return int(pairs.sum())
 
     def subset(self, heads: tuple[int, ...]) -> Geometry:
