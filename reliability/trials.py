@@ -153,7 +153,7 @@ class Trial:
         if isinstance(of, Model):
             return check_model(of)
         backend, _, how = self.path.partition(" ")
-        device = device if backend == "triton" else "cpu"
+        device = device if backend in KERNELS else "cpu"
         before = native.enabled
         native.enabled = before and backend != "plain"
         try:
@@ -173,15 +173,25 @@ def drawn(draw: Draw) -> Trial:
     if path in ("capture", "live"):
         return Trial(path, drawn_model(draw, path == "live"))
     backend, _, how = path.partition(" ")
-    case = drawn_case(draw, backend == "triton", how == "varlen")
+    case = drawn_case(draw, backend in KERNELS, how == "varlen")
+    if backend == "flash":
+        case = _taken_by_torch(case)
     also = ""
     if how != "from_lse":
-        also = draw.pick(EXTRAS["triton" if backend == "triton" else "tiled"])
+        also = draw.pick(EXTRAS[backend if backend in KERNELS else "tiled"])
         if also == "gradients":  # of numbers that float32 can say something about
             case = dataclasses.replace(case, spoiled="", spread=min(case.spread, 1.0), bias=0.0, dtype="float32")
     elif case.spoiled:
         case = dataclasses.replace(case, spoiled="")  # statistics_from_lse has no lse of such rows to be given
     return Trial(path, case, also)
+
+
+def _taken_by_torch(case: Case) -> Case:
+    """What torch's flash kernel for the CPU takes."""
+    case = dataclasses.replace(case, softcap=None, window_size=None, value_dim=case.head_dim)
+    if case.is_causal and case.query_length > 1:
+        case = dataclasses.replace(case, key_length=case.query_length, query_offset=None)
+    return case
 
 
 def drawn_case(draw: Draw, few_tiles: bool, is_packed: bool) -> Case:
@@ -456,18 +466,21 @@ ALSO: dict[str, Callable[[Case, str, Any, bool], None]] = {
     "defaults": check_defaults,
     "second": check_second,
 }
+KERNELS = ("triton", "flash")
 EXTRAS = {  # a call has at most one
     "tiled": ("",) * 12 + ("gradients",) * 4 + ("rewritten",) * 2 + ("defaults", "second"),
     "triton": ("",) * 16 + ("gradients", "rewritten", "defaults", "second"),
+    "flash": ("",),  # the others ask for gradients of statistics in float32
 }
 PATHS = {  # and how many of a hundred cases each has
-    "tiled": 24,  # the compiled sums
+    "tiled": 23,  # the compiled sums
     "plain": 15,  # the same in plain PyTorch
     "tiled varlen": 11,
     "plain varlen": 6,
     "tiled from_lse": 11,
     "plain from_lse": 6,
-    "triton": 7,
+    "triton": 6,
+    "flash": 2,
     "triton varlen": 3,
     "triton from_lse": 4,
     "patch_sdpa": 6,
