@@ -1,12 +1,13 @@
 # The project's habits. `make` alone lists them; each sets up ./.venv first, and only when something changed.
 #
 #   PYTHON  the interpreter that .venv is made from, 3.10 or newer
+#   VENV    the environment; with `make gpu PYTHON=python3 VENV=` that Python runs as it is, and nothing is installed
 #   TORCH   what pip is asked for, for example: make test TORCH="torch==2.11.0 --index-url ..."
 #   WORKERS processes that run tests
 #   ROWS    of `make versions`, default all: oldest newest python3.12-torch2.12.1 ...
 #   TESTS   of `make versions`, instead of those whose result is noted
 #   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
-#   PARTS   of `make gpu`, default all: ceilings correctness timing end_to_end sweep
+#   PARTS   of `make gpu`, with options: "first --minutes 2"; default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
@@ -19,6 +20,12 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # The request for torch is part of the stamp's name: another one reinstalls.
 STAMP := $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+
+ifeq ($(VENV),)
+ifneq ($(filter-out gpu help,$(MAKECMDGOALS)),)
+$(error with VENV= there is only `make gpu`)
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench gpu fuzz faults versions lint docs
@@ -40,8 +47,8 @@ bench: $(STAMP) ## ours against its rivals, in one run: a table of ratios, kept 
 	@$(BIN)/python -m benchmarks.every_statistic
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.whole_model
 
-gpu: $(STAMP) ## on a machine with a GPU: correct on it, timed on it, in 8 minutes; PARTS="timing sweep" for some of it
-	@$(BIN)/python -m benchmarks.gpu $(PARTS)
+gpu: $(if $(VENV),$(STAMP)) ## on a machine with a GPU: correct on it, timed on it, in 6 minutes; PARTS=first: in 2
+	@$(if $(VENV),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(PARTS)
 
 fuzz: $(STAMP) ## drawn calls and models on every path against float64, N more of a SEED; goes on where it stopped
 	@$(BIN)/python -m reliability.fuzz --seed $(SEED) --cases $(N)

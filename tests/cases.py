@@ -299,6 +299,42 @@ def check(
             assert not found[statistic].masked_fill(over_heads, 0.0).any(), f"{statistic}: placeholders must be 0"
 
 
+def gradients(
+    function: Any,
+    case: Case,
+    tensors: Sequence[Tensor],
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    seed: int = 3,
+    **options: Any,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Of a random functional of the output, for query, key, value and sinks; and the lse."""
+    # In their own dtype as they lie.
+    inputs = [(x if dtype == x.dtype else x.to(dtype)).detach().requires_grad_() for x in tensors]
+    if (sinks := arguments["sinks"]) is not None:
+        inputs.append(sinks.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_())
+    arguments = arguments | {"sinks": inputs[3] if sinks is not None else None}
+    with torch.enable_grad():
+        output, stats = function(*case.views(inputs[:3]), **arguments, **options)
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.autograd.grad(output, inputs, weights.to(output)), stats.lse
+
+
+def check_gradients(case: Case, backend: Any, device: torch.device | str = "cpu") -> None:
+    """Compare gradients with autograd through the float64 reference; assert on the worst element."""
+    tensors, arguments = case.tensors(device), case.arguments(device)
+    ours, truth = (m.varlen_attention if case.packed else m.attention for m in (attnstats, reference))
+    results, _ = gradients(ours, case, tensors, arguments, tensors[0].dtype, backend=backend)
+    eager, _ = gradients(truth, case, tensors, arguments, tensors[0].dtype)
+    expected, lse = gradients(truth, case, tensors, arguments, torch.float64)
+    for name, x, by_eager, y in zip(("query", "key", "value", "sinks"), results, eager, expected, strict=False):
+        assert x.shape == y.shape
+        assert x.dtype == by_eager.dtype
+        limit = allowed_gradient(case, y, by_eager, lse)
+        error = float((x.double() - y).abs().max())
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"  # also fails on NaN
+
+
 def computed_by(backend: str, statistics: Iterable[Statistic], from_lse: bool = False) -> tuple[Statistic, ...]:
     """Those of the statistics that a backend computes."""
     computed = [s for s in statistics if s.from_lse or not from_lse]

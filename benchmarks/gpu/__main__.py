@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-SHARES = {"ceilings": 0.03, "correctness": 0.29, "timing": 0.37, "end_to_end": 0.18, "sweep": 0.13}  # of the time
-MINUTES = 7.2  # and half a minute for starting processes
-GRACE = 25.0  # seconds a part may take over its share before it is ended
+# Of the time. "first" runs when it is named, the others also without names.
+SHARES = {"first": 0.3, "ceilings": 0.03, "correctness": 0.32, "timing": 0.33, "end_to_end": 0.17, "sweep": 0.15}
+EVERY = [name for name in SHARES if name != "first"]
+MINUTES, FIRST_MINUTES = 5.5, 2.0
+GRACE = 15.0  # seconds a part may take over its share before it is ended
+STUCK = 0.4  # of a part's share: what is attempted for longer is ended, and the part goes on without it
 TRIES = 3  # starts of a part whose process died; each leaves out what the last one died of
 POISONED = 75  # exit status of a part that lost its device
 
@@ -34,7 +37,7 @@ def main() -> int:
         # Before anything imports Triton; a GPU that is there has no part in it.
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     if arguments.child:
-        return child(arguments.parts[0], arguments.child, arguments.seconds, arguments.smoke)
+        return child(arguments.parts[0], arguments.child, arguments.until - time.time(), arguments.smoke)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends as well
     import torch
@@ -50,16 +53,18 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Correctness and speed on a GPU.")
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(SHARES)}; default all, in this order")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together (default %(default)s)")
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(SHARES)}, in this order; default all but first")
+    minutes = f"for all parts together (default {MINUTES}; {FIRST_MINUTES} for first alone)"
+    parser.add_argument("--minutes", type=float, help=minutes)
     parser.add_argument("--results", type=Path, help="folder to write (default benchmarks/results)")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on a CPU, kernels in Triton's interpreter")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.parts if name not in SHARES]:
         parser.error(f"no part {unknown[0]!r}; the parts are {', '.join(SHARES)}")
-    arguments.parts = arguments.parts or list(SHARES)
+    arguments.parts = arguments.parts or EVERY
+    arguments.minutes = arguments.minutes or (FIRST_MINUTES if arguments.parts == ["first"] else MINUTES)
     return arguments
 
 
@@ -96,6 +101,7 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
         left = seconds - (time.monotonic() - began)
         share = left * SHARES[name] / sum(SHARES[other] for other in names[i:])
         print(f"{name}: up to {share:.0f} s", flush=True)
+        steps = None
         with tempfile.TemporaryDirectory() as folder:
             for section in sections_of(name, Path(folder) / "section.json", share, smoke):
                 fresh[name] = section
@@ -105,6 +111,9 @@ def orchestrate(names: list[str], seconds: float, results: Path, smoke: bool) ->
                 if path is not None:
                     document["sections"] |= fresh
                     report.save(document, path)
+                    if section.get("steps") != steps:
+                        steps = section["steps"]
+                        _report(document, path, last=False)  # for a run that is cut
         print(f"{name}: {report.in_a_line(name, fresh[name])}, {fresh[name]['seconds']:.0f} s", flush=True)
         if path is not None:
             _report(document, path, last=i == len(names) - 1)
@@ -129,7 +138,7 @@ def _report(document: dict[str, Any], path: Path, last: bool) -> None:
 
 def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
     """Yield the part's section so far, repeatedly while it runs, and at its end."""
-    from benchmarks.gpu.part import in_flight
+    from benchmarks.gpu.part import attempted_for, in_flight
 
     began = time.monotonic()
     for attempt in range(TRIES):
@@ -142,12 +151,13 @@ def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
             environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else a pool that outlives its use
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
             try:
-                ended = None
-                while ended is None and time.monotonic() - began < seconds + (120 if smoke else GRACE):
+                ended, stuck = None, False
+                while ended is None and not stuck and time.monotonic() - began < seconds + (120 if smoke else GRACE):
                     try:
                         ended = process.wait(timeout=1 if smoke else 3)
                     except subprocess.TimeoutExpired:
                         yield _read(file) | {"seconds": time.monotonic() - began}
+                        stuck = not smoke and attempted_for(file) > STUCK * seconds
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -158,12 +168,12 @@ def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
         if ended == 0:
             break
         attempted = in_flight(file).read_text() if in_flight(file).exists() else ""
-        what = (
-            f"ended after {seconds + GRACE:.0f} s" if ended is None else f"its process died with status {ended}: {last}"
-        )
+        what = f"its process died with status {ended}: {last}"
+        if ended is None:
+            what = f"ended after {STUCK * seconds:.0f} s" if stuck else f"ended after {seconds + GRACE:.0f} s"
         if ended != POISONED:
             section.setdefault("failures", {})[attempted or name] = what[:300]
-        if ended is None or (not attempted and ended != POISONED):
+        if (ended is None and not stuck) or (not attempted and ended != POISONED):
             section["error"] = what[:300]
             file.write_text(json.dumps(section))
             break
@@ -173,7 +183,9 @@ def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
 
 
 def _command(name: str, file: Path, seconds: float, smoke: bool) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", name, "--child", str(file), "--seconds", str(seconds)]
+    # A time of the clock, so that starting Python counts.
+    until = str(time.time() + seconds)
+    command = [sys.executable, "-m", "benchmarks.gpu", name, "--child", str(file), "--until", until]
     return command + ["--smoke"] * smoke
 
 

@@ -3,7 +3,8 @@
 Every contender is a plain function of `Inputs`, causal, grouped heads un-repeated; where one has to repeat them
 that is part of its time. What depends on the shape alone (block masks, distance weights) is prepared once and not
 timed. Rivals are written as their users would: compiled where that is faster, half precision where the maths
-allows. Settings, eager attention and its chunked form are those of benchmarks/contenders.py.
+allows. Settings, eager attention and its chunked form are those of benchmarks/contenders.py. `PROVIDERS` is the one
+table of attention kernels that return an lse.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import attention
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -40,12 +42,15 @@ class Contender(NamedTuple):
     group: str  # attention, statistics, band, column
     run: Callable[[Any], Answer]  # given Inputs or Packed
     ours: bool = False
-    needs_cuda: bool = False
+    device: str = ""  # the only type of device that it runs on
     around: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     compiled: bool = False  # by torch.compile, for each shape anew
     longest: int = 2**17  # tokens
     square: bool = True  # needs as many queries as keys
     many: bool = False  # takes part in every case, not only in those of all rivals
+
+    def runs_on(self, device: torch.device) -> bool:
+        return self.device in ("", device.type)
 
 
 def _group(inputs: Inputs) -> int:
@@ -83,6 +88,53 @@ def cudnn_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
     operator = torch.ops.aten._scaled_dot_product_cudnn_attention
     output, lse, *_ = operator(query, key, value, None, True, 0.0, query.shape[2] > 1)
     return output, lse.reshape(*query.shape[:2], -1)[..., : query.shape[2]]
+
+
+def efficient_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Its lse is padded to a multiple of 32 rows."""
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention
+    key, value = repeated(key, query), repeated(value, query)
+    output, lse, *_ = operator(query, key, value, None, True, 0.0, query.shape[2] > 1)
+    return output, lse[..., : query.shape[2]]
+
+
+def cpu_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, lse = operator(query, key, value, 0.0, query.shape[2] > 1)
+    return output, lse
+
+
+def _activatable() -> list[str]:
+    """Implementations that SDPA's flash backend can be given, installed or not; none before torch 2.11."""
+    if hasattr(attention, "restore_flash_attention_impl"):
+        return attention.list_flash_attention_impls()
+    return []
+
+
+@contextlib.contextmanager
+def _activated(implementation: str) -> Iterator[None]:
+    """SDPA's flash backend as another implementation; an ImportError where that is not installed."""
+    attention.activate_flash_attention_impl(implementation)
+    try:
+        yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
+class Provider(NamedTuple):
+    """An attention kernel that returns its lse, and the same kernel bare, as SDPA's users call it."""
+
+    with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    backend: str  # of SDPA
+    attend: Callable[[Any], Answer] = sdpa
+    implementation: str | None = None  # to activate
+    device: str = "cuda"
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        activated = _activated(self.implementation) if self.implementation else contextlib.nullcontext()
+        with activated, sdpa_kernel(getattr(SDPBackend, self.backend)):
+            yield
 
 
 # Ours
@@ -270,34 +322,37 @@ def forget() -> None:
     torch.compiler.reset()
 
 
-def _beside(attend: Callable[..., tuple[Tensor, Tensor]]) -> Contender:
-    run = functools.partial(beside, attend)
-    return Contender("statistics", run, ours=True, needs_cuda=True, square=False, many=True)
-
-
-def _backend(name: str) -> Callable[[], AbstractContextManager[Any]]:
-    return functools.partial(sdpa_kernel, getattr(SDPBackend, name))
-
-
 FLASH, CUDNN, EFFICIENT, DEFAULT = "SDPA flash", "SDPA cuDNN", "SDPA memory-efficient", "SDPA default"
+BESIDE = " + attnstats band"  # after a provider's name: our band kernel from its lse
 BARE, FUSED, AUTO = "attnstats without statistics", "attnstats fused", "attnstats auto"
-FLASH_BAND, CUDNN_BAND = "SDPA flash + attnstats band", "SDPA cuDNN + attnstats band"
-VARLEN, VARLEN_BAND = "torch varlen_attn", "torch varlen_attn + attnstats band"
+VARLEN = "torch varlen_attn"
 BAND, COLUMN = "attnstats band", "attnstats column"
+
+PROVIDERS: dict[str, Provider] = {
+    FLASH: Provider(flash_with_lse, "FLASH_ATTENTION"),
+    CUDNN: Provider(cudnn_with_lse, "CUDNN_ATTENTION"),
+    EFFICIENT: Provider(efficient_with_lse, "EFFICIENT_ATTENTION", sdpa_repeated),
+    **{f"SDPA {name}": Provider(flash_with_lse, "FLASH_ATTENTION", implementation=name) for name in _activatable()},
+    "SDPA on the CPU": Provider(cpu_with_lse, "FLASH_ATTENTION", device="cpu"),
+}
+
+
+def _provided(group: str, provider: Provider) -> Contender:
+    run = provider.attend if group == "attention" else functools.partial(beside, provider.with_lse)
+    ours = group == "statistics"
+    return Contender(group, run, ours, provider.device, provider.around, square=False, many=True)
+
 
 CONTENDERS = {
     DEFAULT: Contender("attention", sdpa, square=False, many=True),
-    FLASH: Contender("attention", sdpa, needs_cuda=True, around=_backend("FLASH_ATTENTION"), square=False, many=True),
-    CUDNN: Contender("attention", sdpa, needs_cuda=True, around=_backend("CUDNN_ATTENTION"), square=False, many=True),
-    EFFICIENT: Contender("attention", sdpa_repeated, needs_cuda=True, around=_backend("EFFICIENT_ATTENTION")),
+    **{name: _provided("attention", provider) for name, provider in PROVIDERS.items()},
     BARE: Contender(
         "attention", functools.partial(ours, statistics=(), backend="triton"), ours=True, square=False, many=True
     ),
     FUSED: Contender("statistics", functools.partial(ours, backend="triton"), ours=True, square=False, many=True),
     AUTO: Contender("statistics", ours, ours=True, square=False, many=True),
-    FLASH_BAND: _beside(flash_with_lse),
-    CUDNN_BAND: _beside(cudnn_with_lse),
-    "SDPA flash + plain band, compiled": Contender("statistics", plain_beside, needs_cuda=True, compiled=True),
+    **{name + BESIDE: _provided("statistics", provider) for name, provider in PROVIDERS.items()},
+    "SDPA flash + plain band, compiled": Contender("statistics", plain_beside, device="cuda", compiled=True),
     "FlexAttention": Contender("statistics", flex, compiled=True, longest=FLEX),
     "eager, query chunks": Contender("statistics", chunked),
     "eager": Contender("statistics", eager),
@@ -354,9 +409,9 @@ def packed_ours(inputs: Packed, *, statistics: tuple[Any, ...] = STATISTICS, bac
 
 
 PACKED: dict[str, Contender] = {
-    VARLEN: Contender("attention", lambda inputs: Answer(packed_torch(inputs)), needs_cuda=True),
+    VARLEN: Contender("attention", lambda inputs: Answer(packed_torch(inputs)), device="cuda"),
     BARE: Contender("attention", functools.partial(packed_ours, statistics=()), ours=True),
     FUSED: Contender("statistics", packed_ours, ours=True),
     AUTO: Contender("statistics", functools.partial(packed_ours, backend="auto"), ours=True),
-    VARLEN_BAND: Contender("statistics", packed_beside, ours=True, needs_cuda=True),
+    VARLEN + BESIDE: Contender("statistics", packed_beside, ours=True, device="cuda"),
 }

@@ -1,6 +1,7 @@
 """Checks of the kernels on this device: the part "correctness", and the tasks of its workers.
 
     case      every kernel, dtype and feature against float64, by the comparison and the tolerances of tests/cases.py
+    gradients the backward kernels, likewise
     repeat    every shipped configuration a thousand times on a small shape, bitwise, while other work is in flight
     memory    what a call allocates doubles with the length
     graph     a call captured into a CUDA graph replays to the same bits
@@ -14,9 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +25,10 @@ from torch import Tensor
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
 from benchmarks.gpu import workers
-from benchmarks.gpu.environment import ROOT
+from benchmarks.gpu.environment import ran, tool
 from benchmarks.gpu.measure import peak_mib
-from benchmarks.gpu.part import Part
-from tests.cases import Case, check
+from benchmarks.gpu.part import Part, device_of
+from tests.cases import Case, check, check_gradients
 
 # One of each kind of pass of tests.cases.EVERY: bands and loops of rows and columns, the free ones, a pooled map.
 KINDS = (1, 3, 4, 5, 9, 12, 14)
@@ -63,6 +61,11 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 DTYPES = {"bfloat16": 128, "float16": 64, "float32": 64}  # and the head size of its features
 HEAD_DIMS = {"bfloat16": (16, 64, 80, 96, 192, 256), "float16": (128, 256), "float32": (32, 128, 256)}
+TRAINED = {  # and the features whose gradients are checked
+    "bfloat16": ("causal", "groups of 5", "queries last", "left padding", "window", "softcap", "packed", "D = 256"),
+    "float16": ("causal",),
+    "float32": ("causal",),
+}
 REPEATED = {"bfloat16": (64, 128, 256), "float32": (64, 128, 256), "float16": (128,)}
 REPEATS = 1000
 PASSES: dict[str, tuple[Any, ...]] = {
@@ -74,44 +77,60 @@ PASSES: dict[str, tuple[Any, ...]] = {
     "loop from lse": (MeanDistance(), Entropy()),
     "column from lse": (Received(), FAI(0, None)),
     "pooled from lse": (PooledMap(3, 4),),
+    "backward": (),
+    "backward of statistics": (WAAD(10), FAI(10, 100), Entropy()),
 }
 SANITIZERS = ("memcheck", "racecheck")
 FOUND = 99  # compute-sanitizer's exit status when it found something, as asked for
 
 
 def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
-    """Everything that workers perform, by name: what takes longest and what matters most first."""
+    """Everything that workers perform, by name: what takes longest and what matters most first.
+
+    Workers compile side by side, so tasks that need the same kernels are kept apart: the later one finds them compiled.
+    """
     found: dict[str, Callable[[], Any]] = {}
     if not smoke:
-        found |= {f"sanitizer: {tool}": functools.partial(sanitize, tool) for tool in SANITIZERS}
+        found |= {f"sanitizer: {name}": functools.partial(sanitize, name) for name in SANITIZERS}
         found["graph: attention"] = _graph
         found |= {f"memory: {way}": functools.partial(_memory, way == "from lse") for way in ("attention", "from lse")}
     dtypes = {"float16": (16,)} if smoke else REPEATED
+    cases = {name: case for dtype in dtypes for name, case in _cases(dtype, smoke).items()}
+    found |= {f"case: {name}": functools.partial(_check, case, smoke, False) for name, case in cases.items()}
+    for name, case in cases.items():
+        if smoke or name.startswith(TRAINED[case.dtype]):
+            found[f"gradients: {name}"] = functools.partial(check_gradients, case, "triton", device_of(smoke))
     for dtype, dims in dtypes.items():
-        for name, case in _cases(dtype, smoke).items():
-            found[f"case: {name}"] = functools.partial(_check, case, smoke, False)
-            found[f"case: {name}, from lse"] = functools.partial(_check, case, smoke, True)
-        for dim in dims:
-            for way in PASSES:
-                found[f"repeat: {way}, {dtype}, D = {dim}"] = functools.partial(_repeat, way, dtype, dim, smoke)
-    return found
+        for way, dim in itertools.product(PASSES, dims):
+            found[f"repeat: {way}, {dtype}, D = {dim}"] = functools.partial(repeat, way, dtype, dim, smoke, REPEATS)
+    return found | {
+        f"case: {name}, from lse": functools.partial(_check, case, smoke, True) for name, case in cases.items()
+    }
 
 
 def run(part: Part) -> None:
     names = list(tasks(part.smoke))
-    found = workers.perform_all(__name__, names, part.left(), part.smoke)
-    checks = part.section["checks"] = {name: found[name] for name in names if name in found}
+    found = workers.perform_all(__name__, names, part.left(), part.smoke, functools.partial(keep, part))
+    keep(part, found)
     if part.smoke:
-        for name in (*(f"sanitizer: {tool}" for tool in SANITIZERS), "memory", "graph"):
+        for name in (*(f"sanitizer: {name}" for name in SANITIZERS), "memory", "graph"):
             part.leave_out(name, "needs CUDA")
     for name in names:
         if name not in found:
             part.leave_out(name, "no time left")
-        elif why := (found[name].get("value") or {}).get("left_out"):
+
+
+def keep(part: Part, found: workers.Answers) -> None:
+    """Add workers' answers to the part's checks, and save."""
+    checks = part.section.setdefault("checks", {})
+    for name, answer in found.items():
+        if why := (answer.get("value") or {}).get("left_out"):
             part.leave_out(name, why)
-            del checks[name]
+        else:
+            checks[name] = answer
     part.section["failed"] = {name: check["failure"] for name, check in checks.items() if not check["ok"]}
     part.section["passed"] = sum(check["ok"] for check in checks.values())
+    part.save()
 
 
 def perform(name: str, smoke: bool) -> dict[str, Any] | None:
@@ -137,12 +156,12 @@ def _sizes(dim: int) -> dict[str, Any]:
 
 
 def _check(case: Case, smoke: bool, from_lse: bool) -> None:
-    check(case, "triton", "cpu" if smoke else "cuda", from_lse)
+    check(case, "triton", device_of(smoke), from_lse)
 
 
-def _repeat(way: str, dtype: str, dim: int, smoke: bool) -> None:
+def repeat(way: str, dtype: str, dim: int, smoke: bool, repeats: int) -> None:
     """The same bits every time, while a second stream keeps the processors busy."""
-    device = torch.device("cpu" if smoke else "cuda")
+    device = device_of(smoke)
     length = 20 if smoke else LENGTH
     sizes = (1, 70 if smoke else 2500) if way == "decode" else (length, length)
     case = Case(1, *((1, 2) if smoke else (2, 4)), *sizes, dim, dim, dtype)
@@ -150,12 +169,13 @@ def _repeat(way: str, dtype: str, dim: int, smoke: bool) -> None:
     first = [x.clone(memory_format=torch.contiguous_format) for x in call()]
     differing = torch.zeros((), dtype=torch.int64, device=device)
     busy = _Busy() if device.type == "cuda" else None
-    for i in range(2 if smoke else REPEATS):
-        if busy is not None and i % 10 == 0:
-            busy.queue()
+    repeats = min(repeats, 2) if smoke else repeats
+    for _ in range(repeats):
+        if busy is not None:
+            busy.refill()
         pairs = zip(first, call(), strict=True)
         differing += torch.stack([(_bits(mine) != _bits(x)).any() for mine, x in pairs]).any()
-    assert not int(differing), f"{int(differing)} of {REPEATS} repeats differ in their bits"
+    assert not int(differing), f"{int(differing)} of {repeats} repeats differ in their bits"
 
 
 def _tensors(way: str, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
@@ -168,8 +188,22 @@ def _tensors(way: str, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
             query, key, lse, statistics=asked, enable_gqa=True, check=False, backend="triton"
         )
         return [stats[s] for s in asked]
+    if way.startswith("backward"):
+        return _gradients(inputs, asked)
     output, stats = attnstats.attention(query, key, value, statistics=asked, enable_gqa=True, backend="triton")
     return [output.contiguous(), stats.lse, *(stats[s] for s in asked)]
+
+
+def _gradients(inputs: tuple[Tensor, Tensor, Tensor], asked: tuple[Any, ...]) -> list[Tensor]:
+    """Of a weighted sum of the output and of the sums of the statistics."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output, stats = attnstats.attention(
+            *leaves, statistics=asked, differentiable=bool(asked), enable_gqa=True, backend="triton"
+        )
+        weights = inputs[0].detach()  # as good as any of the output's shape
+        loss = (output * weights).sum() + sum(stats[s].sum() for s in asked)
+        return list(torch.autograd.grad(loss, leaves))
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -177,16 +211,19 @@ def _bits(x: Tensor) -> Tensor:
 
 
 class _Busy:
-    """Matmuls on a stream of their own."""
+    """Matmuls on a stream of their own, so many at a time that some are always in flight."""
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+        self.stream, self.done = torch.cuda.Stream(), torch.cuda.Event()
         self.one, self.other, self.out = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in "abc")
+        torch.cuda.synchronize()
 
-    def queue(self) -> None:
-        with torch.cuda.stream(self.stream):
-            for _ in range(10):
-                torch.mm(self.one, self.other, out=self.out)
+    def refill(self) -> None:
+        if self.done.query():
+            with torch.cuda.stream(self.stream):
+                for _ in range(40):  # a millisecond of an H100: a few repeats
+                    torch.mm(self.one, self.other, out=self.out)
+                self.done.record()
 
 
 def _memory(from_lse: bool) -> dict[str, Any]:
@@ -224,22 +261,18 @@ def _graph() -> None:
         assert torch.equal(_bits(mine), _bits(right)), "a captured call replays to other bits"
 
 
-def sanitize(tool: str) -> dict[str, Any]:
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+def sanitize(name: str) -> dict[str, Any]:
+    program = tool("compute-sanitizer")
     if program is None:
         return {"left_out": "compute-sanitizer is not installed"}
-    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", __name__]
+    command = [program, "--tool", name, "--error-exitcode", str(FOUND), sys.executable, "-m", __name__]
     # With torch's caching allocator small buffers share a block, and what is written between them is no error.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100
-        )
-    except subprocess.TimeoutExpired:
+    done = ran(command, 100, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if done is None:
         return {"left_out": "not finished after 100 s"}
-    told = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["it said nothing"]
-    assert done.returncode != FOUND, f"{tool}: {' | '.join(told[-2:])}"[:300]
-    if done.returncode:
+    told = [line for line in done.output.splitlines() if line.strip()] or ["it said nothing"]
+    assert done.status != FOUND, f"{name}: {' | '.join(told[-2:])}"[:300]
+    if done.status:
         return {"left_out": f"could not run: {told[-1]}"[:300]}
     return {"said": told[-1]}
 

@@ -159,11 +159,33 @@ def choose(case: Case, layers: int, heads: int, device: torch.device) -> Choice:
     return Choice(by_layer(local), by_layer(far), counted)
 
 
-def _measure(part: Part, case: Case, model: Any, seconds: float) -> list[dict[str, Any]]:
+def _workload(case: Case, model: Any, device: torch.device) -> tuple[Choice, Tensor]:
+    """Layers, heads and counted tokens; and token ids [1, T]."""
     config = model.config
-    choice = choose(case, config.num_hidden_layers, config.num_attention_heads, part.device)
-    generator = torch.Generator(part.device).manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, case.tokens), generator=generator, device=part.device)
+    choice = choose(case, config.num_hidden_layers, config.num_attention_heads, device)
+    generator = torch.Generator(device).manual_seed(0)
+    return choice, torch.randint(config.vocab_size, (1, case.tokens), generator=generator, device=device)
+
+
+def check_capture(case: Case, device: torch.device) -> dict[str, float]:
+    """Errors of log-probs and statistics under attnstats.capture, which must be within the tolerance.
+
+    They are measured against the plain forward pass and against the maps of eager attention.
+    """
+    model = _build(case, device)
+    choice, ids = _workload(case, model, device)
+    log_probs = _log_probs(model, ids)
+    captured = _capturing(model, choice, log_probs)(0)
+    with _implementation(model, "eager"):
+        maps = _reduce_by_hooks(model, ids, choice)
+    errors = _errors(captured, (log_probs(), maps), choice.counted)
+    failure = wrong(errors, TOLERANCE)
+    assert failure is None, failure
+    return errors
+
+
+def _measure(part: Part, case: Case, model: Any, seconds: float) -> list[dict[str, Any]]:
+    choice, ids = _workload(case, model, part.device)
     log_probs = _log_probs(model, ids)
     entrants = {FORWARD: Entrant(lambda _: (log_probs(), {}))}
     for name, attend in ((IN_PASS, _in_pass), (BESIDE, _beside_sdpa)):

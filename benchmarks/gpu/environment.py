@@ -7,8 +7,9 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +17,7 @@ import attnstats
 from benchmarks.summary import version
 
 ROOT = Path(__file__).parents[2]
+COMMIT = ROOT / "benchmarks" / "gpu" / "commit.txt"  # `git archive` writes the commit into it
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw", "temperature.gpu")
 
 
@@ -29,7 +31,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "triton": version("triton"),
         "transformers": version("transformers"),
-        "ptxas": ptxas_version(),
+        "ptxas": ptxas_version(device),
         "cpu_threads": os.cpu_count(),
         "interpreter": device.type == "cpu",
     }
@@ -65,25 +67,66 @@ def l2_bytes(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 50 * 2**20
 
 
-def ptxas_version() -> str | None:
-    """Of the ptxas that Triton assembles with."""
-    path = os.environ.get("TRITON_PTXAS_PATH")
-    if path is None:
-        try:
-            import triton
-        except ImportError:
-            return None
-        path = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas")
-    told = output_of([path, "--version"])
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have; an H100's where torch doesn't know it."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) or 227 * 1024
+
+
+def ptxas_version(device: torch.device) -> str | None:
+    """Of the ptxas that Triton assembles with for this device: newer architectures have one of their own."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        major, minor = torch.cuda.get_device_capability(device)
+        told = output_of([get_ptxas(10 * major + minor).path, "--version"])
+    except (ImportError, RuntimeError):
+        return None
     return told.strip().splitlines()[-1] if told else None
 
 
 def commit() -> str | None:
-    """The checked-out commit, with "+changes" where files differ from it."""
+    """The commit that runs, with "+changes" where tracked files differ from it; None: nobody knows.
+
+    ATTNSTATS_COMMIT says it for a copy of the working tree, and commit.txt in an archive made by git.
+    """
+    if given := os.environ.get("ATTNSTATS_COMMIT"):
+        return given.strip()
+    if not (ROOT / ".git").exists():  # git would answer for a repository around this folder
+        told = COMMIT.read_text().strip() if COMMIT.exists() else ""
+        return told if told and "$" not in told else None
     if not (told := output_of(["git", "-C", str(ROOT), "rev-parse", "HEAD"])):
         return None
     dirty = output_of(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return told.strip() + ("+changes" if dirty else "")
+
+
+def tool(name: str) -> str | None:
+    """The path of one of CUDA's tools, if it is installed."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+class Ran(NamedTuple):
+    status: int
+    output: str  # and errors, by line
+
+
+def ran(command: list[str], seconds: float, **environment: str) -> Ran | None:
+    """A program run from the project's folder; None: it did not end in time.
+
+    Output goes to a file: programs started by the one that is killed would keep a pipe open.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT,
+                check=False, timeout=seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return None
+        output.seek(0)
+        return Ran(done.returncode, output.read())
 
 
 def output_of(command: list[str]) -> str:

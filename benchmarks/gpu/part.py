@@ -12,10 +12,11 @@ A section is plain JSON:
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -40,16 +41,25 @@ class Part:
     def __init__(self, file: Path, seconds: float, smoke: bool) -> None:
         self.file = file
         self.smoke = smoke
-        self.device = torch.device("cpu" if smoke else "cuda")
+        self.device = device_of(smoke)
         self.section: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         self.section.setdefault("left_out", [])
         self.section.setdefault("failures", {})
-        self._started = time.monotonic()
-        self._seconds = seconds
+        self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds that remain of this part's share."""
-        return self._seconds - (time.monotonic() - self._started)
+        """Seconds that remain of this part's share, or of a step's."""
+        return self._end - time.monotonic()
+
+    @contextlib.contextmanager
+    def share(self, seconds: float) -> Iterator[None]:
+        """A step of the part: within it at most `seconds` are left."""
+        end = self._end
+        self._end = min(end, time.monotonic() + seconds)
+        try:
+            yield
+        finally:
+            self._end = end
 
     def leave_out(self, what: str, why: str) -> None:
         if [what, why] not in self.section["left_out"]:
@@ -96,6 +106,10 @@ class Part:
         beside.replace(self.file)
 
 
+def device_of(smoke: bool) -> torch.device:
+    return torch.device("cpu" if smoke else "cuda")
+
+
 def usable(device: torch.device) -> bool:
     """True if the device still works; after an illegal access nothing does."""
     try:
@@ -108,6 +122,14 @@ def usable(device: torch.device) -> bool:
 def in_flight(file: Path) -> Path:
     """The file with the name that the part that fills `file` is attempting."""
     return file.with_suffix(".flight")
+
+
+def attempted_for(file: Path) -> float:
+    """Seconds since the part that fills `file` began what it is attempting; 0 between attempts."""
+    try:
+        return time.time() - in_flight(file).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def wrong(errors: dict[str, float], tolerance: dict[str, float]) -> str | None:

@@ -28,6 +28,10 @@ GROUPS = {
     "band": "WAAD and FAI from an lse",
     "column": "received attention from an lse",
 }
+COUNTERS = (  # of ncu, shown; the JSON has all
+    "Duration", "Compute (SM) Throughput", "Memory Throughput", "DRAM Throughput", "L2 Cache Throughput",
+    "Registers Per Thread", "Theoretical Occupancy", "Achieved Occupancy", "Warp Cycles Per Issued Instruction",
+)  # fmt: skip
 TOP = 4  # configurations shown of a sweep
 
 
@@ -59,13 +63,13 @@ class Target(NamedTuple):
 
 
 def targets(document: dict[str, Any]) -> list[Target]:
-    rows = document["sections"].get("timing", {}).get("rows", [])
+    rows = _rows(document["sections"])
     found: list[Target] = []
     for case in LONG:
         mine = [row for row in rows if row["case"] == case]
         found.append(_overhead(case, mine))
     found += _paper(document["sections"].get("end_to_end", {}).get("rows", []))
-    copy = document["sections"].get("ceilings", {}).get("ceilings", {}).get("copy")
+    copy = _measured_ceilings(document["sections"]).get("copy")
     for case in LONG:
         by_name = {row["contender"]: row for row in rows if row["case"] == case}
         found += [
@@ -75,6 +79,15 @@ def targets(document: dict[str, Any]) -> list[Target]:
             _forward(case, by_name),
         ]
     return found
+
+
+def _rows(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the part "timing"; of first contact where it did not run."""
+    return sections.get("timing", sections.get("first", {})).get("rows", [])
+
+
+def _measured_ceilings(sections: dict[str, Any]) -> dict[str, float]:
+    return sections.get("ceilings", sections.get("first", {})).get("ceilings", {})
 
 
 def _timed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,23 +155,24 @@ def _forward(case: str, mine: dict[str, Any]) -> Target:
 
 def incorrect(sections: dict[str, Any]) -> list[str]:
     """Errors on this device: failed checks, wrong answers of ours."""
-    checks = sections.get("correctness", {}).get("failed", {})
-    rows = sections.get("timing", {}).get("rows", [])
+    checks = [check for section in sections.values() for check in section.get("failed", {}).items()]
+    rows = [row for name in ("first", "timing") for row in sections.get(name, {}).get("rows", [])]
     # Ours alone: beside a private operator of torch's, that operator may be wrong.
     alone = (BARE, FUSED, AUTO, BAND, COLUMN)
     wrong = [r for r in rows if r["contender"] in alone and str(r.get("failure", "")).startswith("wrong")]
-    return [f"{name}: {why}" for name, why in checks.items()] + [
+    return [f"{name}: {why}" for name, why in checks] + [
         f"{row['case']}, {row['contender']}: {row['failure']}" for row in wrong
     ]
 
 
 def enrich(document: dict[str, Any]) -> None:
     """Add each timing's floor and share of it, from the ceilings of the same device."""
-    measured = document["sections"].get("ceilings", {}).get("ceilings", {})
+    measured = _measured_ceilings(document["sections"])
     if len(measured) < len(floors.Ceilings._fields):
         return
     ceilings = floors.Ceilings(**measured)
-    for row in document["sections"].get("timing", {}).get("rows", []):
+    sections = document["sections"]
+    for row in (row for name in ("first", "timing") for row in sections.get(name, {}).get("rows", [])):
         floor = {"band": floors.band, "column": floors.column}.get(row["group"], floors.forward)
         row["floor_ms"] = round(floor(floors.Shape(**row["shape"]), ceilings) * 1e3, 6)
         if row.get("ms"):
@@ -168,7 +182,7 @@ def enrich(document: dict[str, Any]) -> None:
 def in_a_line(name: str, section: dict[str, Any]) -> str:
     if section.get("error"):
         return f"came to no end: {section['error']}"
-    if name == "correctness":
+    if name in ("correctness", "first"):
         return f"{section.get('passed', 0)} passed, {len(section.get('failed', {}))} failed"
     if name == "ceilings":
         return ", ".join(_ceilings(section.get("ceilings", {})))
@@ -216,7 +230,7 @@ def markdown(document: dict[str, Any]) -> str:
     sections = document["sections"]
     lines = [*_heading(sections), "", "## Targets", "", *(f"- {target}" for target in targets(document)), ""]
     writers = {
-        "ceilings": _write_ceilings, "correctness": _write_correctness, "timing": _write_timing,
+        "first": _write_first, "ceilings": _write_ceilings, "correctness": _write_correctness, "timing": _write_timing,
         "end_to_end": _write_models, "sweep": _write_sweep,
     }  # fmt: skip
     for name, writer in writers.items():
@@ -275,6 +289,18 @@ def _write_correctness(section: dict[str, Any]) -> list[str]:
         kinds[name.partition(":")[0]] = kinds.get(name.partition(":")[0], 0) + check["ok"]
     lines += [f"- {kind}: {count} passed" for kind, count in kinds.items()]
     return lines + [f"- **WRONG** {name}: {why}" for name, why in failed.items()]
+
+
+def _write_first(section: dict[str, Any]) -> list[str]:
+    steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in section.get("steps", {}).items())
+    lines = [f"Steps: {steps}.", "", *_write_ceilings(section), "", *_write_correctness(section), ""]
+    lines += _write_timing(section)
+    launches = section.get("counters", [])
+    shown = [name for name in COUNTERS if any(name in launch["counters"] for launch in launches)]
+    if launches:
+        cells = [(x["kernel"], x["grid"], *(x["counters"].get(name, "") for name in shown)) for x in launches]
+        lines += [*table(("kernel", "grid", *shown), cells, text=("kernel", "grid")), ""]
+    return lines
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,17 +1,20 @@
 """Tile sizes, warps and stages, for the table of attnstats/triton/configs.py: the part "sweep".
 
 A job is a kernel with a set of statistics and a head size; its candidates are compiled and compared with the
-shipped configuration by workers side by side, then timed one by one at T = 8k. A row holds one candidate: its time
-as a ratio of the shipped configuration's, or why it can't run (registers, shared memory) or is wrong. `best` gives
-the entries that the table should have by these rows.
+shipped configuration by workers side by side, then timed one by one at T = 8k. Where results/candidates.json knows
+the device's architecture and the job (benchmarks/spills.py), candidates are those that are known to be free of spills.
+A row holds one candidate: its time as a ratio of the shipped configuration's, or why it can't run (registers, shared
+memory) or is wrong. `best` gives the entries that the table should have by these rows.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +22,16 @@ from torch import Tensor
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
-from attnstats.triton.configs import Config, Kernel, configured
+from attnstats.triton.configs import Config, Kernel, _architecture, configured
 from benchmarks.gpu import workers
+from benchmarks.gpu.environment import shared_memory
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import Part
 
 SHIPPED = "shipped"
 LENGTH, SMOKE_LENGTH = 8192, 20
 WORKERS_SHARE = 0.55  # of the time, for compiling
+CANDIDATES = Path(__file__).parents[1] / "results" / "candidates.json"
 
 
 class Job(NamedTuple):
@@ -37,9 +42,12 @@ class Job(NamedTuple):
     queries: int | None = None  # None: as many as keys
 
     @property
+    def asked(self) -> str:
+        return "+".join(s.name for s in self.statistics) or "no statistics"
+
+    @property
     def name(self) -> str:
-        asked = "+".join(s.name for s in self.statistics) or "no statistics"
-        return f"{self.kernel}, D = {self.head_dim}, {asked}"
+        return f"{self.kernel}, D = {self.head_dim}, {self.asked}"
 
 
 def jobs(smoke: bool) -> list[Job]:
@@ -58,6 +66,27 @@ def jobs(smoke: bool) -> list[Job]:
             Job("pooled", (PooledMap(8, 8),), True, dim),
         ]
     return found
+
+
+def text_of(config: Config) -> str:
+    return f"{config.BM}x{config.BN}, {config.num_warps} warps, {config.num_stages} stages"
+
+
+def record() -> dict[str, dict[str, dict[str, Any]]]:
+    """By target, job and candidate the spilled bytes and the shared memory, as far as they were compiled."""
+    return json.loads(CANDIDATES.read_text()) if CANDIDATES.exists() else {}
+
+
+def free_of_spills(job: Job) -> list[Config]:
+    """The candidates that are known to run well on this device, or all where nothing is known of the job."""
+    device = torch.device("cuda")
+    known = record().get(_architecture(device), {}).get(job.name)
+    every = candidates(job, smoke=False)
+    if not known:
+        return every
+    limit = shared_memory(device)
+    found = {text for text, x in known.items() if not x["spilled"] and x["shared"] <= limit}
+    return [config for config in every if text_of(config) in found]
 
 
 def candidates(job: Job, smoke: bool) -> list[Config]:
@@ -196,9 +225,9 @@ def _inputs(job: Job, smoke: bool, length: int, sets: int) -> list[tuple[Tensor,
 
 def all_tasks(smoke: bool) -> dict[str, tuple[Job, Any]]:
     return {
-        f"{job.name}: {config.BM}x{config.BN}, {config.num_warps} warps, {config.num_stages} stages": (job, config)
+        f"{job.name}: {text_of(config)}": (job, config)
         for job in jobs(smoke)
-        for config in candidates(job, smoke)
+        for config in (candidates(job, smoke) if smoke else free_of_spills(job))
     }
 
 

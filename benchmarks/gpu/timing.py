@@ -22,7 +22,7 @@ from benchmarks.gpu.contenders import AUTO, CONTENDERS, PACKED, Contender, Input
 from benchmarks.gpu.environment import l2_bytes
 from benchmarks.gpu.floors import Shape
 from benchmarks.gpu.measure import Entrant, race
-from benchmarks.gpu.part import OUT_OF_MEMORY, Part, wrong
+from benchmarks.gpu.part import OUT_OF_MEMORY, Part, device_of, wrong
 
 TRUTH_LENGTH = 16384  # up to which a head's map in float64 is affordable: 2 GiB, a few times over
 WARMING = 0.3  # of the time at most, for compiling side by side
@@ -74,14 +74,18 @@ def run(part: Part) -> None:
         if part.out_of_time(case.name, 0.0 if part.smoke else 8.0):
             continue
         share = part.left() * case.weight / (case.weight + sum(other.weight for other in pending))
-        sets = 2 if part.smoke else input_sets(case.shape, part.device)
-        outcome = part.attempt(f"{case.name}: inputs", inputs_of, case, part.device, sets)
-        if outcome.value is not None:
-            rows += _measure(part, case, outcome.value, share, warmed)
+        rows += measured(part, case, share, warmed)
         done.append(case.name)
-        del outcome  # and the inputs with it
-        contenders.forget()
         part.save()
+
+
+def measured(part: Part, case: Case, share: float, warmed: set[str]) -> list[Any]:
+    """The rows of a case, within `share` seconds; contenders that torch.compile makes run if they are in `warmed`."""
+    sets = 2 if part.smoke else input_sets(case.shape, part.device)
+    outcome = part.attempt(f"{case.name}: inputs", inputs_of, case, part.device, sets)
+    rows = [] if outcome.value is None else _measure(part, case, outcome.value, share, warmed)
+    contenders.forget()
+    return rows
 
 
 def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: set[str]) -> list[Any]:
@@ -90,9 +94,9 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
     rows: dict[str, dict[str, Any]] = {}
     expected = part.attempt(f"{case.name}: float64", truth_of, case, inputs[0])
     truth: Any = expected.value
-    for name, contender in members(case).items():
+    for name, contender in members(case, part.device).items():
         row = rows[name] = _head(case, name, contender)
-        if contender.needs_cuda and part.device.type != "cuda":
+        if not contender.runs_on(part.device):
             row["failure"] = "needs CUDA"
         elif contender.square and case.shape.queries is not None and not case.sequences:
             row["failure"] = "not for decoding"
@@ -119,8 +123,10 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
     return list(rows.values())
 
 
-def members(case: Case) -> dict[str, Contender]:
-    return PACKED if case.sequences else {n: c for n, c in CONTENDERS.items() if case.rivals or c.many}
+def members(case: Case, device: torch.device) -> dict[str, Contender]:
+    """Those of CUDA are named on a CPU too."""
+    every = PACKED if case.sequences else {n: c for n, c in CONTENDERS.items() if case.rivals or c.many}
+    return {n: c for n, c in every.items() if c.device != "cpu" or device.type == "cpu"}
 
 
 def _warm_caches(part: Part, pending: list[Case]) -> set[str]:
@@ -130,7 +136,7 @@ def _warm_caches(part: Part, pending: list[Case]) -> set[str]:
     names = [
         f"{case.name}: {name}"
         for case in pending
-        for name, contender in members(case).items()
+        for name, contender in members(case, part.device).items()
         if (contender.compiled or (contender.ours and case.shape.length <= 8192))
         and case.shape.length <= contender.longest
     ]
@@ -145,9 +151,10 @@ def perform(name: str, smoke: bool) -> None:
     """One call of one contender in one case, for what it leaves in the caches."""
     case_name, _, contender_name = name.partition(": ")
     case = next(case for case in cases(smoke) if case.name == case_name)
-    contender = members(case)[contender_name]
+    device = device_of(smoke)
+    contender = members(case, device)[contender_name]
     with torch.no_grad(), contender.around():
-        contender.run(inputs_of(case, torch.device("cpu" if smoke else "cuda"), 1)[0])
+        contender.run(inputs_of(case, device, 1)[0])
 
 
 def _call(contender: Contender, inputs: list[Any]) -> Callable[[int], Any]:

@@ -18,32 +18,40 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.environment import ROOT
-from benchmarks.gpu.part import message_of, release_memory, usable
+from benchmarks.gpu.part import device_of, message_of, release_memory, usable
 
 MARK = "RESULT "  # of the lines that are answers: kernels and libraries print, too
 MOST = 16
 
 
-def perform_all(module: str, names: Sequence[str], seconds: float, smoke: bool) -> dict[str, dict[str, Any]]:
-    """{"ok", "seconds", "value" or "failure"} by name; names that no worker finished are missing."""
-    waiting, found = deque(names), dict[str, dict[str, Any]]()
+Answers = dict[str, dict[str, Any]]  # by name: "ok", "seconds", and "value" or "failure"
+
+
+def perform_all(
+    module: str, names: Sequence[str], seconds: float, smoke: bool, keep: Callable[[Answers], None] = lambda _: None
+) -> Answers:
+    """The answers; names that no worker finished are missing. `keep` is given those so far, whenever there are more."""
+    waiting, found = deque(names), Answers()
     deadline = time.monotonic() + seconds
     count = 1 if smoke else max(1, min(MOST, len(names), os.cpu_count() or 1))
     threads = [threading.Thread(target=_serve, args=(module, waiting, found, deadline, smoke)) for _ in range(count)]
     for thread in threads:
         thread.start()
+    kept = 0
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            thread.join(0.5)
+            if len(found) > kept:
+                kept = len(found)
+                keep(dict(found))
     return found
 
 
-def _serve(module: str, waiting: deque[str], found: dict[str, dict[str, Any]], deadline: float, smoke: bool) -> None:
+def _serve(module: str, waiting: deque[str], found: Answers, deadline: float, smoke: bool) -> None:
     """One worker after the other, until nothing waits or the time is over."""
     while waiting and time.monotonic() < deadline:
         with tempfile.TemporaryFile("w+") as errors, _worker(module, smoke, errors, deadline) as process:
@@ -57,8 +65,9 @@ def _serve(module: str, waiting: deque[str], found: dict[str, dict[str, Any]], d
                         errors.seek(0)
                         last = (errors.read().strip().splitlines() or ["no message"])[-1]
                         answer = {"ok": False, "failure": f"the process died: {last}"[:300]}
+                    lost = answer.pop("lost", False)
                     found[name] = answer
-                    if answer.pop("lost", False) or process.poll() is not None:
+                    if lost or process.poll() is not None:
                         break
 
 
@@ -106,7 +115,7 @@ def main() -> None:
         if not answer["ok"]:
             release_memory()
             # With the CUDA context lost, this process can do nothing more.
-            answer["lost"] = not usable(torch.device("cpu" if smoke else "cuda"))
+            answer["lost"] = not usable(device_of(smoke))
         answer["seconds"] = round(time.monotonic() - started, 2)
         print(MARK + json.dumps(answer), flush=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.backends.nvidia.compiler import get_ptxas
 
 from attnstats import Received, reference
 from benchmarks.contenders import STATISTICS, Answer
@@ -34,6 +35,7 @@ from benchmarks.gpu.part import OUT_OF_MEMORY, Part, in_flight
 from tests.cases import EVERY
 from tests.process import python
 
+CPU = torch.device("cpu")
 H100 = Ceilings(copy=3.35e12, matmul=989e12, exp2=16 * 132 * 1.83e9)  # as published
 
 
@@ -48,7 +50,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 @pytest.mark.slow
 def test_smoke_runs_every_part(smoke):
     document, folder = smoke
-    assert list(document["sections"]) == list(script.SHARES)
+    assert list(document["sections"]) == script.EVERY
     for name, section in document["sections"].items():
         assert section["finished"], name
         assert section["failures"] == {}, name
@@ -72,10 +74,11 @@ def test_smoke_leaves_no_section_empty(smoke):
     assert sections["correctness"]["passed"] == len(correctness.tasks(smoke=True)) >= 10
     for case in timing.cases(smoke=True):
         rows = {row["contender"]: row for row in sections["timing"]["rows"] if row["case"] == case.name}
-        assert set(rows) == set(timing.members(case))
+        members = timing.members(case, CPU)
+        assert set(rows) == set(members)
         for name, row in rows.items():
             if row.get("failure"):
-                assert timing.members(case)[name].needs_cuda, (name, row["failure"])
+                assert members[name].device == "cuda", (name, row["failure"])
             else:
                 assert row["ms"] > 0
                 assert row["floor_ms"] > 0
@@ -145,7 +148,7 @@ def document(fused: float, band: float, column: float, bare: float, added: float
             row(case, "attention", contenders.CUDNN, fast, False),
             row(case, "attention", contenders.BARE, [1.2 * unit / bare] * 3, True),
             row(case, "statistics", contenders.FUSED, [2 * unit] * 3, True),
-            row(case, "statistics", contenders.CUDNN_BAND, [x * fused for x in fast], True),
+            row(case, "statistics", contenders.CUDNN + contenders.BESIDE, [x * fused for x in fast], True),
             row(case, "statistics", "FlexAttention", [3 * unit] * 3, False),
             row(case, "band", contenders.BAND, [band] * 3, True),
             row(case, "column", contenders.COLUMN, [column * 1.2 * unit / bare] * 3, True),
@@ -175,7 +178,7 @@ def test_targets_that_are_hit():
     assert len(verdicts) == 2 + 1 + 2 * 4
     first = results[0]
     assert first.measured == pytest.approx(0.01)  # paired by rounds, which a ratio of medians would be, too
-    assert first.note == f"{contenders.CUDNN_BAND} over {contenders.CUDNN}"
+    assert first.note == f"{contenders.CUDNN}{contenders.BESIDE} over {contenders.CUDNN}"
 
 
 def test_targets_that_are_missed():
@@ -248,7 +251,7 @@ def inputs_for(length: int, queries: int | None = None) -> Inputs:
     return Inputs(query, key, value, stats.lse.float())
 
 
-RUNNABLE = [name for name, c in CONTENDERS.items() if not c.needs_cuda and "without" not in name]
+RUNNABLE = [name for name, c in CONTENDERS.items() if c.device != "cuda" and "without" not in name]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -413,6 +416,7 @@ def test_conditions_of_a_card(monkeypatch):
         "nvidia-smi": "580.1, 1980 MHz, 1980 MHz, 2619 MHz, 700.00 W, 80.1 W, 31",
         "git": "abc",
         "ptxas": "ptxas\nV12.9",
+        "ptxas-blackwell": "ptxas\nV13.4",
     }
     monkeypatch.setattr(environment, "output_of", lambda command: told[Path(command[0]).name])
     results = environment.conditions(torch.device("cuda"))
@@ -420,7 +424,7 @@ def test_conditions_of_a_card(monkeypatch):
     assert results["clocks"]["driver_version"] == "580.1"
     assert results["clocks"]["power.limit"] == "700.00 W"
     assert results["commit"] == "abc+changes"
-    assert results["ptxas"] == "V12.9"
+    assert results["ptxas"] == told[Path(get_ptxas(90).path).name].splitlines()[1]  # of the two that Triton has
     json.dumps(results)
     assert timing.input_sets(Shape(1024), torch.device("cuda")) == 9
     assert timing.input_sets(Shape(131072), torch.device("cuda")) == 2
@@ -474,7 +478,7 @@ def test_what_the_sanitizer_says(says, status, verdict, monkeypatch, tmp_path):
 
 
 def test_without_a_sanitizer_it_is_left_out(monkeypatch):
-    monkeypatch.setattr(correctness.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(environment.shutil, "which", lambda *_, **__: None)
     assert "not installed" in correctness.sanitize("memcheck")["left_out"]
 
 
@@ -567,7 +571,8 @@ def test_the_sweep_knows_the_middle_and_stays_on_the_chip():
     assert (128, 64) in {(c.BM, c.BN) for c in sweep.candidates(sweep.jobs(smoke=False)[0], smoke=False)}
 
 
-def test_the_sweep_tries_the_common_head_size_first_and_every_kernel_of_it():
+def test_the_sweep_tries_the_common_head_size_first_and_every_kernel_of_it(monkeypatch):
+    monkeypatch.setattr(sweep, "_architecture", lambda device: "one that nothing was compiled for")
     tasks = sweep.all_tasks(smoke=False)
     order = sweep.in_order(tasks)
     assert sorted(order) == sorted(tasks)

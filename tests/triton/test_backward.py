@@ -11,7 +11,7 @@ import attnstats
 from attnstats import FAI, WAAD, Entropy, MeanDistance, reference
 from attnstats.triton.configs import Config, configured
 from attnstats.triton.launch import launching_with
-from tests.cases import Case, allowed_gradient
+from tests.cases import Case, check_gradients, gradients
 from tests.guards import Guarded
 
 
@@ -48,19 +48,6 @@ CASES = {
 }
 
 
-def gradients(function, case, tensors, arguments, dtype, seed=3, **options):
-    """Of a random functional of the output, for query, key, value and sinks; and the lse."""
-    inputs = [x.to(dtype).detach().requires_grad_() for x in tensors]
-    if dtype == tensors[0].dtype:  # as they lie
-        inputs = [x.detach().requires_grad_() for x in tensors]
-    if (sinks := arguments["sinks"]) is not None:
-        inputs.append(sinks.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_())
-    views = [x[0].transpose(0, 1) for x in inputs[:3]] if case.packed else inputs[:3]
-    output, stats = function(*views, **arguments | {"sinks": inputs[3] if sinks is not None else None}, **options)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.autograd.grad(output, inputs, weights.to(output)), stats.lse
-
-
 def test_gradients_come_from_the_kernels(device):
     started = []
     query, key, value = (x.requires_grad_() for x in small().tensors(device))
@@ -71,19 +58,7 @@ def test_gradients_come_from_the_kernels(device):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_gradients_match_the_reference(case, device):
-    tensors, arguments = case.tensors(device), case.arguments(device)
-    ours, truth = attnstats.attention, reference.attention
-    if case.packed:
-        ours, truth = attnstats.varlen_attention, reference.varlen_attention
-    results, _ = gradients(ours, case, tensors, arguments, tensors[0].dtype, backend="triton")
-    eager, _ = gradients(truth, case, tensors, arguments, tensors[0].dtype)
-    expected, lse = gradients(truth, case, tensors, arguments, torch.float64)
-    for name, x, by_eager, y in zip(("query", "key", "value", "sinks"), results, eager, expected, strict=False):
-        assert x.shape == y.shape
-        limit = allowed_gradient(case, y, by_eager, lse)
-        error = float((x.double() - y).abs().max())
-        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"  # also fails on NaN
-    assert all(x.dtype == y.dtype for x, y in zip(results, eager, strict=True))
+    check_gradients(case, "triton", device)
 
 
 def test_gradients_are_the_same_bits_twice_and_with_statistics(device):

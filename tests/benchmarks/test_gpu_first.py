@@ -1,0 +1,386 @@
+"""First contact with a GPU, benchmarks/gpu/first.py, without one: all of it small on a CPU, and a run that is cut."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as script
+from benchmarks.gpu import contenders, correctness, counters, environment, first, report, sweep, timing, workers
+from benchmarks.gpu.contenders import BESIDE, PROVIDERS
+from benchmarks.gpu.part import Part
+from tests.process import ROOT, python
+
+CPU = torch.device("cpu")
+# What a machine with torch, Triton, transformers and pytest need not have.
+ABSENT = {
+    "accelerate", "datasets", "gguf", "hypothesis", "matplotlib", "pandas", "playwright", "psutil", "pyarrow", "rich",
+    "scipy", "trl", "xdist",
+}  # fmt: skip
+HIDE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {ABSENT!r} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the working tree as it travels to another machine: without git and without what was compiled."""
+    tree = tmp_path_factory.mktemp("copy")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "countdown", "couplings")
+    for folder in ("attnstats", "kernels", "benchmarks", "tests"):
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=ignore)
+    (tree / "hidden").mkdir()
+    (tree / "hidden" / "sitecustomize.py").write_text(HIDE)
+    return tree
+
+
+@pytest.mark.slow
+def test_smoke_runs_all_of_it_with_nothing_installed(tree):
+    path = os.pathsep.join(map(str, (tree / "hidden", tree)))
+    command = ["-m", "benchmarks.gpu", "first", "--smoke", "--minutes", "10", "--results", "results"]
+    told = python(*command, cwd=tree, PYTHONPATH=path, OMP_NUM_THREADS="1", ATTNSTATS_COMMIT="abc123")
+    document = json.loads((tree / "results" / "smoke.json").read_text())
+    assert list(document["sections"]) == ["first"]
+    section = document["sections"]["first"]
+    assert section["finished"]
+    assert section["failures"] == {}
+    assert section["failed"] == {}
+    assert section["left_out"] == [["counters", "needs CUDA"]]
+    assert list(section["steps"]) == list(first.STEPS)
+    assert all(f"  {step}: " in told for step in first.STEPS)
+    assert section["conditions"]["commit"] == "abc123"
+    assert section["conditions"]["attnstats"] == "0.1.0"
+    assert sorted(section["ceilings"]) == ["copy", "exp2", "matmul"]
+    kinds = [name.partition(":")[0] for name in section["checks"]]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "case": 9, "gradients": 1, "capture": 1, "compile": 1, "provider": 1, "repeat": 4,
+    }  # fmt: skip
+    rows = {row["contender"]: row for row in section["rows"]}
+    assert {name for name, row in rows.items() if row.get("ms")} == {
+        contenders.DEFAULT, "SDPA on the CPU", "SDPA on the CPU" + BESIDE, contenders.BARE, contenders.FUSED,
+        contenders.AUTO, contenders.BAND, contenders.COLUMN,
+    }  # fmt: skip
+    text = (tree / "results" / "smoke.md").read_text()
+    assert "its figures mean nothing" in text
+    assert "Steps: ceilings" in text
+    assert "commit abc123" in text
+
+
+def test_on_a_gpu_it_checks_twelve_cases_and_every_provider():
+    names = [name for name in first.tasks(smoke=False) if not name.startswith(first.WARM)]
+    asked = [name for name in names if not name.startswith("provider")]
+    assert len(asked) == 12
+    told = {name.removeprefix("provider: ") for name in set(names) - set(asked)}
+    assert told == {contenders.FLASH, contenders.CUDNN, contenders.EFFICIENT, contenders.VARLEN} | {
+        f"SDPA {name}" for name in contenders._activatable()
+    }
+    # Kernels that are timed or repeated later are compiled beside the checks.
+    warmed = [name for name in first.tasks(smoke=False) if name.startswith(first.WARM)]
+    assert len(warmed) == len(first.REPEATED) + 5
+    for way in first.WAYS:
+        assert {dim for dim, name in first.REPEATED if name == way} == {64, 128, 256}
+    assert first.REPEATS == 300
+
+
+def test_at_8k_every_provider_is_timed_bare_and_with_a_band():
+    case = first._timed(smoke=False)
+    assert case.shape.length == 8192
+    names = set(timing.members(case, torch.device("cuda")))
+    on_cuda = {name for name, provider in PROVIDERS.items() if provider.device == "cuda"}
+    ours = {contenders.BARE, contenders.FUSED, contenders.AUTO, contenders.BAND, contenders.COLUMN}
+    assert names == on_cuda | {name + BESIDE for name in on_cuda} | ours | {contenders.DEFAULT}
+
+
+# A run that is cut
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Part:
+    return Part(tmp_path / "section.json", 60.0, smoke=False)
+
+
+def test_every_step_is_saved_and_one_without_time_is_dropped_by_name(part, monkeypatch, capsys):
+    seen: dict[str, Any] = {}
+
+    def look(name: str, shares: list[float]) -> Any:
+        def run(part: Part) -> None:
+            seen[name] = json.loads(part.file.read_text())["steps"] if part.file.exists() else {}
+            shares.append(part.left())
+            if name == "fails":
+                raise ValueError("no")
+
+        return run
+
+    shares: list[float] = []
+    steps = {
+        "one": first.Step(look("one", shares), 0.25, 1.0),
+        "fails": first.Step(look("fails", shares), 0.25, 1.0),
+        "long": first.Step(look("long", shares), 0.25, 1000.0),
+        "last": first.Step(look("last", shares), 0.25, 1.0),
+    }
+    monkeypatch.setattr(first, "STEPS", steps)
+    first.run(part)
+    assert [list(seen[name]) for name in ("one", "fails", "last")] == [[], ["one"], ["one", "fails"]]
+    assert "long" not in seen
+    kept = json.loads(part.file.read_text())
+    assert list(kept["steps"]) == ["one", "fails", "last"]
+    assert kept["failures"] == {"fails": "ValueError: no"}
+    assert kept["left_out"] == [["long", "no time left"]]
+    # A quarter each at first; what a step leaves goes to the later ones.
+    assert shares == pytest.approx([15.0, 20.0, 60.0], abs=1.0)
+    assert part.left() > 50
+    assert "fails: ValueError: no" in capsys.readouterr().out
+    # Started again after a crash, it goes on with what is not done.
+    seen.clear()
+    first.run(Part(part.file, 60.0, smoke=False))
+    assert seen == {}
+
+
+def test_a_run_that_is_cut_has_written_what_it_saw(monkeypatch, tmp_path):
+    def sections(*_: Any) -> Any:
+        yield {"conditions": {"device": "Card 1"}, "steps": {"ceilings": 4.0}, "ceilings": {"copy": 1e12}}
+        assert "1 TB/s copied" in (tmp_path / "card-1.md").read_text()
+        assert "ceilings" in json.loads((tmp_path / "card-1.json").read_text())["sections"]["first"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "sections_of", sections)
+    with pytest.raises(KeyboardInterrupt):
+        script.orchestrate(["first"], 60.0, tmp_path, smoke=False)
+
+
+def test_workers_answers_are_kept_as_they_come(part, monkeypatch):
+    def answers(module: str, names: list[str], seconds: float, smoke: bool, keep: Any) -> Any:
+        keep({"case: D = 128": {"ok": True, "seconds": 1.0}})
+        assert json.loads(part.file.read_text())["passed"] == 1
+        wrong = {"ok": False, "failure": "AssertionError: waad", "seconds": 1.0}
+        found = {"case: D = 128": {"ok": True, "seconds": 1.0}, "case: packed": wrong, first.WARM + "x": wrong}
+        return found | {f"provider: {contenders.CUDNN}": {"ok": True, "value": {"left_out": "no cuDNN"}}}
+
+    monkeypatch.setattr(workers, "perform_all", answers)
+    first._correctness(part)
+    section = json.loads(part.file.read_text())
+    assert section["failed"] == {"case: packed": "AssertionError: waad"}
+    assert set(section["checks"]) == {"case: D = 128", "case: packed"}
+    assert section["failures"] == {first.WARM + "x": "AssertionError: waad"}
+    assert [f"provider: {contenders.CUDNN}", "no cuDNN"] in part.section["left_out"]
+    assert ["compile: torch.compile", "no time left"] in part.section["left_out"]
+    assert report.incorrect({"first": section}) == ["case: packed: AssertionError: waad"]
+
+
+def perform(name: str, smoke: bool) -> str:
+    """What the worker of the next test does."""
+    return name
+
+
+def test_workers_say_what_they_have_so_far():
+    seen: list[list[str]] = []
+    results = workers.perform_all(__name__, ["a", "b"], 300.0, True, lambda answers: seen.append(list(answers)))
+    assert list(results) == ["a", "b"]
+    assert seen
+    assert all(names in (["a"], ["a", "b"]) for names in seen)
+
+
+HANGS = """
+import json, sys, time
+from pathlib import Path
+file = Path(sys.argv[1])
+section = json.loads(file.read_text()) if file.exists() else {}
+if "repeat: band" not in section.get("failures", {}):
+    file.write_text("{}")
+    file.with_suffix(".flight").write_text("repeat: band")
+    time.sleep(600)
+section["finished"] = True
+file.write_text(json.dumps(section))
+"""
+
+
+def test_what_hangs_is_ended_and_the_part_goes_on_without_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "STUCK", 0.01)
+    monkeypatch.setattr(script, "_command", lambda name, file, *_: [sys.executable, "-c", HANGS, str(file)])
+    section = list(script.sections_of("first", tmp_path / "section.json", 100.0, smoke=False))[-1]
+    assert section["finished"]
+    assert section["failures"] == {"repeat: band": "ended after 1 s"}
+
+
+def test_starting_python_counts_as_time_of_a_part(monkeypatch, tmp_path):
+    monkeypatch.setattr(script.time, "time", lambda: 1000.0)
+    command = script._command("first", tmp_path / "section.json", 50.0, smoke=False)
+    assert command[command.index("--until") + 1] == "1050.0"
+
+
+# Providers
+
+
+@pytest.mark.parametrize("name", [name for name, provider in PROVIDERS.items() if provider.device == "cuda"])
+def test_a_provider_gives_an_lse_for_each_row(name):
+    """By torch's shape functions, over a length that the operators pad."""
+    query = torch.empty(2, 8, 37, 64, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(2, 2, 37, 64, device="meta", dtype=torch.bfloat16)
+    output, lse = PROVIDERS[name].with_lse(query, key, key)
+    assert output.shape == query.shape
+    assert lse.shape == query.shape[:3]
+    assert lse.dtype == torch.float32
+
+
+def test_a_flash_attention_is_activated_for_its_calls_alone(monkeypatch):
+    happened: list[str] = []
+    attention, restore = torch.nn.attention, lambda: happened.append("restored")
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", happened.append, raising=False)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", restore, raising=False)
+    provider = PROVIDERS[contenders.FLASH]._replace(implementation="FA3")
+
+    def fail() -> None:
+        with provider.around():
+            assert happened == ["FA3"]
+            raise ValueError("in the call")
+
+    with pytest.raises(ValueError, match="in the call"):
+        fail()
+    assert happened == ["FA3", "restored"]
+
+
+def test_a_provider_that_cannot_run_is_left_out_and_a_wrong_one_fails(monkeypatch):
+    assert "left_out" in first._provider(contenders.CUDNN, smoke=True)
+    name = "SDPA on the CPU"
+    assert set(first._provider(name, smoke=True)) == {"output", "waad", "fai"}
+    right = contenders.CONTENDERS[name + BESIDE]
+
+    def halved(inputs: Any) -> Any:
+        answer = right.run(inputs)
+        return answer._replace(fai=answer.fai * 0.5)
+
+    monkeypatch.setitem(contenders.CONTENDERS, name + BESIDE, right._replace(run=halved))
+    with pytest.raises(AssertionError, match="wrong: fai"):
+        first._provider(name, smoke=True)
+
+
+# Nsight Compute
+
+TABLE = """==PROF== Connected to process 7
+==PROF== Profiling "forward": 0%....100% - 9 passes
+"ID","Process ID","Kernel Name","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"0","7","forward","(64, 32, 1)","GPU Speed Of Light Throughput","Duration","ms","1.46",""
+"0","7","forward","(64, 32, 1)","GPU Speed Of Light Throughput","DRAM Throughput","%","3.10",""
+"0","7","forward","(64, 32, 1)","SpeedOfLight","","","","SOLBottleneck"
+"1","7","band","(32, 8, 1)","GPU Speed Of Light Throughput","Duration","us","41,5",""
+==PROF== Disconnected from process 7
+"""
+
+
+def installed(folder: Path, name: str, text: str, status: int) -> None:
+    (folder / "said").write_text(text)
+    program = folder / name
+    program.write_text(f'#!/bin/sh\necho "$@" > {folder}/asked\ncat {folder}/said\nexit {status}\n')
+    program.chmod(0o755)
+
+
+def test_counters_are_those_of_each_launch(monkeypatch, tmp_path, part):
+    installed(tmp_path, "ncu", TABLE, 0)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    first._counters(part)
+    launches = part.section["counters"]
+    assert [launch["kernel"] for launch in launches] == ["forward", "band"]
+    assert launches[0]["counters"] == {"Duration": "1.46 ms", "DRAM Throughput": "3.10 %"}
+    asked = (tmp_path / "asked").read_text()
+    assert "--clock-control none" in asked  # the card's settings are not ours to change
+    assert asked.strip().endswith("-m benchmarks.gpu.counters")
+    text = "\n".join(report._write_first(part.section))
+    assert "| forward | (64, 32, 1) | 1.46 ms | 3.10 % |" in text
+
+
+def test_a_profiler_that_may_not_read_counters_says_why(monkeypatch, tmp_path, part):
+    installed(tmp_path, "ncu", "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM no permission\n==PROF== bye\n", 1)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    first._counters(part)
+    why = "ncu ended with status 1: ==ERROR== ERR_NVGPUCTRPERM no permission"
+    assert part.section["left_out"] == [["counters", why]]
+    monkeypatch.setattr(environment.shutil, "which", lambda *_, **__: None)
+    assert counters.measure(1.0) == {"left_out": "ncu is not installed"}
+
+
+def test_a_program_that_does_not_end_is_none():
+    assert environment.ran([sys.executable, "-c", "import time; time.sleep(60)"], 0.2) is None
+    assert environment.ran([sys.executable, "-c", "print(7); raise SystemExit(3)"], 60.0) == (3, "7\n")
+
+
+# Commit
+
+
+def test_the_commit_without_git_is_a_variable_or_a_file(monkeypatch, tmp_path):
+    monkeypatch.delenv("ATTNSTATS_COMMIT", raising=False)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # a repository around the folder is not ours
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "copy")
+    monkeypatch.setattr(environment, "COMMIT", tmp_path / "copy" / "commit.txt")
+    (tmp_path / "copy").mkdir()
+    assert environment.commit() is None
+    environment.COMMIT.write_text("$Format:%H$\n")  # as it is in a copy of the working tree
+    assert environment.commit() is None
+    environment.COMMIT.write_text("0123abc\n")
+    assert environment.commit() == "0123abc"
+    monkeypatch.setenv("ATTNSTATS_COMMIT", "feed+changes")
+    assert environment.commit() == "feed+changes"
+
+
+def test_git_writes_the_commit_into_an_archive():
+    attributes = (ROOT / ".gitattributes").read_text()
+    assert f"{environment.COMMIT.relative_to(environment.ROOT)} export-subst" in attributes
+    assert environment.COMMIT.read_text() == "$Format:%H$\n"
+
+
+# Makefile
+
+
+def test_make_gpu_runs_the_python_that_is_there_and_installs_nothing():
+    def told(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert told("gpu", "PYTHON=python3", "VENV=", "PARTS=first").stdout == "python3 -m benchmarks.gpu first\n"
+    assert told("gpu").stdout.endswith(".venv/bin/python -m benchmarks.gpu \n")
+    assert "there is only `make gpu`" in told("test", "VENV=").stderr
+
+
+# The full run
+
+
+def test_it_takes_six_minutes_with_the_last_part_over_its_time():
+    assert 60 * script.MINUTES + script.GRACE + 15 <= 360
+    assert 60 * script.FIRST_MINUTES == 120
+    assert sum(script.SHARES[name] for name in script.EVERY) == pytest.approx(1.0)
+
+
+def test_tasks_that_share_kernels_are_compiled_apart():
+    names = list(correctness.tasks(smoke=False))
+    for i, name in enumerate(names):
+        if name.startswith("case: ") and not name.endswith("from lse"):
+            assert names.index(f"{name}, from lse") - i > workers.MOST
+    assert sum(name.startswith("gradients: ") for name in names) >= sum(map(len, correctness.TRAINED.values()))
+
+
+def test_the_sweep_has_time_for_candidates_free_of_spills_alone(monkeypatch, tmp_path):
+    job = sweep.jobs(smoke=False)[0]
+    every = sweep.candidates(job, smoke=False)
+    fine, spills, large = map(sweep.text_of, every[:3])
+    amounts = ((fine, 0, 1000), (spills, 8, 1000), (large, 0, 10**6))
+    known = {text: {"spilled": spilled, "shared": shared} for text, spilled, shared in amounts}
+    monkeypatch.setattr(sweep, "CANDIDATES", tmp_path / "candidates.json")
+    monkeypatch.setattr(sweep, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(sweep, "shared_memory", lambda device: 232448)
+    assert sweep.free_of_spills(job) == every
+    sweep.CANDIDATES.write_text(json.dumps({"sm_90": {job.name: known}}))
+    assert sweep.free_of_spills(job) == every[:1]
+    monkeypatch.setattr(sweep, "_architecture", lambda device: "sm_80")
+    assert sweep.free_of_spills(job) == every
