@@ -12,11 +12,12 @@ Run as `python -m benchmarks.gpu.correctness` it makes the few small calls that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -168,13 +169,12 @@ def repeat(way: str, dtype: str, dim: int, smoke: bool, repeats: int) -> None:
     call = functools.partial(_tensors, way, case.tensors(device))
     first = [x.clone(memory_format=torch.contiguous_format) for x in call()]
     differing = torch.zeros((), dtype=torch.int64, device=device)
-    busy = _Busy() if device.type == "cuda" else None
     repeats = min(repeats, 2) if smoke else repeats
-    for _ in range(repeats):
-        if busy is not None:
-            busy.refill()
-        pairs = zip(first, call(), strict=True)
-        differing += torch.stack([(_bits(mine) != _bits(x)).any() for mine, x in pairs]).any()
+    with _busy(device) as refill:
+        for _ in range(repeats):
+            refill()
+            pairs = zip(first, call(), strict=True)
+            differing += torch.stack([(_bits(mine) != _bits(x)).any() for mine, x in pairs]).any()
     assert not int(differing), f"{int(differing)} of {repeats} repeats differ in their bits"
 
 
@@ -210,20 +210,27 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-class _Busy:
-    """Matmuls on a stream of their own, so many at a time that some are always in flight."""
+@contextlib.contextmanager
+def _busy(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Yields what queues matmuls on a stream of their own, so many at a time that some are always in flight."""
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    stream, done = torch.cuda.Stream(), torch.cuda.Event()
+    one, other, out = (torch.randn(2048, 2048, device=device, dtype=torch.bfloat16) for _ in range(3))
+    torch.cuda.synchronize()
 
-    def __init__(self) -> None:
-        self.stream, self.done = torch.cuda.Stream(), torch.cuda.Event()
-        self.one, self.other, self.out = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in "abc")
-        torch.cuda.synchronize()
-
-    def refill(self) -> None:
-        if self.done.query():
-            with torch.cuda.stream(self.stream):
+    def refill() -> None:
+        if done.query():
+            with torch.cuda.stream(stream):
                 for _ in range(40):  # a millisecond of an H100: a few repeats
-                    torch.mm(self.one, self.other, out=self.out)
-                self.done.record()
+                    torch.mm(one, other, out=out)
+                done.record()
+
+    try:
+        yield refill
+    finally:
+        stream.synchronize()  # else the next tensor may get the memory that they still write to
 
 
 def _memory(from_lse: bool) -> dict[str, Any]:

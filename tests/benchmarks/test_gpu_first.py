@@ -1,5 +1,6 @@
 """First contact with a GPU, benchmarks/gpu/first.py, without one: all of it small on a CPU, and a run that is cut."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -220,6 +221,32 @@ def test_starting_python_counts_as_time_of_a_part(monkeypatch, tmp_path):
     monkeypatch.setattr(script.time, "time", lambda: 1000.0)
     command = script._command("first", tmp_path / "section.json", 50.0, smoke=False)
     assert command[command.index("--until") + 1] == "1050.0"
+
+
+def test_other_work_is_in_flight_and_ends_before_its_memory_is_given_back(monkeypatch):
+    """With CUDA's streams replaced by a list of what happens to them."""
+    happened: list[str] = []
+
+    class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
+        def synchronize(self) -> None:
+            happened.append("waited")
+
+    class Event:
+        def query(self) -> bool:
+            return len(happened) != 40  # what was queued first is still in flight at the second call
+
+        def record(self) -> None: ...
+
+    fakes = {"Stream": Stream, "Event": Event, "stream": lambda stream: stream, "synchronize": lambda: None}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "mm", lambda *_, out: happened.append("matmul"))
+    with correctness._busy(torch.device("cuda")) as refill:
+        refill()
+        refill()
+        assert happened == ["matmul"] * 40
+    assert happened[40:] == ["waited"]
 
 
 # Providers
