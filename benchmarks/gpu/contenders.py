@@ -3,8 +3,8 @@
 Every contender is a plain function of `Inputs`, causal, grouped heads un-repeated; where one has to repeat them
 that is part of its time. What depends on the shape alone (block masks, distance weights) is prepared once and not
 timed. Rivals are written as their users would: compiled where that is faster, half precision where the maths
-allows. Settings, eager attention and its chunked form are those of benchmarks/contenders.py. `PROVIDERS` is the one
-table of attention kernels that return an lse.
+allows. Settings, eager attention and its chunked form are those of benchmarks/contenders.py. The attention
+kernels of others are those of attnstats.flash; `PROVIDERS` has their names in SDPA.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
+import unittest.mock
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 import attnstats
 from attnstats import Received
+from attnstats.flash import providers
 from benchmarks import contenders
 from benchmarks.contenders import CHUNK, HI, LO, STATISTICS, WINDOW, Answer, repeated
 
@@ -77,64 +80,45 @@ def sdpa_repeated(inputs: Inputs) -> Answer:
     return Answer(scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1))
 
 
-def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """By a private operator: SDPA itself keeps the lse it has."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention
-    output, lse, *_ = operator(query, key, value, 0.0, query.shape[2] > 1, scale=scale)
-    return output, lse[..., : query.shape[2]]
+class Provider(NamedTuple):
+    """How SDPA runs one of the attention kernels of attnstats.flash."""
+
+    backend: str
+    attend: Callable[[Any], Answer] = sdpa
+    implementation: str | None = None  # of SDPA's flash backend, to be activated
+    device: str = "cuda"
 
 
-def cudnn_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
-    output, lse, *_ = operator(query, key, value, None, True, 0.0, query.shape[2] > 1)
-    return output, lse.reshape(*query.shape[:2], -1)[..., : query.shape[2]]
+PROVIDERS = {
+    providers.FLASH_2.name: Provider("FLASH_ATTENTION"),
+    providers.FLASH_3.name: Provider("FLASH_ATTENTION", implementation="FA3"),
+    providers.FLASH_4.name: Provider("FLASH_ATTENTION", implementation="FA4"),
+    providers.CUDNN_ATTENTION.name: Provider("CUDNN_ATTENTION"),
+    providers.EFFICIENT.name: Provider("EFFICIENT_ATTENTION", sdpa_repeated),
+    providers.CPU.name: Provider("FLASH_ATTENTION", device="cpu"),
+}
 
 
-def efficient_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Its lse is padded to a multiple of 32 rows."""
-    operator = torch.ops.aten._scaled_dot_product_efficient_attention
-    key, value = repeated(key, query), repeated(value, query)
-    output, lse, *_ = operator(query, key, value, None, True, 0.0, query.shape[2] > 1)
-    return output, lse[..., : query.shape[2]]
-
-
-def cpu_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output, lse = operator(query, key, value, 0.0, query.shape[2] > 1)
-    return output, lse
-
-
-def _activatable() -> list[str]:
-    """Implementations that SDPA's flash backend can be given, installed or not; none before torch 2.11."""
-    if hasattr(attention, "restore_flash_attention_impl"):
-        return attention.list_flash_attention_impls()
-    return []
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """SDPA and the backend flash with this provider and no other; an ImportError where it is not installed."""
+    provider = PROVIDERS[name]
+    others = ",".join(other for other in PROVIDERS if other != name)
+    activated = _activated(provider.implementation) if provider.implementation else contextlib.nullcontext()
+    without_others = unittest.mock.patch.dict(os.environ, {providers.LEFT_OUT: others})
+    with without_others, activated, sdpa_kernel(getattr(SDPBackend, provider.backend)):
+        yield
 
 
 @contextlib.contextmanager
 def _activated(implementation: str) -> Iterator[None]:
-    """SDPA's flash backend as another implementation; an ImportError where that is not installed."""
+    if not hasattr(attention, "restore_flash_attention_impl"):
+        raise ImportError(f"this torch has no way to {implementation}")
     attention.activate_flash_attention_impl(implementation)
     try:
         yield
     finally:
         attention.restore_flash_attention_impl()
-
-
-class Provider(NamedTuple):
-    """An attention kernel that returns its lse, and the same kernel bare, as SDPA's users call it."""
-
-    with_lse: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    backend: str  # of SDPA
-    attend: Callable[[Any], Answer] = sdpa
-    implementation: str | None = None  # to activate
-    device: str = "cuda"
-
-    @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        activated = _activated(self.implementation) if self.implementation else contextlib.nullcontext()
-        with activated, sdpa_kernel(getattr(SDPBackend, self.backend)):
-            yield
 
 
 # Ours
@@ -146,12 +130,6 @@ def ours(inputs: Inputs, *, statistics: tuple[Any, ...] = STATISTICS, backend: A
         query, key, value, statistics=statistics, enable_gqa=_group(inputs) > 1, backend=backend
     )
     return Answer(output, *((stats["waad"], stats["fai"]) if statistics else ()))
-
-
-def beside(attend: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Answer:
-    """Our band kernel on the lse of another attention kernel."""
-    output, lse = attend(*inputs[:3])
-    return band(inputs._replace(lse=lse))._replace(output=output)
 
 
 def _from_lse(inputs: Inputs, statistics: tuple[Any, ...], backend: Any) -> Any:
@@ -311,8 +289,9 @@ def plain_band(inputs: Inputs) -> Answer:
 
 
 def plain_beside(inputs: Inputs) -> Answer:
-    output, lse = flash_with_lse(*inputs[:3])
-    return plain_band(inputs._replace(lse=lse))._replace(output=output)
+    query, key, value, _ = inputs
+    output, stats = attnstats.attention(query, key, value, enable_gqa=_group(inputs) > 1, backend="flash")
+    return plain_band(inputs._replace(lse=stats.lse))._replace(output=output)
 
 
 def forget() -> None:
@@ -322,37 +301,30 @@ def forget() -> None:
     torch.compiler.reset()
 
 
-FLASH, CUDNN, EFFICIENT, DEFAULT = "SDPA flash", "SDPA cuDNN", "SDPA memory-efficient", "SDPA default"
-BESIDE = " + attnstats band"  # after a provider's name: our band kernel from its lse
+DEFAULT, FLASH, CUDNN = "SDPA default", providers.FLASH_2.name, providers.CUDNN_ATTENTION.name
+BESIDE = " + attnstats band"  # after a provider's name: the backend flash with it
 BARE, FUSED, AUTO = "attnstats without statistics", "attnstats fused", "attnstats auto"
 VARLEN = "torch varlen_attn"
 BAND, COLUMN = "attnstats band", "attnstats column"
 
-PROVIDERS: dict[str, Provider] = {
-    FLASH: Provider(flash_with_lse, "FLASH_ATTENTION"),
-    CUDNN: Provider(cudnn_with_lse, "CUDNN_ATTENTION"),
-    EFFICIENT: Provider(efficient_with_lse, "EFFICIENT_ATTENTION", sdpa_repeated),
-    **{f"SDPA {name}": Provider(flash_with_lse, "FLASH_ATTENTION", implementation=name) for name in _activatable()},
-    "SDPA on the CPU": Provider(cpu_with_lse, "FLASH_ATTENTION", device="cpu"),
-}
 
-
-def _provided(group: str, provider: Provider) -> Contender:
-    run = provider.attend if group == "attention" else functools.partial(beside, provider.with_lse)
-    ours = group == "statistics"
-    return Contender(group, run, ours, provider.device, provider.around, square=False, many=True)
+def _provided(group: str, name: str) -> Contender:
+    provider, ours_ = PROVIDERS[name], group == "statistics"
+    run = functools.partial(ours, backend="flash") if ours_ else provider.attend
+    around = functools.partial(alone, name)
+    return Contender(group, run, ours_, provider.device, around, square=False, many=True)
 
 
 CONTENDERS = {
     DEFAULT: Contender("attention", sdpa, square=False, many=True),
-    **{name: _provided("attention", provider) for name, provider in PROVIDERS.items()},
+    **{name: _provided("attention", name) for name in PROVIDERS},
     BARE: Contender(
         "attention", functools.partial(ours, statistics=(), backend="triton"), ours=True, square=False, many=True
     ),
     FUSED: Contender("statistics", functools.partial(ours, backend="triton"), ours=True, square=False, many=True),
     AUTO: Contender("statistics", ours, ours=True, square=False, many=True),
-    **{name + BESIDE: _provided("statistics", provider) for name, provider in PROVIDERS.items()},
-    "SDPA flash + plain band, compiled": Contender("statistics", plain_beside, device="cuda", compiled=True),
+    **{name + BESIDE: _provided("statistics", name) for name in PROVIDERS},
+    "fastest attention + plain band, compiled": Contender("statistics", plain_beside, device="cuda", compiled=True),
     "FlexAttention": Contender("statistics", flex, compiled=True, longest=FLEX),
     "eager, query chunks": Contender("statistics", chunked),
     "eager": Contender("statistics", eager),
@@ -386,19 +358,6 @@ def packed_torch(inputs: Packed, **options: Any) -> Any:
     return varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
 
 
-def packed_beside(inputs: Packed) -> Answer:
-    """Our band kernel on the lse of torch's."""
-    from torch.nn.attention.varlen import AuxRequest
-
-    output, lse = packed_torch(inputs, return_aux=AuxRequest(lse=True))
-    query, key, _, bounds, longest = inputs
-    stats = attnstats.statistics_from_lse(
-        query, key, lse, statistics=STATISTICS, cu_seqlens_q=bounds, max_seqlen_q=longest, backend="triton",
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return Answer(output, stats["waad"], stats["fai"])
-
-
 def packed_ours(inputs: Packed, *, statistics: tuple[Any, ...] = STATISTICS, backend: Any = "triton") -> Answer:
     query, key, value, bounds, longest = inputs
     output, stats = attnstats.varlen_attention(
@@ -413,5 +372,11 @@ PACKED: dict[str, Contender] = {
     BARE: Contender("attention", functools.partial(packed_ours, statistics=()), ours=True),
     FUSED: Contender("statistics", packed_ours, ours=True),
     AUTO: Contender("statistics", functools.partial(packed_ours, backend="auto"), ours=True),
-    VARLEN + BESIDE: Contender("statistics", packed_beside, ours=True, device="cuda"),
+    FLASH + BESIDE: Contender(
+        "statistics",
+        functools.partial(packed_ours, backend="flash"),
+        ours=True,
+        device="cuda",
+        around=functools.partial(alone, FLASH),
+    ),
 }

@@ -21,7 +21,6 @@ import attnstats
 from attnstats import FAI, WAAD
 from attnstats.presets import paper_v2
 from attnstats.transformers.selection import middle_third
-from benchmarks.gpu.contenders import flash_with_lse
 from benchmarks.gpu.measure import Entrant, race, ratio
 from benchmarks.gpu.part import Part, release_memory, wrong
 
@@ -32,7 +31,7 @@ NAME = "measured"  # of the attention function, for transformers
 FORWARD, IN_PASS, BESIDE, CAPTURE = (
     "log-probs",
     "+ attnstats in the pass",
-    "+ attnstats beside SDPA",
+    "+ attnstats beside the fastest attention",
     "+ attnstats.capture",
 )
 MAPS, HOOKS = "eager output_attentions, a pass of its own", "eager, maps reduced by hooks, a pass of its own"
@@ -188,9 +187,8 @@ def _measure(part: Part, case: Case, model: Any, seconds: float) -> list[dict[st
     choice, ids = _workload(case, model, part.device)
     log_probs = _log_probs(model, ids)
     entrants = {FORWARD: Entrant(lambda _: (log_probs(), {}))}
-    for name, attend in ((IN_PASS, _in_pass), (BESIDE, _beside_sdpa)):
-        if name == BESIDE and part.device.type != "cuda":
-            continue
+    for name, backend in ((IN_PASS, "triton"), (BESIDE, "flash")):
+        attend = functools.partial(_attention, backend)
         entrants[name] = Entrant(_recording(attend, choice, log_probs), functools.partial(_implementation, model, NAME))
     entrants[CAPTURE] = Entrant(_capturing(model, choice, log_probs))
     separate: dict[str, Entrant] = {}
@@ -198,8 +196,6 @@ def _measure(part: Part, case: Case, model: Any, seconds: float) -> list[dict[st
         eager = functools.partial(_implementation, model, "eager")
         separate[MAPS] = Entrant(lambda _: (None, _read_maps(model, ids, choice)), eager)
         separate[HOOKS] = Entrant(lambda _: (None, _reduce_by_hooks(model, ids, choice)), eager)
-    if part.device.type != "cuda":
-        part.leave_out(f"{case.name}: {BESIDE}", "needs CUDA")
     agreement = _agreement(part, case, entrants | separate, choice)
     # Apart, so that a hundredth of the forward pass is measured in many rounds and a multiple of it in few.
     found: dict[str, Any] = {}
@@ -305,24 +301,13 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *
     return output.transpose(1, 2).contiguous(), None
 
 
-def _in_pass(
-    query: Tensor, key: Tensor, value: Tensor, scale: Any, heads: dict[Any, list[int]], counted: Tensor
+def _attention(
+    backend: Any, query: Tensor, key: Tensor, value: Tensor, scale: Any, heads: dict[Any, list[int]], counted: Tensor
 ) -> Any:
     return attnstats.attention(
         query, key, value, statistics=list(heads), heads=heads, scale=scale, enable_gqa=True, query_mask=counted,
-        backend="triton",
+        backend=backend,
     )  # fmt: skip
-
-
-def _beside_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, scale: Any, heads: dict[Any, list[int]], counted: Tensor
-) -> Any:
-    output, lse = flash_with_lse(query, key, value, scale)
-    stats = attnstats.statistics_from_lse(
-        query, key, lse, statistics=list(heads), heads=heads, scale=scale, enable_gqa=True, query_mask=counted,
-        backend="triton",
-    )  # fmt: skip
-    return output, stats
 
 
 def means_of(found: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:

@@ -1,10 +1,10 @@
 """The first two minutes on a GPU that has not run this package: the part "first".
 
     ceilings     measured rates of the card, as the part "ceilings" measures them
-    correctness  twelve cases against float64 or against another way to compute the same, and the band from the lse of
-                 every attention provider; workers compile side by side, also what later steps run
+    correctness  twelve cases against float64 or against another way to compute the same, and every attention kernel of
+                 attnstats.flash; workers compile side by side, also what later steps run
     repeats      300 calls of forward, band, column and backward, bitwise, with other work in flight on another stream
-    timing       at T = 8k every provider bare, with the band from its lse, and ours
+    timing       at T = 8k every attention kernel bare and with the band from its lse, and ours
     counters     one pass of Nsight Compute over our kernels
 
 The section is saved after every step, and while workers answer. A step that has too little time left is dropped by
@@ -22,21 +22,18 @@ from typing import Any, NamedTuple
 import torch
 
 import attnstats
+from attnstats.flash import providers
 from benchmarks.contenders import STATISTICS
-from benchmarks.gpu import ceilings, contenders, correctness, counters, end_to_end, timing, workers
-from benchmarks.gpu.contenders import BESIDE, PACKED, PROVIDERS, VARLEN
+from benchmarks.gpu import ceilings, correctness, counters, end_to_end, timing, workers
+from benchmarks.gpu.contenders import PROVIDERS, alone
 from benchmarks.gpu.correctness import LENGTH, repeat
-from benchmarks.gpu.floors import Shape
-from benchmarks.gpu.part import Part, device_of, message_of, usable, wrong
+from benchmarks.gpu.part import Part, device_of, message_of
 from tests.cases import Case, check, check_gradients
 
 REPEATS = 300
 WAYS = ("forward and band", "band from lse", "column from lse", "backward")  # of correctness.PASSES
 REPEATED = tuple(itertools.product((128, 64, 256), WAYS))
 KINDS = (1, 4, 9, 12)  # of tests.cases.EVERY: rows and columns, of a band and whole
-# 1008 is a multiple of 16, as 8192 is: Triton compiles others anew. It is no multiple of any tile.
-PROVIDED = timing.Case("providers", Shape(1008), rivals=False)
-PROVIDED_PACKED = timing.Case("packed", Shape(1008), rivals=False, sequences=3)
 WARM = "warm: "  # before the names of tasks that only fill the caches
 
 
@@ -90,7 +87,8 @@ def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
     model = end_to_end.Case("tiny", 20, None, True) if smoke else end_to_end.Case("Qwen3-4B", 1000, 4, True)
     found["capture: a small model"] = functools.partial(end_to_end.check_capture, model, device)
     found["compile: torch.compile"] = functools.partial(_compiled, smoke)
-    found |= {f"provider: {name}": functools.partial(_provider, name, smoke) for name in providers(device)}
+    mine = [name for name, provider in PROVIDERS.items() if provider.device == device.type]
+    found |= {f"provider: {name}": functools.partial(_provider, name, smoke) for name in mine}
     if not smoke:
         ours = (n for n, c in timing.members(_timed(smoke), device).items() if c.ours and not c.device)
         found |= {WARM + n: functools.partial(timing.perform, f"{_timed(smoke).name}: {n}", smoke) for n in ours}
@@ -157,29 +155,19 @@ def _compiled(smoke: bool) -> None:
         assert torch.equal(mine, right), "torch.compile changes bits"
 
 
-def providers(device: torch.device) -> list[str]:
-    """Attention kernels with an lse that torch has for such a device, installed or not."""
-    return [name for name, provider in PROVIDERS.items() if provider.device == device.type] + (
-        [VARLEN] if device.type == "cuda" else []
-    )
-
-
-def _provider(name: str, smoke: bool) -> dict[str, Any]:
-    """Output, WAAD and FAI from a provider's lse against float64. One that can't run here is left out, not wrong."""
+def _provider(name: str, smoke: bool) -> dict[str, Any] | None:
+    """The backend flash with one provider. One that isn't installed, or refuses the call, is left out and not wrong."""
     device = device_of(smoke)
-    case = timing.cases(smoke)[0] if smoke else PROVIDED_PACKED if name == VARLEN else PROVIDED
-    contender = (PACKED if case.sequences else contenders.CONTENDERS)[name + BESIDE]
-    inputs = timing.inputs_of(case, device, 1)[0]
-    truth = timing.truth_of(case, inputs)
+    # Memory-efficient attention is for float32, and has no groups of heads.
+    changes = {"dtype": "float32", "key_heads": 4, "group": 1} if name == providers.EFFICIENT.name else {}
+    case = _sized(smoke, 128, **changes)
     try:
-        errors, _ = timing.errors_of(contender, inputs, truth, case)
-    except Exception as error:
-        if not usable(device):
-            raise
+        with alone(name):
+            check(case, "flash", device)
+            check_gradients(case, "flash", device)
+    except (ImportError, ValueError) as error:
         return {"left_out": message_of(error)}
-    failure = wrong(errors, timing.OUR_TOLERANCE)
-    assert failure is None, failure
-    return errors
+    return None
 
 
 # The steps after it

@@ -147,7 +147,7 @@ def _against_rivals(case: str, mine: dict[str, Any]) -> Target:
 
 
 def _forward(case: str, mine: dict[str, Any]) -> Target:
-    what, pair = f"{case}: speed of our forward, in SDPA flash's", (mine.get(FLASH), mine.get(BARE))
+    what, pair = f"{case}: speed of our forward, in FlashAttention 2's", (mine.get(FLASH), mine.get(BARE))
     if len(_timed(row for row in pair if row)) < 2:
         return Target(what, None, OVER_FLASH, True, _why(*pair), percent=False)
     return Target(what, ratio(*pair), OVER_FLASH, True, percent=False)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received
-from attnstats.triton.configs import Config, Kernel, _architecture, configured
+from attnstats.triton.configs import Config, Kernel, architecture, configured
 from benchmarks.gpu import workers
 from benchmarks.gpu.environment import shared_memory
 from benchmarks.gpu.measure import Entrant, race, ratio
@@ -80,7 +80,7 @@ def record() -> dict[str, dict[str, dict[str, Any]]]:
 def free_of_spills(job: Job) -> list[Config]:
     """The candidates that are known to run well on this device, or all where nothing is known of the job."""
     device = torch.device("cuda")
-    known = record().get(_architecture(device), {}).get(job.name)
+    known = record().get(architecture(device), {}).get(job.name)
     every = candidates(job, smoke=False)
     if not known:
         return every

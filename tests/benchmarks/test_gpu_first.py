@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from attnstats.flash import providers
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import contenders, correctness, counters, environment, first, report, sweep, timing, workers
 from benchmarks.gpu.contenders import BESIDE, PROVIDERS
@@ -72,7 +73,7 @@ def test_smoke_runs_all_of_it_with_nothing_installed(tree):
     }  # fmt: skip
     rows = {row["contender"]: row for row in section["rows"]}
     assert {name for name, row in rows.items() if row.get("ms")} == {
-        contenders.DEFAULT, "SDPA on the CPU", "SDPA on the CPU" + BESIDE, contenders.BARE, contenders.FUSED,
+        contenders.DEFAULT, providers.CPU.name, providers.CPU.name + BESIDE, contenders.BARE, contenders.FUSED,
         contenders.AUTO, contenders.BAND, contenders.COLUMN,
     }  # fmt: skip
     text = (tree / "results" / "smoke.md").read_text()
@@ -85,10 +86,7 @@ def test_on_a_gpu_it_checks_twelve_cases_and_every_provider():
     names = [name for name in first.tasks(smoke=False) if not name.startswith(first.WARM)]
     asked = [name for name in names if not name.startswith("provider")]
     assert len(asked) == 12
-    told = {name.removeprefix("provider: ") for name in set(names) - set(asked)}
-    assert told == {contenders.FLASH, contenders.CUDNN, contenders.EFFICIENT, contenders.VARLEN} | {
-        f"SDPA {name}" for name in contenders._activatable()
-    }
+    assert set(names) - set(asked) == {f"provider: {name}" for name in PROVIDERS if name != providers.CPU.name}
     # Kernels that are timed or repeated later are compiled beside the checks.
     warmed = [name for name in first.tasks(smoke=False) if name.startswith(first.WARM)]
     assert len(warmed) == len(first.REPEATED) + 5
@@ -227,7 +225,7 @@ def test_other_work_is_in_flight_and_ends_before_its_memory_is_given_back(monkey
     """With CUDA's streams replaced by a list of what happens to them."""
     happened: list[str] = []
 
-    class Stream(contextlib.nullcontext):  # type: ignore[type-arg]
+    class Stream(contextlib.nullcontext[None]):
         def synchronize(self) -> None:
             happened.append("waited")
 
@@ -252,47 +250,49 @@ def test_other_work_is_in_flight_and_ends_before_its_memory_is_given_back(monkey
 # Providers
 
 
-@pytest.mark.parametrize("name", [name for name, provider in PROVIDERS.items() if provider.device == "cuda"])
-def test_a_provider_gives_an_lse_for_each_row(name):
-    """By torch's shape functions, over a length that the operators pad."""
-    query = torch.empty(2, 8, 37, 64, device="meta", dtype=torch.bfloat16)
-    key = torch.empty(2, 2, 37, 64, device="meta", dtype=torch.bfloat16)
-    output, lse = PROVIDERS[name].with_lse(query, key, key)
-    assert output.shape == query.shape
-    assert lse.shape == query.shape[:3]
-    assert lse.dtype == torch.float32
+def test_every_provider_of_the_backend_flash_is_there():
+    tables = (*providers.BY_ARCHITECTURE.values(), providers.ELSEWHERE, (providers.CPU,))
+    assert set(PROVIDERS) == {provider.name for table in tables for provider in table}
 
 
-def test_a_flash_attention_is_activated_for_its_calls_alone(monkeypatch):
+def test_a_provider_is_alone_and_its_implementation_active_for_its_calls_only(monkeypatch):
     happened: list[str] = []
     attention, restore = torch.nn.attention, lambda: happened.append("restored")
     monkeypatch.setattr(attention, "activate_flash_attention_impl", happened.append, raising=False)
     monkeypatch.setattr(attention, "restore_flash_attention_impl", restore, raising=False)
-    provider = PROVIDERS[contenders.FLASH]._replace(implementation="FA3")
+    monkeypatch.setenv(providers.LEFT_OUT, "cuDNN")
 
     def fail() -> None:
-        with provider.around():
+        with contenders.alone("FlashAttention 3"):
             assert happened == ["FA3"]
+            left_out = os.environ[providers.LEFT_OUT].split(",")
+            assert sorted([*left_out, "FlashAttention 3"]) == sorted(PROVIDERS)
             raise ValueError("in the call")
 
     with pytest.raises(ValueError, match="in the call"):
         fail()
     assert happened == ["FA3", "restored"]
+    assert os.environ[providers.LEFT_OUT] == "cuDNN"
 
 
 def test_a_provider_that_cannot_run_is_left_out_and_a_wrong_one_fails(monkeypatch):
     assert "left_out" in first._provider(contenders.CUDNN, smoke=True)
-    name = "SDPA on the CPU"
-    assert set(first._provider(name, smoke=True)) == {"output", "waad", "fai"}
-    right = contenders.CONTENDERS[name + BESIDE]
+    assert first._provider(providers.CPU.name, smoke=True) is None
 
-    def halved(inputs: Any) -> Any:
-        answer = right.run(inputs)
-        return answer._replace(fai=answer.fai * 0.5)
+    right = providers.CPU
 
-    monkeypatch.setitem(contenders.CONTENDERS, name + BESIDE, right._replace(run=halved))
-    with pytest.raises(AssertionError, match="wrong: fai"):
-        first._provider(name, smoke=True)
+    def shifted(*arguments: Any) -> Any:
+        output, lse = right.forward(*arguments)
+        return output, lse + 0.1
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(providers, "settings", lambda: (object(),))  # else the choice is remembered
+    for forward, error in ((shifted, AssertionError), (broken, RuntimeError)):
+        monkeypatch.setattr(providers, "CPU", right._replace(forward=forward))
+        with pytest.raises(error, match=r"WAAD|no kernel image"):
+            first._provider(right.name, smoke=True)
 
 
 # Nsight Compute
@@ -404,10 +404,10 @@ def test_the_sweep_has_time_for_candidates_free_of_spills_alone(monkeypatch, tmp
     amounts = ((fine, 0, 1000), (spills, 8, 1000), (large, 0, 10**6))
     known = {text: {"spilled": spilled, "shared": shared} for text, spilled, shared in amounts}
     monkeypatch.setattr(sweep, "CANDIDATES", tmp_path / "candidates.json")
-    monkeypatch.setattr(sweep, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(sweep, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(sweep, "shared_memory", lambda device: 232448)
     assert sweep.free_of_spills(job) == every
     sweep.CANDIDATES.write_text(json.dumps({"sm_90": {job.name: known}}))
     assert sweep.free_of_spills(job) == every[:1]
-    monkeypatch.setattr(sweep, "_architecture", lambda device: "sm_80")
+    monkeypatch.setattr(sweep, "architecture", lambda device: "sm_80")
     assert sweep.free_of_spills(job) == every
