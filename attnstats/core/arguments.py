@@ -59,6 +59,7 @@ def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
         heads=_heads(options.heads, statistics, query.shape[1]),
         dropout_p=_dropout(options.dropout_p),
         differentiable=options.differentiable,
+        prefers=options.prefers,
     )
     if cache_key is not None:
         if len(_CACHE) >= CACHED_CALLS:
@@ -127,6 +128,7 @@ def _cache_key(
         options.heads,
         options.dropout_p,
         options.differentiable,
+        options.prefers,
     )
     try:
         tensors = [None if x is None else (x.shape, x.dtype, x.device) for x in (query, key, value)]

@@ -50,6 +50,7 @@ class Geometry:
         dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
         dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
         differentiable: statistics carry gradients.
+        prefers: the attention kernel of the backend "flash" that comes first, by name; "": the fastest.
         memo: values that backends derive from this geometry and read again in the next call like it.
     """
 
@@ -78,6 +79,7 @@ class Geometry:
     dropout_p: float
     dropout_seed: Tensor | None = None
     differentiable: bool
+    prefers: str
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property

@@ -50,6 +50,8 @@ def unavailable(geometry: Geometry) -> str | None:
 
 def better_fused(geometry: Geometry) -> str | None:
     """The reason why `triton` is to be preferred where the choice is free, or None."""
+    if geometry.prefers:
+        return None
     if geometry.query_length <= MAX_DECODED and geometry.packing is None:
         return "few queries, whose keys are split in the same way whatever the batch"
     for s in geometry.statistics:
@@ -99,7 +101,8 @@ def _candidates(geometry: Geometry) -> Iterator[Provider]:
     every: tuple[Provider, ...] = (providers.CPU,)
     if geometry.device.type != "cpu":
         every = providers.BY_ARCHITECTURE.get(architecture(geometry.device), providers.ELSEWHERE)
-    return (each for each in every if each.name.casefold() not in without)
+    first = sorted(every, key=lambda each: each.name != geometry.prefers)
+    return (each for each in first if each.name.casefold() not in without)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MaxLogit
+from attnstats import FAI, WAAD, Entropy, MaxLogit, _dispatch
 from attnstats.core import arguments
 from attnstats.core.autograd import Residuals
 from attnstats.core.options import Options
@@ -160,6 +160,15 @@ def test_what_the_user_activated_in_torch_counts(monkeypatch):
         assert reason == (
             "FlashAttention 4; not FlashAttention 3: not installed; not cuDNN: version 91000, before 91501"
         )
+
+
+def test_a_kernel_that_a_model_had_outranks_the_fastest():
+    tensors = fake(8192, 8192, 32, 8, 128, batch=1)
+    for asked in ([WAAD(10)], [Entropy()]):
+        options = Options(statistics=asked, enable_gqa=True, prefers=FLASH_2.name)
+        with configs.targeting("sm_90"):
+            plan = _dispatch.explain(*tensors, options)
+        assert (plan.backend, plan.reason) == ("flash", FLASH_2.name)
 
 
 def test_cudnn_is_left_where_bits_must_repeat():
