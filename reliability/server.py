@@ -141,7 +141,7 @@ class Recorder(Selected):
     def _stop(self) -> None:
         if hasattr(self, "item"):
             self.profile.disable()
-            codes = {x.code for x in self.profile.getstats() if isinstance(x.code, CodeType)}
+            codes = [x.code for x in self.profile.getstats() if isinstance(x.code, CodeType)]
             ours = {(c.co_filename, c.co_name) for c in codes if c.co_filename.startswith(self.tree)}
             executed = sorted(f"{_place(path.removeprefix(self.tree))}:{name}" for path, name in ours)
             executed = [x for x in executed if not x.startswith("tests/")]
