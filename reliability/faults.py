@@ -85,7 +85,9 @@ AREAS = {
         (*SHARED, "tests/test_operators.py", "tests/test_functional.py"),
     ),
     "transformers": Area(("attnstats/transformers/*.py",), 15, ("tests/transformers/*.py", "tests/test_recipes.py")),
-    "tiled": Area(("attnstats/tiled/*.py",), 10, (*TILED, *SHARED, "tests/test_features.py")),
+    "tiled": Area(
+        ("attnstats/tiled/*.py",), 10, (*TILED, *SHARED, "tests/test_features.py", "tests/test_differentiable.py")
+    ),
     "triton": Area(("attnstats/triton/*.py", "attnstats/triton/launch/*.py"), 10, (*SHARED, *KERNELS)),
     "csrc": Area(("csrc/*",), 55, (*TILED, "tests/core/test_library.py", "tests/core/test_patterns.py")),
     "kernels": Area(("kernels/*.py",), 55, KERNELS),
