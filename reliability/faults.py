@@ -110,6 +110,11 @@ class Item(NamedTuple):
     def file(self) -> str:
         return self.name.split("::")[0]
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """What it does of ours it does in other processes."""
+        return not any(x.startswith(("attnstats/", "kernels/")) for x in self.executes)
+
 
 class Recorded(NamedTuple):
     """The items of a test file, and which functions there were when it was recorded: "path:function"."""
@@ -282,7 +287,7 @@ class Campaign:
             function = MASKS if fault.path == "csrc/mask.h" else NATIVE
         items = [item for file in dict.fromkeys(files) for item in self._record(file, function)]
         if drawn.area == "csrc" or fault.scope:
-            chosen = [item for item in items if function in item.executes]
+            chosen = [item for item in items if function in item.executes or item.is_elsewhere]
         else:
             chosen = [item for item in items if any(x.startswith(f"{fault.path}:") for x in item.executes)]
         chosen = chosen or items  # a function of which only the first call of a process runs, or none
