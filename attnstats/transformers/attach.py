@@ -1,9 +1,9 @@
 """`attach` and `detach`: a transformers model attends through attnstats.
 
 One attention function and one mask function (masks.py) are registered with transformers under the name "attnstats";
-no model class is touched. While a model is attached each of its attention modules carries a `Site`, by which the
-attention function knows its layer, and an `Observer` may see every call. Nothing here depends on statistics.
-transformers is imported on first use.
+no model class is touched. `attach` puts that name into the model's config, a capture into what captured modules see of
+it (uncaptured.py). Meanwhile each attention module carries a `Site`, by which the attention function knows its layer,
+and an `Observer` may see every call. Nothing here depends on statistics. transformers is imported on first use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -35,6 +35,7 @@ from attnstats.transformers.masks import (
 )
 from attnstats.transformers.passes import NO_MAPS, ForwardPasses, Observer
 from attnstats.transformers.sites import AttentionKind, attention_modules, configs, stacks, transformers_model
+from attnstats.transformers.uncaptured import keep_others, own_masks
 
 # transformers blocks names that contain sdpa, flash, flex or eager for models that lack the matching flag.
 NAME = "attnstats"
@@ -59,12 +60,14 @@ class Attachment:
     Attributes:
         modules: by kind and layer, the modules that may attend there.
         implementations: each config with the attention implementation that it named before.
+        undo: undoes what was changed so that some layers alone attend through attnstats.
     """
 
     backend: Backend
     allow_dense: bool
     modules: dict[AttentionKind, dict[int, list[nn.Module]]] = field(default_factory=dict)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
+    undo: ExitStack = field(default_factory=ExitStack)
     observer: Observer | None = None
 
 
@@ -103,10 +106,11 @@ class Site:
 
 
 def attach(model: Any, *, backend: Backend = "auto", allow_dense: bool = False) -> Any:
-    """Let a transformers model attend through attnstats, until `detach`. A second time changes the two settings.
+    """Let every layer of a transformers model attend through attnstats, until `detach`.
 
-    Logits and gradients are those of the model's SDPA or eager path. `attnstats.capture` attaches for its duration by
-    itself; this is for models that are trained, compiled or served so for longer.
+    A second time changes the two settings. Logits and gradients are those of the model's SDPA or eager path.
+    `attnstats.capture` attaches the captured layers for its duration by itself; this is for models that are trained,
+    compiled or served so for longer.
 
     Args:
         model: a loaded model (`PreTrainedModel`), wrapped or not, as for `attnstats.capture`.
@@ -145,8 +149,10 @@ def detach(model: Any) -> Any:
 
 
 @contextmanager
-def observed(model: Any, observer: Observer, backend: Backend, allow_dense: bool) -> Iterator[None]:
-    """Let `observer` see the attached model's calls, attaching it for the duration if it isn't.
+def observed(
+    model: Any, observer: Observer, layers: tuple[int, ...], backend: Backend, allow_dense: bool
+) -> Iterator[None]:
+    """Let `observer` see the model's calls; if it isn't attached, these layers are for the duration.
 
     Raises:
         TypeError, ValueError: as `attach`; the model is observed already.
@@ -160,7 +166,7 @@ def observed(model: Any, observer: Observer, backend: Backend, allow_dense: bool
             )
         attached_here = attachment is None
         if attachment is None:
-            attachment = _attach(model, backend, allow_dense)
+            attachment = _attach(model, backend, allow_dense, (observer.kind, layers))
         before = attachment.backend, attachment.allow_dense
         attachment.backend, attachment.allow_dense = backend, allow_dense or attachment.allow_dense
         attachment.observer = observer
@@ -187,7 +193,10 @@ def attachment_of(model: Any) -> Attachment | None:
     return None
 
 
-def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
+def _attach(
+    model: Any, backend: Backend, allow_dense: bool, some: tuple[AttentionKind, tuple[int, ...]] | None = None
+) -> Attachment:
+    """Attach the model; `some`: layers of one kind alone, and the others keep their attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
@@ -203,9 +212,6 @@ def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
             model.set_attn_implementation(NAME)
         except ValueError as error:
             raise InputError(f"model: the attention of {name} cannot be replaced: {error}; {HOW_TO}") from error
-        for config, before in attachment.implementations:
-            if config._attn_implementation == NAME:
-                config._attn_implementation_internal = AttachedName(before)
         attachment.modules = attention_modules(model)
         if model.config.get_text_config()._attn_implementation != NAME or not attachment.modules:
             raise InputError(
@@ -216,6 +222,15 @@ def _attach(model: Any, backend: Backend, allow_dense: bool) -> Attachment:
             for layer, modules in layers.items():
                 for module in modules:
                     module.__dict__[SITE] = Site(attachment, kind, layer)
+        if some is None:
+            for config, before in attachment.implementations:
+                if config._attn_implementation == NAME:
+                    config._attn_implementation_internal = AttachedName(before)
+        else:
+            _restore_implementations(attachment)
+            of_kind = attachment.modules[some[0]]
+            captured = [module for layer in some[1] for module in of_kind[layer]]
+            keep_others(attachment.undo, model, captured, NAME, _before_uncaptured)
     except BaseException:
         _release(attachment)
         raise
@@ -229,9 +244,41 @@ def _release(attachment: Attachment) -> None:
         for modules in layers.values():
             for module in modules:
                 module.__dict__.pop(SITE, None)
+    attachment.undo.close()
+    _restore_implementations(attachment)
+
+
+def _restore_implementations(attachment: Attachment) -> None:
     for config, implementation in attachment.implementations:
         # The public property would set the sub-configs as well, whose implementations may differ.
         config._attn_implementation_internal = implementation
+
+
+def _before_uncaptured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A pre-hook: the module gets the masks that its own attention function takes, and the observer hears of it."""
+    site: Site | None = module.__dict__.get(SITE)
+    if site is not None and site.attachment.observer is not None:
+        observer = site.attachment.observer
+        _check_whole_sequences(_where(module, site))
+        if site.kind == observer.kind and not torch.compiler.is_compiling():
+            observer.pass_by()
+        if site.kind == "self" and observer.kind == "cross":
+            observer.real_queries = _real_queries(args, kwargs)
+    return own_masks(args), own_masks(kwargs)
+
+
+def _real_queries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tokens of a decoder that aren't padding, as the mask of its self-attention has them."""
+    for name, mask in [*enumerate(args), *kwargs.items()]:
+        if isinstance(mask, MaskDescription):
+            return mask.placed().real_queries
+        if isinstance(mask, Tensor) and mask.dim() == 4 and "mask" in str(name):  # one that the user made
+            return describe_tensor(mask, mask.shape[2], mask.shape[3], is_causal=True).real_queries
+    return None
+
+
+def _where(module: nn.Module, site: Site) -> str:
+    return f"attnstats: {type(module).__name__} of layer {site.layer}"
 
 
 def attend(
@@ -260,7 +307,7 @@ def attend(
     if is_recorded_as_torch():
         settings = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         return _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, observer, **settings, **kwargs)
-    where = f"attnstats: {type(module).__name__} of layer {site.layer}"
+    where = _where(module, site)
     _check_whole_sequences(where)
     if isinstance(attention_mask, MaskDescription):
         mask = attention_mask.placed()
@@ -341,14 +388,14 @@ def _check_arguments(where: str, mask: MaskDescription, kwargs: dict[str, Any]) 
     """Raise InputError for what a model passes to its attention function and would silently be ignored."""
     if kwargs.get("output_attentions"):
         raise InputError(NO_MAPS)
+    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
+        raise InputError(f"{where} attends to a paged cache (continuous batching), which cannot be read; use generate")
     for name, argument in kwargs.items():
         if isinstance(argument, (Tensor, float)) and name not in HARMLESS:
             raise InputError(
                 f"{where} passes {name}, which changes its attention in a way that attnstats does not know; detach the "
                 "model and use attn_implementation='eager'"
             )
-    if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
-        raise InputError(f"{where} attends to a paged cache (continuous batching), which cannot be read; use generate")
     packed = kwargs.get("cu_seq_lens_q")
     if packed is not None and mask.segments is None and len(packed) > 2:
         raise InputError(

@@ -60,11 +60,11 @@ def capture(
 ) -> Capturing:
     """Record statistics of a transformers model while it runs, without changing what it computes.
 
-    Inside the `with` the model attends through `attnstats.attention`: its logits are those of its eager path, and
-    `model.generate` works. The run holds the most recent forward pass; with `live=True` it holds all tokens since the
-    sequence began, as one teacher-forced pass over them would; keys that were cached before have columns alone.
-    Afterwards, also after an exception, the model's own attention is back; with gradient checkpointing `backward`
-    belongs inside the `with`.
+    Inside the `with` captured layers attend through `attnstats.attention`, and all others as before: logits are those
+    of the model's eager path, and `model.generate` works. The run holds the most recent forward pass; with `live=True`
+    it holds all tokens since the sequence began, as one teacher-forced pass over them would; keys that were cached
+    before have columns alone. Afterwards, also after an exception, the model's own attention is back; with gradient
+    checkpointing `backward` belongs inside the `with`.
 
     Causal, full, sliding-window and chunked attention, softcaps, sinks, left and right padding, packed rows, dynamic,
     static, sliding, hybrid, offloaded and quantized caches are covered. Distances are those of the position_ids that
@@ -95,9 +95,9 @@ def capture(
         device: where results are kept, such as "cpu"; default: where they are computed.
         stop_after_last_layer: nothing after the last captured layer's attention is computed. The pass is run with
             `run.forward(**inputs)` and has no output. A model whose parameters are sharded (FSDP) runs to its end.
-        allow_dense: compute masks and position biases that have no description in O(T) memory on the whole map,
-            eagerly and with a warning; without it they are an error.
-        backend: as for `attnstats.attention`.
+        allow_dense: compute masks and position biases of captured layers that have no description in O(T) memory on the
+            whole map, eagerly and with a warning; without it they are an error.
+        backend: as for `attnstats.attention`, of captured layers. The others call the model's own attention.
 
     Returns:
         A context manager, to be entered once, that gives a `Capture`: `run["waad"]` (L, B, H, Tq), or (B, Tq) with both
@@ -146,7 +146,7 @@ def capture(
 
 @contextmanager
 def _observing(model: Any, run: Capture, live: bool, backend: Backend, allow_dense: bool) -> Iterator[Capture]:
-    with observed(model, OutsideGraphs(run) if live else run, backend, allow_dense):
+    with observed(model, OutsideGraphs(run) if live else run, run.layers, backend, allow_dense):
         try:
             yield run
         finally:

@@ -58,6 +58,7 @@ class MaskDescription:
         chunks: attention stays within chunks; None: it does not.
         unknown: names of the parts that are not understood; () if the description is complete.
         dense: makes the mask itself, (B, 1, Tq, Tk) bool, where allow_dense=True.
+        own: (the mask that the model's own attention function takes,), for layers that aren't captured; (): not made.
         memo: values derived from the mask that the next layer needs again.
     """
 
@@ -77,6 +78,7 @@ class MaskDescription:
     chunks: Chunks | None = None
     unknown: tuple[str, ...] = ()
     dense: Callable[[], Tensor] | None = None
+    own: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -114,10 +116,16 @@ class MaskDescription:
         return placed
 
     def contiguous(self) -> MaskDescription:
-        return self
+        return self._changed(lambda own: own.contiguous())
 
-    def to(self, *_: Any, **__: Any) -> MaskDescription:
-        return self
+    def to(self, *args: Any, **kwargs: Any) -> MaskDescription:
+        return self._changed(lambda own: own.to(*args, **kwargs))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> MaskDescription:
+        """The same with a change of the model's own mask."""
+        if not any(isinstance(own, Tensor) for own in self.own):
+            return self
+        return replace(self, own=tuple([change(own) for own in self.own]))
 
     def visible(self, rows: Tensor) -> Tensor:
         """(B, len(rows), key_length) bool: the keys that the queries of these indices see."""
@@ -145,7 +153,7 @@ class MaskDescription:
             if rows and rows.step == 1 and self.segments is None and rows.stop == self.query_length:
                 dense, start = self.dense, rows.start
                 return replace(
-                    self,
+                    self._changed(lambda own: own[index]),
                     query_offset=self.query_offset + start,
                     query_length=len(rows),
                     dense=None if dense is None else lambda: dense()[:, :, start:],
@@ -158,8 +166,9 @@ class MaskDescription:
         """Raises: a function of torch got the mask."""
         if getattr(function, "__name__", "") == "scaled_dot_product_attention":
             raise InputError(
-                "attnstats: torch's scaled_dot_product_attention got the mask of an attached model that is attached no "
-                "more; with gradient checkpointing call backward inside the `with`, or before detaching"
+                "attnstats: torch's scaled_dot_product_attention got the mask of a captured or attached model from "
+                "outside; with gradient checkpointing call backward inside the `with`, or before detaching, and give "
+                "another model that shares its config a copy of it"
             )
         raise MaskIsNoTensor(COMPUTED_WITH)
 

@@ -45,6 +45,9 @@ class Observer(Protocol):
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         """The output of a call of its kind."""
 
+    def pass_by(self) -> None:
+        """A module of its kind is called whose attention isn't replaced; not in a graph."""
+
     def end(self, cache: Any) -> None:
         """The forward pass came to its end; not called after an exception."""
 
@@ -67,6 +70,7 @@ class OutsideGraphs:
         self.kind = observer.kind
         self.real_queries: Tensor | None = None  # of cross-attention, which is never live
         self.begin, self.attend = outside(observer.begin), outside(attend)
+        self.pass_by = observer.pass_by
         self.end, self.leave = outside(observer.end), outside(observer.leave)
 
 

@@ -238,11 +238,8 @@ class Capture:
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         """The output of a layer's attention call, which is recorded if the layer is captured."""
         statistics = self._statistics_of.get(layer)
-        if not self._running:
-            # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
-            self._unseen_pass = self._unseen_pass or not _in_backward()
-            return call.attend().output
-        if statistics is None:
+        self.pass_by()
+        if not self._running or statistics is None:
             return call.attend().output
         if layer in self._recorded:
             if self._last_call is not None and self._last_call[0] == layer and self._last_call[1] is call.query:
@@ -274,6 +271,12 @@ class Capture:
                 "stop_after_last_layer=True: the model has no output; call run.forward(**inputs), not model(**inputs)"
             )
         return output
+
+    def pass_by(self) -> None:
+        """A layer is called, captured or not."""
+        if not self._running:
+            # Gradient checkpointing repeats layers in the backward pass, when another pass may be the most recent.
+            self._unseen_pass = self._unseen_pass or not _in_backward()
 
     def end(self, cache: Any) -> None:
         """The forward pass is complete: results become readable."""

@@ -48,8 +48,7 @@ def attention_modules(model: Any) -> dict[AttentionKind, dict[int, list[nn.Modul
     candidates: list[tuple[AttentionKind, int, bool, str, nn.Module]] = []
     for name, module, owner in _with_owners(model):
         layer, knows_layer = getattr(module, "layer_idx", None), True
-        named = ATTENTION_NAME.search(".".join(name.split(".")[-2:])) and isinstance(layer, int)
-        if not (named or ATTENTION_NAME.search(type(module).__name__)):
+        if not is_called_attention(name if isinstance(layer, int) else "", module):
             continue
         if text is not config and owner.config is not text:
             continue
@@ -73,6 +72,11 @@ def attention_modules(model: Any) -> dict[AttentionKind, dict[int, list[nn.Modul
         if not holds_another or (knows_layer and not BLOCK_CLASS.search(type(module).__name__)):
             modules.setdefault(kind, {}).setdefault(layer, []).append(module)
     return {kind: dict(sorted(layers.items())) for kind, layers in modules.items()}
+
+
+def is_called_attention(name: str, module: nn.Module) -> bool:
+    """True if the last parts of its name in the model, or the name of its class, say attention."""
+    return bool(ATTENTION_NAME.search(".".join(name.split(".")[-2:])) or ATTENTION_NAME.search(type(module).__name__))
 
 
 def stacks(model: Any, kind: AttentionKind) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import attnstats
 from attnstats.distributed import SEQUENCE_PARALLEL
 from attnstats.errors import InputError
+from attnstats.transformers.attach import attend
 from attnstats.transformers.capture import capture
 from tests.tiny import (
     HEADS,
@@ -50,7 +51,9 @@ def test_the_old_attention_is_back_also_after_an_exception(llama):
     for implementation in ("sdpa", "eager"):
         llama.set_attn_implementation(implementation)
         with capture(llama, statistics=["waad"]):
-            assert llama.config._attn_implementation == "attnstats"
+            assert [layer.self_attn.config._attn_implementation for layer in llama.model.layers] == [
+                *[implementation] * 2, *["attnstats"] * 3, implementation
+            ]  # fmt: skip
         assert llama.config._attn_implementation == implementation
         with pytest.raises(ZeroDivisionError), capture(llama, statistics=["waad"]):
             raise ZeroDivisionError
@@ -244,9 +247,17 @@ def test_families_without_the_interface_are_refused(family, sizes):
 
 def test_tensors_that_change_attention_in_an_unknown_way_are_refused(llama):
     with capture(llama, statistics=["waad"]):
-        with pytest.raises(ValueError, match="layer 0 passes indices"):
+        with pytest.raises(ValueError, match="layer 2 passes indices"):
             llama(tokens(), indices=torch.zeros(2, LENGTH, 4))
         llama(tokens(), labels=tokens(), num_items_in_batch=torch.tensor(3))
+
+
+def test_a_paged_cache_is_refused_by_name(llama):
+    """generate_batch passes tensors besides, which attnstats does not know either."""
+    cache = type("PagedAttentionCache", (), {})()
+    query = torch.ones(1, 9, 4, 16)
+    with capture(llama, statistics=["waad"]), pytest.raises(InputError, match=r"paged cache .*continuous batching"):
+        attend(llama.model.layers[2].self_attn, query, query, query, None, cache=cache, logits_indices=torch.arange(4))
 
 
 def test_maps_are_not_to_be_had_beside_statistics(llama):
@@ -322,9 +333,11 @@ assert "attnstats" not in sys.modules"""
 def test_a_capture_left_open_lets_go_when_it_is_dropped(llama):
     opened = capture(llama, statistics=["waad"])
     opened.__enter__()
-    assert llama.config._attn_implementation == "attnstats"
+    config = llama.model.layers[2].self_attn.config
+    assert config._attn_implementation == "attnstats"
     del opened
     gc.collect()
+    assert llama.model.layers[2].self_attn.config is llama.config
     assert llama.config._attn_implementation == "sdpa"
 
 
