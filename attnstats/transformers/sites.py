@@ -19,7 +19,7 @@ ATTENTION_NAME = re.compile(r"attention|attn", re.IGNORECASE)
 CROSS_NAME = re.compile(r"cross|encoder_attn|encdecattention|encoder_attention", re.IGNORECASE)
 BLOCK_CLASS = re.compile(r"(Layer|Block)$")
 # Of the types in a config's layer_types: attention with a softmax.
-SOFTMAX_LAYER = re.compile(r"^(?!.*(linear|lightning)).*attention", re.IGNORECASE)
+SOFTMAX_LAYER = re.compile(r"^(?!.*(linear|lightning)).*(attention|sparse)", re.IGNORECASE)
 
 
 def transformers_model(model: Any) -> Any:

@@ -174,6 +174,23 @@ def test_every_family_keeps_its_attention(calls, family, padded):
         verdicts._compare_logits(family, logits, expected, real)
 
 
+def test_layers_that_cannot_be_captured_run_beside_others_that_can(calls):
+    """Every second layer attends to blocks that an indexer chose."""
+    model = families.build("minimax_m3_vl_text")
+    batch = families.inputs("minimax_m3_vl_text", model, padded=True)
+    expected, stock = recorded_in(calls, lambda: model(**batch).logits)
+    with capture(model, statistics=STATISTICS, layers=[2]):
+        logits, actual = recorded_in(calls, lambda: model(**batch).logits)
+    check_calls(stock, actual, attention_modules(model)["self"][2])
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], expected[real], rtol=0, atol=LOGITS_TOLERANCE)
+    with (
+        pytest.raises(InputError, match="layer 1 passes block_indices"),
+        capture(model, statistics=STATISTICS, layers=[1]),
+    ):
+        model(**batch)
+
+
 @pytest.mark.parametrize(("layers", "count"), [("all", 0), ([2, 4], 1)])
 @pytest.mark.parametrize("family", ["llama", "jamba", "gemma3"])
 def test_masks_are_made_once_and_none_where_every_layer_is_captured(monkeypatch, family, layers, count):
