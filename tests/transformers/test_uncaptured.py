@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import attnstats
 from attnstats import FAI, WAAD, Received
 from attnstats.errors import InputError
+from attnstats.transformers import uncaptured
 from attnstats.transformers.capture import capture
 from attnstats.transformers.sites import attention_modules, configs
 from tests import families, verdicts
@@ -419,6 +420,27 @@ def test_masks_of_transformers_are_its_own_again(calls):
     assert before == MASKS
     with torch.no_grad():
         assert torch.equal(other(tokens(), attention_mask=padding("left")).logits, expected)
+
+
+def test_an_interrupt_on_the_way_in_leaves_nothing_behind(monkeypatch):
+    model, before = tiny(), dict(MASKS)
+
+    def interrupted(pairing):
+        pair(pairing)
+        raise KeyboardInterrupt
+
+    pair = uncaptured._pair
+    monkeypatch.setattr(uncaptured, "_pair", interrupted)
+    with pytest.raises(KeyboardInterrupt), capture(model, statistics=STATISTICS):
+        pass
+    assert not uncaptured._PAIRINGS
+    assert MASKS["sdpa"] is before["sdpa"]
+    assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    monkeypatch.undo()
+    with torch.no_grad(), capture(model, statistics=STATISTICS) as run:
+        model(tokens())
+    assert run[WAAD(4)].isfinite().all()
 
 
 def test_a_mask_function_that_is_registered_meanwhile_stays(monkeypatch):
