@@ -1,6 +1,6 @@
 """Small faults put into the source by seed, one at a time: do the tests notice?
 
-    make faults                          draw 220 faults, run the tests that execute each, print the score
+    make faults                          draw 230 faults, run the tests that execute each, print the score
     python -m reliability.faults --areas credit rhythm --seed 1
     python -m reliability.faults --score print the score of all that was run at this commit
 
@@ -78,7 +78,9 @@ AREAS = {
     "segments": Area(("attnstats/segments.py",), 10, ("tests/test_segments.py", "attnstats/segments.py")),
     "statistics": Area(("attnstats/statistics.py", "attnstats/results.py"), 10, SHARED),
     "reference": Area(("attnstats/reference.py",), 10, (*SHARED, "tests/test_ownership.py")),
-    "core": Area(("attnstats/core/*.py",), 15, (*SHARED, *TILED, "tests/test_operators.py")),
+    "core": Area(
+        ("attnstats/core/*.py",), 15, (*SHARED, *TILED, "tests/test_operators.py", "tests/flash/test_providers.py")
+    ),
     "functional": Area(
         ("attnstats/functional.py", "attnstats/_dispatch.py", "attnstats/_operators.py"),
         10,
@@ -89,6 +91,7 @@ AREAS = {
         ("attnstats/tiled/*.py",), 10, (*TILED, *SHARED, "tests/test_features.py", "tests/test_differentiable.py")
     ),
     "triton": Area(("attnstats/triton/*.py", "attnstats/triton/launch/*.py"), 10, (*SHARED, *KERNELS)),
+    "flash": Area(("attnstats/flash/*.py",), 10, ("tests/flash/*.py",)),
     "csrc": Area(("csrc/*",), 55, (*TILED, "tests/core/test_library.py", "tests/core/test_patterns.py")),
     "kernels": Area(("kernels/*.py",), 55, KERNELS),
 }

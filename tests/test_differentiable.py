@@ -216,6 +216,23 @@ def test_a_statistic_alone(backend, asked, where):
     assert found[1].any()
 
 
+def test_queries_far_behind_keys_that_score_very_low(device):
+    """A key that doesn't exist has the score 0, whose A would be inf."""
+
+    def gradients_of(module, dtype, **options):
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, 1, n, 16, generator=generator) * 0.1 for n in (5, 20, 20))
+        query[..., 0], key[..., 0] = 300, -300
+        inputs = [x.to(device, dtype).requires_grad_() for x in (query, key, value)]
+        options |= {"statistics": [WAAD(4)], "differentiable": True, "query_offset": 60}
+        output, stats = module.attention(*inputs, **options)
+        return torch.autograd.grad(output.sum() + stats["waad"].square().sum(), inputs)
+
+    truth, eager = (gradients_of(reference, dtype) for dtype in (torch.float64, torch.float32))
+    for x, y, by_eager in zip(gradients_of(attnstats, torch.float32, backend="triton"), truth, eager, strict=True):
+        assert float((x - y).abs().max()) <= 3 * float((by_eager - y).abs().max())
+
+
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, backend, where):
