@@ -26,7 +26,8 @@ SHARES = {"first": 0.3, "ceilings": 0.03, "correctness": 0.32, "timing": 0.33, "
 EVERY = [name for name in SHARES if name != "first"]
 MINUTES, FIRST_MINUTES = 5.5, 2.0
 GRACE = 15.0  # seconds a part may take over its share before it is ended
-STUCK = 0.4  # of a part's share: what is attempted for longer is ended, and the part goes on without it
+# What is attempted for longer than this share of a part's time, and these seconds, is ended; the part goes on without.
+STUCK, PATIENCE = 0.4, 30.0
 TRIES = 3  # starts of a part whose process died; each leaves out what the last one died of
 POISONED = 75  # exit status of a part that lost its device
 
@@ -140,7 +141,7 @@ def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
     """Yield the part's section so far, repeatedly while it runs, and at its end."""
     from benchmarks.gpu.part import attempted_for, in_flight
 
-    began = time.monotonic()
+    began, patience = time.monotonic(), max(PATIENCE, STUCK * seconds)
     for attempt in range(TRIES):
         left = seconds - (time.monotonic() - began)
         if attempt and left < 5:
@@ -157,7 +158,7 @@ def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
                         ended = process.wait(timeout=1 if smoke else 3)
                     except subprocess.TimeoutExpired:
                         yield _read(file) | {"seconds": time.monotonic() - began}
-                        stuck = not smoke and attempted_for(file) > STUCK * seconds
+                        stuck = not smoke and attempted_for(file) > patience
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -170,7 +171,7 @@ def sections_of(name: str, file: Path, seconds: float, smoke: bool) -> Any:
         attempted = in_flight(file).read_text() if in_flight(file).exists() else ""
         what = f"its process died with status {ended}: {last}"
         if ended is None:
-            what = f"ended after {STUCK * seconds:.0f} s" if stuck else f"ended after {seconds + GRACE:.0f} s"
+            what = f"ended after {patience:.0f} s" if stuck else f"ended after {seconds + GRACE:.0f} s"
         if ended != POISONED:
             section.setdefault("failures", {})[attempted or name] = what[:300]
         if (ended is None and not stuck) or (not attempted and ended != POISONED):

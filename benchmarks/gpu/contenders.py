@@ -294,6 +294,15 @@ def plain_beside(inputs: Inputs) -> Answer:
     return plain_band(inputs._replace(lse=stats.lse))._replace(output=output)
 
 
+def missing(contender: Contender) -> str | None:
+    """Why a contender can't run where its library is not installed, or None."""
+    try:
+        with contender.around():
+            return None
+    except ImportError as error:
+        return f"not installed: {error}"
+
+
 def forget() -> None:
     """Drop what was prepared or compiled for a shape."""
     contenders.dense.cache_clear()

@@ -18,18 +18,17 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
-T = TypeVar("T")
 OUT_OF_MEMORY = "out of memory"
 
 
-class Outcome(NamedTuple, Generic[T]):
+class Outcome(NamedTuple):
     """The result of an attempt: a value, or the reason why there is none."""
 
-    value: T | None
+    value: Any
     failure: str | None = None
 
 
@@ -72,7 +71,7 @@ class Part:
             return True
         return False
 
-    def attempt(self, name: str, call: Callable[..., T], *args: Any) -> Outcome[T]:
+    def attempt(self, name: str, call: Callable[..., Any], *args: Any) -> Outcome:
         """Run `call`; an exception becomes a message. A name that failed before, even by a crash, isn't tried again."""
         failures = self.section["failures"]
         if name in failures:

@@ -98,6 +98,8 @@ def _measure(part: Part, case: Case, inputs: list[Any], share: float, warmed: se
         row = rows[name] = _head(case, name, contender)
         if not contender.runs_on(part.device):
             row["failure"] = "needs CUDA"
+        elif why := contenders.missing(contender):
+            row["failure"] = why
         elif contender.square and case.shape.queries is not None and not case.sequences:
             row["failure"] = "not for decoding"
         elif case.shape.length > contender.longest:
@@ -139,6 +141,7 @@ def _warm_caches(part: Part, pending: list[Case]) -> set[str]:
         for name, contender in members(case, part.device).items()
         if (contender.compiled or (contender.ours and case.shape.length <= 8192))
         and case.shape.length <= contender.longest
+        and not contenders.missing(contender)
     ]
     found = workers.perform_all(__name__, names, WARMING * part.left(), part.smoke)
     for name, answer in found.items():

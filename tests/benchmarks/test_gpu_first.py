@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from attnstats.flash import providers
+from attnstats.triton.configs import Config, candidates
+from benchmarks import compile_report, spills
 from benchmarks.gpu import __main__ as script
 from benchmarks.gpu import contenders, correctness, counters, environment, first, report, sweep, timing, workers
 from benchmarks.gpu.contenders import BESIDE, PROVIDERS
@@ -53,7 +55,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_smoke_runs_all_of_it_with_nothing_installed(tree):
     path = os.pathsep.join(map(str, (tree / "hidden", tree)))
-    command = ["-m", "benchmarks.gpu", "first", "--smoke", "--minutes", "10", "--results", "results"]
+    command = ["-m", "benchmarks.gpu", "first", "--smoke", "--minutes", "30", "--results", "results"]
     told = python(*command, cwd=tree, PYTHONPATH=path, OMP_NUM_THREADS="1", ATTNSTATS_COMMIT="abc123")
     document = json.loads((tree / "results" / "smoke.json").read_text())
     assert list(document["sections"]) == ["first"]
@@ -208,11 +210,17 @@ file.write_text(json.dumps(section))
 
 
 def test_what_hangs_is_ended_and_the_part_goes_on_without_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "STUCK", 0.01)
+    monkeypatch.setattr(script, "PATIENCE", 1.0)
+    monkeypatch.setattr(script, "STUCK", 0.005)
     monkeypatch.setattr(script, "_command", lambda name, file, *_: [sys.executable, "-c", HANGS, str(file)])
     section = list(script.sections_of("first", tmp_path / "section.json", 100.0, smoke=False))[-1]
     assert section["finished"]
     assert section["failures"] == {"repeat: band": "ended after 1 s"}
+
+
+def test_compiling_a_kernel_is_not_taken_for_hanging():
+    assert script.PATIENCE > script.GRACE  # of a short part, as the ceilings are
+    assert script.STUCK * 60 * script.FIRST_MINUTES > script.PATIENCE
 
 
 def test_starting_python_counts_as_time_of_a_part(monkeypatch, tmp_path):
@@ -293,6 +301,22 @@ def test_a_provider_that_cannot_run_is_left_out_and_a_wrong_one_fails(monkeypatc
         monkeypatch.setattr(providers, "CPU", right._replace(forward=forward))
         with pytest.raises(error, match=r"WAAD|no kernel image"):
             first._provider(right.name, smoke=True)
+
+
+def test_what_is_not_installed_is_a_row_and_no_failure(part, monkeypatch):
+    def absent(name: str) -> None:
+        raise ImportError(f"No module named {name}")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", absent, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None, raising=False)
+    name = "FlashAttention 3"
+    members = {n: contenders.CONTENDERS[n] for n in (name, name + BESIDE)}
+    monkeypatch.setattr(timing, "members", lambda case, device: members)
+    monkeypatch.setattr(timing, "truth_of", lambda case, inputs: None)
+    monkeypatch.setattr(Part, "synchronize", lambda self: None)
+    rows = timing._measure(part, first._timed(smoke=False), [None], 1.0, set())
+    assert [row["failure"] for row in rows] == ["not installed: No module named FA3"] * 2
+    assert part.section["failures"] == {}
 
 
 # Nsight Compute
@@ -406,8 +430,32 @@ def test_the_sweep_has_time_for_candidates_free_of_spills_alone(monkeypatch, tmp
     monkeypatch.setattr(sweep, "CANDIDATES", tmp_path / "candidates.json")
     monkeypatch.setattr(sweep, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(sweep, "shared_memory", lambda device: 232448)
-    assert sweep.free_of_spills(job) == every
+    assert sweep.free_of_spills(job) == every  # nothing is known yet
     sweep.CANDIDATES.write_text(json.dumps({"sm_90": {job.name: known}}))
     assert sweep.free_of_spills(job) == every[:1]
     monkeypatch.setattr(sweep, "architecture", lambda device: "sm_80")
     assert sweep.free_of_spills(job) == every
+
+
+def test_what_is_recorded_of_candidates_is_of_jobs_that_there_are():
+    jobs = {job.name: job for job in sweep.jobs(smoke=False)}
+    for by_job in sweep.record().values():
+        for name, known in by_job.items():
+            assert set(known) <= {sweep.text_of(config) for config in sweep.candidates(jobs[name], smoke=False)}
+    requests = {spills.REQUESTS.get((job.kernel, job.asked)) for job in jobs.values()}
+    assert requests - {None} == set(spills.REQUESTS.values()) <= set(compile_report.REQUESTS)
+
+
+def test_a_candidate_is_compiled_as_the_sweep_launches_it(monkeypatch):
+    launched: list[Any] = []
+
+    def compiled_case(case: Any) -> list[dict[str, Any]]:
+        launched.append((case.name, next(candidates("forward", CPU, torch.bfloat16, case.dim))))
+        sizes = {"spilled_bytes": 8, "shared_bytes": 98304}
+        return [{"kernel": "column"} | sizes, {"kernel": "forward"} | sizes | {"spilled_bytes": 0}]
+
+    monkeypatch.setattr(spills, "compiled_case", compiled_case)
+    job, config = sweep.jobs(smoke=False)[0], Config(128, 64, 8, 2)
+    found = spills.compiled("sm_90", "attention + WAAD + FAI", job, config)
+    assert found == {"spilled": 0, "shared": 98304}
+    assert launched == [("sm_90 D128 bfloat16 causal: attention + WAAD + FAI", config)]
