@@ -114,9 +114,17 @@ def test_a_mask_of_the_models_own_is_named_and_can_be_made():
     assert torch.equal(found.dense()[:, 0], truth(function, torch.arange(T), torch.arange(T)))
 
 
-def test_a_misread_mask_is_an_error():
+MISREAD = {
+    "a window": lambda query, key: key + 5 >= query,
+    "the first query": lambda query, key: query > 0,
+    "the last query": lambda query, key: query < T - 1,
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_a_misread_mask_is_an_error(name):
     def causal_mask_function(batch_idx, head_idx, q_idx, kv_idx):  # the name means another mask in this version
-        return (kv_idx <= q_idx) & (kv_idx + 5 >= q_idx)
+        return (kv_idx <= q_idx) & MISREAD[name](q_idx, kv_idx)
 
     causal_mask_function.__qualname__ = "causal_mask_function"
     with pytest.raises(RuntimeError, match="misread the attention mask causal_mask_function"):
