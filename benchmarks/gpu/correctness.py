@@ -2,7 +2,7 @@
 
     case      every kernel, dtype and feature against float64, by the comparison and the tolerances of tests/cases.py
     gradients the backward kernels, likewise
-    repeat    every shipped configuration a thousand times on a small shape, bitwise, while other work is in flight
+    repeat    every shipped configuration 300 times, bitwise, while other work is in flight
     memory    what a call allocates doubles with the length
     graph     a call captured into a CUDA graph replays to the same bits
     sanitizer compute-sanitizer's memcheck and racecheck on small shapes, where it is installed
@@ -68,7 +68,7 @@ TRAINED = {  # and the features whose gradients are checked
     "float32": ("causal",),
 }
 REPEATED = {"bfloat16": (64, 128, 256), "float32": (64, 128, 256), "float16": (128,)}
-REPEATS = 1000
+REPEATS, REPEATED_LENGTH = 300, 1333  # enough blocks for many programs of many iterations
 PASSES: dict[str, tuple[Any, ...]] = {
     "forward": (),
     "decode": (WAAD(10), FAI(10, 100), Entropy()),
@@ -163,7 +163,7 @@ def _check(case: Case, smoke: bool, from_lse: bool) -> None:
 def repeat(way: str, dtype: str, dim: int, smoke: bool, repeats: int) -> None:
     """The same bits every time, while a second stream keeps the processors busy."""
     device = device_of(smoke)
-    length = 20 if smoke else LENGTH
+    length = 20 if smoke else REPEATED_LENGTH
     sizes = (1, 70 if smoke else 2500) if way == "decode" else (length, length)
     case = Case(1, *((1, 2) if smoke else (2, 4)), *sizes, dim, dim, dtype)
     call = functools.partial(_tensors, way, case.tensors(device))

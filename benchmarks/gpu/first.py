@@ -26,11 +26,10 @@ from attnstats.flash import providers
 from benchmarks.contenders import STATISTICS
 from benchmarks.gpu import ceilings, correctness, counters, end_to_end, timing, workers
 from benchmarks.gpu.contenders import PROVIDERS, alone
-from benchmarks.gpu.correctness import LENGTH, repeat
+from benchmarks.gpu.correctness import LENGTH, REPEATS, repeat
 from benchmarks.gpu.part import Part, device_of, message_of
 from tests.cases import Case, check, check_gradients
 
-REPEATS = 300
 WAYS = ("forward and band", "band from lse", "column from lse", "backward")  # of correctness.PASSES
 REPEATED = tuple(itertools.product((128, 64, 256), WAYS))
 KINDS = (1, 4, 9, 12)  # of tests.cases.EVERY: rows and columns, of a band and whole
@@ -60,6 +59,8 @@ def run(part: Part) -> None:
         done[name] = round(time.monotonic() - began, 1)
         part.save()
         print(f"  {name}: {_in_a_line(name, part.section)}, {done[name]:.0f} s", flush=True)
+    if failed := [name for name in STEPS if name in part.section["failures"]]:
+        raise RuntimeError(f"steps that raised: {', '.join(failed)}")
 
 
 def _in_a_line(name: str, section: dict[str, Any]) -> str:
