@@ -47,6 +47,9 @@ HARMLESS = frozenset({
     "num_items_in_batch", "position_ids", "token_type_ids",
 })  # fmt: skip
 
+# A model's own attention by transformers' name, and the provider of the backend "flash" that is the same kernel.
+KERNELS = {f"flash_attention_{n}": f"FlashAttention {n}" for n in (2, 3, 4)}
+
 HOW_TO = (
     "its eager attention with output_attentions=True still gives its maps, and attnstats.statistics_from_lse takes the "
     "query, key and lse of any attention of your own"
@@ -60,6 +63,7 @@ class Attachment:
     Attributes:
         modules: by kind and layer, the modules that may attend there.
         implementations: each config with the attention implementation that it named before.
+        prefers: the provider of the backend "flash" that is the model's own kernel; "": none is.
         undo: undoes what was changed so that some layers alone attend through attnstats.
     """
 
@@ -67,6 +71,7 @@ class Attachment:
     allow_dense: bool
     modules: dict[AttentionKind, dict[int, list[nn.Module]]] = field(default_factory=dict)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
+    prefers: str = ""
     undo: ExitStack = field(default_factory=ExitStack)
     observer: Observer | None = None
 
@@ -203,6 +208,7 @@ def _attach(
     AttentionMaskInterface.register(NAME, describe_mask)
     attachment = Attachment(backend, allow_dense)
     attachment.implementations = [(config, config._attn_implementation) for config in configs(model)]
+    attachment.prefers = KERNELS.get(str(model.config.get_text_config()._attn_implementation), "")
     name = type(model).__name__
     shared = [config for other in _ATTACHMENTS for config, _ in other.implementations]
     if any(config is other for config, _ in attachment.implementations for other in shared):
@@ -326,7 +332,14 @@ def attend(
     query, key, value = as_autocast(query, key, value)
     if site.kind == "self" and observer is not None and observer.kind == "cross":
         observer.real_queries = mask.real_queries
-    options = Options(scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout, backend=attachment.backend)
+    options = Options(
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        backend=attachment.backend,
+        prefers=attachment.prefers,
+    )
     call = AttentionCall(
         where,
         query,

@@ -16,9 +16,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import attnstats
+from attnstats import _dispatch
 from attnstats.distributed import SEQUENCE_PARALLEL
 from attnstats.errors import InputError
-from attnstats.transformers.attach import attend
+from attnstats.transformers.attach import KERNELS, attend
 from attnstats.transformers.capture import capture
 from tests.tiny import (
     HEADS,
@@ -412,6 +413,22 @@ def test_a_group_that_asserts_that_it_is_there(llama, monkeypatch):
     with capture(llama, statistics=["waad"]) as run:
         llama(tokens())
     assert run["waad"].isfinite().all()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_captured_layer_keeps_the_kernel_that_the_model_had(llama, whole, monkeypatch):
+    """Where the backend "flash" has it; that it runs there is tested in tests/flash."""
+    monkeypatch.setitem(KERNELS, "sdpa", "the model's own")
+    preferred, choose = [], _dispatch.choose
+    monkeypatch.setattr(_dispatch, "choose", lambda name, facts: preferred.append(facts.prefers) or choose(name, facts))
+    if whole:
+        attnstats.attach(llama)
+        llama(tokens())
+        attnstats.detach(llama)
+    else:
+        with capture(llama, statistics=["waad"], layers=[1]):
+            llama(tokens())
+    assert preferred == ["the model's own"] * (SIZES["num_hidden_layers"] if whole else 1)
 
 
 def test_context_parallel_is_refused(llama, one_rank):
