@@ -33,6 +33,7 @@ from tests.cases import Case, check, check_gradients
 WAYS = ("forward and band", "band from lse", "column from lse", "backward")  # of correctness.PASSES
 REPEATED = tuple(itertools.product((128, 64, 256), WAYS))
 KINDS = (1, 4, 9, 12)  # of tests.cases.EVERY: rows and columns, of a band and whole
+PACKED = (providers.FLASH_2.name, providers.FLASH_3.name, providers.FLASH_4.name)  # that take packed sequences
 WARM = "warm: "  # before the names of tasks that only fill the caches
 
 
@@ -88,8 +89,13 @@ def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
     model = end_to_end.Case("tiny", 20, None, True) if smoke else end_to_end.Case("Qwen3-4B", 1000, 4, True)
     found["capture: a small model"] = functools.partial(end_to_end.check_capture, model, device)
     found["compile: torch.compile"] = functools.partial(_compiled, smoke)
-    mine = [name for name, provider in PROVIDERS.items() if provider.device == device.type]
-    found |= {f"provider: {name}": functools.partial(_provider, name, smoke) for name in mine}
+    for name in (name for name, provider in PROVIDERS.items() if provider.device == device.type):
+        # Memory-efficient attention is for float32, and has no groups of heads.
+        changes = {"dtype": "float32", "key_heads": 4, "group": 1} if name == providers.EFFICIENT.name else {}
+        found[f"provider: {name}"] = functools.partial(_provider, name, _sized(smoke, 128, **changes), device)
+        if name in PACKED:
+            packed = _cases(smoke)["packed"]
+            found[f"provider: {name}, packed"] = functools.partial(_provider, name, packed, device)
     if not smoke:
         ours = (n for n, c in timing.members(_timed(smoke), device).items() if c.ours and not c.device)
         found |= {WARM + n: functools.partial(timing.perform, f"{_timed(smoke).name}: {n}", smoke) for n in ours}
@@ -156,12 +162,8 @@ def _compiled(smoke: bool) -> None:
         assert torch.equal(mine, right), "torch.compile changes bits"
 
 
-def _provider(name: str, smoke: bool) -> dict[str, Any] | None:
+def _provider(name: str, case: Case, device: torch.device) -> dict[str, Any] | None:
     """The backend flash with one provider. One that isn't installed, or refuses the call, is left out and not wrong."""
-    device = device_of(smoke)
-    # Memory-efficient attention is for float32, and has no groups of heads.
-    changes = {"dtype": "float32", "key_heads": 4, "group": 1} if name == providers.EFFICIENT.name else {}
-    case = _sized(smoke, 128, **changes)
     try:
         with alone(name):
             check(case, "flash", device)

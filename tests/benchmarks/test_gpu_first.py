@@ -88,7 +88,8 @@ def test_on_a_gpu_it_checks_twelve_cases_and_every_provider():
     names = [name for name in first.tasks(smoke=False) if not name.startswith(first.WARM)]
     asked = [name for name in names if not name.startswith("provider")]
     assert len(asked) == 12
-    assert set(names) - set(asked) == {f"provider: {name}" for name in PROVIDERS if name != providers.CPU.name}
+    told = {f"provider: {name}" for name in PROVIDERS if name != providers.CPU.name}
+    assert set(names) - set(asked) == told | {f"provider: {name}, packed" for name in first.PACKED}
     # Kernels that are timed or repeated later are compiled beside the checks.
     warmed = [name for name in first.tasks(smoke=False) if name.startswith(first.WARM)]
     assert len(warmed) == len(first.REPEATED) + 5
@@ -286,8 +287,9 @@ def test_a_provider_is_alone_and_its_implementation_active_for_its_calls_only(mo
 
 
 def test_a_provider_that_cannot_run_is_left_out_and_a_wrong_one_fails(monkeypatch):
-    assert "left_out" in first._provider(contenders.CUDNN, smoke=True)
-    assert first._provider(providers.CPU.name, smoke=True) is None
+    case = first._sized(smoke=True, dim=16)
+    assert "left_out" in first._provider(contenders.CUDNN, case, CPU)
+    assert first._provider(providers.CPU.name, case, CPU) is None
 
     right = providers.CPU
 
@@ -302,7 +304,7 @@ def test_a_provider_that_cannot_run_is_left_out_and_a_wrong_one_fails(monkeypatc
     for forward, error in ((shifted, AssertionError), (broken, RuntimeError)):
         monkeypatch.setattr(providers, "CPU", right._replace(forward=forward))
         with pytest.raises(error, match=r"WAAD|no kernel image"):
-            first._provider(right.name, smoke=True)
+            first._provider(right.name, case, CPU)
 
 
 def test_what_is_not_installed_is_a_row_and_no_failure(part, monkeypatch):
