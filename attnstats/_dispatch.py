@@ -175,13 +175,13 @@ def _choose(name: str, geometry: Geometry, attends: bool) -> tuple[ModuleType, s
             return _computing(tiled, geometry), unavailable
         reason = flash.better_fused(geometry) or flash.unavailable(geometry) if attends else "from an lse"
         if reason is None:
-            return _computing(flash, geometry), flash.reason(geometry)
+            return _computing(flash, geometry), flash.choice(geometry)
         return _computing(triton, geometry), f"GPU tensors; {reason}"
     if name == "flash" and attends:
         reason = flash.unavailable(geometry)
         if reason:
             raise ValueError(f"backend='flash': {reason}; backend={'tiled' if unavailable else 'triton'!r} would work")
-        return _computing(flash, geometry), f"as asked; {flash.reason(geometry)}"
+        return _computing(flash, geometry), f"as asked; {flash.choice(geometry)}"
     if unavailable:
         raise ValueError(f"backend={name!r}: {unavailable}; backend='tiled' would work")
     return _computing(flash if name == "flash" else triton, geometry), "as asked"

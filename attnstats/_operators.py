@@ -26,8 +26,6 @@ from attnstats.core.options import Options, is_packed
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic, resolve
 
-NO_HEADS = "null"  # the heads of a call, as core.wire writes them, that names none
-
 # Every plain call asks, so these are looked up once.
 _in_dynamo = torch.compiler.is_dynamo_compiling
 _is_batched, _modes = torch._C._functorch.is_batchedtensor, torch._C._len_torch_dispatch_stack
@@ -236,8 +234,9 @@ def _attention_backward(
         output, grad_output = arguments.batch_of_one(output=output, grad_output=grad_output)
         lse, pivot, factor, *values = (x[None] for x in (lse, pivot, factor, *values))
         grads = [None if x is None else x[None] for x in grads]
-    pairs = zip(_statistics(options), values, grads, strict=True)
-    of_statistics = {s: (x, grad) for s, x, grad in pairs if grad is not None}
+    # Statistics that carry none are named all the same: the backend depends on them.
+    statistics = _statistics(options) if options.differentiable else ()
+    of_statistics = {s: (x, grad) for s, x, grad in zip(statistics, values, grads, strict=True) if grad is not None}
     residuals = Residuals(query, key, value, output, lse, pivot, factor)
     gradients = _dispatch.gradients(residuals, grad_output, of_statistics, options)
     if is_packed(options):
@@ -273,7 +272,7 @@ def _backward(
     tensors, values = rest[: len(wire.TENSORS)], rest[len(wire.TENSORS) :]
     options: Any = ctx.options._replace(**dict(zip(wire.TENSORS, tensors, strict=True)))
     if not options.differentiable:
-        options, grads = options._replace(statistics="[]", heads=NO_HEADS), []
+        grads = []
     if grad_output is None:
         grad_output = torch.zeros_like(out)
     operator = torch.ops.attnstats.attention_backward

@@ -8,6 +8,7 @@ then it is that of `triton`, which needs no more than the lse of inputs in 16 bi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -43,17 +44,17 @@ def unavailable(geometry: Geometry) -> str | None:
     if geometry.differentiable and needs_pivot(geometry.dtype):
         return f"gradients of statistics of {geometry.dtype} need more than a rounded lse"
     if _choose(geometry) is None:
-        reasons = [f"{each.name}: {reason}" for each, reason in _refusals(geometry)]
+        reasons = [f"{each.name}: {why}" for each, why in _refusals(geometry)]
         return "; ".join(reasons) or f"no attention kernel is left by {providers.LEFT_OUT}"
     return None
 
 
 def better_fused(geometry: Geometry) -> str | None:
     """The reason why `triton` is to be preferred where the choice is free, or None."""
-    if geometry.prefers:
-        return None
     if geometry.query_length <= MAX_DECODED and geometry.packing is None:
         return "few queries, whose keys are split in the same way whatever the batch"
+    if geometry.prefers:
+        return None
     for s in geometry.statistics:
         if s.axis == "row" and (s.method == "row" or (s.method == "weight" and not s.is_banded)):
             return f"{s} comes out of the same pass"
@@ -68,13 +69,10 @@ def provider_of(geometry: Geometry) -> Provider:
     return chosen
 
 
-def reason(geometry: Geometry) -> str:
+def choice(geometry: Geometry) -> str:
     """The provider, and why none before it was taken."""
-    chosen = provider_of(geometry)
-    before = []
-    for each, why in _refusals(geometry):
-        before.append(f"not {each.name}: {why}")
-    return "; ".join([chosen.name, *before])
+    before = (f"not {each.name}: {why}" for each, why in _refusals(geometry))
+    return "; ".join([provider_of(geometry).name, *before])
 
 
 def _choose(geometry: Geometry) -> Provider | None:
@@ -107,17 +105,20 @@ def _candidates(geometry: Geometry) -> Iterator[Provider]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
     """Output, lse and statistics. Gradients go through the output and, if differentiable, through the statistics."""
-    return differentiable_pass(query, key, value, geometry, _attend, gradients)
+    provider = provider_of(geometry)  # of both passes, whatever is chosen by the time of the backward pass
+    forward, backward = functools.partial(_attend, provider), functools.partial(_gradients, provider)
+    return differentiable_pass(query, key, value, geometry, forward, backward)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
-    output, lse = _attention(query, key, value, geometry)
+def _attend(provider: Provider, query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
+    output, lse = _attention(provider, query, key, value, geometry)
     return Evaluation(output, lse, from_lse(query, key, lse, geometry) if geometry.statistics else {})
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def _attention(
+    provider: Provider, query: Tensor, key: Tensor, value: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
     """Output, and lse with the sinks."""
-    provider = provider_of(geometry)
     output, lse = _run(provider, provider.forward, query, key, value, without_sinks(geometry))
     expected = (*query.shape[:3], geometry.value_dim), tuple(query.shape[:3])
     if (tuple(output.shape), tuple(lse.shape)) != expected:
@@ -164,7 +165,7 @@ def _run(provider: Provider, step: Any, *arguments: Any) -> Any:
         return step(*arguments)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except Exception as error:
         raise RuntimeError(f"attnstats: {provider.name} failed: {error}; {_others()}") from error
 
 
@@ -176,9 +177,18 @@ def gradients(
     residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
+    return _gradients(provider_of(geometry), residuals, grad_output, geometry, of_statistics)
+
+
+def _gradients(
+    provider: Provider,
+    residuals: Residuals,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_statistics: GradientsByStatistic,
+) -> Gradients:
     if of_statistics:
         return triton.gradients(residuals, grad_output, geometry, of_statistics)
-    provider = provider_of(geometry)
     grads = _run(provider, provider.backward, residuals, grad_output, without_sinks(geometry))
     grad_query, grad_key, grad_value = grads
     if geometry.packing is not None:

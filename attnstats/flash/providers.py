@@ -57,9 +57,21 @@ class Provider(NamedTuple):
 LEFT_OUT = "ATTNSTATS_WITHOUT"  # an environment variable: providers that are not used, by name, separated by commas
 
 
+# torch's own switches of its kernels, by the call that turns each off.
+_SWITCHES = {
+    "enable_flash_sdp": torch.backends.cuda.flash_sdp_enabled,
+    "enable_cudnn_sdp": torch.backends.cuda.cudnn_sdp_enabled,
+    "enable_mem_efficient_sdp": torch.backends.cuda.mem_efficient_sdp_enabled,
+}
+
+
+def _turned_off(switch: str) -> str | None:
+    return None if _SWITCHES[switch]() else f"torch.backends.cuda.{switch}(False)"
+
+
 def settings() -> tuple[object, ...]:
     """What a choice depends on beside the call: no choice is remembered when it changes."""
-    return os.environ.get(LEFT_OUT, ""), _active(), _deterministic()
+    return os.environ.get(LEFT_OUT, ""), _active(), _deterministic(), *(enabled() for enabled in _SWITCHES.values())
 
 
 # Common to all of them.
@@ -96,11 +108,15 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _sequences(geometry: Geometry) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """cu_seqlens and the longest sequence of queries and of keys."""
+    """cu_seqlens and the longest sequence of queries and of keys. Unread ones are made to lie in the tensors."""
     packing = geometry.packing
     if packing is None:
         return None, None, geometry.query_length, geometry.key_length
-    return packing.queries, packing.keys, packing.max_queries, packing.max_keys
+    queries, keys = packing.queries, packing.keys
+    if packing.believed:
+        queries = queries.clamp(0, geometry.query_length).cummax(0).values
+        keys = keys.clamp(0, geometry.key_length).cummax(0).values
+    return queries, keys, packing.max_queries, packing.max_keys
 
 
 # FlashAttention 2, 3 and 4: one operator of torch, whose implementation users activate, or the packages. Packed tensors
@@ -121,14 +137,16 @@ def _active() -> str | None:
 
 @functools.cache
 def _package(name: str) -> ModuleType | None:
+    """None where it isn't installed, or not so that it could be imported: nobody has asked for it."""
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except Exception:
         return None
 
 
 def _flash_2(geometry: Geometry, architecture: str) -> Iterator[str | None]:
     yield None if hasattr(torch.ops.aten, "_flash_attention_forward") else "not in this torch"
+    yield _turned_off("enable_flash_sdp")
     yield f"torch runs {_active()}" if _active() not in (None, "FA2") else None
     yield architecture if _major(architecture) < 8 else None
     yield from _flash(geometry)
@@ -147,6 +165,7 @@ def _flash_3(geometry: Geometry, architecture: str) -> Iterator[str | None]:
     yield from _flash(geometry)
     yield f"softcap={geometry.softcap}" if geometry.softcap is not None and _active() == "FA3" else None
     yield from _one_dim(geometry, 256)
+    yield "torch.use_deterministic_algorithms" if _deterministic() and geometry.head_dim > 192 else None
 
 
 def _flash_4(geometry: Geometry, architecture: str) -> Iterator[str | None]:
@@ -316,6 +335,7 @@ def _deterministic() -> bool:
 
 def _cudnn(geometry: Geometry, architecture: str) -> Iterator[str | None]:
     version = _cudnn_version()
+    yield _turned_off("enable_cudnn_sdp")
     yield f"version {version}, before {CUDNN}" if version < CUDNN else None
     yield architecture if _major(architecture) not in (9, 10) else None  # where torch prefers it, too
     yield from _no_mask(geometry)
@@ -375,6 +395,7 @@ def _cudnn_backward(residuals: Residuals, grad_output: Tensor, geometry: Geometr
 
 
 def _efficient(geometry: Geometry, architecture: str) -> Iterator[str | None]:
+    yield _turned_off("enable_mem_efficient_sdp")
     yield architecture if _major(architecture) < 8 else None
     yield from _no_mask(geometry)
     yield f"{geometry.dtype}, for which others are faster" if geometry.dtype != torch.float32 else None

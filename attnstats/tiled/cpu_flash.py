@@ -10,7 +10,7 @@ from attnstats.core.geometry import Geometry, divisor_of
 from attnstats.core.scores import with_sinks
 from attnstats.tiled import band, sweep
 
-NARROW = 4  # a band of more than so many parts of the keys costs more than a sweep over all
+NARROW = 4  # a band wider than one in so many keys costs more than a sweep over all of them
 
 
 def takes(geometry: Geometry) -> bool:

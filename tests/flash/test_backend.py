@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnstats
-from attnstats import FAI, LSE, WAAD, Entropy, LocalMass, MaxLogit, Received, SinkMass, reference
+from attnstats import FAI, LSE, WAAD, Entropy, LocalMass, MaxLogit, Received, SinkMass, _dispatch, reference
 from attnstats.core import arguments
 from attnstats.flash import backend, providers
 from attnstats.triton import configs
@@ -128,6 +128,47 @@ def test_a_provider_that_fails_is_named(monkeypatch):
         ValueError, match="backend='flash': no attention kernel is left by ATTNSTATS_WITHOUT; backend='tri"
     ):
         attnstats.attention(*tensors, statistics=["waad"], backend="flash")
+
+
+def test_the_backward_pass_is_that_of_the_kernel_which_ran(monkeypatch):
+    query, key, value = (x.requires_grad_() for x in Case(group=1).tensors())
+    output, _ = attnstats.attention(query, key, value, statistics=["waad"], backend="flash")
+    monkeypatch.setenv("ATTNSTATS_WITHOUT", providers.CPU.name)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(output.sum(), (query, key, value)))
+
+
+@pytest.mark.parametrize("error", [AssertionError("sm_70"), TypeError("return_lse"), NotImplementedError("D")])
+def test_whatever_a_provider_raises_comes_with_its_name(error, monkeypatch):
+    def forward(*_):
+        raise error
+
+    with pytest.raises(RuntimeError, match=f"a broken build failed: {error}; choose backend='triton'"):
+        attnstats.attention(*replaced(monkeypatch, forward), backend="flash")
+
+
+@pytest.mark.parametrize("asked", [[], [Entropy()], [WAAD(), Entropy()]], ids=str)
+def test_a_traced_call_takes_the_same_backends(asked, monkeypatch):
+    """On a GPU, where the choice depends on what is asked for; here with the tensors of a CPU."""
+    chosen, choose = [], _dispatch.choose
+
+    def noted(name, geometry, attends=True):
+        chosen.append(geometry.statistics)
+        return choose(name, geometry, attends)
+
+    monkeypatch.setattr(_dispatch, "choose", noted)
+    query, key, value = (x.requires_grad_() for x in Case(group=1).tensors())
+
+    def call():
+        output, _ = attnstats.attention(query, key, value, statistics=asked, backend="triton")
+        return torch.autograd.grad(output.square().sum(), (query, key, value))
+
+    plain = call()
+    traced = torch.compile(
+        lambda: attnstats.attention(query, key, value, statistics=asked, backend="triton")[0], backend="aot_eager"
+    )
+    grads = torch.autograd.grad(traced().square().sum(), (query, key, value))
+    assert set(chosen) == {tuple(asked)}
+    assert all(torch.equal(x, y) for x, y in zip(plain, grads, strict=True))
 
 
 def test_out_of_memory_stays_what_it_is(monkeypatch):

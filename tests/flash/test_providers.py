@@ -171,6 +171,42 @@ def test_a_kernel_that_a_model_had_outranks_the_fastest():
         assert (plan.backend, plan.reason) == ("flash", FLASH_2.name)
 
 
+def test_torchs_switches_are_heeded():
+    tensors = fake(8192, 8192, 32, 8, 128, batch=1)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with configs.targeting("sm_90"):
+            reason = attnstats.explain(*tensors, statistics=["waad"], enable_gqa=True).reason
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert reason.startswith("FlashAttention 2; ")
+    assert "not cuDNN: torch.backends.cuda.enable_cudnn_sdp(False)" in reason
+
+
+def test_a_package_that_cannot_be_imported_is_not_installed(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn_interface.py").write_text("raise AttributeError('another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    providers._package.cache_clear()
+    try:
+        with configs.targeting("sm_90"):
+            reason = attnstats.explain(*fake(128, 128), statistics=["waad"], enable_gqa=True).reason
+    finally:
+        providers._package.cache_clear()
+    assert "not FlashAttention 3: not installed" in reason
+
+
+def test_boundaries_that_nobody_read_stay_inside_the_tensors():
+    query, key, value = (torch.zeros(1, n, 20, 16, dtype=HALF) for n in (4, 2, 2))
+    boundaries = torch.tensor([0, 9, 7, 99], dtype=torch.int32)
+    for believed, expected in ((True, [0, 9, 9, 20]), (False, [0, 9, 7, 99])):
+        facts = dataclasses.replace(
+            geometry_of(query, key, value), packing=Packing(boundaries, boundaries, 12, 12, believed), memo={}
+        )
+        for x in providers._sequences(facts)[:2]:
+            assert x.tolist() == expected
+            assert x.dtype == torch.int32
+
+
 def test_cudnn_is_left_where_bits_must_repeat():
     tensors = fake(8192, 8192, 32, 8, 128, batch=1)
     torch.use_deterministic_algorithms(True)
