@@ -171,6 +171,19 @@ def test_a_kernel_that_a_model_had_outranks_the_fastest():
         assert (plan.backend, plan.reason) == ("flash", FLASH_2.name)
 
 
+@pytest.mark.parametrize(("dim", "taken"), [(192, True), (256, False)])
+def test_flash_3_has_no_deterministic_backward_of_wide_heads(dim, taken, monkeypatch):
+    monkeypatch.setattr(providers, "_active", lambda: "FA3")
+    facts = geometry_of(*fake(dim=dim))
+    assert FLASH_3.reason_against(facts, "sm_90") is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        reason = FLASH_3.reason_against(facts, "sm_90")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert reason == (None if taken else "torch.use_deterministic_algorithms")
+
+
 def test_torchs_switches_are_heeded():
     tensors = fake(8192, 8192, 32, 8, 128, batch=1)
     torch.backends.cuda.enable_cudnn_sdp(False)
