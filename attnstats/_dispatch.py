@@ -145,7 +145,8 @@ def _autograd() -> Iterator[None]:
 
 def choose(name: str, geometry: Geometry, attends: bool = True) -> ModuleType:
     """The backend that does the work of `attend`, or of `from_lse`. Raises ValueError for a call that it can't take."""
-    key = "backend", name, attends, settings() if name == "flash" or geometry.device.type != "cpu" else None
+    on_provider = name == "flash" or (name == "auto" and geometry.device.type != "cpu")
+    key = "backend", name, attends, settings() if on_provider else None
     chosen = geometry.memo.get(key)
     if chosen is None:
         chosen = geometry.memo[key] = _choose(name, geometry, attends)[0]
@@ -178,7 +179,7 @@ def _choose(name: str, geometry: Geometry, attends: bool) -> tuple[ModuleType, s
             return _computing(flash, geometry), flash.choice(geometry)
         return _computing(triton, geometry), f"GPU tensors; {reason}"
     if name == "flash" and attends:
-        reason = flash.unavailable(geometry)
+        reason = unavailable or flash.unavailable(geometry)
         if reason:
             raise ValueError(f"backend='flash': {reason}; backend={'tiled' if unavailable else 'triton'!r} would work")
         return _computing(flash, geometry), f"as asked; {flash.choice(geometry)}"

@@ -215,8 +215,9 @@ static void cap(const Tile& tile, float softcap) {
         }
 }
 
-// NaN stays, as it must in the largest of a row.
-static inline Float larger_of(Float x, Float y) { return (x >= y) | (x != x) ? x : y; }
+// Of numbers or vectors. NaN stays, as it must in the largest of a row.
+template <typename T>
+static inline T larger_of(T x, T y) { return (x >= y) | (x != x) ? x : y; }
 
 // Vectors of a row are reduced to one number when all of its tiles are done: in each tile that would take longer than the
 // comparisons.
@@ -231,7 +232,7 @@ static void take_maximum(const Tile& tile, float* maxima) {
 
 static double largest(const float* part) {
     float found = part[0];
-    for (int i = 1; i < LANES; ++i) found = (found >= part[i]) | (found != found) ? found : part[i];
+    for (int i = 1; i < LANES; ++i) found = larger_of(found, part[i]);
     return found;
 }
 

@@ -38,6 +38,14 @@ def with_sinks(lse: Tensor, sinks: Tensor) -> Tensor:
     return torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
 
 
+def beside_sinks(output: Tensor, lse: Tensor, counted: Tensor) -> Tensor:
+    """The output (B, H, T, Dv) of a softmax with this lse, where sinks count in the softmax too: a row is only scaled.
+
+    counted: the lse [.., H, T] with the sinks, -inf for rows that see no key.
+    """
+    return (output * (lse - divisor_of(counted)).exp()[..., None]).to(output.dtype)
+
+
 def sink_gradient(share: Tensor, delta: Tensor, geometry: Geometry) -> Tensor:
     """[Hq] the gradient for the sinks from their shares of the rows and delta, the row sums of A dA, (B, Hq, Tq)."""
     assert geometry.sinks is not None

@@ -17,27 +17,26 @@ import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, differentiable_pass
-from attnstats.core.geometry import Evaluation, Geometry, divisor_of, needs_pivot
+from attnstats.core.geometry import Evaluation, Geometry, needs_pivot
 from attnstats.core.lse import check_values
 from attnstats.core.packing import Packing
 from attnstats.core.passes import Pass
-from attnstats.core.scores import sink_gradient, with_sinks
+from attnstats.core.scores import beside_sinks, sink_gradient, with_sinks
 from attnstats.flash import providers
 from attnstats.flash.providers import Provider
 from attnstats.statistics import Statistic
 from attnstats.triton import backend as triton
+from attnstats.triton import launch
 from attnstats.triton.configs import MAX_DECODED, architecture
 
 NAME = "flash"
 COMPUTES = triton.COMPUTES
 CHECKED = "ATTNSTATS_CHECK_LSE"  # an environment variable: 1 to compare rows of each lse with scores, on the device
+OTHERS = f"choose backend='triton', or set {providers.LEFT_OUT} to its name to leave it out"
 
 
 def unavailable(geometry: Geometry) -> str | None:
-    """The reason why this backend can't take a call, or None."""
-    reason = triton.unavailable(geometry)  # of statistics, and what no provider takes either
-    if reason:
-        return reason
+    """The reason why this backend can't take a call that `triton` can, or None."""
     for s in geometry.statistics:
         if not s.from_lse:
             return f"{type(s).__name__} is not a function of the lse"
@@ -124,7 +123,7 @@ def _attention(
     if (tuple(output.shape), tuple(lse.shape)) != expected:
         raise RuntimeError(
             f"attnstats: {provider.name} returned output {tuple(output.shape)} and lse {tuple(lse.shape)}, not "
-            f"{expected[0]} and {expected[1]}; {_others()}"
+            f"{expected[0]} and {expected[1]}; {OTHERS}"
         )
     lse = lse.to(geometry.accumulator)
     if not geometry.all_live:
@@ -132,10 +131,9 @@ def _attention(
     if os.environ.get(CHECKED) == "1":
         check_values(query, key, lse, without_sinks(geometry), "e")
     lse = geometry.nan_without_softmax(lse)
-    if geometry.sinks is not None:  # a sink only scales a row
+    if geometry.sinks is not None:
         counted = with_sinks(lse, geometry.sinks).masked_fill(lse == -torch.inf, -torch.inf)
-        output = (output * (lse - divisor_of(counted)).exp()[..., None]).to(output.dtype)
-        lse = counted
+        output, lse = beside_sinks(output, lse, counted), counted
     if geometry.packing is not None:
         output = _of_sequences(output, geometry.packing.queries, geometry.packing)
         if geometry.packing.believed:
@@ -166,11 +164,7 @@ def _run(provider: Provider, step: Any, *arguments: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise RuntimeError(f"attnstats: {provider.name} failed: {error}; {_others()}") from error
-
-
-def _others() -> str:
-    return f"choose backend='triton', or set {providers.LEFT_OUT} to its name to leave it out"
+        raise RuntimeError(f"attnstats: {provider.name} failed: {error}; {OTHERS}") from error
 
 
 def gradients(
@@ -198,8 +192,7 @@ def _gradients(
         )
     if geometry.sinks is None:
         return Gradients(grad_query, grad_key, grad_value)
-    lse = residuals.lse.double()
-    share = (geometry.sinks.double()[:, None] - divisor_of(lse)).exp()
+    share = launch.RowLse.of(residuals.lse).sink_share(geometry)
     delta = (grad_output.to(geometry.accumulator) * residuals.output).sum(-1)
     return Gradients(grad_query, grad_key, grad_value, sink_gradient(share, delta, geometry))
 

@@ -15,8 +15,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ CUDNN = 91501  # older ones err at lengths that are no multiple of 128 (pytorch#
 HALF = (torch.float16, torch.bfloat16)
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+Refuses = Callable[[Geometry, str], Iterator[str | None]]
 
 
 class Provider(NamedTuple):
@@ -45,7 +45,7 @@ class Provider(NamedTuple):
     """
 
     name: str
-    refuses: Callable[[Geometry, str], Iterator[str | None]]
+    refuses: Refuses
     forward: Callable[[Tensor, Tensor, Tensor, Geometry], tuple[Tensor, Tensor]]
     backward: Callable[[Residuals, Tensor, Geometry], Gradients]
 
@@ -70,7 +70,7 @@ def _turned_off(switch: str) -> str | None:
 
 
 def settings() -> tuple[object, ...]:
-    """What a choice depends on beside the call: no choice is remembered when it changes."""
+    """The settings that a choice depends on beside the call: no choice is remembered when they change."""
     return os.environ.get(LEFT_OUT, ""), _active(), _deterministic(), *(enabled() for enabled in _SWITCHES.values())
 
 
@@ -136,7 +136,7 @@ def _active() -> str | None:
 
 
 @functools.cache
-def _package(name: str) -> ModuleType | None:
+def _package(name: str) -> Any:
     """None where it isn't installed, or not so that it could be imported: nobody has asked for it."""
     try:
         return importlib.import_module(name)
@@ -182,30 +182,34 @@ def _window(geometry: Geometry) -> tuple[bool, int, int]:
     return geometry.is_causal, left, right
 
 
-def _flash_forward(
-    run: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    query, key, value = _in_rows(query, key, value)
-    if geometry.packing is not None:
-        query, key, value = query.squeeze(0), key.squeeze(0), value.squeeze(0)
-    output, lse = run(query, key, value, geometry)
-    if geometry.packing is not None:
-        output, lse = output.unsqueeze(0), lse.unsqueeze(0)
-    return output.transpose(1, 2), lse
+def _flash_attention(
+    version: int, refuses: Refuses, by_package: Callable[..., tuple[Tensor, Tensor]], back: Callable[..., Gradients]
+) -> Provider:
+    """A version, by torch's operator where that runs it, else by its package; tensors (B, T, H, D) or (total, H, D)."""
 
+    def forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        run = _torch_forward if _active() == f"FA{version}" else by_package
+        query, key, value = _in_rows(query, key, value)
+        if geometry.packing is not None:
+            query, key, value = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+        output, lse = run(query, key, value, geometry)
+        if geometry.packing is not None:
+            output, lse = output.unsqueeze(0), lse.unsqueeze(0)
+        return output.transpose(1, 2), lse
 
-def _flash_backward(
-    run: Callable[..., Gradients], residuals: Residuals, grad_output: Tensor, geometry: Geometry
-) -> Gradients:
-    *inputs, lse = residuals[:5]
-    tensors = _in_rows(grad_output, *inputs)
-    if geometry.packing is not None:
-        tensors, lse = [x.squeeze(0) for x in tensors], lse.squeeze(0)
-    grads = run(*tensors, _finite(lse), geometry)
-    if geometry.packing is not None:
-        grads = tuple(x.unsqueeze(0) for x in grads)  # type: ignore[assignment]
-    grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in grads)
-    return grad_query, grad_key, grad_value
+    def backward(residuals: Residuals, grad_output: Tensor, geometry: Geometry) -> Gradients:
+        run: Callable[..., Gradients] = _torch_backward if _active() == f"FA{version}" else back
+        *inputs, lse = residuals[:5]
+        tensors = _in_rows(grad_output, *inputs)
+        if geometry.packing is not None:
+            tensors, lse = [x.squeeze(0) for x in tensors], lse.squeeze(0)
+        grads = run(*tensors, _finite(lse), geometry)
+        if geometry.packing is not None:
+            grads = tuple(x.unsqueeze(0) for x in grads)  # type: ignore[assignment]
+        grad_query, grad_key, grad_value = (x.transpose(1, 2) for x in grads)
+        return grad_query, grad_key, grad_value
+
+    return Provider(f"FlashAttention {version}", refuses, forward, backward)
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -256,10 +260,7 @@ def _torch_backward(
 
 
 def _flash_3_forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    if _active() == "FA3":
-        return _torch_forward(query, key, value, geometry)
     package = _package("flash_attn_interface")
-    assert package is not None
     output, lse, *_ = package._flash_attn_forward(query, key, value, **_flash_3_options(geometry, "causal"))
     return output, lse
 
@@ -267,10 +268,7 @@ def _flash_3_forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geomet
 def _flash_3_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, geometry: Geometry
 ) -> Gradients:
-    if _active() == "FA3":
-        return _torch_backward(grad_output, query, key, value, output, lse, geometry)
     package = _package("flash_attn_interface")
-    assert package is not None
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     to = dict(zip(("dq", "dk", "dv"), grads, strict=True))
     options = _flash_3_options(geometry, "is_causal")
@@ -297,10 +295,7 @@ def _flash_3_options(geometry: Geometry, causal: str) -> dict[str, object]:
 
 
 def _flash_4_forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    if _active() == "FA4":
-        return _torch_forward(query, key, value, geometry)
     package = _package("flash_attn.cute.interface")
-    assert package is not None
     options = _flash_4_options(geometry)
     output, lse, *_ = package._flash_attn_fwd(query, key, value, return_lse=True, **options)
     return output, lse
@@ -309,10 +304,7 @@ def _flash_4_forward(query: Tensor, key: Tensor, value: Tensor, geometry: Geomet
 def _flash_4_backward(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, geometry: Geometry
 ) -> Gradients:
-    if _active() == "FA4":
-        return _torch_backward(grad_output, query, key, value, output, lse, geometry)
     package = _package("flash_attn.cute.interface")
-    assert package is not None
     options = _flash_4_options(geometry) | {"deterministic": _deterministic()}
     grads = package._flash_attn_bwd(query, key, value, output, grad_output, lse, **options)
     return grads[0], grads[1], grads[2]
@@ -347,7 +339,7 @@ def _cudnn(geometry: Geometry, architecture: str) -> Iterator[str | None]:
 
 
 def _causal_or_full(geometry: Geometry) -> Iterator[str | None]:
-    """What SDPA's own arguments say, causal with the first query at the first key."""
+    """Reasons against all but SDPA's own arguments: causal, with the first query at the first key, or full."""
     yield "packed sequences" if geometry.packing is not None else None
     yield f"softcap={geometry.softcap}" if geometry.softcap is not None else None
     window = geometry.left is not None or geometry.right not in (None, 0)
@@ -441,24 +433,9 @@ def _major(architecture: str) -> int:
     return int(architecture[3:-1]) if architecture.startswith("sm_") else 0
 
 
-FLASH_2 = Provider(
-    "FlashAttention 2",
-    _flash_2,
-    functools.partial(_flash_forward, _torch_forward),
-    functools.partial(_flash_backward, _torch_backward),
-)
-FLASH_3 = Provider(
-    "FlashAttention 3",
-    _flash_3,
-    functools.partial(_flash_forward, _flash_3_forward),
-    functools.partial(_flash_backward, _flash_3_backward),
-)
-FLASH_4 = Provider(
-    "FlashAttention 4",
-    _flash_4,
-    functools.partial(_flash_forward, _flash_4_forward),
-    functools.partial(_flash_backward, _flash_4_backward),
-)
+FLASH_2 = _flash_attention(2, _flash_2, _torch_forward, _torch_backward)
+FLASH_3 = _flash_attention(3, _flash_3, _flash_3_forward, _flash_3_backward)
+FLASH_4 = _flash_attention(4, _flash_4, _flash_4_forward, _flash_4_backward)
 CUDNN_ATTENTION = Provider("cuDNN", _cudnn, _cudnn_forward, _cudnn_backward)
 EFFICIENT = Provider("memory-efficient", _efficient, _efficient_forward, _efficient_backward)
 CPU = Provider("torch's flash attention for CPU", _cpu, cpu_flash.attention, _cpu_backward)

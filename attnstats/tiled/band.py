@@ -55,7 +55,7 @@ def evaluate(
 def gradients(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, grads: Mapping[Statistic, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What pairs in the band add to dQ and dK, and the row sums of A dA, (B, Hq, Tq), for rows whose A sums to 1.
+    """The part of dQ and dK from pairs in the band, and the row sums of A dA, (B, Hq, Tq), of rows whose A sums to 1.
 
     grads: of the sums of each statistic, in all heads (`Geometry.gradient_of_sums`). With dA its weights times its
     gradient, the softmax gives `A * (dA - rowsum(A dA))`: the first term lies within the band, the second is the
@@ -80,36 +80,55 @@ def gradients(
                 x[inside] = grads[s][batch, head, positions]
             for start, weights in _band_blocks(query[batch, head], hidden, lse[batch, head], band, geometry, space):
                 rows = slice(start, start + len(weights))
-                of_pairs = torch.zeros_like(weights)
-                for s, (lo, hi) in band.spans.items():
-                    near = of_pairs[:, band.behind - hi : band.behind - lo + 1]
-                    if s.axis == "row":
-                        near.addcmul_(grads[s][batch, head, rows, None], band.weights[s].flip(0))
-                        continue
-                    of_column = received[s][start + band.behind - hi :].as_strided(near.shape, (1, 1))
-                    if s not in band.unweighted:
-                        of_column = of_column * band.weights[s].flip(0)
-                    if geometry.query_mask is not None:
-                        of_column = of_column * geometry.query_mask[batch, rows, None]
-                    near += of_column
+                of_pairs = _of_pairs(geometry, band, grads, received, batch, head, rows)
                 of_rows = torch.linalg.vecdot(weights, of_pairs)
                 of_pairs -= torch.where(whole[rows], of_rows, 0.0)[:, None]
                 row_sums[batch, head, rows] = of_rows.masked_fill_(whole[rows], 0.0)
                 weights.mul_(of_pairs)
-                blocks = -(-len(weights) // BAND_ROWS)
-                scores = space.scores[:blocks].zero_()
-                diagonals = space.diagonals(blocks)
-                diagonals.copy_(space.band[band.width :][: blocks * BAND_ROWS].view_as(diagonals))
-                scores.mul_(geometry.scale)
-                products = torch.bmm(scores, space.windows(start, blocks)).flatten(0, 1)
-                grad_query[batch, head, rows] = products[: len(weights)]
-                parts = torch.bmm(scores.mT, space.queries.unflatten(0, (-1, BAND_ROWS))[:blocks])
-                for offset in range(0, parts.shape[1], BAND_ROWS):  # windows overlap, but not BAND_ROWS keys of each
-                    part = parts[:, offset : offset + BAND_ROWS]
-                    target = of_keys[start + offset :].as_strided(part.shape, space.apart())
-                    target += part
+                grad_query[batch, head, rows] = _through_scores(space, start, len(weights), geometry.scale, of_keys)
         grad_key[batch, key_head, positions] = of_keys[inside]
     return grad_query, grad_key, row_sums
+
+
+def _of_pairs(
+    geometry: Geometry,
+    band: _Band,
+    grads: Mapping[Statistic, Tensor],
+    received: Mapping[Statistic, Tensor],
+    batch: int,
+    head: int,
+    rows: slice,
+) -> Tensor:
+    """[rows, width] dA, the weights times their gradients; `received` has those of columns, by workspace row."""
+    shape = rows.stop - rows.start, band.width
+    of_pairs = torch.zeros(shape, dtype=geometry.accumulator, device=geometry.device)
+    for s, (lo, hi) in band.spans.items():
+        near = of_pairs[:, band.behind - hi : band.behind - lo + 1]
+        if s.axis == "row":
+            near.addcmul_(grads[s][batch, head, rows, None], band.weights[s].flip(0))
+            continue
+        of_column = received[s][rows.start + band.behind - hi :].as_strided(near.shape, (1, 1))
+        if s not in band.unweighted:
+            of_column = of_column * band.weights[s].flip(0)
+        if geometry.query_mask is not None:
+            of_column = of_column * geometry.query_mask[batch, rows, None]
+        near += of_column
+    return of_pairs
+
+
+def _through_scores(space: _Workspace, start: int, rows: int, scale: float, of_keys: Tensor) -> Tensor:
+    """[rows, D] dQ of rows from `start` on, from the dS that `space.band` holds of them; adds dK to `of_keys`."""
+    blocks = -(-rows // BAND_ROWS)
+    scores, diagonals = space.scores[:blocks].zero_(), space.diagonals(blocks)
+    width = space.band.shape[1]
+    diagonals.copy_(space.band[width : width + blocks * BAND_ROWS].view_as(diagonals))
+    scores.mul_(scale)
+    parts = torch.bmm(scores.mT, space.queries.unflatten(0, (-1, BAND_ROWS))[:blocks])
+    for offset in range(0, parts.shape[1], BAND_ROWS):  # windows overlap, but not BAND_ROWS keys of each
+        part = parts[:, offset : offset + BAND_ROWS]
+        target = of_keys[start + offset :].as_strided(part.shape, space.apart())
+        target += part
+    return torch.bmm(scores, space.windows(start, blocks)).flatten(0, 1)[:rows]
 
 
 class _Workspace(NamedTuple):

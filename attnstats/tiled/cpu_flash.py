@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
-from attnstats.core.geometry import Geometry, divisor_of
-from attnstats.core.scores import with_sinks
+from attnstats.core.geometry import Geometry
+from attnstats.core.scores import beside_sinks, with_sinks
 from attnstats.tiled import band, sweep
 
 NARROW = 4  # a band wider than one in so many keys costs more than a sweep over all of them
@@ -67,9 +67,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> 
         counted = torch.where(unclear, sweep.attention(query, key, value, geometry)[1], counted)
     if geometry.sinks is None:
         return output, counted
-    # A sink only scales a row.
-    share = (lse - divisor_of(counted)).exp()[..., None]
-    return (output * share).to(output.dtype), counted
+    return beside_sinks(output, lse, counted), counted
 
 
 def gradients(
