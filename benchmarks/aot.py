@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from attnstats.triton import launch
 from attnstats.triton.configs import Config, targeting
@@ -27,14 +27,6 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
 }
 
 
@@ -66,20 +58,14 @@ def recorded(target: str) -> Iterator[list[Recorded]]:
 
 def compiled(recorded: Recorded, target: str) -> Any:
     """Triton's compiled kernel, with its text in `.asm`."""
-    names = recorded.kernel.arg_names
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    signature = {
-        name: _describe((names.index(name),), argument, constants, attributes)
-        for name, argument in recorded.arguments.items()
-    }
-    for name, value in recorded.constants.items():
-        signature[name] = "constexpr"
-        constants[(names.index(name),)] = value
-    source = ASTSource(recorded.kernel, signature, constants, attributes)
-    config = recorded.config
+    kernel, config, backend = recorded.kernel, recorded.config, make_backend(TARGETS[target])
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return triton.compiler.compile(source, target=TARGETS[target], options=options)
+    # What the kernel is specialised for is what Triton's own launcher would find.
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound = bind(**recorded.arguments, **recorded.constants, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, *bound)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compiler.compile(source, target=TARGETS[target], options=parsed.__dict__)
 
 
 def resources(kernel: Any) -> Resources:
@@ -112,21 +98,3 @@ def assembler() -> str:
 def _cuobjdump(option: str, path: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-
-
-def _describe(path: tuple[int, ...], argument: Any, constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """The type of an argument as Triton's launcher specialises it: None and 1 are constants, 16 divides."""
-    if isinstance(argument, tuple):
-        kinds = [_describe((*path, j), part, constants, attributes) for j, part in enumerate(argument)]
-        return type(argument)(*kinds) if hasattr(argument, "_fields") else tuple(kinds)
-    if isinstance(argument, torch.Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
-        return POINTERS[argument.dtype]
-    if argument is None or (isinstance(argument, int) and argument == 1):
-        constants[path] = argument
-        return "constexpr"
-    if isinstance(argument, float):
-        return "fp32"
-    if argument % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32" if argument < 2**31 else "i64"

@@ -1,8 +1,10 @@
 """Kernel arguments and device values that belong together, as NamedTuples.
 
-The first eight are arguments of kernels, filled by the launcher. Triton passes the fields one by one: a field, or a
-whole group, that is None switches its feature off when the kernel is compiled, and a number 1 is compiled in. The
-others are made on the device. Names are those of the Python side; `n_` is a count, `i_` an index, and capitals are
+The first eight are filled by the launcher. Triton passes the fields one by one: a field, or a whole group, that is None
+switches its feature off when the kernel is compiled. Of a number in a group it compiles in whether it is 1 and whether
+16 divides it, as loads of several elements need to know of strides. `Sizes` alone is made in the kernel, of arguments
+of its own: of these nothing is compiled in, so that every length and offset runs the same machine code. The others are
+made on the device. Names are those of the Python side; `n_` is a count, `i_` an index, and capitals are
 constants.
 """
 
@@ -35,6 +37,8 @@ class Sequences(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Arguments that kernels take one by one, not specialised."""
+
     n_batch: Any
     n_sequences: Any  # None but for `forward`, which alone reads it
     n_query_heads: Any
@@ -73,7 +77,6 @@ class Segments(NamedTuple):
     query_bounds: Any  # (n_segments + 1,) int32
     first_piece: Any  # (blocks of keys + 1,) int32
     pieces: Any  # (pieces + 1,) int32
-    n_segments: Any
 
 
 class StatisticGradients(NamedTuple):

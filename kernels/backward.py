@@ -25,7 +25,7 @@ statistics none of this is compiled.
 import triton
 import triton.language as tl
 
-from .arguments import KeyBlock, QueryBlock, Stack, Strides, Tile, Weights
+from .arguments import KeyBlock, QueryBlock, Sizes, Stack, Strides, Tile, Weights
 from .tiles import (
     FIELDS,
     LN2,
@@ -200,16 +200,18 @@ def over_keys(
     return b_dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def backward_queries(
     query, key, value, output, d_output, d_query, pivot, factor, delta, grads, query_mask, sequences,
-    sizes, visible, near, score, dropout, strides,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    visible, near, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
@@ -323,16 +325,18 @@ def over_queries(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def backward_keys(
     query, key, value, d_output, d_key, d_value, pivot, factor, delta, grads, query_mask, sequences,
-    sizes, visible, score, dropout, strides,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    visible, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BN)
     n_key_heads = sizes.n_query_heads // sizes.group
@@ -349,6 +353,7 @@ def backward_keys(
     b_k = load_tile(keys, k_start, n_keys, BN, DIM, BLOCK_DIM, True)  # [BN, BLOCK_DIM]
     b_v = load_tile(values, k_start, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, True)
     first, last = query_range(k_start - sequence.offset, sequence.n_queries * 0, sequence.n_queries, visible, BN)
+    first = first // BM * BM  # aligned tiles take fewer masks
 
     b_dk = tl.zeros((BN, BLOCK_DIM), tl.float32)
     b_dv = tl.zeros((BN, BLOCK_VALUE_DIM), tl.float32)

@@ -14,18 +14,20 @@ accumulator per row statistic, stored at the end as [ROWS, B, heads, Tq] float32
 import triton
 import triton.language as tl
 
-from .arguments import Band, Slots, Strides, Tile
+from .arguments import Band, Sizes, Slots, Strides, Tile
 from .tiles import FIELDS, band_sweep, head_of, load_flags, load_packed, packed_rows, row_mass, sequence_of, wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def band(
-    query, key, pivot, factor, rows, columns, query_mask, sinks, sequences, heads, sizes, visible, score, strides,
+    query, key, pivot, factor, rows, columns, query_mask, sinks, sequences, heads,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    visible, score, strides,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
+    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    group, n_heads = sizes.group, sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks

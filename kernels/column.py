@@ -22,7 +22,7 @@ keys pieces[first_piece[b] + i] .. of the next one, and [pieces, B, heads, n_seg
 import triton
 import triton.language as tl
 
-from .arguments import Strides, Tile
+from .arguments import Sizes, Strides, Tile
 from .tiles import FIELDS, head_of, hide, keys_present, load_tile, query_range, scores_above, sequence_of, weigh, wide
 
 
@@ -63,18 +63,20 @@ def far(b_sum, b_kt, queries, p_pivot, p_factor, first, last, score, COUNTED: tl
     return b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*Sizes._fields, "n_segments"))
 def column(
-    query, key, pivot, factor, columns, sequences, counted, heads, sizes, segments, visible, reach, score, strides,
+    query, key, pivot, factor, columns, sequences, counted, heads,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    n_segments, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """counted: [sequences, 2] int32, the queries first .. end - 1 that may count; None: all. FAR: from this distance on
     statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest distance at which any weight is not 0;
-    None: there is none."""
+    None: there is none. n_segments: of queries; None: no segments."""
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM)
+    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    n_heads = sizes.n_heads
     n_blocks = tl.cdiv(sizes.longest, BN)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks  # under a causal mask the first keys have the most queries
@@ -99,10 +101,10 @@ def column(
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)
     o_place = wide(i_batch) * n_heads + i_place
     position = k_start - sequence.offset  # of the block's first key, as a row
-    n_segments = 1
+    n_passes = 1
     if segments is not None:
-        n_segments = segments.n_segments
-    for i_segment in range(n_segments):
+        n_passes = n_segments
+    for i_segment in range(n_passes):
         first, last = 0, sequence.n_queries
         if segments is not None:
             first = tl.load(segments.query_bounds + i_segment)
@@ -153,5 +155,5 @@ def column(
             for i_piece in range(tl.load(segments.first_piece + i_block), tl.load(segments.first_piece + i_block + 1)):
                 p_bounds = segments.pieces + i_piece
                 m_piece = (o_key >= tl.load(p_bounds)) & (o_key < tl.load(p_bounds + 1))
-                p_piece = columns + (wide(i_piece) * sizes.n_batch * n_heads + o_place) * segments.n_segments
+                p_piece = columns + (wide(i_piece) * sizes.n_batch * n_heads + o_place) * n_segments
                 tl.store(p_piece + i_segment, tl.sum(tl.where(m_piece, b_column, 0.0)))

@@ -25,7 +25,7 @@ def load_part(pivots, factors, o_part, m_row):
     return tl.where(m_sees, b_pivot, float("-inf")), tl.where(m_sees, 1.0 / b_factor, 0.0), m_sees
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_rows", "n_splits", "n_query_heads", "n_queries"))
 def combine(
     output_parts, pivots, factors, row_parts, output, lse, pivot, factor, rows, sinks,
     n_rows, n_splits, n_query_heads, n_queries,

@@ -27,7 +27,7 @@ Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; s
 import triton
 import triton.language as tl
 
-from .arguments import Band, Loop, Slots, Softmax, Strides, Tile, Visibility
+from .arguments import Band, Loop, Sizes, Slots, Softmax, Strides, Tile, Visibility
 from .tiles import (
     FIELDS,
     LARGEST,
@@ -172,10 +172,11 @@ def visit(
     return Softmax(b_out, b_sum, b_log, b_moment, sums, b_max)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=Sizes._fields)
 def forward(
     query, key, value, output, lse, pivot, factor, rows, columns, query_mask, sinks, sequences, reach,
-    sizes, visible, score, dropout, strides,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    visible, score, dropout, strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
     BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr, BAND_BOUND: tl.constexpr,
@@ -186,6 +187,7 @@ def forward(
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
     LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
     TILE: tl.constexpr = Tile(HEADS, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
+    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
     n_blocks = tl.cdiv(sizes.longest, BM)
     parts = tl.cdiv(sizes.group, HEADS)

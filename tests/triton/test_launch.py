@@ -157,6 +157,66 @@ def test_a_configuration_that_does_not_fit_gives_way():
     assert "backend='tiled'" in lines[-1]
 
 
+LENGTHS = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Sm90:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+driver.set_active(Sm90())
+from attnstats import FAI, WAAD, Entropy, PooledMap, Received
+from attnstats.core.arguments import resolve
+from attnstats.core.autograd import Residuals
+from attnstats.core.options import Options
+from attnstats.triton import backend
+from attnstats.triton.launch import launching_with
+
+def start(launch, arguments):
+    bind = launch.kernel.device_caches[0][-1]
+    _, specialisation, options = bind(**arguments, **launch.constants, num_warps=launch.config.num_warps)
+    keys.setdefault(launch.kernel.__name__, set()).add(f"{specialisation} {options}")
+
+def call(batch, queries, keys, query_offset=None):
+    statistics = (WAAD(10), FAI(10, 100), FAI(10, None), Received(), Entropy())
+    if queries > 1:
+        statistics += (PooledMap(queries // 64, 1),)
+    query, key = torch.zeros(batch, 4, queries, 64).half(), torch.zeros(batch, 2, keys, 64).half()
+    geometry = resolve(query, key, key, Options(statistics, enable_gqa=True, query_offset=query_offset))
+    lse = torch.zeros(batch, 4, queries)
+    backend.attend(query, key, key, geometry)
+    backend.from_lse(query, key, lse, geometry)
+    for of_statistics in ({}, {WAAD(10): (lse, lse), Entropy(): (lse, lse)}):
+        backend.gradients(Residuals(query, key, key, query, lse), query, geometry, of_statistics)
+
+PREFILL = (1, 64, 64), (2, 200, 200), (1, 255, 256), (16, 256, 259), (3, 1024, 1024), (1, 256, 1024, 7), (1, 64, 99, 0)
+DECODE = (1, 1, 2048), (2, 1, 2049), (1, 1, 4096), (3, 1, 5001), (16, 1, 5001, 16)
+with launching_with(start):
+    for first, *others in (PREFILL, DECODE):
+        keys = {}
+        call(*first)
+        known = {kernel: len(each) for kernel, each in keys.items()}
+        for other in others:
+            call(*other)
+        for kernel, each in keys.items():
+            print(kernel, known[kernel], len(each))
+"""
+
+
+def test_lengths_offsets_and_batch_compile_nothing_anew():
+    """The keys by which Triton looks for a compiled kernel: those of a first call, and those of others like it too."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LENGTHS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    rows = [line.split() for line in run.stdout.splitlines()]
+    kernels = ["forward", "column", "band", "backward_queries", "backward_keys"]
+    assert sorted(kernel for kernel, _, _ in rows) == sorted([*kernels, *kernels, "combine"]), run.stderr[-2000:]
+    assert all(first == all_calls for _, first, all_calls in rows), run.stdout
+
+
 def test_each_statistic_goes_where_it_is_cheapest():
     band: tuple[Statistic, ...] = (WAAD(10), FAI(10, 100))
     whole: tuple[Statistic, ...] = (FAI(0, None), FAI(0, 5000), MeanDistance(), Received(), Received(4))

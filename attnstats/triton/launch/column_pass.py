@@ -56,7 +56,7 @@ def pooled(
         pieces = _pieces(key_bounds, config.BN, geometry.device)
         count = arguments.head_count(geometry, heads)
         sums = torch.empty((pieces.total, geometry.batch, count, segments), dtype=torch.float32, device=geometry.device)
-        cuts = Segments(arguments.on_device(query_bounds, geometry.device), pieces.first, pieces.bounds, segments)
+        cuts = Segments(arguments.on_device(query_bounds, geometry.device), pieces.first, pieces.bounds)
         _column(query, key, row_lse, geometry, (Received(),), geometry.query_mask, heads, sums, cuts, config)
         return torch.segment_reduce(sums, "sum", lengths=pieces.of_segments, unsafe=True).permute(1, 2, 3, 0)
 
@@ -92,6 +92,7 @@ def _column(
         columns=sums,
         counted=counted,
         heads=arguments.on_device(heads, geometry.device),
+        n_segments=None if segments is None else sums.shape[-1],
         segments=segments,
         reach=prepared.reach,
         strides=Strides(query.stride(), key.stride()),

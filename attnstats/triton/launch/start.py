@@ -55,7 +55,7 @@ def start_prepared(prepared: Prepared, geometry: Geometry, **tensors: Any) -> No
     start(
         prepared.launch,
         sequences=sequences(geometry),
-        sizes=prepared.sizes,
+        **prepared.sizes._asdict(),
         visible=visibility(prepared.visible, geometry),
         score=prepared.score,
         **tensors,
