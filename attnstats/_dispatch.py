@@ -145,7 +145,7 @@ def _autograd() -> Iterator[None]:
 
 def choose(name: str, geometry: Geometry, attends: bool = True) -> ModuleType:
     """The backend that does the work of `attend`, or of `from_lse`. Raises ValueError for a call that it can't take."""
-    on_provider = name == "flash" or (name == "auto" and geometry.device.type != "cpu")
+    on_provider = name == "auto" and geometry.device.type != "cpu"  # `flash` itself asks again
     key = "backend", name, attends, settings() if on_provider else None
     chosen = geometry.memo.get(key)
     if chosen is None:

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 
 from .arguments import Band, Sizes, Slots, Strides, Tile
-from .tiles import FIELDS, band_sweep, head_of, load_flags, load_packed, packed_rows, row_mass, sequence_of, wide
+from .tiles import (
+    FIELDS,
+    band_sweep,
+    head_of,
+    load_flags,
+    load_packed,
+    load_pivot,
+    packed_rows,
+    row_mass,
+    sequence_of,
+    wide,
+)
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
@@ -56,7 +67,7 @@ def band(
     o_flat = (wide(i_batch) * n_heads + i_place + o_head) * sizes.n_queries + q_begin + o_row
     b_q = load_packed(head_of(query, strides.query, i_batch, i_head, q_begin), q_rows, DIM, BLOCK_DIM)
     o_lse = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row
-    b_pivot = tl.load(pivot + o_lse, mask=m_row, other=float("inf"))
+    b_pivot = load_pivot(pivot, o_lse, m_row, factor is None)
     b_factor = None
     if factor is not None:
         b_factor = tl.load(factor + o_lse, mask=m_row, other=0.0)

@@ -34,10 +34,12 @@ def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
     """Validate a call, packed tensors as `batch_of_one` views. Raises TypeError or ValueError naming the argument."""
     statistics = resolve_statistics(options.statistics)
     cache_key = _cache_key(query, key, value, statistics, options)
-    if cache_key is not None:
+    try:
         cached = _CACHE.get(cache_key)
         if cached is not None:
             return cached
+    except TypeError:  # a list or a dict among the facts
+        cache_key = None
     _check_differentiable(statistics, options.differentiable)
     _check_tensors(query, key, value, options.enable_gqa)
     packed = options.cu_seqlens_q is not None
@@ -132,11 +134,9 @@ def _cache_key(
     )
     try:
         tensors = [None if x is None else (x.shape, x.dtype, x.device) for x in (query, key, value)]
-        facts = (*tensors, statistics, settings, *map(type, settings))
-        hash(facts)
-    except (AttributeError, TypeError):  # no tensor; a list or a dict
+    except AttributeError:  # no tensor
         return None
-    return facts
+    return *tensors, statistics, settings, *map(type, settings)
 
 
 def batch_of_one(**tensors: Tensor) -> tuple[Tensor, ...]:

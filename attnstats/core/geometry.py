@@ -193,7 +193,7 @@ class Geometry:
                 return tensor
             counts = self.memo.get(horizon)
             if counts is None:
-                counts = self.queries_at_distance(*horizon).clamp(min=1)[:, None]
+                counts = self.queries_at_distance(*horizon).clamp(min=1)[:, None].to(self.accumulator)
                 # A tensor made while a CUDA graph is captured is only there when the graph runs.
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     self.memo[horizon] = counts
@@ -263,6 +263,8 @@ class Geometry:
 
     def nan_without_softmax(self, lse: Tensor) -> Tensor:
         """The lse (B, Hq, Tq), NaN where a row sees a key and it isn't finite: a score was NaN or inf, or all -inf."""
+        if self.all_live:
+            return torch.add(lse, lse, alpha=0)  # 0 times what isn't finite is NaN
         without = lse.isnan() | (lse == torch.inf) | ((lse == -torch.inf) & self.live()[:, None])
         return lse.masked_fill(without, torch.nan)
 
@@ -353,6 +355,7 @@ class Evaluation(NamedTuple):
 
 
 Validity = Callable[[Statistic], Tensor]
+_NOTHING = contextlib.nullcontext()
 
 
 def as_result(
@@ -382,7 +385,7 @@ def as_statistics(
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context with autocast off, which would round the scores of float32 inputs away from their lse."""
     if not _is_autocast(device.type):
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)
 
 
@@ -392,7 +395,7 @@ def _is_autocast(device_type: str) -> bool:
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Query, key, value and an additive mask in autocast's dtype, as SDPA casts them; unchanged without autocast."""
-    device = next(x for x in tensors if x is not None).device.type
+    device = (tensors[0] if tensors[0] is not None else next(x for x in tensors if x is not None)).device.type
     if not _is_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -411,9 +414,9 @@ def needs_pivot(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def pivot_of(lse: Tensor) -> Tensor:
+def pivot_of(lse: Tensor, all_live: bool = False) -> Tensor:
     """The pivot of rows whose factor is 1: their lse in the exp2 domain, float32, +inf for rows that see no key."""
-    return (divisor_of(lse) * LOG2E).float()
+    return ((lse if all_live else divisor_of(lse)) * LOG2E).float()
 
 
 def rows_before(flags: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def check_lse(base: str, layout: str | None) -> None:
 
 
 def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) -> Tensor:
-    """The lse that a kernel returned as (B, Hq, Tq) in natural logarithm, -inf for rows that see no key.
+    """The lse that a kernel returned as (B, Hq, Tq), contiguous, in natural logarithm, -inf for rows that see no key.
 
     Args:
         lse: (B, Hq, Tq), packed (Hq, total) or (total, Hq); a last dimension of 1 is dropped.
@@ -68,6 +68,7 @@ def natural_lse(lse: Tensor, base: str, layout: str | None, geometry: Geometry) 
         lse = (lse.T if layout == "TH" or (layout is None and shape != (heads, length)) else lse)[None]
     if base == "2":
         lse = lse * LN2
+    lse = lse.contiguous()
     return lse if geometry.all_live else lse.masked_fill(~geometry.live()[:, None], -torch.inf)
 
 

@@ -27,7 +27,7 @@ from attnstats.flash.providers import Provider
 from attnstats.statistics import Statistic
 from attnstats.triton import backend as triton
 from attnstats.triton import launch
-from attnstats.triton.configs import MAX_DECODED, architecture
+from attnstats.triton.configs import MAX_DECODED, architecture, table_version
 
 NAME = "flash"
 COMPUTES = triton.COMPUTES
@@ -75,9 +75,9 @@ def choice(geometry: Geometry) -> str:
 
 
 def _choose(geometry: Geometry) -> Provider | None:
-    place = architecture(geometry.device)
-    key = ("provider", place, providers.settings())
+    key = ("provider", table_version(), providers.settings())
     if key not in geometry.memo:
+        place = architecture(geometry.device)
         taken = (each for each in _candidates(geometry) if each.reason_against(geometry, place) is None)
         geometry.memo[key] = next(taken, None)
     chosen: Provider | None = geometry.memo[key]
@@ -119,11 +119,11 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Output, and lse with the sinks."""
     output, lse = _run(provider, provider.forward, query, key, value, without_sinks(geometry))
-    expected = (*query.shape[:3], geometry.value_dim), tuple(query.shape[:3])
-    if (tuple(output.shape), tuple(lse.shape)) != expected:
+    rows = (geometry.batch, geometry.query_heads, geometry.query_length)
+    if output.shape != (*rows, geometry.value_dim) or lse.shape != rows:
         raise RuntimeError(
             f"attnstats: {provider.name} returned output {tuple(output.shape)} and lse {tuple(lse.shape)}, not "
-            f"{expected[0]} and {expected[1]}; {OTHERS}"
+            f"{(*rows, geometry.value_dim)} and {rows}; {OTHERS}"
         )
     lse = lse.to(geometry.accumulator)
     if not geometry.all_live:
@@ -192,7 +192,7 @@ def _gradients(
         )
     if geometry.sinks is None:
         return Gradients(grad_query, grad_key, grad_value)
-    share = launch.RowLse.of(residuals.lse).sink_share(geometry)
+    share = launch.RowLse(residuals.lse).sink_share(geometry)
     delta = (grad_output.to(geometry.accumulator) * residuals.output).sum(-1)
     return Gradients(grad_query, grad_key, grad_value, sink_gradient(share, delta, geometry))
 

@@ -71,7 +71,8 @@ def _turned_off(switch: str) -> str | None:
 
 def settings() -> tuple[object, ...]:
     """The settings that a choice depends on beside the call: no choice is remembered when they change."""
-    return os.environ.get(LEFT_OUT, ""), _active(), _deterministic(), *(enabled() for enabled in _SWITCHES.values())
+    switches = [enabled() for enabled in _SWITCHES.values()]
+    return os.environ.get(LEFT_OUT, ""), _active(), torch.are_deterministic_algorithms_enabled(), *switches
 
 
 # Common to all of them.

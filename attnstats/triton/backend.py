@@ -27,7 +27,7 @@ NAME = "triton"
 COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
 MAX_HEAD_DIM = 256
 
-RunPass = Callable[[Tensor, Tensor, launch.RowLse, Geometry, Pass], dict[Statistic, Tensor]]
+RunPass = Callable[[Tensor, Tensor, launch.RowLse, Geometry, Pass, Plan], dict[Statistic, Tensor]]
 
 
 def unavailable(geometry: Geometry) -> str | None:
@@ -68,14 +68,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Eva
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Evaluation:
-    forward, *later = _passes(geometry, attends=True)
-    lists = Plan.of(forward.statistics, geometry.is_causal)
+    (_, lists), *later = _planned(geometry, attends=True)
     exact = needs_pivot(geometry.dtype)
-    with_pivot = exact or any(each.run != "lse" for each in later)
+    with_pivot = exact or any(each.run != "lse" for each, _ in later)
     output, row_lse, results = launch.forward(query, key, value, geometry, lists, with_pivot)
     results = _of_heads(results, geometry)
-    for each in later:
-        results |= _RUN[each.run](query, key, row_lse, geometry, each)
+    for each, of_each in later:
+        results |= _RUN[each.run](query, key, row_lse, geometry, each, of_each)
     tensors = {s: geometry.finish(s, results[s]) for s in geometry.statistics}
     return Evaluation(output, row_lse.lse, tensors, *(row_lse[1:] if exact else ()))
 
@@ -83,21 +82,27 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Ev
 def from_lse(query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry) -> dict[Statistic, Tensor]:
     """The statistics of `A = exp(scores - lse)`; lse (B, Hq, Tq), -inf for rows that see no key."""
     results: dict[Statistic, Tensor] = {}
-    row_lse = launch.RowLse.of(lse)
-    for each in _passes(geometry, attends=False):
-        results |= _RUN[each.run](query, key, row_lse, geometry, each)
+    row_lse = launch.RowLse(lse)
+    for each, lists in _planned(geometry, attends=False):
+        results |= _RUN[each.run](query, key, row_lse, geometry, each, lists)
     return {s: geometry.finish(s, results[s]) for s in geometry.statistics}
 
 
-def _passes(geometry: Geometry, attends: bool) -> tuple[Pass, ...]:
-    return plan.passes(geometry, attends, launch.splits(geometry))
+def _planned(geometry: Geometry, attends: bool) -> tuple[tuple[Pass, Plan], ...]:
+    """The passes in order, each with its lists."""
+    key = "passes", attends
+    planned: tuple[tuple[Pass, Plan], ...] | None = geometry.memo.get(key)
+    if planned is None:
+        passes = plan.passes(geometry, attends, launch.splits(geometry))
+        planned = geometry.memo[key] = tuple((each, Plan.of(each.statistics, geometry.is_causal)) for each in passes)
+    return planned
 
 
 def gradients(
     residuals: Residuals, grad_output: Tensor, geometry: Geometry, of_statistics: GradientsByStatistic
 ) -> Gradients:
     """Gradients of what `attend` returned; `of_statistics` has each statistic that carries one, with its value."""
-    row_lse = launch.RowLse(residuals.lse, residuals.lse, None)
+    row_lse = launch.RowLse(residuals.lse)
     if needs_pivot(geometry.dtype):
         assert residuals.pivot is not None
         row_lse = launch.RowLse(residuals.lse, residuals.pivot, residuals.factor)
@@ -159,20 +164,19 @@ def _select(x: Tensor, heads: Heads) -> Tensor:
 
 
 def _rows(
-    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, lists: Plan
 ) -> dict[Statistic, Tensor]:
-    lists = Plan.of(each.statistics, geometry.is_causal)
     return _of_heads(launch.rows(query, key, row_lse, geometry, lists), geometry)
 
 
 def _band(
-    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, lists: Plan
 ) -> dict[Statistic, Tensor]:
-    return launch.band(query, key, row_lse, geometry, Plan.of(each.statistics, geometry.is_causal), each.heads)
+    return launch.band(query, key, row_lse, geometry, lists, each.heads)
 
 
 def _columns(
-    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
 ) -> dict[Statistic, Tensor]:
     query_mask = geometry.query_mask_of(each.last_queries)
     sums = launch.columns(query, key, row_lse, geometry, each.statistics, query_mask, each.heads)
@@ -180,7 +184,7 @@ def _columns(
 
 
 def _pooled(
-    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
 ) -> dict[Statistic, Tensor]:
     (statistic,) = each.statistics
     assert isinstance(statistic, PooledMap)
@@ -188,7 +192,7 @@ def _pooled(
 
 
 def _first_keys(
-    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
 ) -> dict[Statistic, Tensor]:
     if each.heads is not None:
         of_key = tuple(head // geometry.group for head in each.heads)
@@ -201,10 +205,12 @@ def _first_keys(
         return row_lse.weights(products, rows, geometry)
 
     mass = sink_mass(query, key, geometry, statistic, weights)  # type: ignore[arg-type]
-    return {statistic: mass.masked_fill(row_lse.pivot.isnan(), torch.nan)}
+    return {statistic: mass.masked_fill(row_lse.pivot_or_lse.isnan(), torch.nan)}
 
 
-def _lse(query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass) -> dict[Statistic, Tensor]:
+def _lse(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
+) -> dict[Statistic, Tensor]:
     return _of_heads(dict.fromkeys(each.statistics, row_lse.lse), geometry)
 
 
@@ -221,7 +227,7 @@ _RUN: dict[str, RunPass] = {
 
 def passes(geometry: Geometry, attends: bool) -> list[Pass]:
     """The launches of `attend`, or of `from_lse`."""
-    return [each for each in _passes(geometry, attends) if each.run != "lse"]
+    return [each for each, _ in _planned(geometry, attends) if each.run != "lse"]
 
 
 def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from attnstats.core.geometry import Geometry
@@ -53,7 +54,8 @@ def _is_loop_row(statistic: Statistic) -> bool:
     return statistic.method == "row"
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)  # one object for the same statistics, which finds what is remembered for it at once
+class Plan:
     """The statistics of a pass by the list of the forward or the band kernel that computes them."""
 
     moment: tuple[Statistic, ...]  # forward's main loop; under a causal mask it is a first moment of the positions
@@ -74,16 +76,16 @@ class Plan(NamedTuple):
             band_columns=tuple(s for s in statistics if s.is_banded and s.axis == "column"),
         )
 
-    @property
+    @functools.cached_property
     def bands(self) -> tuple[Statistic, ...]:
         return (*self.band_rows, *self.band_columns)
 
-    @property
+    @functools.cached_property
     def in_loop(self) -> tuple[Statistic, ...]:
         """The row statistics of the main loop that can be computed from an lse."""
         return (*self.moment, *self.loop_rows, *(s for s in self.whole_rows if s.from_lse))
 
-    @property
+    @functools.cached_property
     def in_rows(self) -> tuple[Statistic, ...]:
         """The row statistics that the forward kernel stores, in its order."""
         return (*self.moment, *self.loop_rows, *self.band_rows, *self.whole_rows)

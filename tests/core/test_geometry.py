@@ -106,3 +106,12 @@ def test_a_tail_that_some_pair_has(queries, keys, options, tail):
     x = torch.zeros(1, 1, 40, 4)
     facts = resolve(x[:, :, :queries], x[:, :, :keys], x[:, :, :keys], Options(statistics=[WAAD(10)], **options))
     assert facts.tail_of(WAAD(10)) == tail
+
+
+def test_an_lse_that_is_not_finite_is_nan_where_every_row_sees_a_key():
+    geometry = resolve(Q, K, V, Options(enable_gqa=True))
+    lse = torch.tensor([1.5, -0.0, torch.inf, -torch.inf, torch.nan, 3e38]).repeat(2, 4, 7)[..., :37]
+    expected = lse.masked_fill(~lse.isfinite(), torch.nan)
+    found = geometry.nan_without_softmax(lse)
+    assert torch.equal(found.view(torch.int32)[~found.isnan()], expected.view(torch.int32)[~expected.isnan()])
+    assert torch.equal(found.isnan(), expected.isnan())

@@ -118,6 +118,13 @@ def test_offsets_past_two_to_the_31():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+def compiling(script: str) -> subprocess.CompletedProcess[str]:
+    """Run in a process whose kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 SMALLER = """
 import torch
 from triton.runtime.errors import OutOfResources
@@ -147,9 +154,7 @@ with launching_with(start):
 
 def test_a_configuration_that_does_not_fit_gives_way():
     """Smaller ones are tried in turn; one that didn't fit isn't tried again."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SMALLER]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = compiling(SMALLER)
     lines = run.stdout.splitlines()
     assert lines[:4] == ["3", "2", "1", "1"], run.stderr[-2000:]
     assert set(lines[4:-1]) == {"1"}
@@ -157,8 +162,8 @@ def test_a_configuration_that_does_not_fit_gives_way():
     assert "backend='tiled'" in lines[-1]
 
 
-LENGTHS = """
-import torch, triton
+SM_90 = """
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -175,10 +180,15 @@ from attnstats.core.options import Options
 from attnstats.triton import backend
 from attnstats.triton.launch import launching_with
 
-def start(launch, arguments):
+def kernel_of(launch, arguments):
+    # what Triton looks for a compiled kernel by
     bind = launch.kernel.device_caches[0][-1]
     _, specialisation, options = bind(**arguments, **launch.constants, num_warps=launch.config.num_warps)
-    keys.setdefault(launch.kernel.__name__, set()).add(f"{specialisation} {options}")
+    return f"{launch.kernel.__name__} {specialisation} {options}"
+"""
+LENGTHS = """
+def start(launch, arguments):
+    keys.setdefault(launch.kernel.__name__, set()).add(kernel_of(launch, arguments))
 
 def call(batch, queries, keys, query_offset=None):
     statistics = (WAAD(10), FAI(10, 100), FAI(10, None), Received(), Entropy())
@@ -208,13 +218,107 @@ with launching_with(start):
 
 def test_lengths_offsets_and_batch_compile_nothing_anew():
     """The keys by which Triton looks for a compiled kernel: those of a first call, and those of others like it too."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", LENGTHS]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = compiling(SM_90 + LENGTHS)
     rows = [line.split() for line in run.stdout.splitlines()]
     kernels = ["forward", "column", "band", "backward_queries", "backward_keys"]
     assert sorted(kernel for kernel, _, _ in rows) == sorted([*kernels, *kernels, "combine"]), run.stderr[-2000:]
     assert all(first == all_calls for _, first, all_calls in rows), run.stdout
+
+
+FOUND_AGAIN = """
+from itertools import product
+from attnstats.triton.launch.start import _specialiser
+
+def start(launch, arguments):
+    ours = id(launch.compiled), _specialiser(launch.device)(launch.order[0](arguments))
+    found.setdefault(ours, set()).add(kernel_of(launch, arguments))
+
+def laid_out(shape, dtype, offset, layout):
+    batch, heads, length, dim = shape
+    room = torch.zeros(batch * heads * (length + 1) * (dim + 1) + offset, dtype=dtype)[offset:]
+    if layout == "BTHD":
+        return room[: batch * heads * length * dim].view(batch, length, heads, dim).transpose(1, 2)
+    if layout == "wide rows":
+        return room[: batch * heads * length * (dim + 1)].view(batch, heads, length, dim + 1)[..., :dim]
+    return room[: batch * heads * length * dim].view(shape)
+
+found = {}
+statistics = (WAAD(10), FAI(10, 100), Received())
+with launching_with(start):
+    layouts = product((0, 1, 8), ("BHTD", "BTHD", "wide rows"))
+    for (offset, layout), dtype, (batch, length) in product(
+        layouts, (torch.float16, torch.bfloat16), ((1, 64), (2, 99), (2, 96))
+    ):
+        query, key = (laid_out((batch, heads, length, 64), dtype, offset, layout) for heads in (4, 2))
+        for options in ({}, {"sinks": torch.zeros(4)}, {"key_padding_mask": torch.ones(batch, length, dtype=bool)}):
+            geometry = resolve(query, key, key, Options(statistics, enable_gqa=True, **options))
+            backend.attend(query, key, key, geometry)
+            lse = torch.zeros(batch * 4 * length + offset)[offset:].view(batch, 4, length)
+            backend.from_lse(query, key, lse, geometry)
+            backend.gradients(Residuals(query, key, key, query, lse), query, geometry, {})
+print(len(found), len(set.union(*found.values())), max(map(len, found.values())))
+"""
+
+
+def test_a_compiled_kernel_is_only_found_again_for_what_it_was_compiled_for():
+    """Whatever has the same key among ours has the same key in Triton."""
+    run = compiling(SM_90 + FOUND_AGAIN)
+    assert run.returncode == 0, run.stderr[-2000:]
+    ours, tritons, of_one = map(int, run.stdout.split())
+    assert of_one == 1
+    assert ours >= tritons > 100
+
+
+STARTED = """
+from unittest import mock
+import torch, triton
+from triton import knobs
+from attnstats import attention
+from attnstats.triton import backend
+from benchmarks.overhead import idle_driver
+
+query = torch.zeros(1, 2, 64, 16, dtype=torch.float16)
+run = triton.JITFunction.run
+with idle_driver() as launches, mock.patch.object(backend, "unavailable", return_value=None):
+    def started(length, by_triton):
+        before, hooked[:] = launches(), []
+        with mock.patch.object(triton.JITFunction, "run", autospec=True, side_effect=run) as tritons:
+            attention(*[query[:, :, :length]] * 3, statistics=["waad"], backend="triton")
+        assert launches() == before + 1
+        assert tritons.call_count == by_triton, (length, tritons.call_count)
+    hooked = []
+    for length, by_triton in ((64, 1), (64, 0), (48, 0), (33, 0)):
+        started(length, by_triton)
+    with mock.patch.object(knobs.runtime, "debug", True):
+        started(64, 1)
+        started(64, 0)
+    started(64, 0)
+    knobs.runtime.launch_enter_hook.add(lambda metadata: hooked.append(metadata.get()["name"]))
+    started(64, 0)
+    assert hooked == ["forward"], hooked
+    from attnstats.kernels.forward import forward
+    forward.add_pre_run_hook(lambda *_, **__: hooked.append("before"))
+    started(64, 1)
+    assert hooked == ["before", "forward"], hooked
+"""
+
+
+def test_triton_itself_starts_a_kernel_once():
+    """Then it is started again without its launcher, for other lengths too, and hooks and settings are heeded."""
+    run = compiling(STARTED)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["waad", "fai", "received", "mean_distance", "sink_mass"])
+def test_an_lse_of_other_strides_is_read_rightly(name, device):
+    query, key, value = Case(query_length=20, key_length=20).tensors(device)
+    lse = attnstats.attention(query, key, value, enable_gqa=True, backend="reference").statistics.lse
+
+    def statistic(lse: torch.Tensor) -> torch.Tensor:
+        results = attnstats.statistics_from_lse(query, key, lse, statistics=[name], enable_gqa=True, backend="triton")
+        return results[name]
+
+    assert torch.equal(statistic(lse.mT.contiguous().mT), statistic(lse))
 
 
 def test_each_statistic_goes_where_it_is_cheapest():

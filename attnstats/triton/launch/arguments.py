@@ -21,22 +21,25 @@ FARTHEST = 2**30  # a distance that a 32-bit position can be added to; no sequen
 
 
 class RowLse(NamedTuple):
-    """What normalises each row, (B, Hq, Tq): A = exp(score - lse), in the kernels exp2(score2 - pivot) * factor.
+    """What normalises each row, contiguous (B, Hq, Tq): A = exp(score - lse) or exp2(score2 - pivot) * factor.
 
     Attributes:
         lse: natural log, -inf for rows that see no key.
-        pivot: in the exp2 domain, +inf for rows that see no key. For `backward` without a factor: the lse.
-        factor: None: 1.
+        pivot: in the exp2 domain, +inf for rows that see no key.
+        factor: None, as the pivot then is: they are those of the lse and 1.
     """
 
     lse: Tensor
-    pivot: Tensor
-    factor: Tensor | None
+    pivot: Tensor | None = None
+    factor: Tensor | None = None
 
-    @staticmethod
-    def of(lse: Tensor) -> RowLse:
-        """That of an lse which came with the call."""
-        return RowLse(lse, pivot_of(lse), None)
+    @property
+    def pivot_or_lse(self) -> Tensor:
+        """For kernels that take either, as they see by the factor whether there is a pivot."""
+        return self.lse if self.pivot is None else self.pivot
+
+    def pivots(self, geometry: Geometry) -> Tensor:
+        return pivot_of(self.lse, geometry.all_live) if self.pivot is None else self.pivot
 
     def of_heads(self, heads: Tensor | None) -> RowLse:
         """That of some heads; None: all."""
@@ -51,6 +54,7 @@ class RowLse(NamedTuple):
         if self.factor is None:
             return (sinks - divisor_of(self.lse)).exp()
         factor = self.factor.double()
+        assert self.pivot is not None
         return torch.where(factor < 2**-100, 1.0, (sinks * LOG2E - self.pivot.double() + factor.log2()).exp2())
 
     def log_factor(self) -> Tensor | float:
@@ -62,7 +66,7 @@ class RowLse(NamedTuple):
 
         A product less the pivot is rounded once there, by an FMA; here by a difference of products first.
         """
-        pivot = self.pivot[:, :, rows].double()
+        pivot = self.pivots(geometry)[:, :, rows].double()
         if geometry.softcap is None:
             scale2 = float(np.float32(geometry.scale * LOG2E))
             of_pivot = (pivot / scale2).float()
@@ -152,9 +156,9 @@ def visibility(window: Visibility, geometry: Geometry) -> Visibility:
     return window if geometry.key_mask is None else window._replace(key_mask=flags(geometry.key_mask))
 
 
-def score(geometry: Geometry) -> Score:
+def score(geometry: Geometry, scale: float | None = None) -> Score:
     cap2 = None if geometry.softcap is None else geometry.softcap * LOG2E
-    return Score(None, geometry.scale * LOG2E, cap2)
+    return Score(scale, geometry.scale * LOG2E, cap2)
 
 
 def dropout(geometry: Geometry) -> Dropout | None:

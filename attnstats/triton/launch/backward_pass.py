@@ -54,7 +54,7 @@ def _queries(
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
     query, key, value, output, grad_output = (arguments.as_input(x) for x in inputs)
-    grad_query, delta = _like(query, geometry), arguments.buffer(geometry, row_lse.pivot.shape)
+    grad_query, delta = _like(query, geometry), arguments.buffer(geometry, row_lse.lse.shape)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
     start_prepared(
         prepared,
@@ -111,7 +111,7 @@ def _keys(
 def _shared_arguments(row_lse: RowLse, geometry: Geometry, of_map: MapGradients) -> dict[str, Any]:
     """The other arguments of both kernels."""
     return {
-        "pivot": row_lse.pivot.contiguous(),
+        "pivot": row_lse.pivot_or_lse.contiguous(),
         "factor": None if row_lse.factor is None else row_lse.factor.contiguous(),
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
         "query_mask": arguments.flags(geometry.query_mask) if of_map.plan.columns else None,
@@ -138,8 +138,8 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
     kernel = backward_keys if by_keys else backward_queries
     programs = blocks * heads * arguments.sequence_count(geometry)
     near = Near(*map(arguments.bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
-    prepared = prepare(geometry, kernel, programs, constants, config, sizes, reach=near)
-    return prepared._replace(score=prepared.score._replace(scale=geometry.scale))
+    score = arguments.score(geometry, geometry.scale)
+    return prepare(geometry, kernel, programs, constants, config, sizes, score, reach=near)
 
 
 def _like(x: Tensor, geometry: Geometry, of_keys: bool = False) -> Tensor:

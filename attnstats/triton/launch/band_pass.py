@@ -28,9 +28,11 @@ def column_slots(geometry: Geometry, plan: Plan, slots: int, heads: int) -> Tens
 
 def add_slots(columns: Tensor, geometry: Geometry) -> Tensor:
     """[columns, B, heads, Tk] the sums over slots; NaN in sequences that are longer than the call said."""
+    if not columns.shape[0]:
+        return columns
     sums = columns.sum(1)
     packing = geometry.packing
-    if packing is None or not packing.believed or not len(sums):
+    if packing is None or not packing.believed:
         return sums
     return sums.masked_fill_(packing.within_longer(packing.keys, geometry.key_length), torch.nan)
 
@@ -71,7 +73,7 @@ def _band(
         geometry,
         query=query,
         key=key,
-        pivot=row_lse.pivot,
+        pivot=row_lse.pivot_or_lse,
         factor=row_lse.factor,
         rows=rows,
         columns=columns,
@@ -80,7 +82,7 @@ def _band(
         heads=arguments.on_device(heads, geometry.device),
         strides=Strides(query.stride(), key.stride()),
     )
-    return dict(zip(plan.bands, (*rows, *add_slots(columns, geometry)), strict=True))
+    return dict(zip(plan.bands, (*rows.unbind(), *add_slots(columns, geometry).unbind()), strict=True))
 
 
 def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) -> Prepared:
@@ -101,7 +103,7 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
     of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
     programs = -(-sizes.longest // config.BM) * of_sequence * arguments.sequence_count(geometry)
     slots = slot_count(*plan.reach(geometry), config.BM)
-    prepared = prepare(geometry, kernel, programs, constants, config, sizes, slots)
+    prepared = prepare(geometry, kernel, programs, constants, config, sizes, arguments.score(geometry), slots)
     if plan.bound(geometry, config.BM + config.BN):
         return prepared
     return prepared._replace(visible=prepared.visible._replace(left=None))

@@ -77,7 +77,7 @@ def _column(
 ) -> None:
     """Fill `sums`."""
     query, key = arguments.as_input(query), arguments.as_input(key)
-    pivot, counted = row_lse.pivot, None
+    pivot, counted = row_lse.pivots(geometry), None
     if query_mask is not None:
         counted = geometry.counted_rows(query_mask).int()
         pivot = pivot.masked_fill(~query_mask[:, None], torch.inf)
@@ -117,7 +117,8 @@ def _prepare_column(
     count = arguments.head_count(geometry, heads)
     sizes = arguments.sizes(geometry, by_keys=True)._replace(n_heads=count)
     programs = -(-sizes.longest // config.BN) * count * arguments.sequence_count(geometry)
-    return prepare(geometry, kernel, programs, constants, config, sizes, reach=_farthest(statistics))
+    score, reach = arguments.score(geometry), _farthest(statistics)
+    return prepare(geometry, kernel, programs, constants, config, sizes, score, reach=reach)
 
 
 def _farthest(statistics: Sequence[Statistic]) -> int | None:

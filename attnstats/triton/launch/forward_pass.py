@@ -20,6 +20,7 @@ from attnstats.triton.configs import (
     Kernel,
     chunk,
     interpreted,
+    table_version,
 )
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
@@ -70,7 +71,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, plan: Plan, with_pivot: bool, config: Config
 ) -> Attended:
     parts, dtype = splits(geometry), query.dtype
-    query, key, value = (arguments.as_input(x) for x in (query, key, value))
+    query, key, value = arguments.as_input(query), arguments.as_input(key), arguments.as_input(value)
     shape: tuple[int, ...] = (geometry.batch, geometry.query_heads, geometry.query_length)
     if parts:
         shape = (parts, *shape)
@@ -100,7 +101,7 @@ def _attend(
         assert factor is not None
         output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks, plan, geometry, query.dtype)
     else:
-        row_lse = RowLse(lse, lse if pivot is None else pivot, factor)
+        row_lse = RowLse(lse, pivot, factor)
     return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns))
 
 
@@ -119,7 +120,7 @@ def _rows(
         value=None,
         output=None,
         lse=None,
-        pivot=row_lse.pivot,
+        pivot=row_lse.pivots(geometry),
         factor=None,
         sinks=None,
         strides=Strides(query.stride(), key.stride()),
@@ -130,7 +131,7 @@ def _rows(
 def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors: Any) -> tuple[Tensor, Tensor]:
     """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq] and its columns."""
     from_lse = tensors["value"] is None
-    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, chunk(geometry.device))
+    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, table_version())
     shape = (geometry.batch, geometry.query_heads, geometry.query_length)
     in_rows = arguments.buffer(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
@@ -140,7 +141,7 @@ def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors
         rows=in_rows,
         columns=columns,
         query_mask=arguments.flags(geometry.query_mask),
-        reach=arguments.on_device(plan.reach_of_heads(geometry), geometry.device),
+        reach=arguments.on_device(prepared.reach, geometry.device),  # type: ignore[arg-type]
         dropout=arguments.dropout(geometry),
         **tensors,
     )
@@ -148,7 +149,7 @@ def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors
 
 
 def _results(plan: Plan, in_rows: Tensor, columns: Tensor) -> dict[Statistic, Tensor]:
-    return dict(zip((*plan.in_rows, *plan.band_columns), (*in_rows, *columns), strict=True))
+    return dict(zip((*plan.in_rows, *plan.band_columns), (*in_rows.unbind(), *columns.unbind()), strict=True))
 
 
 def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -173,7 +174,7 @@ def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
 
 
 def _prepare_forward(
-    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, chunk: int
+    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, _version: int
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
@@ -189,7 +190,7 @@ def _prepare_forward(
         "BAND_BOUND": plan.bound(geometry, config.BM + band_keys),
         "FROM_LSE": from_lse,
         "SPLIT_KEYS": _split_keys() if parts else 0,
-        "CHUNK": chunk,
+        "CHUNK": chunk(geometry.device),
         "HEADS": heads,
         "BM": config.BM,
         "BN": config.BN,
@@ -199,8 +200,8 @@ def _prepare_forward(
     }
     blocks = -(-sizes.longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
     programs = blocks * arguments.sequence_count(geometry) * max(parts, 1)
-    slots = slot_count(*plan.reach(geometry), config.BM)
-    return prepare(geometry, kernel, programs, constants, config, sizes, slots)
+    slots, reach = slot_count(*plan.reach(geometry), config.BM), plan.reach_of_heads(geometry)
+    return prepare(geometry, kernel, programs, constants, config, sizes, arguments.score(geometry), slots, reach)
 
 
 def _combine(
@@ -218,8 +219,7 @@ def _combine(
     row_lse = RowLse(*(torch.empty_like(pivots[0]) for _ in range(3)))
     rows = row_parts.new_empty(len(row_parts), *row_lse.lse.shape)
     launch = remembered(geometry, _prepare_combine, plan)
-    start(
-        launch,
+    parts = dict(
         output_parts=output_parts,
         pivots=pivots,
         factors=factors,
@@ -233,6 +233,7 @@ def _combine(
         n_queries=geometry.query_length,
         **row_lse._asdict(),
     )
+    start(launch, parts)
     return output, row_lse, rows
 
 

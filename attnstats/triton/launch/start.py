@@ -4,36 +4,95 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, Score, Sizes, Visibility
-from attnstats.triton.configs import Config, Kernel, candidates, table_version
-from attnstats.triton.launch.arguments import block_dim, score, sequences, visibility, window
+from attnstats.triton.configs import Config, Kernel, candidates, interpreted, table_version
+from attnstats.triton.launch.arguments import block_dim, sequences, visibility, window
 
 T = TypeVar("T")
+Reach = Near | tuple[int, ...] | int | None
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel with all that calls of one geometry pass to it in the same way.
+
+    Attributes:
+        constants: those that are compiled in.
+        config: its BM counts positions.
+        shared: numbers that are the same in every call, and that Triton does not specialise for.
+    """
+
     kernel: Any
     programs: int
     device: torch.device
     constants: dict[str, Any]
-    config: Config  # its BM counts positions
+    config: Config
+    shared: dict[str, int | None] = field(default_factory=dict)
+
+    @functools.cached_property
+    def order(self) -> tuple[Callable[[dict[str, Any]], tuple[Any, ...]], int, tuple[Any, ...], tuple[Any, ...]]:
+        """What takes the other arguments in the kernel's order, how many of them come before the shared ones, these,
+        and the constants, which are last."""
+        names: list[str] = self.kernel.arg_names
+        others = [name for name in names if name not in self.shared and name not in self.constants]
+        before = next((i for i, name in enumerate(names) if name in self.shared), 0)
+        constants = names[len(others) + len(self.shared) :]
+        assert [*others[:before], *self.shared, *others[before:], *constants] == names
+        return operator.itemgetter(*others), before, (*self.shared.values(),), (*map(self.constants.get, constants),)
+
+    @functools.cached_property
+    def compiled(self) -> dict[Any, Any]:
+        """Triton's compiled kernels, by what it compiled in of the other arguments: one dictionary for all lengths."""
+        kinds = [None if x is None else x.bit_length() < 32 for x in self.shared.values()]
+        return _COMPILED.setdefault((self.kernel, self.device, self.config, *self.constants.items(), *kinds), {})
+
+
+_COMPILED: dict[Any, dict[Any, Any]] = {}
+
+
+@functools.cache
+def _specialiser(device: torch.device) -> Callable[[tuple[Any, ...]], Any] | None:
+    """What Triton compiles in of such arguments on the current device: types, None, 1, multiples of 16, aligned
+    pointers, and what the target adds. Asked of Triton itself, as a kernel that was compiled for others gives wrong
+    results; with it the settings for which it compiles another kernel, as some profilers need. None: it can't be asked.
+    """
+    if interpreted():
+        return None
+    try:
+        from triton import knobs
+        from triton.compiler import make_backend
+        from triton.runtime import driver
+        from triton.runtime.jit import native_specialize_impl
+
+        backend = make_backend(driver.active.get_current_target())
+        native_specialize_impl(backend, (), False, True, True)
+    except (ImportError, AttributeError, TypeError):  # another version's
+        return None
+    runtime, compilation = knobs.runtime, knobs.compilation
+
+    def specialise(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        settings = runtime.debug, compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+        return native_specialize_impl(backend, values, False, True, True), *settings
+
+    return specialise
 
 
 class Prepared(NamedTuple):
     """The parts of a launch that calls of one geometry share."""
 
     launch: Launch
-    sizes: Sizes
     visible: Visibility  # without the key mask
     score: Score
     slots: int = 0  # of each band column
-    reach: Near | int | None = None  # how far from the diagonal weights are not 0; None: no limit
+    reach: Reach = None  # how far from the diagonal weights are not 0, by head in a tuple of them; None: no limit
 
 
 def prepare(
@@ -43,23 +102,20 @@ def prepare(
     constants: dict[str, Any],
     config: Config,
     sizes: Sizes,
+    score: Score,
     slots: int = 0,
-    reach: Near | int | None = None,
+    reach: Reach = None,
 ) -> Prepared:
-    launch = Launch(kernel, programs, geometry.device, constants, config)
-    return Prepared(launch, sizes, window(geometry), score(geometry), slots, reach)
+    launch = Launch(kernel, programs, geometry.device, constants, config, sizes._asdict())
+    return Prepared(launch, window(geometry), score, slots, reach)
 
 
-def start_prepared(prepared: Prepared, geometry: Geometry, **tensors: Any) -> None:
-    """Start with these tensors and the arguments that all but `combine` take."""
-    start(
-        prepared.launch,
-        sequences=sequences(geometry),
-        **prepared.sizes._asdict(),
-        visible=visibility(prepared.visible, geometry),
-        score=prepared.score,
-        **tensors,
-    )
+def start_prepared(prepared: Prepared, geometry: Geometry, **arguments: Any) -> None:
+    """Start with these arguments and those that all but `combine` take."""
+    arguments["sequences"] = sequences(geometry)
+    arguments["visible"] = visibility(prepared.visible, geometry)
+    arguments["score"] = prepared.score
+    start(prepared.launch, arguments)
 
 
 def remembered(geometry: Geometry, prepare: Callable[..., T], *arguments: Any) -> T:
@@ -118,22 +174,40 @@ def launching_with(starter: Starter) -> Iterator[None]:
         _starters.remove(starter)
 
 
-def start(launch: Launch, **arguments: Any) -> None:
+def start(launch: Launch, arguments: dict[str, Any]) -> None:
     """The one place where a kernel starts: on the device of its tensors, which may not be the current one."""
-    kernel, programs, device, constants, config = launch
-    if programs == 0:  # packed sequences without a token
+    if launch.programs == 0:  # packed sequences without a token
         return
     if _starters:
-        _starters[-1](launch, arguments)
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel.run(
-            grid=(programs,),
-            warmup=False,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            # Pinned: without fusion score * scale - lse is rounded twice, and Triton's default is about to change.
-            enable_fp_fusion=True,
-            **arguments,
-            **constants,
-        )
+        _starters[-1](launch, arguments | launch.shared)
+    elif launch.device.type != "cuda" or launch.device.index == torch.cuda.current_device():
+        _start(launch, arguments)
+    else:
+        with torch.cuda.device(launch.device):
+            _start(launch, arguments)
+
+
+def _start(launch: Launch, arguments: dict[str, Any]) -> None:
+    """Triton's own launcher takes five times as long as a launch does, so it finds each compiled kernel only once."""
+    key, specialise = None, _specialiser(launch.device)
+    if specialise is not None:
+        values_of, before, shared, constants = launch.order
+        values = values_of(arguments)
+        key = specialise(values)
+        compiled = launch.compiled.get(key)
+        if compiled is not None and not launch.kernel.pre_run_hooks:
+            compiled[launch.programs, 1, 1](*values[:before], *shared, *values[before:], *constants)
+            return
+    compiled = launch.kernel.run(
+        grid=(launch.programs,),
+        warmup=False,
+        num_warps=launch.config.num_warps,
+        num_stages=launch.config.num_stages,
+        # Pinned: without fusion score * scale - lse is rounded twice, and Triton's default is about to change.
+        enable_fp_fusion=True,
+        **arguments,
+        **launch.shared,
+        **launch.constants,
+    )
+    if key is not None and compiled is not None:  # a hook of Triton's may keep it from compiling
+        launch.compiled[key] = compiled
