@@ -79,10 +79,14 @@ def resources(kernel: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage = _cuobjdump("--dump-resource-usage", cubin.name)
-        listing = _cuobjdump("-sass", cubin.name)
-    amounts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return Resources(int(amounts["REG"]), int(amounts["STACK"]) + int(amounts["LOCAL"]), shared, listing)
+        return disassembled(Path(cubin.name), shared)
+
+
+def disassembled(cubin: Path, shared: int) -> Resources:
+    """The same of a file; shared memory given at launch is not in it."""
+    amounts = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", str(cubin))))
+    spilled = int(amounts["STACK"]) + int(amounts["LOCAL"])
+    return Resources(int(amounts["REG"]), spilled, shared, _cuobjdump("-sass", str(cubin)))
 
 
 def assembler() -> str:

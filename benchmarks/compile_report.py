@@ -1,9 +1,10 @@
 """Machine code of every shipped configuration, and a model of its time: `python -m benchmarks.compile_report`.
 
 Needs no GPU. Compiles what attnstats/triton/launch would launch for each target, reads registers, spills and loops from
-the machine code (sass.py), models the time of a few shapes (model.py), checks the budgets (budgets.py) and compares
-with the committed results/compile.json. The exit status is 1 if a budget that was met is broken, one is missed that
-isn't a known miss, or a known miss got worse. `--update` writes results/compile.json and compile.md.
+the machine code (sass.py), models the time of a few shapes on an H100 (schedule.py, model.py), checks the budgets
+(budgets.py) and compares with what results/compile.json has of the same Triton. The exit status is 1 if a budget that
+was met is broken, one is missed that isn't a known miss, or a known miss got worse. `--update` writes this Triton's
+part of results/compile.json, and compile.md with all parts; with another Triton on PYTHONPATH it writes that one's.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import sass
-from benchmarks.budgets import BUDGETS, Budget
-from benchmarks.model import HARDWARE, Cycles, Work, column_tiles, cycles, forward_tiles, model, resident
+from benchmarks import calibrate, sass
+from benchmarks.budgets import BUDGETS, FASTEST, HOPPER, Budget
+from benchmarks.model import CARDS, HBM, L2, column_tiles, forward_tiles, model, resident, seconds
+from benchmarks.schedule import HBM_LATENCY, L2_LATENCY, play
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (2048, 8192, 32768)
 HEADS, KEY_HEADS = 32, 8  # of the modelled shapes; batch 1, causal
+TIMED = "sm_90"  # the one target whose machine code schedule.py plays
 SLACK = 1.02  # a known miss may get worse by this factor before it fails: compilers differ a little
 
 # Names of requests: the statistics, and True for attention, False for statistics from an lse.
@@ -163,6 +166,7 @@ def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
     most = max(map(_weight, heavy), default=0)
     heavy = [loop for loop in heavy if 16 * _weight(loop) >= most]
     shape, warps = record["shape"], record["config"][2]
+    programs = resident(record["registers"], record["shared_bytes"], warps, CARDS[case.target])
     rows = shape.get("BM", 0) * shape.get("HEADS", 1)
     depth = shape.get("BLOCK_DIM", 0) + shape["with_value"] * shape.get("BLOCK_VALUE_DIM", 0)
     described: list[dict[str, Any]] = []
@@ -178,24 +182,34 @@ def read(case: Case, record: dict[str, Any], listing: str) -> dict[str, Any]:
                 "macs": loop.macs_per_warp * warps or elements * (shape["BLOCK_DIM"] if band else depth),
                 "serialised": sass.serialised(loop),
                 "instructions": loop.counts | _fma(loop.body),
-                "per_element": round(total * warps * HARDWARE[case.target].lanes / elements, 3),
+                "per_element": round(total * warps * CARDS[case.target].lanes / elements, 3),
+                "matmul": sorted({i.opcode.split(".")[0] for i in loop.body if sass.kind_of(i.opcode) == "tensor"}),
                 "opcodes": sass.digest(loop),
             }
+            | _played(case, loop.body, programs, warps)
         )
     tiles = sorted((x for x in described if x["role"] == "main"), key=lambda x: x["per_element"])
     for described_loop in tiles[1:]:
         described_loop["role"] = "edge"  # the same with masks
     once = sass.outside(instructions, heavy)
     return {
-        "resident": resident(record["registers"], record["shared_bytes"], warps, HARDWARE[case.target]),
+        "resident": programs,
         "loops": described,
-        "once": {
-            "macs": sass.macs_per_warp(once) * warps,
-            "instructions": sass.counts(once) | _fma(once),
-        },
+        "once": {"macs": sass.macs_per_warp(once) * warps} | _played(case, once, programs, warps, HBM_LATENCY),
         "local": sum(sass.kind_of(i.opcode) == "local" for i in instructions),
         "forbidden": sorted({i.opcode for i in instructions if sass.forbidden(i)}),
     }
+
+
+def _played(
+    case: Case, code: Sequence[sass.Instruction], programs: int, warps: int, memory: float = L2_LATENCY
+) -> dict[str, Any]:
+    """The clocks that a multiprocessor takes for one pass of one program, and the unit that is busiest."""
+    if case.target != TIMED or not programs:
+        return {}
+    played = play(code, programs, warps, memory=memory)
+    busiest = max(played.busy, key=lambda unit: played.busy[unit])
+    return {"cycles": round(played.cycles), "busiest": f"{busiest} {played.busy[busiest]:.0%}"}
 
 
 def _weight(loop: sass.Loop) -> int:
@@ -209,28 +223,24 @@ def _fma(instructions: Sequence[sass.Instruction]) -> dict[str, int]:
     return {"fma results": sass.operations(instructions, "fma"), "ffma": ffma}
 
 
-def timed(case: Case, record: dict[str, Any], length: int) -> dict[str, Any] | None:
-    """The modelled time of a launch at batch 1, 32 query heads and 8 key heads, causal; None for others."""
-    hardware, shape, kernel = HARDWARE[case.target], record["shape"], record["kernel"]
-    if case.layout != "causal" or not record["loops"] or not record["resident"] or kernel.startswith("backward"):
+def timed(
+    case: Case, record: dict[str, Any], length: int, heads: int = HEADS, key_heads: int = KEY_HEADS
+) -> dict[str, Any] | None:
+    """The modelled time of a launch, in microseconds, of one sequence; None where there is no model."""
+    shape, kernel = record["shape"], record["kernel"]
+    modelled = case.target == TIMED and case.layout in ("causal", "full") and not kernel.startswith("backward")
+    if not modelled or not record["loops"] or not record["resident"]:
         return None
-    warps, bm, bn = record["config"][2], shape["BM"], shape["BN"]
-    groups = record["resident"] * warps * hardware.lanes // 128
-    overlapped = groups >= 2 and not any(loop["serialised"] for loop in record["loops"])
+    bm, bn = shape["BM"], shape["BN"]
+    tensor = case.dtype != "float32"
 
-    def cost(part: dict[str, Any]) -> Cycles:
-        counted = part["instructions"]
-        # A matrix core of AMD has an issue port of its own.
-        issued = sum(counted[name] for name in sass.CLASSES if hardware.lanes == 32 or name != "tensor")
-        work = Work(issued, counted["mufu"], counted["fma results"], part["macs"] if counted["tensor"] else 0)
-        return cycles(work, warps, hardware, case.dtype == "float32")
+    def cost(part: dict[str, Any]) -> float:
+        return seconds(part["cycles"], part["macs"] if tensor else 0)
 
     by_role = {role: [cost(x) for x in record["loops"] if x["role"] == role] for role in ("main", "edge", "band")}
-    first = (by_role["main"] or by_role["band"])[0]
-    main, edge = first.time(overlapped), max([first, *by_role["edge"]]).time(overlapped)
-    fixed = cost(record["once"]).time(overlapped)
-    trips = _band_trips(record)
-    band = sum(n * c.time(overlapped) for n, c in zip(trips, by_role["band"], strict=True))
+    main = (by_role["main"] or by_role["band"])[0]
+    edge, fixed = max([main, *by_role["edge"]]), cost(record["once"])
+    band = sum(n * c for n, c in zip(_band_trips(record), by_role["band"], strict=True))
     row_bytes = shape["DIM"] * (4 if case.dtype == "float32" else 2)
 
     blocks = range(-(-length // (bn if kernel == "column" else bm)))
@@ -238,27 +248,26 @@ def timed(case: Case, record: dict[str, Any], length: int) -> dict[str, Any] | N
     l2 = 0.0
     for block in blocks if kernel == "column" else reversed(blocks):  # the longest first, as they are launched
         whole, partly = 0, 0
-        if kernel != "band":
+        if case.layout == "full":
+            whole = -(-length // bn)
+        elif kernel != "band":
             count = forward_tiles if kernel == "forward" else column_tiles
             whole, partly = count(block, length, length, 0, bm, bn)
         programs.append(whole * main + partly * edge + band + fixed)
         streamed = bm if kernel == "column" else bn * (1 + shape["with_value"])
         l2 += row_bytes * ((whole + partly) * streamed + _band_steps(shape) * _band_width(shape) + bm + bn)
-    heads = HEADS // shape.get("HEADS", 1)
-    once_read = length * (HEADS * (row_bytes + 4) + KEY_HEADS * row_bytes)  # q, lse, k
-    once_read += shape["with_value"] * length * (HEADS + KEY_HEADS) * row_bytes  # output, v
+    tiles = heads // shape.get("HEADS", 1)
+    once_read = length * (heads * (row_bytes + 4) + key_heads * row_bytes)  # q, lse, k
+    once_read += shape["with_value"] * length * (heads + key_heads) * row_bytes  # output, v
     columns = shape.get("BAND_COLUMNS", shape.get("COLUMNS", 0))
     rows = shape.get("BAND_ROWS", shape.get("ROWS", 0)) + shape.get("LOOP_ROWS", 0)
-    floor = once_read + 4 * (rows + columns) * length * HEADS
+    floor = once_read + 4 * (rows + columns) * length * heads
     slots = -(-shape.get("BEHIND", 0) // bm) if _band_steps(shape) else 0  # beyond the one that counts as the result
-    slot_bytes = 4 * columns * length * HEADS
-    hbm = floor + slot_bytes * slots
-    times = model(programs * heads, record["resident"], hbm, l2 * heads, first.bound(), overlapped, hardware)
-    beside = 2 * slot_bytes * (slots + 1) / hardware.l2 if slots else 0.0  # zeroed before, summed after: they fit L2
-    seconds = times._asdict() | {"total": times.total + beside, "beside": beside, "floor": floor / hardware.hbm}
-    return {name: round(1e6 * value, 2) if isinstance(value, float) else value for name, value in seconds.items()} | {
-        "overlapped": overlapped
-    }
+    slot_bytes = 4 * columns * length * heads
+    times = model(programs * tiles, record["resident"], floor + slot_bytes * slots, l2 * tiles)
+    beside = 2 * slot_bytes * (slots + 1) / L2 if slots else 0.0  # zeroed before, summed after: they fit L2
+    found = times._asdict() | {"total": times.total + beside, "beside": beside, "floor": floor / HBM}
+    return {name: round(1e6 * value, 2) if isinstance(value, float) else value for name, value in found.items()}
 
 
 def _band_width(shape: dict[str, int]) -> int:
@@ -310,7 +319,7 @@ def report(cases: tuple[Case, ...], workers: int) -> dict[str, Any]:
                     times[f"{case.name} / {record['kernel']} / T {length}"] = modelled
     document = {
         "versions": {"triton": triton.__version__, "ptxas": assembler()},
-        "shapes": f"batch 1, {HEADS} query heads, {KEY_HEADS} key heads, causal; times in microseconds, all modelled",
+        "shapes": f"H100, batch 1, {HEADS} query heads, {KEY_HEADS} key heads, causal; microseconds",
         "binaries": records,
         "modelled": times,
     }
@@ -345,13 +354,35 @@ def complaints(document: dict[str, Any], committed: dict[str, Any] | None) -> li
     return found
 
 
+def budget_table(documents: Sequence[dict[str, Any]]) -> Table:
+    names = [document["versions"]["triton"] for document in documents]
+    table = Table("budget", "limit", "from", *(f"Triton {name}" for name in names), title="Budgets")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for i, document in enumerate(documents):
+        for b in document["budgets"]:
+            row = rows.setdefault((b["name"], f"{b['limit']:g}", b["source"]), [""] * len(documents))
+            row[i] = f"{b['value']:.4g}, {b['status']}"
+    for head, cells in rows.items():
+        table.add_row(*head, *cells)
+    return table
+
+
+def beside_table(document: dict[str, Any]) -> Table:
+    """What WAAD + FAI of all heads cost beside the fastest attention."""
+    table = Table("T", "band, modelled us", "attention, published us", "band / attention", title="Beside attention")
+    for length, operations in FASTEST.items():
+        name = f"{HOPPER}band WAAD + FAI / band / T {length}"
+        if name in document["modelled"]:
+            band, attention = document["modelled"][name]["total"], 1e6 * 2 * length**2 * 128 * HEADS / operations
+            table.add_row(str(length), f"{band:.1f}", f"{attention:.0f}", f"{band / attention:.1%}")
+    return table
+
+
 def tables(document: dict[str, Any]) -> list[Table]:
-    budgets = Table("budget", "limit", "value", "from", "status", title="Budgets")
-    for b in document["budgets"]:
-        budgets.add_row(b["name"], f"{b['limit']:g}", f"{b['value']:.4g}", b["source"], b["status"])
     binaries = Table(
         "configuration", "kernel", "BM BN warps stages", "registers", "spilled", "shared KB", "programs per SM",
-        "loop", *sass.CLASSES, "per element", title="Read from the binaries; instructions of one pass through a loop",
+        "loop", *sass.CLASSES, "per element", "matmul", "clocks", "busiest unit",
+        title="Read from the binaries; instructions of one pass through a loop; its clocks on an H100 are modelled",
     )  # fmt: skip
     for name, launches in document["binaries"].items():
         for r in launches:
@@ -362,41 +393,52 @@ def tables(document: dict[str, Any]) -> list[Table]:
                 row = []
                 if loop:
                     row = [loop["role"], *(loop["instructions"][c] for c in sass.CLASSES), f"{loop['per_element']:.2f}"]
+                    row += [" ".join(loop["matmul"]), loop.get("cycles", ""), loop.get("busiest", "")]
                 binaries.add_row(*map(str, (*head, *row)))
                 head = ("",) * len(head)
     times = Table(
-        "configuration", "kernel", "T", "units", "waves", "HBM", "L2", "time", "bound",
+        "configuration", "kernel", "T", "multiprocessors", "waves", "HBM", "L2", "time", "bound",
         title=f"Modelled: {document['shapes']}",
     )  # fmt: skip
     for name, t in document["modelled"].items():
         case, kernel, length = name.split(" / ")
         numbers = (f"{t[part]:.1f}" for part in ("processors", "quantised", "hbm", "l2", "total"))
         times.add_row(case, kernel, length.removeprefix("T "), *numbers, t["bound"])
-    return [budgets, binaries, times]
+    return [beside_table(document), binaries, times]
 
 
-def markdown(document: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+def markdown(documents: Sequence[dict[str, Any]]) -> str:
+    versions = "; ".join(
+        ", ".join(f"{name} {version}" for name, version in document["versions"].items()) for document in documents
+    )
     parts = [
         "# Compiled kernels",
-        f"Written by `python -m benchmarks.compile_report --update` with {versions}; no GPU was there. Registers, "
-        "spills, shared memory and instructions are read from the machine code. Times are modelled from them "
-        "(benchmarks/model.py says how): they are bounds from below, not measurements, and how far below is not "
-        "known, as the model was compared with no kernel whose speed is. The band, which memory bounds, is likelier to "
-        "come near its bound than attention and columns, which the tensor core does: of that bound FlashAttention 3 "
-        "reaches 61 % at 8k tokens (602 TFLOPS, published).",
+        f"Written by `python -m benchmarks.compile_report --update` with {versions}; no GPU was there. ptxas is the "
+        "one that assembles for sm_90. Registers, spills, shared memory and instructions are read from the machine "
+        "code. Times are modelled from it, for an H100 alone (benchmarks/schedule.py and model.py say how); none was "
+        "measured.",
+        *_sections([calibrate.table()]),
+        calibrate.error(),
+        *_sections([budget_table(documents)]),
     ]
-    for table in tables(document):
+    for document in documents:
+        parts += [f"# Triton {document['versions']['triton']}", *_sections(tables(document))]
+    parts.append("# Attempts, and bounds of what is missed")
+    missed = {b["name"] for document in documents for b in document["budgets"] if b["status"] != "met"}
+    for budget in BUDGETS:
+        if budget.tried or budget.name in missed:
+            bound = f" Bound: {budget.bound}" if budget.name in missed else ""
+            parts.append(f"- {budget.name} ({'missed' if budget.name in missed else 'met'}). {budget.tried}{bound}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(found: Sequence[Table]) -> list[str]:
+    parts = []
+    for table in found:
         columns = [[str(column.header), "--", *map(str, column.cells)] for column in table.columns]
         lines = list(zip(*columns, strict=True))
         parts += [f"## {table.title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
-    parts.append("## Attempts, and bounds of what is missed")
-    status = {b["name"]: b["status"] for b in document["budgets"]}
-    for budget in BUDGETS:
-        if budget.name in status and (budget.tried or status[budget.name] != "met"):
-            bound = f" Bound: {budget.bound}" if status[budget.name] != "met" else ""
-            parts.append(f"- {budget.name} ({status[budget.name]}). {budget.tried}{bound}")
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def main() -> int:
@@ -408,15 +450,15 @@ def main() -> int:
     cases = tuple(case for case in CASES if arguments.only in case.name)
     document = report(cases, arguments.workers)
     console = Console(width=200 if not sys.stdout.isatty() else None)
-    for table in tables(document):
+    for table in (budget_table([document]), *tables(document)):
         console.print(table)
-    path = RESULTS / "compile.json"
-    committed = json.loads(path.read_text()) if path.exists() else None
+    path, version = RESULTS / "compile.json", document["versions"]["triton"]
+    by_version = json.loads(path.read_text()) if path.exists() else {}
+    found = complaints(document, None if arguments.update else by_version.get(version))
     if arguments.update:
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(document))
-        committed = None
-    found = complaints(document, committed)
+        by_version = dict(sorted((by_version | {version: document}).items()))
+        path.write_text(json.dumps(by_version, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(list(by_version.values())))
     for line in found:
         console.print(f"[red]{line}")
     return 1 if found else 0

@@ -1,115 +1,51 @@
-"""Modelled time of a kernel: the work in its machine code for each unit of a GPU, divided by the unit's rate.
+"""Modelled time of a launch on an H100, from what its loops take (schedule.py) and the memory that it moves.
 
-Read from the binary are instructions by class, multiply-adds, registers and shared memory. Modelled is that the units
-overlap perfectly when at least two groups of four warps are resident (their times add up when there is one, or when
-the assembler serialised the tensor-core instructions), that programs start in order as soon as there is room, and that
-memory moves at a constant rate. Latencies, cache misses, falling clocks and launches are left out, so a modelled time
-is a lower bound. No figure of this file was measured on a GPU.
+Programs start in order as soon as there is room and share a multiprocessor evenly; memory moves at a constant rate.
+Left out are cache misses, launches and the tail's spare room. No constant was fitted to attention: each is published.
+calibrate.py compares modelled with published times of other attention kernels; no figure here was measured.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from benchmarks.schedule import TENSOR_MACS
 
-@dataclass(frozen=True)
-class Hardware:
-    """Rates are per clock and multiprocessor (compute unit on AMD) unless they say otherwise."""
+
+class Card(NamedTuple):
+    """What decides how many programs are resident on a multiprocessor (compute unit on AMD)."""
 
     name: str
-    processors: int
-    clock: float  # Hz, boost
-    macs: int  # 16-bit multiply-adds of the tensor cores
-    macs_fp32: int  # the same with float32 inputs; 0: there are none without TF32
-    mufu: int  # exp2
-    fma: int  # FP32 results
-    issue: float  # instructions issued, of one warp each
     lanes: int  # threads in a warp
-    hbm: float  # bytes per second
-    l2: float  # bytes per second
-    registers: int  # 32-bit, per multiprocessor
-    shared: int  # bytes per multiprocessor
+    registers: int  # of 32 bits
+    warps: int
+    shared: int  # bytes
     shared_per_program: int
-    shared_reserved: int  # bytes per program that the driver takes
-    warps: int  # resident at most
+    shared_reserved: int  # bytes of each program that the driver takes
 
 
-# A100: NVIDIA A100 whitepaper (312 TFLOPS bf16, 1410 MHz, 108 SMs, 5120 bytes per clock from L2, 2.04 TB/s with 80 GB).
-# H100 SXM: NVIDIA H100 whitepaper (989 TFLOPS, 132 SMs, 1830 MHz); 3.0 of its 3.35 TB/s of HBM are what is measured;
-# L2 taken as wide as the A100's. B200: NVIDIA Blackwell architecture brief (2250 TFLOPS, 148 SMs, 8 TB/s); L2 as wide
-# again. MI300X: AMD CDNA 3 whitepaper (1307 TFLOPS bf16, 163 fp32, 304 CUs, 2100 MHz, 5.3 TB/s, 128 bytes per clock of
-# each of 16 channels of 8 L2s); a wave of 64 takes a SIMD 4 clocks, 16 for exp. MUFU and FMA rates: CUDA programming
-# guide, arithmetic instructions; shared memory and registers: its table of compute capabilities.
-_KB = 1024
-HARDWARE = {
-    "sm_80": Hardware(
-        "A100 SXM",
-        108,
-        1.41e9,
-        1024,
-        0,
-        16,
-        64,
-        4,
-        32,
-        2.04e12,
-        5120 * 1.41e9,
-        65536,
-        164 * _KB,
-        163 * _KB,
-        1 * _KB,
-        64,
-    ),
-    "sm_90": Hardware(
-        "H100 SXM",
-        132,
-        1.83e9,
-        2048,
-        0,
-        16,
-        128,
-        4,
-        32,
-        3.0e12,
-        5120 * 1.83e9,
-        65536,
-        228 * _KB,
-        227 * _KB,
-        1 * _KB,
-        64,
-    ),
-    "sm_100": Hardware(
-        "B200", 148, 1.85e9, 4096, 0, 16, 128, 4, 32, 8.0e12, 5120 * 1.85e9, 65536, 228 * _KB, 227 * _KB, 1 * _KB, 64
-    ),
-    "gfx942": Hardware(
-        "MI300X", 304, 2.1e9, 1024, 128, 16, 128, 1, 64, 5.3e12, 16 * 8 * 128 * 2.1e9, 131072, 64 * _KB, 64 * _KB, 0, 32
-    ),
+# CUDA programming guide, technical specifications per compute capability; AMD CDNA 3 whitepaper.
+CARDS = {
+    "sm_80": Card("A100", 32, 65536, 64, 164 << 10, 163 << 10, 1 << 10),
+    "sm_86": Card("RTX 3090", 32, 65536, 48, 100 << 10, 99 << 10, 1 << 10),
+    "sm_89": Card("RTX 4090", 32, 65536, 48, 100 << 10, 99 << 10, 1 << 10),
+    "sm_90": Card("H100", 32, 65536, 64, 228 << 10, 227 << 10, 1 << 10),
+    "sm_100": Card("B200", 32, 65536, 64, 228 << 10, 227 << 10, 1 << 10),
+    "sm_120": Card("RTX 5090", 32, 65536, 48, 100 << 10, 99 << 10, 1 << 10),
+    "gfx942": Card("MI300X", 64, 131072, 32, 64 << 10, 64 << 10, 0),
 }
 
-
-class Work(NamedTuple):
-    """Work of one pass through a piece of code, of one warp; multiply-adds of the whole program."""
-
-    instructions: int
-    mufu: int
-    fma: int  # results per lane
-    macs: int
-
-
-class Cycles(NamedTuple):
-    tensor: float
-    mufu: float
-    fma: float
-    issue: float
-
-    def time(self, overlapped: bool) -> float:
-        beside = max(self.mufu, self.fma, self.issue)
-        return max(self.tensor, beside) if overlapped else self.tensor + beside
-
-    def bound(self) -> str:
-        return max(zip(self, self._fields, strict=True))[1]
+# H100 SXM. The clock falls under load, most of all while the tensor cores work: at the whitepaper's boost of 1.83 GHz
+# they would compute 989 TFLOPS, where cuBLAS reaches 716 with 8192 x 8192 matrices ("Outperforming cuBLAS on H100: a
+# worklog", cudaforfun.substack.com; 794 is the most that stas00/ml-engineering found for any shape). So clocks in which
+# they work are as long as 716 TFLOPS make them, and all others as short as the boost's. HBM: 3.0 of 3.35 TB/s are what
+# is measured. L2: measured by OpenXLA (GpuDotFusionCostModel).
+PROCESSORS = 132
+CLOCK = 1.83e9
+TENSOR_CLOCK = 716e12 / (2 * TENSOR_MACS * PROCESSORS)
+HBM = 3.0e12
+L2 = 6.65e12
 
 
 class Times(NamedTuple):
@@ -123,25 +59,19 @@ class Times(NamedTuple):
     bound: str
 
 
-def cycles(work: Work, warps: int, hardware: Hardware, fp32: bool) -> Cycles:
-    """Of one multiprocessor that does nothing else."""
-    macs = hardware.macs_fp32 if fp32 else hardware.macs
-    threads = warps * hardware.lanes
-    return Cycles(
-        work.macs / macs if macs else 0.0,
-        work.mufu * threads / hardware.mufu,
-        work.fma * threads / hardware.fma,
-        work.instructions * warps / hardware.issue,
-    )
+def seconds(cycles: float, macs: float) -> float:
+    """Of a multiprocessor's clocks, in which its tensor cores do `macs` multiply-adds."""
+    tensor = min(cycles, macs / TENSOR_MACS)
+    return tensor / TENSOR_CLOCK + (cycles - tensor) / CLOCK
 
 
-def resident(registers: int, shared: int, warps: int, hardware: Hardware) -> int:
+def resident(registers: int, shared: int, warps: int, card: Card) -> int:
     """Programs that fit a multiprocessor; 0 if one does not. Registers are given out by 8 per thread."""
-    if shared > hardware.shared_per_program:
+    if shared > card.shared_per_program:
         return 0
-    by_registers = hardware.registers // (-(-registers // 8) * 8 * warps * hardware.lanes)
-    by_shared = hardware.shared // (shared + hardware.shared_reserved) if shared else hardware.warps
-    return max(0, min(by_registers, by_shared, hardware.warps // warps))
+    by_registers = card.registers // (-(-registers // 8) * 8 * warps * card.lanes)
+    by_shared = card.shared // (shared + card.shared_reserved) if shared else card.warps
+    return max(0, min(by_registers, by_shared, card.warps // warps))
 
 
 def makespan(durations: list[float], places: int) -> float:
@@ -152,28 +82,20 @@ def makespan(durations: list[float], places: int) -> float:
     return max(free)
 
 
-def model(
-    programs: list[float],
-    places: int,
-    hbm_bytes: float,
-    l2_bytes: float,
-    unit: str,
-    overlapped: bool,
-    hardware: Hardware,
-) -> Times:
-    """The time of a launch. programs: cycles of each, in launch order, of a multiprocessor that does nothing else.
+def model(programs: list[float], places: int, hbm_bytes: float, l2_bytes: float) -> Times:
+    """The time of a launch. programs: seconds that each, in launch order, takes of a multiprocessor.
 
-    Programs that share a multiprocessor run slower by as many as they are, also when some places have run dry:
-    the tail is overestimated. HBM overlaps with the multiprocessors if there is another program to compute.
+    places: programs side by side on a multiprocessor, each of which then takes as many times as long, also when some
+    places have run dry: the tail is overestimated. Memory moves beside the computation, that of this multiprocessor or
+    of others.
     """
-    busy = sum(programs) / hardware.processors / hardware.clock
-    quantised = makespan([places * p for p in programs], places * hardware.processors) / hardware.clock
-    hbm, l2 = hbm_bytes / hardware.hbm, l2_bytes / hardware.l2
-    bounds = {unit: busy, "waves": quantised, "HBM": hbm, "L2": l2}
+    busy = sum(programs) / PROCESSORS
+    quantised = makespan([places * p for p in programs], places * PROCESSORS)
+    hbm, l2 = hbm_bytes / HBM, l2_bytes / L2
+    bounds = {"multiprocessors": busy, "waves": quantised, "HBM": hbm, "L2": l2}
     if quantised < 1.1 * busy:
-        del bounds["waves"]  # the unit is what matters
-    total = max(quantised, hbm, l2) if overlapped else quantised + max(hbm, l2)
-    return Times(busy, quantised, hbm, l2, total, max(bounds, key=lambda name: bounds[name]))
+        del bounds["waves"]
+    return Times(busy, quantised, hbm, l2, max(quantised, hbm, l2), max(bounds, key=lambda name: bounds[name]))
 
 
 def forward_tiles(block: int, queries: int, keys: int, offset: int, bm: int, bn: int) -> tuple[int, int]:

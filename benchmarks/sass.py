@@ -43,6 +43,7 @@ class Instruction(NamedTuple):
     operands: str
     target: int | None = None  # where a branch goes
     packed: int = 1  # elements per lane: 2 for v_pk_fma_f32 and FFMA2
+    control: int = 0b000000_111_111_0_0001  # scoreboards: waited for, set by reading, by writing; yield; stall count
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,15 @@ class Loop:
 def parse_nvidia(listing: str) -> list[Instruction]:
     """The instructions of the first function in a listing of cuobjdump."""
     found = []
-    line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
-    for match in line.finditer(listing):
+    text = r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);"
+    encoding = r"(?:\s*/\* 0x\w+ \*/\s*/\* 0x(\w+) \*/)?"  # of 128 bits, of which the upper half says how to schedule
+    for match in re.finditer(text + encoding, listing, re.MULTILINE):
         opcode, operands = match[2], match[3].strip()
         target = re.search(r"\b(0x[0-9a-f]+)$", operands) if opcode.startswith("BRA") else None
         packed = 2 if re.match(r"(FFMA|FMUL|FADD)2", opcode) else 1
-        found.append(Instruction(int(match[1], 16), opcode, operands, int(target[1], 16) if target else None, packed))
+        control = int(match[4], 16) >> 41 & 0x1FFFF if match[4] else Instruction._field_defaults["control"]
+        goal = int(target[1], 16) if target else None
+        found.append(Instruction(int(match[1], 16), opcode, operands, goal, packed, control))
     return found
 
 

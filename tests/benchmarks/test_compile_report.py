@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import budgets, compile_report, model, sass
+from benchmarks import budgets, calibrate, compile_report, model, sass
 
 # A loop with a guard inside, one within another, code after the last exit that jumps back, the end's padding.
 HOPPER = """
@@ -141,27 +141,35 @@ def test_tiles_of_the_causal_triangle(bm, bn, queries, keys):
 
 
 def test_residency():
-    hopper = model.HARDWARE["sm_90"]
+    hopper = model.CARDS["sm_90"]
     assert model.resident(255, 100 * 1024, 8, hopper) == 1  # registers
     assert model.resident(128, 100 * 1024, 4, hopper) == 2  # shared memory
     assert model.resident(32, 0, 4, hopper) == 16  # threads and registers
     assert model.resident(32, 228 * 1024, 4, hopper) == 0
-    assert model.resident(128, 80 * 1024, 4, model.HARDWARE["gfx942"]) == 0
+    assert model.resident(128, 100 * 1024, 4, model.CARDS["sm_89"]) == 0
+    assert model.resident(128, 80 * 1024, 4, model.CARDS["gfx942"]) == 0
 
 
-def test_time_of_units_and_waves():
-    hopper = model.HARDWARE["sm_90"]
-    work = model.Work(instructions=100, mufu=32, fma=64, macs=128 * 128 * 128)
-    cycles = model.cycles(work, 8, hopper, fp32=False)
-    assert cycles == (1024, 512, 128, 200)
-    assert (cycles.time(True), cycles.time(False)) == (1024, 1536)
-    assert model.cycles(work, 8, hopper, fp32=True).tensor == 0
+def test_every_target_has_its_card():
+    aot = pytest.importorskip("benchmarks.aot")
+    assert set(aot.TARGETS) <= set(model.CARDS)
+
+
+def test_clocks_with_matmuls_are_longer():
+    idle, busy = model.seconds(1000, 0), model.seconds(1000, 1000 * 2048)
+    assert idle == 1000 / 1.83e9
+    assert busy / idle == pytest.approx(989 / 716, rel=1e-3)
+    assert model.seconds(1000, 500 * 2048) == pytest.approx((idle + busy) / 2)
+    assert model.seconds(1000, 2000 * 2048) == busy  # a matmul that is left to other code
+
+
+def test_time_of_waves_and_memory():
     assert model.makespan([3, 3, 2, 1], 2) == 5
-    one = model.model([hopper.clock] * 132, 1, 0, 0, "tensor", True, hopper)
-    more = model.model([hopper.clock] * 133, 1, 0, 0, "tensor", True, hopper)
-    assert (round(one.total, 6), one.bound) == (1, "tensor")
+    one = model.model([1.0] * 132, 1, 0, 0)
+    more = model.model([1.0] * 133, 1, 0, 0)
+    assert (round(one.total, 6), one.bound) == (1, "multiprocessors")
     assert (round(more.total, 6), more.bound) == (2, "waves")
-    assert model.model([0.0], 1, 6e12, 0, "tensor", True, hopper)[4:] == (2, "HBM")
+    assert model.model([0.0], 1, 6e12, 0)[4:] == (2, "HBM")
 
 
 def test_what_fails_a_run():
@@ -193,10 +201,35 @@ def test_known_misses_say_what_was_tried():
 
 
 def test_committed_report_has_every_budget_and_case():
-    committed = json.loads((compile_report.RESULTS / "compile.json").read_text())
-    assert [b["name"] for b in committed["budgets"]] == [b.name for b in budgets.BUDGETS]
-    assert list(committed["binaries"]) == [case.name for case in compile_report.CASES]
-    assert not [b for b in committed["budgets"] if b["status"] == "missed"]
+    by_version = json.loads((compile_report.RESULTS / "compile.json").read_text())
+    for version, committed in by_version.items():
+        assert committed["versions"]["triton"] == version
+        assert [b["name"] for b in committed["budgets"]] == [b.name for b in budgets.BUDGETS]
+        assert list(committed["binaries"]) == [case.name for case in compile_report.CASES]
+        assert not [b for b in committed["budgets"] if b["status"] == "missed"]
+
+
+def test_report_of_two_versions():
+    def document(triton, spilled, status):
+        budget = {"name": "spilled bytes", "limit": 0, "source": "binary", "value": spilled, "status": status}
+        loop = {"role": "main", "instructions": dict.fromkeys(sass.CLASSES, 1), "per_element": 2.0, "matmul": ["HGMMA"]}
+        loops = [loop | {"cycles": 2165, "busiest": "tensor 49%"}, loop | {"matmul": ["UTCHMMA"]}]  # played, and not
+        record = {"kernel": "forward", "config": [128, 64, 8, 3], "registers": 211, "spilled_bytes": spilled}
+        record |= {"shared_bytes": 131072, "shape": {}, "resident": 1, "loops": loops}
+        band = f"{budgets.BAND} / band / T 8192"
+        times = dict.fromkeys(("processors", "quantised", "hbm", "l2"), 1.0) | {"total": 45.65, "bound": "HBM"}
+        versions = {"triton": triton, "ptxas": "1.2"}
+        return {"versions": versions, "shapes": "", "budgets": [budget], "binaries": {"case": [record]}} | {
+            "modelled": {band: times}
+        }
+
+    text = compile_report.markdown([document("3.6.0", 16, "missed, known"), document("3.9.0", 0, "met")])
+    assert "| budget | limit | from | Triton 3.6.0 | Triton 3.9.0 |" in text
+    assert "| spilled bytes | 0 | binary | 16, missed, known | 0, met |" in text
+    assert "| HGMMA | 2165 | tensor 49% |" in text
+    assert "| UTCHMMA |  |  |" in text
+    assert text.count("| 8192 | 45.6 | 913 | 5.0% |") == 2
+    assert calibrate.error() in text
 
 
 # Every case of the target that the budgets are for, and on every target and head size the one that takes most
