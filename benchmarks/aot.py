@@ -89,14 +89,22 @@ def disassembled(cubin: Path, shared: int) -> Resources:
     return Resources(int(amounts["REG"]), spilled, shared, _cuobjdump("-sass", str(cubin)))
 
 
-def assembler() -> str:
-    """The version of the ptxas that assembles for Hopper: it decides registers and schedules as much as Triton does."""
+def assemblers() -> str:
+    """The versions of ptxas, by target: they decide registers and schedules as much as Triton does.
+
+    Triton ships two, and which one assembles for a target differs between its versions.
+    """
     from triton.backends.nvidia.compiler import get_ptxas
 
-    text = subprocess.run([get_ptxas(90).path, "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"\bV(\d[\d.]+)", text)
-    assert match
-    return match[1]
+    targets: dict[str, list[str]] = {}
+    for name, target in TARGETS.items():
+        if target.backend == "cuda":
+            tool = get_ptxas(target.arch).path
+            text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+            match = re.search(r"\bV(\d[\d.]+)", text)
+            assert match
+            targets.setdefault(match[1], []).append(name)
+    return ", ".join(f"{version} for {' '.join(names)}" for version, names in targets.items())
 
 
 def _cuobjdump(option: str, path: str) -> str:

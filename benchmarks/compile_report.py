@@ -308,7 +308,7 @@ def report(cases: tuple[Case, ...], workers: int) -> dict[str, Any]:
     """The whole document: versions, what was read from the binaries, modelled times, budgets."""
     import triton
 
-    from benchmarks.aot import assembler
+    from benchmarks.aot import assemblers
 
     records = measured(cases, workers)
     times = {}
@@ -318,7 +318,7 @@ def report(cases: tuple[Case, ...], workers: int) -> dict[str, Any]:
                 if modelled := timed(case, record, length):
                     times[f"{case.name} / {record['kernel']} / T {length}"] = modelled
     document = {
-        "versions": {"triton": triton.__version__, "ptxas": assembler()},
+        "versions": {"triton": triton.__version__, "ptxas": assemblers()},
         "shapes": f"H100, batch 1, {HEADS} query heads, {KEY_HEADS} key heads, causal; microseconds",
         "binaries": records,
         "modelled": times,
@@ -413,10 +413,9 @@ def markdown(documents: Sequence[dict[str, Any]]) -> str:
     )
     parts = [
         "# Compiled kernels",
-        f"Written by `python -m benchmarks.compile_report --update` with {versions}; no GPU was there. ptxas is the "
-        "one that assembles for sm_90. Registers, spills, shared memory and instructions are read from the machine "
-        "code. Times are modelled from it, for an H100 alone (benchmarks/schedule.py and model.py say how); none was "
-        "measured.",
+        f"Written by `python -m benchmarks.compile_report --update` with {versions}; no GPU was there. Registers, "
+        "spills, shared memory and instructions are read from the machine code. Times are modelled from it, for an "
+        "H100 alone (benchmarks/schedule.py and model.py say how); none was measured.",
         *_sections([calibrate.table()]),
         calibrate.error(),
         *_sections([budget_table(documents)]),

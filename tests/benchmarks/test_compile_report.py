@@ -155,6 +155,14 @@ def test_every_target_has_its_card():
     assert set(aot.TARGETS) <= set(model.CARDS)
 
 
+def test_every_cuda_target_has_an_assembler_with_a_version():
+    aot = pytest.importorskip("benchmarks.aot")
+    text = aot.assemblers()
+    named = [word.rstrip(",") for word in text.split() if word.startswith("sm_")]
+    assert sorted(named) == sorted(name for name in aot.TARGETS if name.startswith("sm_"))
+    assert all(part.split(" for ")[0].count(".") == 2 for part in text.split(", "))
+
+
 def test_clocks_with_matmuls_are_longer():
     idle, busy = model.seconds(1000, 0), model.seconds(1000, 1000 * 2048)
     assert idle == 1000 / 1.83e9

@@ -108,6 +108,10 @@ def test_a_narrow_matmul_waits_for_its_operands():
     """64 x 16 takes 8 clocks of the tensor cores, and 20 to read A and B."""
     assert cycles(*["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"] * 8) == pytest.approx(160, rel=0.03)
     assert cycles(*["HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR8], R24"] * 8) == pytest.approx(64, rel=0.25)
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    shared = cycles("HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", wait)
+    registers = cycles("HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR8], R24, gsb0", wait)
+    assert shared - registers == 20 - 8
 
 
 def test_shared_memory_is_one_port():
@@ -128,7 +132,13 @@ def test_a_wait_that_succeeds_skips_its_retry():
         ("FMUL R1", {}),
         ("FMUL R2", {}),
     ]
-    assert [i.address for i in schedule._without_retries(code(*lines))] == [0x0, 0x10, 0x50]
+    assert cycles(*lines) == cycles(*lines[:2], lines[5]) < cycles(lines[0], *lines[2:])
+
+
+def test_the_warp_that_issued_last_goes_on():
+    """One is then at its matmul while the other computes: little more than 80 clocks each, and 97 to 129 by turns."""
+    loop = ["FMUL R0"] * 80 + [f"{MATMUL} R24, gdesc[UR8], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    assert 80 < cycles(*loop, programs=2) < 92
 
 
 def test_the_model_comes_within_20_percent_of_published_speeds():
