@@ -28,12 +28,15 @@ class Strides(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """The boundaries of packed sequences, (sequences + 1,) int32. Without: each batch row is one sequence."""
+    """The boundaries of packed sequences, (sequences + 1,) int32. All None: each batch row is one sequence.
 
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    max_queries: Any  # a sequence with more of either is left out; None: there is none
-    max_keys: Any
+    Kernels ask a field for None, not the group: Triton 3.6 compares no tuple that has a None.
+    """
+
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    max_queries: Any = None  # a sequence with more of either is left out; None: there is none
+    max_keys: Any = None
 
 
 class Sizes(NamedTuple):
@@ -99,6 +102,12 @@ class Head(NamedTuple):
 
     pointer: Any
     strides: Any
+
+
+class Stream(NamedTuple):
+    """A Head of which nothing but tiles are read, all of one shape."""
+
+    tiles: Any  # a tensor descriptor
 
 
 class Sequence(NamedTuple):

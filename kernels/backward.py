@@ -7,7 +7,8 @@ output's gradient.
     program (i_sequence, i_key_head, i_block) of `backward_keys`: dK, dV
         keys [BN, D], resident        queries of the group's heads, one head after the other
 
-In registers stay the resident tiles and the accumulators of their gradients, which are written at the end.
+In registers stay the resident tiles and the accumulators of their gradients, which are written at the end. Of d_key and
+d_value one may be None: then the other is computed alone.
 
 With A = exp2(score - pivot) * factor, where the pivot is the lse if factor is None, and dA = dO V^T + the gradients
 that statistics have for A: dS = A * (dA - rowsum(A dA)), dQ = dS K, dK = dS^T Q, dV = A^T dO. Both kernels take A and
@@ -44,6 +45,7 @@ from .tiles import (
     sequence_of,
     softcap_slope,
     store_tile,
+    streamed,
     weigh,
     wide,
 )
@@ -208,6 +210,7 @@ def backward_queries(
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
@@ -219,7 +222,10 @@ def backward_queries(
     i_head = i_program // n_blocks % sizes.n_query_heads
     i_sequence = i_program // (n_blocks * sizes.n_query_heads)
     q_start = i_block * BM
-    sequence = sequence_of(i_sequence, sequences, sizes, q_start, None)
+    sequence = sequence_of(i_sequence, sequences, sizes)
+    if sequences.cu_seqlens_q is not None:
+        if q_start >= sequence.n_queries:  # the grid is that of the longest sequence
+            return
     i_batch, q_begin, n_queries = sequence.i_batch, sequence.q_begin, sequence.n_queries
     i_flat_head = i_batch * sizes.n_query_heads + i_head
     o_row = q_start + tl.arange(0, BM)
@@ -228,6 +234,8 @@ def backward_queries(
     o_flat = wide(i_flat_head) * sizes.n_queries + q_begin + o_row  # in [B, Hq, Tq]
     keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
     values = head_of(value, strides.value, i_batch, i_head // sizes.group, sequence.k_begin)
+    keys = streamed(keys, sequence.n_keys, BN, DIM, BLOCK_DIM, DESCRIBED)
+    values = streamed(values, sequence.n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, DESCRIBED)
     head = head_of(query, strides.query, i_batch, i_head, q_begin)
     b_q = load_tile(head, q_start, n_queries, BM, DIM, BLOCK_DIM, True)
     head = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
@@ -294,9 +302,9 @@ def backward_queries(
 def over_queries(
     b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, p_pivot, p_factor, p_delta, row_grads, p_query_mask,
     i_flat_head, first, last, sequence, visible, score, dropout,
-    WEIGHTS: tl.constexpr, TILE: tl.constexpr,
+    OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add the terms of a head's queries first .. last to b_dk [BN, BLOCK_DIM] and b_dv [BN, BLOCK_VALUE_DIM].
+    """Add the terms of a head's queries first .. last to b_dk [BN, BLOCK_DIM], b_dv [BN, BLOCK_VALUE_DIM], or both.
 
     Keys that don't exist or are padding have rows of their own in the tile, which aren't stored. A second loop for
     tiles without a mask would save 4 instructions per score, but costs the registers that a larger tile needs.
@@ -320,8 +328,10 @@ def over_queries(
         query_block = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, grads, m_query, sequence.offset + o_row)
         key_block = KeyBlock(b_k, b_v, column_grads, None, o_key)
         b_met, b_ds = step(query_block, key_block, i_flat_head, sequence, visible, score, dropout, True, WEIGHTS, True)
-        b_dv = dot(b_met.to(b_do.dtype), b_do, b_dv)
-        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+        if OF_VALUES:
+            b_dv = dot(b_met.to(b_do.dtype), b_do, b_dv)
+        if OF_KEYS:
+            b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
     return b_dk, b_dv
 
 
@@ -333,6 +343,7 @@ def backward_keys(
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
@@ -345,7 +356,10 @@ def backward_keys(
     i_key_head = i_program // n_blocks % n_key_heads
     i_sequence = i_program // (n_blocks * n_key_heads)
     k_start = i_block * BN
-    sequence = sequence_of(i_sequence, sequences, sizes, None, k_start)
+    sequence = sequence_of(i_sequence, sequences, sizes)
+    if sequences.cu_seqlens_q is not None:
+        if k_start >= sequence.n_keys:  # the grid is that of the longest sequence
+            return
     i_batch, q_begin, k_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.k_begin, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)
     keys = head_of(key, strides.key, i_batch, i_key_head, k_begin)
@@ -366,6 +380,8 @@ def backward_keys(
         o_head = wide(i_flat_head) * sizes.n_queries + q_begin
         queries = head_of(query, strides.query, i_batch, i_head, q_begin)
         d_out = head_of(d_output, strides.d_output, i_batch, i_head, q_begin)
+        queries = streamed(queries, last, BM, DIM, BLOCK_DIM, DESCRIBED)
+        d_out = streamed(d_out, last, BM, VALUE_DIM, BLOCK_VALUE_DIM, DESCRIBED)
         p_factor = factor
         if factor is not None:
             p_factor = factor + o_head
@@ -381,12 +397,12 @@ def backward_keys(
             b_dk, b_dv = over_queries(
                 b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, pivot + o_head, p_factor, delta + o_head,
                 row_grads, p_query_mask, i_flat_head, first, last,
-                sequence, visible, score, dropout, WEIGHTS, TILE,
+                sequence, visible, score, dropout, d_key is not None, d_value is not None, WEIGHTS, TILE,
             )  # fmt: skip
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)[:, None]
-    d_k = head_of(d_key, strides.d_key, i_batch, i_key_head, k_begin)
-    d_v = head_of(d_value, strides.d_value, i_batch, i_key_head, k_begin)
-    b_dk = tl.where(m_key, b_dk * score.scale, 0.0)
-    b_dv = tl.where(m_key, b_dv, 0.0)
-    store_tile(d_k, k_start, n_keys, b_dk, BN, DIM, BLOCK_DIM)
-    store_tile(d_v, k_start, n_keys, b_dv, BN, VALUE_DIM, BLOCK_VALUE_DIM)
+    if d_key is not None:
+        d_k = head_of(d_key, strides.d_key, i_batch, i_key_head, k_begin)
+        store_tile(d_k, k_start, n_keys, tl.where(m_key, b_dk * score.scale, 0.0), BN, DIM, BLOCK_DIM)
+    if d_value is not None:
+        d_v = head_of(d_value, strides.d_value, i_batch, i_key_head, k_begin)
+        store_tile(d_v, k_start, n_keys, tl.where(m_key, b_dv, 0.0), BN, VALUE_DIM, BLOCK_VALUE_DIM)

@@ -17,6 +17,7 @@ import triton.language as tl
 from .arguments import Band, Sizes, Slots, Strides, Tile
 from .tiles import (
     FIELDS,
+    anew,
     band_sweep,
     head_of,
     load_flags,
@@ -56,15 +57,13 @@ def band(
         i_head = tl.load(heads + i_place)
         i_key_head = i_head // group
         n_packed = 1
-    sequence = sequence_of(i_sequence, sequences, sizes, i_block * BM, None)
-    behind = BEHIND
-    if sequences is not None:
-        behind = tl.where(sequence.n_keys > 0, BEHIND, -1)
+    sequence = sequence_of(i_sequence, sequences, sizes)
+    if sequences.cu_seqlens_q is not None:
+        if i_block * BM >= sequence.n_queries:  # the grid is that of the longest sequence
+            return
     i_batch, q_begin = sequence.i_batch, sequence.q_begin
     q_rows = packed_rows(i_block, n_packed, sequence.n_queries, HEADS, BM)
     o_head, o_row, m_row = q_rows
-    # 64 bits: (B * Hq) * Tq passes 2^31 at a million positions
-    o_flat = (wide(i_batch) * n_heads + i_place + o_head) * sizes.n_queries + q_begin + o_row
     b_q = load_packed(head_of(query, strides.query, i_batch, i_head, q_begin), q_rows, DIM, BLOCK_DIM)
     o_lse = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row
     b_pivot = load_pivot(pivot, o_lse, m_row, factor is None)
@@ -76,10 +75,15 @@ def band(
         m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
     sums = band_sweep(
         b_q, b_pivot, b_factor, m_query, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
-        sequence.offset + i_block * BM, behind,
+        sequence.offset + i_block * BM, BEHIND,
         Slots(columns, i_place, n_packed, sizes.n_batch, n_heads, sizes.n_keys), visible, score,
         Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM),
     )  # fmt: skip
+    q_rows = packed_rows(anew(i_block), n_packed, sequence.n_queries, HEADS, BM)
+    o_head, o_row, m_row = q_rows
+    o_flat = (wide(i_batch) * n_heads + i_place + o_head) * sizes.n_queries + q_begin + o_row
+    o_lse = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row
+    b_pivot = load_pivot(pivot, o_lse, m_row, factor is None)  # read again: with it kept, Triton 3.6 spills
     b_mass = row_mass(b_pivot, b_factor, sinks, i_head, q_rows)
     for j in tl.static_range(len(ROWS) // FIELDS):
         p_row = rows + wide(j) * sizes.n_batch * n_heads * sizes.n_queries

@@ -7,8 +7,9 @@
 
 Key-stationary: one matmul per tile instead of the forward's two and no online softmax, since
 A = exp2(Q K^T - pivot) * factor.
-From some distance on each weight is constant. There the tile of A is accumulated elementwise, once for all statistics
-and without a mask, and reduced once per segment; nearer tiles are weighted and reduced one by one.
+From some distance on each weight is constant. There the tile of A is accumulated once for all statistics and without a
+mask; nearer tiles are weighted, one statistic after the other. Both accumulate elementwise, to be reduced once per
+segment.
 Queries that don't count, or see no key, have the pivot +inf in the copy that is passed here, so their A is exactly 0
 and no query mask is read. COUNTED says that some may not count: their scores are hidden, because a NaN among them
 would reach the keys, and of each sequence only the queries from the first that counts to the last are visited.
@@ -23,7 +24,19 @@ import triton
 import triton.language as tl
 
 from .arguments import Sizes, Strides, Tile
-from .tiles import FIELDS, head_of, hide, keys_present, load_tile, query_range, scores_above, sequence_of, weigh, wide
+from .tiles import (
+    FIELDS,
+    head_of,
+    hide,
+    keys_present,
+    load_tile,
+    query_range,
+    scores_above,
+    sequence_of,
+    streamed,
+    weigh,
+    wide,
+)
 
 
 @triton.jit
@@ -31,7 +44,7 @@ def near(
     b_sum, b_kt, o_key, queries, p_pivot, p_factor, offset, first, last, visible, score,
     COLUMNS: tl.constexpr, J: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add to b_sum [BN] the sums of statistic J over the queries first .. last, which may not see all keys."""
+    """Add the terms of statistic J of the queries first .. last, which may not see all keys, to b_sum [BM, BN]."""
     for start in range(first, last, TILE.BM):
         o_row = start + tl.arange(0, TILE.BM)
         b_q = load_tile(queries, start, last, TILE.BM, TILE.DIM, TILE.BLOCK_DIM, True)  # [BM, BLOCK_DIM]
@@ -42,7 +55,7 @@ def near(
         if p_factor is not None:
             b_a *= tl.load(p_factor + o_row, mask=o_row < last, other=0.0)[:, None]
         b_w = weigh(distance.to(tl.float32), COLUMNS, J)
-        b_sum += tl.sum(tl.where(b_w == 0, 0.0, b_a * b_w), 0)  # 0 * NaN is NaN
+        b_sum += tl.where(b_w == 0, 0.0, b_a * b_w)  # 0 * NaN is NaN
     return b_sum
 
 
@@ -69,7 +82,7 @@ def column(
     n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
     n_segments, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """counted: [sequences, 2] int32, the queries first .. end - 1 that may count; None: all. FAR: from this distance on
     statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest distance at which any weight is not 0;
@@ -86,11 +99,15 @@ def column(
     if heads is not None:
         i_head = tl.load(heads + i_place)
     k_start = i_block * BN
-    sequence = sequence_of(i_sequence, sequences, sizes, None, k_start)
+    sequence = sequence_of(i_sequence, sequences, sizes)
+    if sequences.cu_seqlens_q is not None:
+        if k_start >= sequence.n_keys:  # the grid is that of the longest sequence
+            return
     i_batch, n_keys = sequence.i_batch, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)
     keys = head_of(key, strides.key, i_batch, i_head // sizes.group, sequence.k_begin)
     queries = head_of(query, strides.query, i_batch, i_head, sequence.q_begin)
+    queries = streamed(queries, sequence.n_queries, BM, DIM, BLOCK_DIM, DESCRIBED)
     o_head = (wide(i_batch) * sizes.n_query_heads + i_head) * sizes.n_queries + sequence.q_begin
     p_pivot = pivot + o_head
     p_factor = factor
@@ -131,14 +148,14 @@ def column(
         # One statistic after the other: together they would take more registers than there are.
         sums = ()
         for j in tl.static_range(len(COLUMNS) // FIELDS):
-            b_sum = tl.zeros((BN,), tl.float32)
+            b_sum = tl.zeros((BM, BN), tl.float32)
             for part in tl.range(0, 2, num_stages=1):
                 b_sum = near(
                     b_sum, b_kt, o_key, queries, p_pivot, p_factor, sequence.offset,
                     tl.where(part == 0, first, edge), tl.where(part == 0, whole, last), visible, score,
                     COLUMNS, j, TILE,
                 )  # fmt: skip
-            sums = sums + (b_sum,)
+            sums = sums + (tl.sum(b_sum, 0),)
         b_far = tl.zeros((BM, BN), tl.float32)
         if FAR is not None:
             b_far = far(b_far, b_kt, queries, p_pivot, p_factor, whole, edge, score, COUNTED, TILE)

@@ -33,6 +33,7 @@ from .tiles import (
     LARGEST,
     LN2,
     LOG2_ZERO,
+    anew,
     band_sweep,
     dot,
     head_of,
@@ -48,6 +49,7 @@ from .tiles import (
     see_a_key,
     sequence_of,
     softcapped,
+    streamed,
     weigh,
     wide,
     zeros_for,
@@ -97,7 +99,8 @@ def add_moments(
         o_from_end = (BASE + COLUMNS - 1 - tl.arange(0, COLUMNS)).to(tl.float32)
         b_moment += tl.sum(b_a * o_from_end[None, :], 1, keep_dims=True)
     elif COLUMNS == CHUNK:
-        b_moment += b_a * BASE
+        if BASE > 0:
+            b_moment += b_a * BASE
     else:
         b_left, b_right = halves(b_a, ROWS, COLUMNS)
         b_moment = add_moments(b_moment, b_left, BASE + COLUMNS // 2, ROWS, COLUMNS // 2, CHUNK)
@@ -136,12 +139,6 @@ def visit(
             b_rescale = tl.exp2(b_max - b_pivot)
         b_log_a = tl.fma(b_score, unit, -b_pivot[:, None])
         b_a = tl.exp2(b_log_a)
-        if LOOP.ENTROPY:
-            if not LOOP.FROM_LSE:  # sum of a * log2(a) moves with the pivot
-                b_old_pivot = tl.where(b_max == float("-inf"), b_pivot, b_max)
-                b_log = (b_log + b_sum * (b_old_pivot - b_pivot)[:, None]) * b_rescale[:, None]
-            b_log_a = tl.maximum(b_log_a, LOG2_ZERO)  # a score may be -inf in a whole tile, too
-            b_log = add_products(b_log, b_a, b_log_a, ROWS, BN, CHUNK)
         b_here = sum_chunks(b_a, ROWS, BN, CHUNK)  # the same sum whatever statistics are requested
         if LOOP.MOMENT:
             # The distance is that of the tile's end and the rest within the tile: nothing large cancels.
@@ -149,7 +146,14 @@ def visit(
                 b_moment *= b_rescale[:, None]
             b_moment = add_moments(b_moment, b_a, 0, ROWS, BN, CHUNK)
             o_from_end = (CHUNK - 1 - tl.arange(0, CHUNK))[None, :]
-            b_moment += b_here * ((o_position - (start + BN - 1))[:, None] + o_from_end).to(tl.float32)
+            b_from_end = (o_position - (start + BN - 1)).to(tl.float32)
+            b_moment += b_here * (b_from_end[:, None] + o_from_end.to(tl.float32))
+        if LOOP.ENTROPY:
+            if not LOOP.FROM_LSE:  # sum of a * log2(a) moves with the pivot
+                b_moved = tl.maximum(b_max - b_pivot, LOG2_ZERO)  # there is no sum yet where that is -inf
+                b_log = (b_log + b_sum * b_moved[:, None]) * b_rescale[:, None]
+            b_log_a = tl.maximum(b_log_a, LOG2_ZERO)  # a score may be -inf in a whole tile, too
+            b_log = add_products(b_log, b_a, b_log_a, ROWS, BN, CHUNK)
         if not LOOP.FROM_LSE:
             b_sum = b_sum * b_rescale[:, None] + b_here
         updated = ()
@@ -183,6 +187,7 @@ def forward(
     FROM_LSE: tl.constexpr, SPLIT_KEYS: tl.constexpr, CHUNK: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BAND_BN: tl.constexpr,
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
     LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
@@ -199,7 +204,10 @@ def forward(
     i_sequence = i_program // (n_blocks * parts * n_key_heads) % sizes.n_sequences
     i_split = i_program // (n_blocks * parts * n_key_heads * sizes.n_sequences)
     i_head = i_key_head * sizes.group + i_part * HEADS
-    sequence = sequence_of(i_sequence, sequences, sizes, i_block * BM, None)
+    sequence = sequence_of(i_sequence, sequences, sizes)
+    if sequences.cu_seqlens_q is not None:
+        if i_block * BM >= sequence.n_queries:  # the grid is that of the longest sequence
+            return
     i_batch, q_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.n_keys
     n_packed = tl.minimum(HEADS, sizes.group - i_part * HEADS)
     q_rows = packed_rows(i_block, n_packed, sequence.n_queries, HEADS, BM)
@@ -210,9 +218,11 @@ def forward(
     n_flat = wide(sizes.n_batch) * sizes.n_query_heads * sizes.n_queries
     queries = head_of(query, strides.query, i_batch, i_head, q_begin)
     keys = head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin)
+    stream = streamed(keys, n_keys, BN, DIM, BLOCK_DIM, DESCRIBED)
     values = keys  # not read with FROM_LSE
     if not FROM_LSE:
         values = head_of(value, strides.value, i_batch, i_key_head, sequence.k_begin)
+        values = streamed(values, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, DESCRIBED)
     if HEADS == 1:
         b_q = load_tile(queries, i_block * BM, sequence.n_queries, BM, DIM, BLOCK_DIM, True)
     else:
@@ -237,21 +247,24 @@ def forward(
         # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
             state = visit(
-                state, b_q, q_rows, o_position, o_flat_head, keys, values, first, whole,
+                state, b_q, q_rows, o_position, o_flat_head, stream, values, first, whole,
                 sequence, visible, score, dropout, True, LOOP, TILE,
             )  # fmt: skip
     if whole < edge:
         state = visit(
-            state, b_q, q_rows, o_position, o_flat_head, keys, values, whole, edge,
+            state, b_q, q_rows, o_position, o_flat_head, stream, values, whole, edge,
             sequence, visible, score, dropout, False, LOOP, TILE,
         )  # fmt: skip
     if edge < end:
         state = visit(
-            state, b_q, q_rows, o_position, o_flat_head, keys, values, edge, end,
+            state, b_q, q_rows, o_position, o_flat_head, stream, values, edge, end,
             sequence, visible, score, dropout, True, LOOP, TILE,
         )  # fmt: skip
 
     b_out, b_sum, b_log, b_moment, sums, b_max = state
+    q_rows = packed_rows(anew(i_block), n_packed, sequence.n_queries, HEADS, BM)
+    o_head, o_row, m_row = q_rows
+    o_flat = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row  # [B, Hq, Tq]
     b_sum, b_log, b_moment = tl.sum(b_sum, 1), tl.sum(b_log, 1), tl.sum(b_moment, 1)
     b_pivot = b_max
     b_inverse = tl.full((HEADS * BM,), 1.0, tl.float32)
@@ -329,13 +342,12 @@ def forward(
         if reach is not None:  # of these heads; BEHIND is the largest of all
             o_place = tl.arange(0, HEADS)
             behind = tl.max(tl.load(reach + i_head + o_place, mask=o_place < n_packed, other=-1), 0)
-        if sequences is not None:
-            behind = tl.where(n_keys > 0, behind, -1)
         m_query = None
         if query_mask is not None:
             m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_pivot, None if FROM_LSE else b_factor, m_query, keys, sequence, position, behind,
+            b_q, b_pivot, None if FROM_LSE else b_factor, m_query,
+            streamed(keys, n_keys, BAND_BN, DIM, BLOCK_DIM, DESCRIBED), sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
             Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,
             Band(BAND_ROWS, BAND_COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BAND_BN, DIM, BLOCK_DIM),

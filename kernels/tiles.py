@@ -12,7 +12,7 @@ the function's source.
 import triton
 import triton.language as tl
 
-from .arguments import Head, Rows, Sequence
+from .arguments import Head, Rows, Sequence, Stream
 
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
@@ -36,14 +36,13 @@ def wide(number):
 
 
 @triton.jit
-def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
-    """The Sequence of a program that owns the queries from q_start on, or the keys from k_start on; the other is None.
+def sequence_of(i_sequence, sequences, sizes):
+    """The Sequence of a program.
 
-    The grid is that of the longest sequence: a block that starts past the end of its own sequence has no keys
-    (queries). The boundaries of packed sequences are clamped to the tensors, because the host may not have read them,
-    and a sequence that is longer than the host was told has no queries and keys: all results keep their fill.
+    The boundaries of packed sequences are clamped to the tensors, because the host may not have read them, and a
+    sequence that is longer than the host was told has no queries and keys: all results keep their fill.
     """
-    if sequences is None:
+    if sequences.cu_seqlens_q is None:
         return Sequence(i_sequence, 0, sizes.n_queries, 0, sizes.n_keys, sizes.query_offset)
     else:
         p_q, p_k = sequences.cu_seqlens_q + i_sequence, sequences.cu_seqlens_k + i_sequence
@@ -55,12 +54,14 @@ def sequence_of(i_sequence, sequences, sizes, q_start, k_start):
         if sequences.max_queries is not None:
             m_fits = (queries <= sequences.max_queries) & (keys <= sequences.max_keys)
             queries, keys = tl.where(m_fits, queries, 0), tl.where(m_fits, keys, 0)
-        offset = keys - queries
-        if q_start is not None:
-            keys = tl.where(q_start < queries, keys, 0)
-        if k_start is not None:
-            queries = tl.where(k_start < keys, queries, 0)
-        return Sequence(i_sequence * 0, q_begin, queries, k_begin, keys, offset)
+        return Sequence(i_sequence * 0, q_begin, queries, k_begin, keys, keys - queries)
+
+
+@triton.jit
+def anew(number):
+    """The same number, which the compiler can't know: grids have one axis. What is computed from it after a loop is not
+    kept in registers from before."""
+    return number + tl.program_id(1)
 
 
 @triton.jit
@@ -68,6 +69,23 @@ def head_of(p_tensor, strides, i_batch, i_head, begin):
     """The Head of a tensor from row `begin` on. In 64 bits: B * H * T * D passes 2^31."""
     p_head = p_tensor + wide(i_batch) * strides[0] + wide(i_head) * strides[1] + wide(begin) * strides[2]
     return Head(p_head, strides)
+
+
+@triton.jit
+def streamed(head, n_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DESCRIBED: tl.constexpr):
+    """The Stream of a head's first n_rows rows if DESCRIBED, else the Head.
+
+    The memory unit of Hopper and later then computes addresses and bounds, which takes no registers, and matmuls may
+    read what it wrote without a fence. What threads copy asynchronously needs one, and Triton before 3.7.1 leaves it
+    out.
+    """
+    if DESCRIBED:
+        tiles = tl.make_tensor_descriptor(
+            head.pointer, [n_rows, DIM], [wide(head.strides[2]), 1], [ROWS, BLOCK_DIM]
+        )  # fmt: skip
+        return Stream(tiles)
+    else:
+        return head
 
 
 @triton.jit
@@ -83,20 +101,24 @@ def load_packed(head, rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 def load_tile(
     head, start, n_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECKED: tl.constexpr
 ):  # fmt: skip
-    """[ROWS, BLOCK_DIM] a head's rows from `start` on, 0 beyond DIM and, if CHECKED, where there is no such row.
+    """[ROWS, BLOCK_DIM] a head's rows from `start` on, 0 beyond DIM and, if CHECKED, where there is no such row. Of a
+    Stream n_rows is that of its descriptor.
 
     The start moves a scalar 64-bit pointer; what a loop repeats are offsets within a tile, which don't change. Those
     are 32 bits (the launcher sees to it): with 64 the main loop of 128 x 128 tiles takes 70 instructions more.
     """
-    o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
-    p_tile = head.pointer + wide(start) * head.strides[2]
-    pointers = p_tile + (o_row[:, None] * head.strides[2] + o_dim[None, :] * head.strides[3])
-    if CHECKED:
-        m_row = (start + o_row >= 0) & (start + o_row < n_rows)
-        return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
-    if DIM < BLOCK_DIM:
-        return tl.load(pointers, mask=(o_dim < DIM)[None, :], other=0.0)
-    return tl.load(pointers)
+    if len(head) == 1:  # Triton 3.6 has no isinstance, and returns no tuple with a None from a function
+        return head[0].load([start, 0])
+    else:
+        o_row, o_dim = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+        p_tile = head.pointer + wide(start) * head.strides[2]
+        pointers = p_tile + (o_row[:, None] * head.strides[2] + o_dim[None, :] * head.strides[3])
+        if CHECKED:
+            m_row = (start + o_row >= 0) & (start + o_row < n_rows)
+            return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
+        if DIM < BLOCK_DIM:
+            return tl.load(pointers, mask=(o_dim < DIM)[None, :], other=0.0)
+        return tl.load(pointers)
 
 
 @triton.jit

@@ -163,10 +163,21 @@ def _select(x: Tensor, heads: Heads) -> Tensor:
     return x if index is None else x.index_select(1, index)
 
 
+def _subset(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, heads: Heads
+) -> tuple[Tensor, Tensor, launch.RowLse, Geometry]:
+    """A call of these heads alone, copied: a key head for each."""
+    if heads is None:
+        return query, key, row_lse, geometry
+    of_key = tuple(head // geometry.group for head in heads)
+    chosen = launch.on_device(heads, query.device)
+    return _select(query, heads), _select(key, of_key), row_lse.of_heads(chosen), geometry.subset(heads)
+
+
 def _rows(
     query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, lists: Plan
 ) -> dict[Statistic, Tensor]:
-    return _of_heads(launch.rows(query, key, row_lse, geometry, lists), geometry)
+    return launch.rows(*_subset(query, key, row_lse, geometry, each.heads), lists)
 
 
 def _band(
@@ -194,11 +205,7 @@ def _pooled(
 def _first_keys(
     query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
 ) -> dict[Statistic, Tensor]:
-    if each.heads is not None:
-        of_key = tuple(head // geometry.group for head in each.heads)
-        query, key = _select(query, each.heads), _select(key, of_key)
-        row_lse = row_lse.of_heads(launch.on_device(each.heads, query.device))
-        geometry = geometry.subset(each.heads)
+    query, key, row_lse, geometry = _subset(query, key, row_lse, geometry, each.heads)
     (statistic,) = each.statistics
 
     def weights(products: Tensor, rows: slice) -> Tensor:

@@ -1,7 +1,7 @@
 """Tile sizes and launch options of every kernel: a table by architecture, kernel, dtype and head size.
 
 A table instead of autotuning: nothing is measured at a user's first call, and the same call always gives the same bits.
-All but float32 at head size 256 compile without spills (`python -m benchmarks.compile_report`). To find better entries
+They compile with no spills, or few (`python -m benchmarks.compile_report` says which, and why). To find better entries
 run `python -m benchmarks.gpu sweep` on a GPU, which prints rows in this form, then
 `python -m benchmarks.compile_report --update`.
 """
@@ -36,16 +36,16 @@ TileTable = dict[Kernel, dict[int, Config]]
 # queries and many keys; its BM, and band's, count the packed rows of a group's heads. "weighted" are the backward
 # kernels that do more per score than for plain attention: gradients of statistics, a softcap, dropout.
 HALF: TileTable = {
-    "forward": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "forward_loop": {128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "forward": {128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+    "forward_loop": {128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
     "decode": {128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     "column": {128: Config(64, 128, 4, 3), 256: Config(64, 128, 8, 2)},
     "pooled": {128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
-    "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
-    "backward_queries": {128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 32, 8, 1)},
-    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
-    "weighted_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 32, 8, 1)},
+    "band": {128: Config(128, 64, 4, 1), 256: Config(256, 64, 8, 2)},
+    "backward_queries": {128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
+    "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 128, 8, 2)},
+    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 16, 4, 2)},
+    "weighted_keys": {64: Config(32, 128, 8, 2), 256: Config(16, 128, 8, 1)},
 }
 # Tiles of float32 are twice as large, and IEEE matmuls run without tensor cores.
 FLOAT32: TileTable = {
@@ -62,22 +62,34 @@ FLOAT32: TileTable = {
 }
 # Entries of an architecture that differ from HALF.
 _SM_80: TileTable = {
+    "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(32, 32, 4, 2)},
+    "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(32, 32, 4, 2)},
+    "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 8, 2)},
+    "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 2)},
+    "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 2)},
+    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(64, 64, 8, 1)},
+    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 1)},
+    "weighted_keys": {64: Config(16, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(64, 64, 8, 1)},
+}
+_SM_86: TileTable = _SM_80 | {  # 99 KB of shared memory, not 163
+    "band": {128: Config(256, 64, 8, 2), 256: Config(128, 64, 8, 1)},
+    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 64, 8, 1)},
+    "weighted_queries": {64: Config(128, 32, 8, 1), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 1)},
+    "weighted_keys": {64: Config(16, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+}
+_SM_120: TileTable = _SM_86 | {
     "forward": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
     "forward_loop": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 4, 2)},
-    "column": {64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 2), 256: Config(64, 64, 8, 2)},
-    "backward_queries": {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2), 256: Config(32, 64, 8, 1)},
-    "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
-    "weighted_keys": {64: Config(16, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "backward_keys": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 1), 256: Config(32, 64, 8, 1)},
 }
 _SM_100: TileTable = {
     "forward": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
     "forward_loop": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 64, 8, 2)},
-    "column": {64: Config(64, 128, 4, 3), 128: Config(128, 128, 8, 3), 256: Config(64, 64, 8, 2)},
+    "column": {64: Config(128, 64, 8, 3), 128: Config(64, 128, 8, 3), 256: Config(64, 64, 4, 2)},
     "band": {256: Config(128, 64, 8, 2)},
-    "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(64, 64, 4, 1), 256: Config(16, 64, 8, 1)},
+    "backward_keys": {64: Config(64, 128, 8, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 64, 8, 1)},
     "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
-    "weighted_keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)},
+    "weighted_keys": {64: Config(32, 64, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 4, 1)},
 }
 _GFX942: TileTable = {  # 64 KB of shared memory, and waves of 64 threads
     "forward": {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
@@ -87,16 +99,21 @@ _GFX942: TileTable = {  # 64 KB of shared memory, and waves of 64 threads
     "pooled": {128: Config(64, 64, 4, 1), 256: Config(64, 64, 8, 1)},
     "band": {256: Config(128, 64, 4, 1)},
     "backward_queries": {64: Config(128, 64, 8, 1), 128: Config(128, 32, 8, 1), 256: Config(64, 16, 8, 1)},
-    "backward_keys": {64: Config(32, 128, 8, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 64, 8, 1)},
-    "weighted_queries": {64: Config(128, 32, 8, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 16, 8, 1)},
-    "weighted_keys": {64: Config(64, 64, 4, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 32, 8, 1)},
+    "backward_keys": {64: Config(32, 128, 8, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 64, 4, 1)},
+    "weighted_queries": {64: Config(128, 16, 8, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 16, 8, 1)},
+    "weighted_keys": {64: Config(16, 64, 4, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 64, 4, 1)},
 }
 BY_ARCHITECTURE: dict[str, TileTable] = {
-    # sm_86 and later consumer cards have 99 KB of shared memory, not 163: band at head size 256 then takes one stage.
-    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"), _SM_80),
+    "sm_80": _SM_80,
+    **dict.fromkeys(("sm_86", "sm_89"), _SM_86),
+    **dict.fromkeys(("sm_120", "sm_121"), _SM_120),
     **dict.fromkeys(("sm_100", "sm_103"), _SM_100),
     **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _GFX942),
 }
+
+# Architectures whose kernels load by tensor descriptors (kernels/tiles.py, `streamed`). Others read operands from
+# registers, for which what threads copied is no matter.
+DESCRIBING = ("sm_90", "sm_100", "sm_103")
 
 INTERPRETED = Config(32, 16)  # small, so that short sequences span several tiles
 SPLIT_KEYS = 1024  # keys per split when decoding: fixed, so that the bits don't depend on the batch
@@ -106,6 +123,7 @@ MAX_PACKED_HEADS = 8  # more would leave too few positions per tile, and a slot 
 
 _forced: dict[Kernel, Config] = {}
 _target: list[str] = []
+_describing: list[bool] = []
 _version = [0]
 
 
@@ -116,7 +134,7 @@ def interpreted() -> bool:
 
 
 def table_version() -> int:
-    """A number that changes whenever `configured` or `targeting` may change what `candidates` yields."""
+    """A number that changes with what `configured`, `targeting` and `describing` say."""
     return _version[0]
 
 
@@ -146,6 +164,28 @@ def targeting(architecture: str) -> Iterator[None]:
         _version[0] += 1
 
 
+@contextlib.contextmanager
+def describing(by_descriptors: bool) -> Iterator[None]:
+    """Load by tensor descriptors where strides are aligned, or by pointers alone, whatever the device is."""
+    _describing.append(by_descriptors)
+    _version[0] += 1
+    try:
+        yield
+    finally:
+        _describing.pop()
+        _version[0] += 1
+
+
+def describes(device: torch.device) -> bool:
+    """True if kernels load by tensor descriptors on the device. The environment variable ATTNSTATS_DESCRIPTORS=0 says
+    no. Not in the interpreter, unless `describing`."""
+    if _describing:
+        return _describing[-1]
+    if interpreted() or os.environ.get("ATTNSTATS_DESCRIPTORS") == "0":
+        return False
+    return architecture(device) in DESCRIBING
+
+
 def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_dim: int) -> Iterator[Config]:
     """The table's entry, then smaller ones for a device that has too little shared memory for it."""
     if kernel in _forced:
@@ -165,6 +205,23 @@ def candidates(kernel: Kernel, device: torch.device, dtype: torch.dtype, block_d
     while config.BN > 16:
         config = config._replace(BN=config.BN // 2, num_stages=1)
         yield config
+
+
+def band_width(config: Config, dtype: torch.dtype) -> int:
+    """Keys per step of the forward's epilogue: with 64 the tile is one that Hopper's and Blackwell's matmuls have.
+
+    In float32 more keys than the main loop has would spill.
+    """
+    return config.BN if interpreted() or dtype == torch.float32 else 64
+
+
+def keys_apart(dtype: torch.dtype, block_dim: int) -> bool:
+    """True if dK and dV take a launch of `backward_keys` each.
+
+    At head size 256 the accumulators of both leave no registers for a tile that tensor cores take whole. Apart they
+    compute A twice, 5 matmuls for 4, with half the instructions or less.
+    """
+    return dtype != torch.float32 and block_dim > 128
 
 
 def chunk(device: torch.device) -> int:

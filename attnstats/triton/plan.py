@@ -35,10 +35,13 @@ def _passes(
     if not in_epilogue:
         for of_band in dict.fromkeys(of[s] for s in bands):
             planned.append(Pass("band", tuple(s for s in bands if of[s] == of_band), of_band))
-    if attends or loop:
+    if attends:
         chosen = tuple(s for s in statistics if s in loop or s in in_epilogue)
-        forward = Pass("decode" if split else "forward" if attends else "rows", chosen, attends=attends)
-        planned.insert(0 if attends else len(planned), forward)
+        planned.insert(0, Pass("decode" if split else "forward", chosen, attends=True))
+    else:
+        for of_rows in dict.fromkeys(of[s] for s in loop):
+            together = tuple(s for s in loop if of[s] == of_rows)
+            planned.append(Pass("decode" if split else "rows", together, of_rows))
     columns = [s for s in statistics if s.axis == "column" and not s.is_banded]
     for last, of_column in dict.fromkeys((s.last_queries, of[s]) for s in columns):
         together = tuple(s for s in columns if (s.last_queries, of[s]) == (last, of_column))

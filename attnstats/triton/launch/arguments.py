@@ -14,7 +14,7 @@ from attnstats.core.geometry import LOG2E, Geometry, divisor_of, pivot_of
 from attnstats.core.scores import softcap_
 from attnstats.kernels.arguments import Dropout, Score, Sequences, Sizes, Visibility
 from attnstats.statistics import CATALOGUE, Statistic, Summed
-from attnstats.triton.configs import interpreted
+from attnstats.triton.configs import describes, interpreted
 from attnstats.triton.plan import Heads
 
 FARTHEST = 2**30  # a distance that a 32-bit position can be added to; no sequence is as long
@@ -106,6 +106,24 @@ def as_input(x: Tensor) -> Tensor:
     return x.float() if interpreted() and x.dtype == torch.bfloat16 else x
 
 
+def described(geometry: Geometry, *streams: Tensor) -> bool:
+    """True if a kernel can load tiles of these tensors by descriptors: rows are contiguous, and each starts at a
+    multiple of 16 bytes. Packed sequences are loaded by pointers: their programs, of which most may be empty, would
+    each need memory for the descriptors.
+    """
+    return (
+        geometry.packing is None
+        and describes(geometry.device)
+        and all(
+            x.stride(3) == 1
+            and x.stride(2) > 0
+            and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+            and x.data_ptr() % 16 == 0
+            for x in streams
+        )
+    )
+
+
 def flags(mask: Tensor | None) -> Tensor | None:
     """A bool mask as contiguous uint8."""
     return None if mask is None else mask.to(torch.uint8, memory_format=torch.contiguous_format)
@@ -122,10 +140,10 @@ def sequence_count(geometry: Geometry) -> int:
     return geometry.batch if geometry.packing is None else geometry.packing.count
 
 
-def sequences(geometry: Geometry) -> Sequences | None:
+def sequences(geometry: Geometry) -> Sequences:
     packing = geometry.packing
     if packing is None:
-        return None
+        return Sequences()
     limits = (packing.max_queries, packing.max_keys) if packing.believed else (None, None)
     return Sequences(packing.queries, packing.keys, *limits)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnstats.core.autograd import Residuals
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, StatisticGradients, Strides
-from attnstats.triton.configs import Config, Kernel
+from attnstats.triton.configs import Config, Kernel, keys_apart, table_version
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
@@ -55,7 +55,8 @@ def _queries(
     dtype = inputs[0].dtype
     query, key, value, output, grad_output = (arguments.as_input(x) for x in inputs)
     grad_query, delta = _like(query, geometry), arguments.buffer(geometry, row_lse.lse.shape)
-    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False)
+    described = arguments.described(geometry, key, value)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False, described, table_version())
     start_prepared(
         prepared,
         geometry,
@@ -84,27 +85,33 @@ def _keys(
     dtype = inputs[0].dtype
     query, key, value, _, grad_output = (arguments.as_input(x) for x in inputs)
     grad_key, grad_value = (_like(x, geometry, of_keys=True) for x in (key, value))
-    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True)
-    start_prepared(
-        prepared,
-        geometry,
-        query=query,
-        key=key,
-        value=value,
-        d_output=grad_output,
-        d_key=grad_key,
-        d_value=grad_value,
-        delta=delta,
-        strides=Strides(
-            query.stride(),
-            key.stride(),
-            value.stride(),
-            d_output=grad_output.stride(),
-            d_key=grad_key.stride(),
-            d_value=grad_value.stride(),
-        ),
-        **_shared_arguments(row_lse, geometry, of_map),
-    )
+    described = arguments.described(geometry, query, grad_output)
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True, described, table_version())
+    together = [(grad_key, grad_value)]
+    apart = [(grad_key, None), (None, grad_value)]
+    dim = max(geometry.head_dim, geometry.value_dim)
+    shared = _shared_arguments(row_lse, geometry, of_map)
+    for d_key, d_value in apart if keys_apart(geometry.dtype, arguments.block_dim(dim)) else together:
+        start_prepared(
+            prepared,
+            geometry,
+            query=query,
+            key=key,
+            value=value,
+            d_output=grad_output,
+            d_key=d_key,
+            d_value=d_value,
+            delta=delta,
+            strides=Strides(
+                query.stride(),
+                key.stride(),
+                value.stride(),
+                d_output=grad_output.stride(),
+                d_key=grad_key.stride(),
+                d_value=grad_value.stride(),
+            ),
+            **shared,
+        )
     return grad_key.to(dtype), grad_value.to(dtype)
 
 
@@ -119,7 +126,9 @@ def _shared_arguments(row_lse: RowLse, geometry: Geometry, of_map: MapGradients)
     }
 
 
-def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by_keys: bool) -> Prepared:
+def _prepare_backward(
+    geometry: Geometry, plan: GradientPlan, config: Config, by_keys: bool, described: bool, _version: int
+) -> Prepared:
     from attnstats.kernels.backward import backward_keys, backward_queries
 
     sizes = arguments.sizes(geometry, by_keys)
@@ -134,6 +143,7 @@ def _prepare_backward(geometry: Geometry, plan: GradientPlan, config: Config, by
         "BM": config.BM,
         "BN": config.BN,
         **arguments.dims(geometry),
+        "DESCRIBED": described,
     }
     kernel = backward_keys if by_keys else backward_queries
     programs = blocks * heads * arguments.sequence_count(geometry)

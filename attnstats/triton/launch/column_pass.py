@@ -13,7 +13,7 @@ from torch import Tensor
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Segments, Strides
 from attnstats.statistics import PooledMap, Received, Statistic
-from attnstats.triton.configs import Config
+from attnstats.triton.configs import Config, table_version
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
@@ -81,7 +81,9 @@ def _column(
     if query_mask is not None:
         counted = geometry.counted_rows(query_mask).int()
         pivot = pivot.masked_fill(~query_mask[:, None], torch.inf)
-    prepared = remembered(geometry, _prepare_column, config, statistics, heads, query_mask is not None)
+    described = arguments.described(geometry, query)
+    masked = query_mask is not None
+    prepared = remembered(geometry, _prepare_column, config, statistics, heads, masked, described, table_version())
     start_prepared(
         prepared,
         geometry,
@@ -100,7 +102,13 @@ def _column(
 
 
 def _prepare_column(
-    geometry: Geometry, config: Config, statistics: tuple[Statistic, ...], heads: Heads, has_query_mask: bool
+    geometry: Geometry,
+    config: Config,
+    statistics: tuple[Statistic, ...],
+    heads: Heads,
+    has_query_mask: bool,
+    described: bool,
+    _version: int,
 ) -> Prepared:
     from attnstats.kernels.column import column as kernel
 
@@ -113,6 +121,7 @@ def _prepare_column(
         "BM": config.BM,
         "BN": config.BN,
         **arguments.dims(geometry, with_value=False),
+        "DESCRIBED": described,
     }
     count = arguments.head_count(geometry, heads)
     sizes = arguments.sizes(geometry, by_keys=True)._replace(n_heads=count)

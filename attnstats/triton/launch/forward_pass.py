@@ -18,6 +18,7 @@ from attnstats.triton.configs import (
     SPLIT_KEYS,
     Config,
     Kernel,
+    band_width,
     chunk,
     interpreted,
     table_version,
@@ -131,7 +132,9 @@ def _rows(
 def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors: Any) -> tuple[Tensor, Tensor]:
     """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq] and its columns."""
     from_lse = tensors["value"] is None
-    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, table_version())
+    streams = (tensors["key"],) if from_lse else (tensors["key"], tensors["value"])
+    described = not parts and arguments.described(geometry, *streams)  # a split is soon over
+    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, described, table_version())
     shape = (geometry.batch, geometry.query_heads, geometry.query_length)
     in_rows = arguments.buffer(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
@@ -174,13 +177,13 @@ def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
 
 
 def _prepare_forward(
-    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, _version: int
+    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, described: bool, _version: int
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
     sizes = arguments.sizes(geometry)._replace(n_sequences=arguments.sequence_count(geometry))
     heads, config = forward_tile(geometry, config)
-    band_keys = min(64, config.BN)
+    band_keys = band_width(config, geometry.dtype)
     constants = {
         "MOMENT": len(plan.moment),
         "LOOP_ROWS": arguments.weights(plan.loop_rows),
@@ -197,6 +200,7 @@ def _prepare_forward(
         "BAND_BN": band_keys,
         **band_reach(geometry, plan),
         **arguments.dims(geometry),
+        "DESCRIBED": described,
     }
     blocks = -(-sizes.longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
     programs = blocks * arguments.sequence_count(geometry) * max(parts, 1)

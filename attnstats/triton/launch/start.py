@@ -85,6 +85,20 @@ def _specialiser(device: torch.device) -> Callable[[tuple[Any, ...]], Any] | Non
     return specialise
 
 
+def _set_allocator() -> None:
+    """Give Triton, if nobody else did, what it allocates a program's descriptors with. It keeps that per context, and
+    the backward pass runs in threads of its own."""
+    from triton.runtime import _allocation
+
+    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+        _allocation.set_allocator(_scratch)
+
+
+def _scratch(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
+    """Bytes on the current device: PyTorch aligns them to 512, and reuses them in the order of the stream."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
+
+
 class Prepared(NamedTuple):
     """The parts of a launch that calls of one geometry share."""
 
@@ -189,6 +203,8 @@ def start(launch: Launch, arguments: dict[str, Any]) -> None:
 
 def _start(launch: Launch, arguments: dict[str, Any]) -> None:
     """Triton's own launcher takes five times as long as a launch does, so it finds each compiled kernel only once."""
+    if launch.constants.get("DESCRIBED"):
+        _set_allocator()
     key, specialise = None, _specialiser(launch.device)
     if specialise is not None:
         values_of, before, shared, constants = launch.order
