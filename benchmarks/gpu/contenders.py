@@ -27,6 +27,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 import attnstats
 from attnstats import Received
 from attnstats.flash import providers
+from attnstats.triton.configs import describing
 from benchmarks import contenders
 from benchmarks.contenders import CHUNK, HI, LO, STATISTICS, WINDOW, Answer, repeated
 
@@ -313,6 +314,7 @@ def forget() -> None:
 DEFAULT, FLASH, CUDNN = "SDPA default", providers.FLASH_2.name, providers.CUDNN_ATTENTION.name
 BESIDE = " + attnstats band"  # after a provider's name: the backend flash with it
 BARE, FUSED, AUTO = "attnstats without statistics", "attnstats fused", "attnstats auto"
+POINTERS = "attnstats fused, without descriptors"
 VARLEN = "torch varlen_attn"
 BAND, COLUMN = "attnstats band", "attnstats column"
 
@@ -331,6 +333,14 @@ CONTENDERS = {
         "attention", functools.partial(ours, statistics=(), backend="triton"), ours=True, square=False, many=True
     ),
     FUSED: Contender("statistics", functools.partial(ours, backend="triton"), ours=True, square=False, many=True),
+    POINTERS: Contender(
+        "statistics",
+        functools.partial(ours, backend="triton"),
+        ours=True,
+        around=functools.partial(describing, False),
+        square=False,
+        many=True,
+    ),
     AUTO: Contender("statistics", ours, ours=True, square=False, many=True),
     **{name + BESIDE: _provided("statistics", name) for name in PROVIDERS},
     "fastest attention + plain band, compiled": Contender("statistics", plain_beside, device="cuda", compiled=True),

@@ -1,7 +1,7 @@
 """The first two minutes on a GPU that has not run this package: the part "first".
 
     ceilings     measured rates of the card, as the part "ceilings" measures them
-    correctness  twelve cases against float64 or against another way to compute the same, and every attention kernel of
+    correctness  thirteen cases against float64 or another way to compute the same, and every attention kernel of
                  attnstats.flash; workers compile side by side, also what later steps run
     repeats      300 calls of forward, band, column and backward, bitwise, with other work in flight on another stream
     timing       at T = 8k every attention kernel bare and with the band from its lse, and ours
@@ -23,6 +23,7 @@ import torch
 
 import attnstats
 from attnstats.flash import providers
+from attnstats.triton.configs import describing
 from benchmarks.contenders import STATISTICS
 from benchmarks.gpu import ceilings, correctness, counters, end_to_end, timing, workers
 from benchmarks.gpu.contenders import PROVIDERS, alone
@@ -85,6 +86,7 @@ def tasks(smoke: bool) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     for name, case in _cases(smoke).items():
         found[f"case: {name}"] = functools.partial(check, case, "triton", device, name.endswith("lse"))
+    found["case: without descriptors"] = functools.partial(_by_pointers, _sized(smoke, 128), device)
     found["gradients: plain"] = functools.partial(check_gradients, _sized(smoke, 128), "triton", device)
     model = end_to_end.Case("tiny", 20, None, True) if smoke else end_to_end.Case("Qwen3-4B", 1000, 4, True)
     found["capture: a small model"] = functools.partial(end_to_end.check_capture, model, device)
@@ -146,6 +148,13 @@ def _cases(smoke: bool) -> dict[str, Case]:
         "packed": _sized(smoke, 128, packed=sequences),
         "decoding": _sized(smoke, 128, **decoded),
     }
+
+
+def _by_pointers(case: Case, device: torch.device) -> None:
+    """The other way to load tiles, where descriptors are the usual one."""
+    with describing(False):
+        check(case, "triton", device)
+        check_gradients(case, "triton", device)
 
 
 def _compiled(smoke: bool) -> None:

@@ -84,15 +84,15 @@ def test_smoke_runs_all_of_it_with_nothing_installed(tree):
     assert "commit abc123" in text
 
 
-def test_on_a_gpu_it_checks_twelve_cases_and_every_provider():
+def test_on_a_gpu_it_checks_thirteen_cases_and_every_provider():
     names = [name for name in first.tasks(smoke=False) if not name.startswith(first.WARM)]
     asked = [name for name in names if not name.startswith("provider")]
-    assert len(asked) == 12
+    assert len(asked) == 13
     told = {f"provider: {name}" for name in PROVIDERS if name != providers.CPU.name}
     assert set(names) - set(asked) == told | {f"provider: {name}, packed" for name in first.PACKED}
     # Kernels that are timed or repeated later are compiled beside the checks.
     warmed = [name for name in first.tasks(smoke=False) if name.startswith(first.WARM)]
-    assert len(warmed) == len(first.REPEATED) + 5
+    assert len(warmed) == len(first.REPEATED) + 6
     for way in first.WAYS:
         assert {dim for dim, name in first.REPEATED if name == way} == {64, 128, 256}
     assert correctness.REPEATS == 300
@@ -103,7 +103,7 @@ def test_at_8k_every_provider_is_timed_bare_and_with_a_band():
     assert case.shape.length == 8192
     names = set(timing.members(case, torch.device("cuda")))
     on_cuda = {name for name, provider in PROVIDERS.items() if provider.device == "cuda"}
-    ours = {contenders.BARE, contenders.FUSED, contenders.AUTO, contenders.BAND, contenders.COLUMN}
+    ours = {contenders.BARE, contenders.FUSED, contenders.POINTERS, contenders.AUTO, contenders.BAND, contenders.COLUMN}
     assert names == on_cuda | {name + BESIDE for name in on_cuda} | ours | {contenders.DEFAULT}
 
 
