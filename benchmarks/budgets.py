@@ -153,7 +153,10 @@ BUDGETS: tuple[Budget, ...] = (
         "binary",
         lambda d: sum(loop["serialised"] for r in _records(d) for loop in r["loops"]),
         tried="A loop that may run zero times joins its exit with the matmul of P V still in flight, and ptxas then "
-        "waits after each one (C7515). Guarding the loop with `if first < last` removes that path.",
+        "waits after each one (C7515). Guarding the loop with `if first < last` removes that path. A single stage for "
+        "the pass over keys before dQ's changes nothing.",
+        bound="With Triton 3.6 alone, whose ptxas 12.8 says the same of `backward_queries` with gradients of "
+        "statistics from head size 128 on, and serialises its three loops; that of 3.9 doesn't.",
     ),
     Budget(
         "forward, main loop with WAAD + FAI: instructions more than without",

@@ -30,10 +30,10 @@ class Kernel(NamedTuple):
 
 
 _FA3 = "arXiv 2407.08608, figure 5"
-# Forward passes in 16 bits; as many key heads as query heads. The code that was read: the tutorial as in
-# triton-lang/triton at 003da478, with pointers in tiles of 64 or 128 x 32 or 64, 4 warps and 3 or 4 stages, with TMA
-# also in wider ones up to 128 x 128 with 8 warps, from 2 stages; the FlexAttention template of torch 2.13 with its tile
-# for an H100; flash-attn-4 4.0.0b36.
+# Forward passes in 16 bits; as many key heads as query heads. The code that was read: the tutorial's kernel, written
+# anew after triton-lang/triton at 003da478, with pointers in tiles of 64 or 128 x 32 or 64, 4 warps and 3 or 4 stages,
+# with TMA also in wider ones up to 128 x 128 with 8 warps, from 2 stages; the FlexAttention template of torch 2.13 with
+# its tile for an H100; flash-attn-4 4.0.0b36.
 KERNELS = {
     "Triton tutorial 06, D 64, full": Kernel(64, "full", {(2048, 256): 396, (8192, 64): 401}, _FA3),
     "Triton tutorial 06, D 64, causal": Kernel(64, "causal", {(2048, 256): 342, (8192, 64): 376}, _FA3),

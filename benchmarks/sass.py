@@ -182,5 +182,7 @@ def serialised(loop: Loop) -> bool:
 
 
 def forbidden(instruction: Instruction) -> bool:
-    """TF32, which would not reproduce scores, and atomics on memory, whose order is never the same."""
-    return bool(re.search(r"TF32|xf32|^(ATOM|RED)G?\b|_atomic", instruction.opcode))
+    """TF32, which would not reproduce scores, and atomics on memory, whose order is never the same; not the exchange by
+    which a program publishes its tensor descriptors."""
+    found = re.search(r"TF32|xf32|^(ATOM|RED)G?\b|_atomic", instruction.opcode)
+    return bool(found) and not instruction.opcode.startswith("ATOMG.E.EXCH")

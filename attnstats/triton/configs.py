@@ -176,12 +176,12 @@ def describing(by_descriptors: bool) -> Iterator[None]:
         _version[0] += 1
 
 
-def describes(device: torch.device) -> bool:
+def describes(device: torch.device, dtype: torch.dtype) -> bool:
     """True if kernels load by tensor descriptors on the device. The environment variable ATTNSTATS_DESCRIPTORS=0 says
-    no. Not in the interpreter, unless `describing`."""
+    no. Not in the interpreter, and not in float32, whose matmuls read registers, unless `describing`."""
     if _describing:
         return _describing[-1]
-    if interpreted() or os.environ.get("ATTNSTATS_DESCRIPTORS") == "0":
+    if dtype == torch.float32 or interpreted() or os.environ.get("ATTNSTATS_DESCRIPTORS") == "0":
         return False
     return architecture(device) in DESCRIBING
 

@@ -95,6 +95,7 @@ def test_class_of_an_instruction(opcode, kind):
     [
         ("HMMA.1688.F32.TF32", True), ("ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU", True), ("RED.E.ADD.STRONG.GPU", True),
         ("global_atomic_add_f32", True), ("v_mfma_f32_32x32x4_xf32", True), ("REDUX.SUM", False), ("ATOMS.CAS", False),
+        ("ATOMG.E.EXCH.STRONG.GPU", False),
     ],
 )  # fmt: skip
 def test_forbidden_instructions(opcode, forbidden):

@@ -78,14 +78,16 @@ def test_pointers_where_descriptors_cannot_be_had(case, device):
     assert kinds[0] is False
 
 
-def test_the_environment_variable_says_no(monkeypatch):
+def test_where_descriptors_are_used(monkeypatch):
     monkeypatch.setattr(configs, "interpreted", lambda: False)
-    with configs.targeting("sm_90"):
-        assert configs.describes(torch.device("cpu"))
-        monkeypatch.setenv("ATTNSTATS_DESCRIPTORS", "0")
-        assert not configs.describes(torch.device("cpu"))
+    on = torch.device("cpu")
     with configs.targeting("sm_80"):
-        assert not configs.describes(torch.device("cpu"))
+        assert not configs.describes(on, torch.bfloat16)
+    with configs.targeting("sm_90"):
+        assert not configs.describes(on, torch.float32)
+        assert configs.describes(on, torch.bfloat16)
+        monkeypatch.setenv("ATTNSTATS_DESCRIPTORS", "0")
+        assert not configs.describes(on, torch.bfloat16)
 
 
 def test_an_allocator_of_others_is_kept():

@@ -113,7 +113,7 @@ def described(geometry: Geometry, *streams: Tensor) -> bool:
     """
     return (
         geometry.packing is None
-        and describes(geometry.device)
+        and describes(geometry.device, geometry.dtype)
         and all(
             x.stride(3) == 1
             and x.stride(2) > 0

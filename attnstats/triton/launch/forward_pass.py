@@ -167,6 +167,8 @@ def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
     """Heads packed into a tile of the forward kernel, and the tile's positions and keys."""
+    if geometry.dropout_p > 0:  # random numbers take the registers of half a tile
+        config = config._replace(BN=max(16, config.BN // 2))
     if splits(geometry):
         heads = min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
         rows = arguments.power_of_two(arguments.longest(geometry)[0])
