@@ -43,14 +43,15 @@ class Sizes(NamedTuple):
     """Arguments that kernels take one by one, not specialised."""
 
     n_batch: Any
-    n_sequences: Any  # None but for `forward`, which alone reads it
+    n_sequences: Any  # packed; None: each batch row is one
     n_query_heads: Any
     n_heads: Any  # that `band` and `column` compute; None for the others
     group: Any  # query heads per key head
     query_offset: Any  # position of the first query
     n_queries: Any  # of a batch row
     n_keys: Any
-    longest: Any  # queries, or keys in a key-stationary kernel, of the longest sequence: blocks per head
+    n_blocks: Any  # of a head's queries, or keys in a key-stationary kernel, in a batch row or all packed sequences
+    n_even: Any  # blocks of each packed sequence, as many as the longest has; 0: of each as many as it has
 
 
 class Visibility(NamedTuple):

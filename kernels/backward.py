@@ -40,6 +40,7 @@ from .tiles import (
     load_flags,
     load_pivot,
     load_tile,
+    place_of,
     query_range,
     scores_above,
     sequence_of,
@@ -205,7 +206,7 @@ def over_keys(
 @triton.jit(do_not_specialize=Sizes._fields)
 def backward_queries(
     query, key, value, output, d_output, d_query, pivot, factor, delta, grads, query_mask, sequences,
-    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, near, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -214,17 +215,19 @@ def backward_queries(
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
-    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
+    sizes = Sizes(
+        n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
+    )
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
     i_block = n_blocks - 1 - i_program % n_blocks  # under a causal mask the longest rows first
     i_head = i_program // n_blocks % sizes.n_query_heads
     i_sequence = i_program // (n_blocks * sizes.n_query_heads)
+    i_sequence, i_block = place_of(i_sequence, i_block, sequences.cu_seqlens_q, sizes.n_queries, sizes, BM)
     q_start = i_block * BM
     sequence = sequence_of(i_sequence, sequences, sizes)
     if sequences.cu_seqlens_q is not None:
-        if q_start >= sequence.n_queries:  # the grid is that of the longest sequence
+        if q_start >= sequence.n_queries:
             return
     i_batch, q_begin, n_queries = sequence.i_batch, sequence.q_begin, sequence.n_queries
     i_flat_head = i_batch * sizes.n_query_heads + i_head
@@ -338,7 +341,7 @@ def over_queries(
 @triton.jit(do_not_specialize=Sizes._fields)
 def backward_keys(
     query, key, value, d_output, d_key, d_value, pivot, factor, delta, grads, query_mask, sequences,
-    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
     COLUMNS: tl.constexpr, NEAR_COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -347,18 +350,20 @@ def backward_keys(
 ):  # fmt: skip
     WEIGHTS: tl.constexpr = Weights(ROWS, NEAR_ROWS, ENTROPY, COLUMNS, NEAR_COLUMNS)
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
-    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
+    sizes = Sizes(
+        n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
+    )
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    n_blocks = tl.cdiv(sizes.longest, BN)
     n_key_heads = sizes.n_query_heads // sizes.group
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks  # under a causal mask the first keys have the most queries
     i_key_head = i_program // n_blocks % n_key_heads
     i_sequence = i_program // (n_blocks * n_key_heads)
+    i_sequence, i_block = place_of(i_sequence, i_block, sequences.cu_seqlens_k, sizes.n_keys, sizes, BN)
     k_start = i_block * BN
     sequence = sequence_of(i_sequence, sequences, sizes)
     if sequences.cu_seqlens_q is not None:
-        if k_start >= sequence.n_keys:  # the grid is that of the longest sequence
+        if k_start >= sequence.n_keys:
             return
     i_batch, q_begin, k_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.k_begin, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)

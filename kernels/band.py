@@ -24,6 +24,7 @@ from .tiles import (
     load_packed,
     load_pivot,
     packed_rows,
+    place_of,
     row_mass,
     sequence_of,
     wide,
@@ -33,14 +34,15 @@ from .tiles import (
 @triton.jit(do_not_specialize=Sizes._fields)
 def band(
     query, key, pivot, factor, rows, columns, query_mask, sinks, sequences, heads,
-    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, strides,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
+    sizes = Sizes(
+        n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
+    )
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    n_blocks = tl.cdiv(sizes.longest, BM)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks
     if heads is None:
@@ -57,9 +59,10 @@ def band(
         i_head = tl.load(heads + i_place)
         i_key_head = i_head // group
         n_packed = 1
+    i_sequence, i_block = place_of(i_sequence, i_block, sequences.cu_seqlens_q, sizes.n_queries, sizes, BM)
     sequence = sequence_of(i_sequence, sequences, sizes)
     if sequences.cu_seqlens_q is not None:
-        if i_block * BM >= sequence.n_queries:  # the grid is that of the longest sequence
+        if i_block * BM >= sequence.n_queries:
             return
     i_batch, q_begin = sequence.i_batch, sequence.q_begin
     q_rows = packed_rows(i_block, n_packed, sequence.n_queries, HEADS, BM)

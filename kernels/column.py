@@ -30,6 +30,7 @@ from .tiles import (
     hide,
     keys_present,
     load_tile,
+    place_of,
     query_range,
     scores_above,
     sequence_of,
@@ -79,7 +80,7 @@ def far(b_sum, b_kt, queries, p_pivot, p_factor, first, last, score, COUNTED: tl
 @triton.jit(do_not_specialize=(*Sizes._fields, "n_segments"))
 def column(
     query, key, pivot, factor, columns, sequences, counted, heads,
-    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     n_segments, segments, visible, reach, score, strides,
     COLUMNS: tl.constexpr, FAR: tl.constexpr, FAR_WEIGHTS: tl.constexpr, COUNTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -88,9 +89,10 @@ def column(
     statistic j has the weight FAR_WEIGHTS[j]; None: never. reach: the farthest distance at which any weight is not 0;
     None: there is none. n_segments: of queries; None: no segments."""
     TILE: tl.constexpr = Tile(1, BM, BN, DIM, BLOCK_DIM)
-    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
+    sizes = Sizes(
+        n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
+    )
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    n_blocks = tl.cdiv(sizes.longest, BN)
     i_program = tl.program_id(0)
     i_block = i_program % n_blocks  # under a causal mask the first keys have the most queries
     i_place = i_program // n_blocks % n_heads  # among the heads of what is stored
@@ -98,10 +100,11 @@ def column(
     i_head = i_place
     if heads is not None:
         i_head = tl.load(heads + i_place)
+    i_sequence, i_block = place_of(i_sequence, i_block, sequences.cu_seqlens_k, sizes.n_keys, sizes, BN)
     k_start = i_block * BN
     sequence = sequence_of(i_sequence, sequences, sizes)
     if sequences.cu_seqlens_q is not None:
-        if k_start >= sequence.n_keys:  # the grid is that of the longest sequence
+        if k_start >= sequence.n_keys:
             return
     i_batch, n_keys = sequence.i_batch, sequence.n_keys
     o_key = k_start + tl.arange(0, BN)

@@ -46,6 +46,7 @@ from .tiles import (
     load_sinks,
     load_tile,
     packed_rows,
+    place_of,
     see_a_key,
     sequence_of,
     softcapped,
@@ -179,7 +180,7 @@ def visit(
 @triton.jit(do_not_specialize=Sizes._fields)
 def forward(
     query, key, value, output, lse, pivot, factor, rows, columns, query_mask, sinks, sequences, reach,
-    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest,
+    n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, dropout, strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
@@ -192,21 +193,23 @@ def forward(
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
     LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
     TILE: tl.constexpr = Tile(HEADS, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
-    sizes = Sizes(n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, longest)
+    sizes = Sizes(
+        n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
+    )
     strides = Strides(*strides)  # Triton 3.6 loses the types of nested arguments in loops
-    n_blocks = tl.cdiv(sizes.longest, BM)
     parts = tl.cdiv(sizes.group, HEADS)
     n_key_heads = sizes.n_query_heads // sizes.group
     i_program = tl.program_id(0)
     i_block = n_blocks - 1 - i_program % n_blocks  # under a causal mask the longest rows first
     i_part = i_program // n_blocks % parts
     i_key_head = i_program // (n_blocks * parts) % n_key_heads
-    i_sequence = i_program // (n_blocks * parts * n_key_heads) % sizes.n_sequences
-    i_split = i_program // (n_blocks * parts * n_key_heads * sizes.n_sequences)
+    i_sequence = i_program // (n_blocks * parts * n_key_heads) % sizes.n_batch
+    i_split = i_program // (n_blocks * parts * n_key_heads * sizes.n_batch)
     i_head = i_key_head * sizes.group + i_part * HEADS
+    i_sequence, i_block = place_of(i_sequence, i_block, sequences.cu_seqlens_q, sizes.n_queries, sizes, BM)
     sequence = sequence_of(i_sequence, sequences, sizes)
     if sequences.cu_seqlens_q is not None:
-        if i_block * BM >= sequence.n_queries:  # the grid is that of the longest sequence
+        if i_block * BM >= sequence.n_queries:
             return
     i_batch, q_begin, n_keys = sequence.i_batch, sequence.q_begin, sequence.n_keys
     n_packed = tl.minimum(HEADS, sizes.group - i_part * HEADS)

@@ -36,6 +36,34 @@ def wide(number):
 
 
 @triton.jit
+def place_of(i_batch, i_block, cu_seqlens, n_tokens, sizes, BLOCK: tl.constexpr):
+    """The sequence of a program and its block there: i_batch and i_block or, if sequences are packed, those of block
+    i_block among the blocks of all of them.
+
+    Either each sequence has n_even blocks. Or block i of sequence s, which begins at token b, is block
+    (b + s * (BLOCK - 1)) // BLOCK + i of all: that leaves room for as many blocks as each sequence has, whatever the
+    lengths, which the host may not know, and for less than one more. Those that are too many start past the end of
+    their sequence.
+    """
+    if cu_seqlens is None:
+        return i_batch, i_block
+    else:
+        n_even = sizes.n_even
+        low = tl.where(n_even > 0, i_block // tl.maximum(n_even, 1), 0)
+        high = tl.where(n_even > 0, low + 1, sizes.n_sequences)
+        while high - low > 1:
+            middle = (low + high) // 2
+            begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), n_tokens)
+            m_before = (begin + middle * (BLOCK - 1)) // BLOCK <= i_block
+            low = tl.where(m_before, middle, low)
+            high = tl.where(m_before, high, middle)
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + low), 0), n_tokens)
+        first = tl.where(n_even > 0, low * n_even, (begin + low * (BLOCK - 1)) // BLOCK)
+        # No less than 0: boundaries that nobody has read may begin anywhere.
+        return low, tl.maximum(i_block - first, 0)
+
+
+@triton.jit
 def sequence_of(i_sequence, sequences, sizes):
     """The Sequence of a program.
 

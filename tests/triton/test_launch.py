@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -14,9 +15,14 @@ import triton.language as tl
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, MeanDistance, Received
+from attnstats.core.arguments import resolve
+from attnstats.core.options import Options
+from attnstats.kernels.arguments import Sizes
+from attnstats.kernels.tiles import place_of
 from attnstats.statistics import ColumnStatistic, RowStatistic, Statistic
+from attnstats.triton import launch
 from attnstats.triton.launch import launching_with
-from tests.cases import Case, check
+from tests.cases import Case, check, check_gradients
 from tests.guards import Guarded
 
 GUARDED = {
@@ -90,6 +96,76 @@ def test_all_of_a_sequence_longer_than_the_call_says_is_nan(name, from_lse, monk
         spoiled[sum(sizes[:longer]) : sum(sizes[: longer + 1])] = True
         assert x[..., spoiled].isnan().all()
         torch.testing.assert_close(x[..., ~spoiled], y[..., ~spoiled], rtol=1e-4, atol=1e-4)
+
+
+SKEWED = {
+    "even": ((20, 20),) * 3,
+    "skewed": ((0, 0), (70, 70), *((n % 4, n % 4) for n in range(12)), (17, 40), (0, 3), (1, 1)),
+    "decoding": ((1, 2), (3, 110), *((n % 3, n) for n in range(7)), (0, 0)),
+}
+SEARCHING = {"even": (False, False), "skewed": (True, True), "decoding": (False, True)}  # queries', keys' blocks
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_packed_sequences_of_any_lengths_are_right(name, monkeypatch, device):
+    """From boundaries that are read, and the same from those that are not."""
+    case = Case(1, 1, 2, packed=SKEWED[name], counted="some")
+    asked = [WAAD(3), FAI(1, 3), FAI(5, None), Entropy()]
+    check(case, "triton", device, statistics=asked)
+    check(case, "triton", device, from_lse=True, statistics=asked)
+    check_gradients(case, "triton", device)
+    read = case.call(attnstats, case.tensors(device), statistics=asked, backend="triton")
+    longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), map(max, zip(*SKEWED[name], strict=True)), strict=True))
+    monkeypatch.setattr("attnstats.core.packing._believes", lambda device: True)
+    believed = case.call(attnstats, case.tensors(device), statistics=asked, backend="triton", **longest)
+    assert torch.equal(believed.output, read.output)
+    for s in asked:
+        assert torch.equal(believed.statistics[s], read.statistics[s])
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_a_long_sequence_starts_no_programs_for_others(name, device):
+    lengths = SKEWED[name]
+    case = Case(1, 1, 1, packed=lengths)
+    query, key, _ = (x.transpose(0, 1)[None] for x in case.views(case.tensors(device)))
+    bounds = {name: x for name, x in case.arguments(device).items() if "cu_seqlens" in name}
+    geometry = resolve(query, key, None, Options((WAAD(3),), **bounds))
+    for by_keys in (False, True):
+        for block in (1, 2, 16):
+            sizes = launch.arguments.sizes(geometry, block, by_keys)
+            fewest = sum(-(-pair[by_keys] // block) for pair in lengths)
+            assert fewest <= sizes.n_blocks <= 1.5 * (fewest + len(lengths))
+            if block == 16:
+                assert (sizes.n_even == 0) == SEARCHING[name][by_keys]
+
+
+@triton.jit
+def places(found, cu_seqlens, n_tokens, n_sequences, n_even, BLOCK: tl.constexpr):
+    sizes = Sizes(1, n_sequences, 1, None, 1, 0, n_tokens, n_tokens, None, n_even)
+    i_sequence, i_block = place_of(0, tl.program_id(0), cu_seqlens, n_tokens, sizes, BLOCK)
+    tl.store(found + 2 * tl.program_id(0), i_sequence)
+    tl.store(found + 2 * tl.program_id(0) + 1, i_block)
+
+
+@pytest.mark.parametrize("block", [2, 16])
+@pytest.mark.parametrize("seed", range(2))
+def test_each_block_of_packed_sequences_has_one_program(seed, block, device):
+    random = np.random.default_rng(seed)
+    lengths = random.choice([0, 1, 2, 15, 16, 17], size=random.integers(1, 9))
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    expected = [(s, i) for s, length in enumerate(lengths) for i in range(-(-length // block))]
+    total = int(bounds[-1]) + 5  # some tokens are of no sequence
+    for boundaries, is_right in ((bounds, True), (random.integers(-9, 2 * total, size=len(bounds)), False)):
+        for n_even in (0, -(-lengths.max() // block)):
+            count = (total + len(lengths) * (block - 1)) // block if n_even == 0 else n_even * len(lengths)
+            found = torch.full((max(count, 1), 2), -1, dtype=torch.int32, device=device)
+            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
+            if count:
+                places[count,](found, cu_seqlens, total, len(lengths), int(n_even), block)
+            rows = [tuple(row) for row in found[:count].tolist()]
+            assert all(0 <= sequence < len(lengths) and i >= 0 for sequence, i in rows)
+            if is_right:
+                assert [row for row in rows if row[1] * block < lengths[row[0]]] == expected
 
 
 OFFSETS = """
@@ -276,7 +352,7 @@ STARTED = """
 from unittest import mock
 import torch, triton
 from triton import knobs
-from attnstats import attention
+from attnstats import attention, varlen_attention
 from attnstats.triton import backend
 from benchmarks.overhead import idle_driver
 
@@ -299,6 +375,11 @@ with idle_driver() as launches, mock.patch.object(backend, "unavailable", return
     knobs.runtime.launch_enter_hook.add(lambda metadata: hooked.append(metadata.get()["name"]))
     started(64, 0)
     assert hooked == ["forward"], hooked
+    hooked.clear()
+    tokens, bounds = query[0].transpose(0, 1), torch.tensor([0, 40, 41, 64], dtype=torch.int32)
+    statistics = ["waad", "received"]
+    varlen_attention(tokens, tokens, tokens, cu_seqlens_q=bounds, statistics=statistics, backend="triton")
+    assert hooked == ["forward", "column"], hooked
     from attnstats.kernels.forward import forward
     forward.add_pre_run_hook(lambda *_, **__: hooked.append("before"))
     started(64, 1)

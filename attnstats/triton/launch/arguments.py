@@ -17,6 +17,9 @@ from attnstats.statistics import CATALOGUE, Statistic, Summed
 from attnstats.triton.configs import describes, interpreted
 from attnstats.triton.plan import Heads
 
+# If as many blocks for each packed sequence as the longest has are so many times as many as there can be, each program
+# searches for its sequence instead, which takes a load for each doubling of their number.
+WORTH_A_SEARCH = 1.5
 FARTHEST = 2**30  # a distance that a 32-bit position can be added to; no sequence is as long
 
 
@@ -136,10 +139,6 @@ def longest(geometry: Geometry) -> tuple[int, int]:
     return geometry.packing.max_queries, geometry.packing.max_keys
 
 
-def sequence_count(geometry: Geometry) -> int:
-    return geometry.batch if geometry.packing is None else geometry.packing.count
-
-
 def sequences(geometry: Geometry) -> Sequences:
     packing = geometry.packing
     if packing is None:
@@ -148,18 +147,28 @@ def sequences(geometry: Geometry) -> Sequences:
     return Sequences(packing.queries, packing.keys, *limits)
 
 
-def sizes(geometry: Geometry, by_keys: bool = False) -> Sizes:
-    """by_keys: the kernel's programs own blocks of keys."""
+def sizes(geometry: Geometry, block: int, by_keys: bool = False) -> Sizes:
+    """Those of a kernel whose programs own blocks of so many queries or, by_keys, of keys."""
+    packing, tokens = geometry.packing, geometry.key_length if by_keys else geometry.query_length
+    n_blocks, n_even = -(-tokens // block), None
+    if packing is not None:
+        n_even = -(-longest(geometry)[by_keys] // block)
+        n_blocks = (tokens + packing.count * (block - 1)) // block
+        if n_even * packing.count <= WORTH_A_SEARCH * n_blocks:
+            n_blocks = n_even * packing.count
+        else:
+            n_even = 0
     return Sizes(
         geometry.batch,
-        None,
+        None if packing is None else packing.count,
         geometry.query_heads,
         None,
         geometry.group,
         geometry.offset,
         geometry.query_length,
         geometry.key_length,
-        longest(geometry)[by_keys],
+        n_blocks,
+        n_even,
     )
 
 

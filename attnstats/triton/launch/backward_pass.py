@@ -131,8 +131,7 @@ def _prepare_backward(
 ) -> Prepared:
     from attnstats.kernels.backward import backward_keys, backward_queries
 
-    sizes = arguments.sizes(geometry, by_keys)
-    blocks = -(-sizes.longest // (config.BN if by_keys else config.BM))
+    sizes = arguments.sizes(geometry, config.BN if by_keys else config.BM, by_keys)
     heads = geometry.key_heads if by_keys else geometry.query_heads
     constants = {
         "ROWS": arguments.weights(plan.far_rows),
@@ -146,7 +145,7 @@ def _prepare_backward(
         "DESCRIBED": described,
     }
     kernel = backward_keys if by_keys else backward_queries
-    programs = blocks * heads * arguments.sequence_count(geometry)
+    programs = sizes.n_blocks * heads * geometry.batch
     near = Near(*map(arguments.bounded, plan.reach(geometry))) if plan.near_rows or plan.near_columns else None
     score = arguments.score(geometry, geometry.scale)
     return prepare(geometry, kernel, programs, constants, config, sizes, score, reach=near)

@@ -99,9 +99,9 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
         **arguments.dims(geometry, with_value=False),
     }
     count = arguments.head_count(geometry, heads)
-    sizes = arguments.sizes(geometry)._replace(n_heads=count)
-    of_sequence = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
-    programs = -(-sizes.longest // config.BM) * of_sequence * arguments.sequence_count(geometry)
+    sizes = arguments.sizes(geometry, config.BM)._replace(n_heads=count)
+    of_row = -(-geometry.group // packed) * geometry.key_heads if heads is None else count
+    programs = sizes.n_blocks * of_row * geometry.batch
     slots = slot_count(*plan.reach(geometry), config.BM)
     prepared = prepare(geometry, kernel, programs, constants, config, sizes, arguments.score(geometry), slots)
     if plan.bound(geometry, config.BM + config.BN):

@@ -124,8 +124,8 @@ def _prepare_column(
         "DESCRIBED": described,
     }
     count = arguments.head_count(geometry, heads)
-    sizes = arguments.sizes(geometry, by_keys=True)._replace(n_heads=count)
-    programs = -(-sizes.longest // config.BN) * count * arguments.sequence_count(geometry)
+    sizes = arguments.sizes(geometry, config.BN, by_keys=True)._replace(n_heads=count)
+    programs = sizes.n_blocks * count * geometry.batch
     score, reach = arguments.score(geometry), _farthest(statistics)
     return prepare(geometry, kernel, programs, constants, config, sizes, score, reach=reach)
 

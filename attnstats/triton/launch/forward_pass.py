@@ -183,8 +183,8 @@ def _prepare_forward(
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
-    sizes = arguments.sizes(geometry)._replace(n_sequences=arguments.sequence_count(geometry))
     heads, config = forward_tile(geometry, config)
+    sizes = arguments.sizes(geometry, config.BM)
     band_keys = band_width(config, geometry.dtype)
     constants = {
         "MOMENT": len(plan.moment),
@@ -204,8 +204,7 @@ def _prepare_forward(
         **arguments.dims(geometry),
         "DESCRIBED": described,
     }
-    blocks = -(-sizes.longest // config.BM) * -(-geometry.group // heads) * geometry.key_heads
-    programs = blocks * arguments.sequence_count(geometry) * max(parts, 1)
+    programs = sizes.n_blocks * -(-geometry.group // heads) * geometry.key_heads * geometry.batch * max(parts, 1)
     slots, reach = slot_count(*plan.reach(geometry), config.BM), plan.reach_of_heads(geometry)
     return prepare(geometry, kernel, programs, constants, config, sizes, arguments.score(geometry), slots, reach)
 
