@@ -71,7 +71,7 @@ def test_smoke_runs_all_of_it_with_nothing_installed(tree):
     assert sorted(section["ceilings"]) == ["copy", "exp2", "matmul"]
     kinds = [name.partition(":")[0] for name in section["checks"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "case": 9, "gradients": 1, "capture": 1, "compile": 1, "provider": 1, "repeat": 4,
+        "case": 10, "gradients": 1, "capture": 1, "compile": 1, "provider": 1, "repeat": 4,
     }  # fmt: skip
     rows = {row["contender"]: row for row in section["rows"]}
     assert {name for name, row in rows.items() if row.get("ms")} == {

@@ -114,17 +114,13 @@ def described(geometry: Geometry, *streams: Tensor) -> bool:
     multiple of 16 bytes. Packed sequences are loaded by pointers: their programs, of which most may be empty, would
     each need memory for the descriptors.
     """
-    return (
-        geometry.packing is None
-        and describes(geometry.device, geometry.dtype)
-        and all(
-            x.stride(3) == 1
-            and x.stride(2) > 0
-            and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-            and x.data_ptr() % 16 == 0
-            for x in streams
-        )
-    )
+    if geometry.packing is not None or not describes(geometry.device, geometry.dtype):
+        return False
+    for x in streams:
+        batch, head, row, element = x.stride()
+        if element != 1 or row == 0 or ((batch | head | row) * x.element_size() | x.data_ptr()) % 16:
+            return False
+    return True
 
 
 def flags(mask: Tensor | None) -> Tensor | None:
