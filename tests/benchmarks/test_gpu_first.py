@@ -76,7 +76,7 @@ def test_smoke_runs_all_of_it_with_nothing_installed(tree):
     rows = {row["contender"]: row for row in section["rows"]}
     assert {name for name, row in rows.items() if row.get("ms")} == {
         contenders.DEFAULT, providers.CPU.name, providers.CPU.name + BESIDE, contenders.BARE, contenders.FUSED,
-        contenders.AUTO, contenders.BAND, contenders.COLUMN,
+        contenders.POINTERS, contenders.AUTO, contenders.BAND, contenders.COLUMN,
     }  # fmt: skip
     text = (tree / "results" / "smoke.md").read_text()
     assert "its figures mean nothing" in text
