@@ -126,7 +126,7 @@ BUDGETS: tuple[Budget, ...] = (
             for r in launches
         ),
         tried=_SPILLS_TRIED,
-        bound="With Triton 3.6 alone: " + _SPILLS_BOUND,
+        bound="The band of packed sequences, and with Triton 3.6 some more: " + _SPILLS_BOUND,
     ),
     *(
         Budget(
