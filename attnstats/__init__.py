@@ -1,5 +1,7 @@
 """Statistics of attention inside or beside a flash-style pass, without ever holding the T x T map."""
 
+from importlib import import_module
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from attnstats import _threads, distributed, presets, reference, statistics  # noqa: F401 _threads before torch
@@ -25,6 +27,7 @@ __all__ = [
     "detach",
     "distributed",
     "explain",
+    "load",
     "nn",
     "patch_sdpa",
     "presets",
@@ -33,6 +36,18 @@ __all__ = [
     "varlen_attention",
 ]
 __all__ += statistics.__all__
+
+
+def load(folder: str | PathLike[str]) -> Any:
+    """A finished run of `attnstats analyze` as one object (attnstats.run.FinishedRun), which needs the extra "cli".
+
+    Args:
+        folder: what `--out` named.
+
+    Raises:
+        attnstats.errors.InputError: no such folder, not one of `attnstats analyze`, not finished, or damaged.
+    """
+    return import_module("attnstats.run").load(folder)
 
 
 def __getattr__(name: str) -> Any:

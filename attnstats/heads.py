@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,15 @@ from attnstats.errors import InputError
 from attnstats.identity import ModelIdentity, differences, identity
 from attnstats.statistics import FAI
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 SHAPED = 4  # values that a kurtosis needs
 # Receiver heads are those of high kurtosis of this: the attention that a key receives from queries 4 or more later.
 RECEIVED = FAI(4, None)
 FORMAT, VERSION = "attnstats head profile", 2
 MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
+NAMED = 5  # nearest and farthest heads that a repr names
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +160,7 @@ def segment_received(pooled: Tensor, sizes: Sequence[int] | Tensor, ignore: int 
     return (per_pair * later).sum(-2) / later.sum(-2)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadProfile:
     """Mean distance of heads, and kurtosis of what they receive, over many sequences.
 
@@ -264,6 +268,25 @@ class HeadProfile:
     def kurtosis(self) -> Tensor:
         """(L, H) float64, mean kurtosis over sequences; NaN for a head that has one in no sequence."""
         return self.kurtosis_sum / self.kurtosis_count
+
+    def to_frame(self) -> DataFrame:
+        """One row per head: mean_distance in tokens, and received_kurtosis."""
+        import pandas
+
+        heads = pandas.MultiIndex.from_product([self.layers, range(self.distance.shape[1])], names=["layer", "head"])
+        columns = {"mean_distance": self.distance.flatten(), "received_kurtosis": self.kurtosis.flatten()}
+        return pandas.DataFrame({name: values.numpy() for name, values in columns.items()}, heads)
+
+    def __repr__(self) -> str:
+        layers, heads = self.distance_sum.shape
+        lines = [f"HeadProfile of {layers} x {heads} heads, over {self.rows} rows of {self.sequences} sequences"]
+        if self.rows:
+            order = self.distance.flatten().argsort(stable=True).tolist()
+            ends = (("nearest", order[:NAMED]), ("farthest", order[: -NAMED - 1 : -1]))
+            for name, places in ends:
+                named = (f"{self.layers[i // heads]}.{i % heads} ({self.distance.flatten()[i]:.1f})" for i in places)
+                lines.append(f"  {name}, by layer.head (tokens): {', '.join(named)}")
+        return "\n".join(lines)
 
     def classes(self, share: float = 0.30, layers: Iterable[int] | None = None) -> HeadClasses:
         """Local and global heads among those of some layers (None: all), as masks over all heads of the profile."""

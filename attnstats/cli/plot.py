@@ -40,20 +40,17 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--tokens: is for --figure rhythm, not for {options.figure}; leave it out")
     from attnstats.report import figures
     from attnstats.report.terminal import Terminal
-    from attnstats.study import outputs
+    from attnstats.run import load
 
-    analyses, *_ = outputs.load(options.folder)
-    if not 1 <= options.prompt <= len(analyses):
-        raise InputError(f"--prompt {options.prompt}: {options.folder} has prompts 1 to {len(analyses)}")
-    analysis = analyses[options.prompt - 1]
+    run = load(options.folder)
+    if not 1 <= options.prompt <= len(run):
+        raise InputError(f"--prompt {options.prompt}: {options.folder} has prompts 1 to {len(run)}")
     if options.tokens:
         first, last = options.tokens
-        length = int(analysis.response.sum())
+        length = int(run[options.prompt - 1].response.sum())
         if not 1 <= first < last <= length:
             raise InputError(f"--tokens {first} {last}: the response has tokens 1 to {length}; give first and last")
-        figure = figures.rhythm(analysis, (first, last))
-    else:
-        figure = figures.FIGURES[options.figure](analysis)
+    figure = run.plot(options.figure, options.prompt - 1, options.tokens and tuple(options.tokens))
     arguments.write_file(options.out, figures.drawn(figure, options.out.suffix.lower()))
     Terminal().say(str(options.out))
     return 0

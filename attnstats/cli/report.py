@@ -21,15 +21,14 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     arguments.require("jinja2", "rich", "safetensors")
-    from attnstats import report
     from attnstats.report import columns
     from attnstats.report.terminal import Terminal
+    from attnstats.run import load
     from attnstats.study import outputs
 
     columns.find(options.color_by)
-    analyses, settings, summary, couplings = outputs.load(options.folder)
-    page = report.render(analyses, settings, summary, couplings)
+    run = load(options.folder)
     out = options.out or options.folder / outputs.REPORT
-    arguments.write_file(out, page.encode("utf-8"))
-    Terminal().show(analyses[: arguments.SHOWN], [out], len(analyses), color_by=options.color_by)
+    arguments.write_file(out, run.page().encode("utf-8"))
+    Terminal().show(run[: arguments.SHOWN], [out], len(run), color_by=options.color_by)
     return 0

@@ -18,12 +18,14 @@ from attnstats.study.generation import Sampling
 from attnstats.study.maps import Maps
 from attnstats.study.prompts import SYSTEM
 from attnstats.study.store import Item, Store, corrupt
+from attnstats.study.text import shortened, token_name, visible
 from attnstats.transformers.selection import Layers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Part = TypeVar("Part", bound="Outline")
+NAMED = 5  # tokens of highest WAAD and FAI that a repr names
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class HeadSummary(NamedTuple):
     rows: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Outline:
     """A prompt, its response and their curves: T positions of prompt and response, L layers, H heads.
 
@@ -156,12 +158,23 @@ class Outline:
     def _top(self, values: Tensor, valid: Tensor | None, count: int) -> list[int]:
         return [self.response_start + i for i in rhythm.top(values[self.response], count, valid)]
 
+    def __repr__(self) -> str:
+        heads = f"{len(self.layers)} x {self.distance.shape[1]} heads"
+        classes = f"{int(self.classes.local.sum())} local, {int(self.classes.global_.sum())} global"
+        top = (
+            f"  {name}: " + ", ".join(f"{token_name(self.shown[i])} at {i}" for i in among)
+            for name, among in (("highest WAAD", self.preplan(NAMED)), ("highest FAI", self.anchors(NAMED)))
+        )
+        question = visible(shortened(self.question, 60), newline=" ", tab=" ")
+        length = f"{self.response_start} + {int(self.response.sum())} tokens"
+        return "\n".join([f"{type(self).__name__} of {length}, {heads} ({classes}): {question}", *top])
+
     @property
     def head_summary(self) -> HeadSummary:
         return HeadSummary(self.layers, self.distance, self.received_kurtosis, int(self.response.sum()))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Analysis(Outline):
     """An outline with everything per head and token, and the maps.
 

@@ -1,0 +1,81 @@
+"""What a notebook shows of a response: its tokens in colour and the curve beside them, in HTML of its own.
+
+It has the scale, columns and marks of the page. There are no scripts and no styles for the rest of the notebook, and
+text of a model is escaped and `visible`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attnstats.report.columns import Column
+from attnstats.report.data import highest_of_stretches
+from attnstats.report.marks import marks
+from attnstats.report.scale import LIGHT, Domain, as_hex, ink, ramp
+from attnstats.study.analysis import Analysis
+from attnstats.study.text import PART, shortened, visible
+
+WIDTH, HEIGHT = 720, 64  # of the curve, in pixels
+TOKENS = 2000  # that are shown; a notebook keeps what it showed
+SCALE = ramp(LIGHT)
+STYLE = "font: 14px/1.7 ui-monospace, monospace; background: #fff; color: #000; padding: 8px; white-space: pre-wrap"
+
+
+@dataclass(frozen=True)
+class Shaded:
+    """A response shaded by a column, with the column's curve."""
+
+    analysis: Analysis
+    column: Column
+
+    def __repr__(self) -> str:
+        values = self.column.read(self.analysis)
+        return f"{self.column.title} of {len(values)} tokens, in {self.column.unit}; a notebook shows it in colour"
+
+    def _repr_html_(self) -> str:
+        values = self.column.read(self.analysis).tolist()
+        domain = self.column.domain(self.column.read(self.analysis))
+        more = f"<div>… and {len(values) - TOKENS} tokens more</div>" if len(values) > TOKENS else ""
+        ends = (f"{end:.3g}" for end in (domain.low, domain.high))
+        scale = "".join(f'<span style="background:{as_hex(shade)}"> </span>' for shade in SCALE)
+        legend = f"{self.column.title} {next(ends)} {scale} {next(ends)} {html.escape(self.column.unit)}"
+        return (
+            f'<div style="{STYLE}"><div>{legend}   <b style="text-decoration:overline">over</b> preplan: highest WAAD'
+            f'   <b style="text-decoration:underline">under</b> anchor: highest FAI</div>{self._curve(values)}'
+            f"<div>{self._tokens(values, domain)}</div>{more}</div>"
+        )
+
+    def _tokens(self, values: list[float], domain: Domain) -> str:
+        marked = marks(self.analysis)
+        preplan, anchors = set(marked.among(marked.preplan)), set(marked.among(marked.anchor))
+        start, spans = self.analysis.response_start, []
+        for i, value in enumerate(values[:TOKENS]):
+            token = visible(shortened(self.analysis.shown[start + i]))
+            shade = SCALE[domain.shade(value)] if value == value else SCALE[0]
+            style = f"background:{as_hex(shade)};color:{as_hex(ink(shade))}"
+            if lines := " ".join(name for name, among in (("overline", preplan), ("underline", anchors)) if i in among):
+                style += f";font-weight:bold;text-decoration:{lines}"
+                token = token or PART  # a marked token must be visible
+            said = "no value" if value != value else f"{value:.{self.column.digits}f} {self.column.unit}"
+            spans.append(f'<span style="{style}" title="{i + 1}: {html.escape(said)}">{html.escape(token)}</span>')
+        return "".join(spans)
+
+    def _curve(self, values: list[float]) -> str:
+        """The highest value of each stretch of tokens as a line, interrupted where there is none."""
+        highest = highest_of_stretches([None if v != v else v for v in values], min(len(values), WIDTH // 2))
+        domain = Domain.of(self.column.read(self.analysis), pale=0.0)
+        step = WIDTH / max(1, len(highest))
+        path, is_down = [], False
+        for i, value in enumerate(highest):
+            if value is not None:
+                path.append(f"{'L' if is_down else 'M'}{step * (i + 0.5):.1f} {HEIGHT * (1 - domain.share(value)):.1f}")
+            is_down = value is not None
+        line = f'<path d="{" ".join(path)}" fill="none" stroke="{as_hex(SCALE[-4])}" stroke-width="1.5"/>'
+        return f'<svg viewBox="0 -2 {WIDTH} {HEIGHT + 4}" width="{WIDTH}" style="max-width:100%">{line}</svg>'
+
+
+def lines(texts: Iterable[str]) -> str:
+    """Lines of text as they are."""
+    return f'<pre style="background:#fff;color:#000">{html.escape(chr(10).join(texts))}</pre>'

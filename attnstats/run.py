@@ -1,0 +1,177 @@
+"""A finished run of `attnstats analyze` as one object, in Python and in notebooks: `attnstats.load`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from attnstats import report
+from attnstats.chance import Coupling
+from attnstats.errors import InputError
+from attnstats.heads import HeadProfile
+from attnstats.report import notebook
+from attnstats.report.columns import find
+from attnstats.study import outputs, tables
+from attnstats.study.analysis import Analyses, Analysis, Settings
+from attnstats.study.text import shortened, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Kind = Literal["rhythm", "maps", "heads"]
+SHOWN = 3  # prompts that a run's own text and its cell in a notebook name
+WIDTH = 90  # characters of a line
+
+
+def load(folder: str | PathLike[str]) -> FinishedRun:
+    """`attnstats.load`."""
+    return FinishedRun(Path(folder))
+
+
+class FinishedRun(Sequence[Analysis]):
+    """The analyses of a run, one per prompt, with its tables and figures. Each is read when it is asked for.
+
+    Attributes:
+        folder: where it lies.
+        settings: window, horizon, layers and so on.
+        summary: what summary.json has: model, versions, seconds, errors.
+
+    Example:
+        >>> run = attnstats.load("out/run")                            # doctest: +SKIP
+        >>> run.tokens.query("is_response").nlargest(5, "waad")        # doctest: +SKIP
+        >>> run[0].anchors(5), run.plot("rhythm").savefig("one.pdf")   # doctest: +SKIP
+    """
+
+    folder: Path
+    settings: Settings
+    summary: dict[str, Any]
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._analyses, self.settings, self.summary, self._couplings = outputs.load(folder)
+
+    def __len__(self) -> int:
+        return len(self._analyses)
+
+    @overload
+    def __getitem__(self, place: int) -> Analysis: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Analysis]: ...
+
+    def __getitem__(self, place: int | slice) -> Analysis | list[Analysis]:
+        try:
+            return self._analyses[place]
+        except IndexError:
+            raise IndexError(f"run[{place}]: {self.folder} has prompts 0 to {len(self) - 1}") from None
+
+    @property
+    def analyses(self) -> Analyses:
+        return self._analyses
+
+    @cached_property
+    def tokens(self) -> DataFrame:
+        """One row per token of prompts and responses: prompt, position, token, is_response, waad (tokens), fai (share
+        of attention), fai_valid, delta, entropy (nats)."""
+        return self._table(tables.TOKENS)
+
+    @cached_property
+    def heads(self) -> DataFrame:
+        """One row per prompt and captured head: its mean distance over the response, and local, global or middle."""
+        return self._table(tables.HEADS)
+
+    @cached_property
+    def prompts(self) -> DataFrame:
+        """One row per prompt: texts, lengths, and the positions of highest WAAD and of highest FAI."""
+        return self._table(tables.PROMPTS)
+
+    @cached_property
+    def profile(self) -> HeadProfile:
+        """Every head's distance and kurtosis over all responses."""
+        return HeadProfile.load(self.folder / outputs.PROFILE)
+
+    def couplings(self) -> DataFrame:
+        """One row per coupling of the paper's Table 2: observed and by chance, lift, p, interval, counts, and the
+        reason where there is no p."""
+        import pandas
+
+        rows = [dataclasses.asdict(each) | {"lift": each.lift, "reason": each.reason} for each in self._couplings]
+        names = [field.name for field in dataclasses.fields(Coupling)]
+        return pandas.DataFrame(rows, columns=[*names, "lift", "reason"]).set_index("name")
+
+    def plot(self, kind: Kind = "rhythm", prompt: int = 0, tokens: tuple[int, int] | None = None) -> Figure:
+        """A figure of one prompt: WAAD and FAI along the response (rhythm), mean maps (maps), or distances (heads).
+
+        Args:
+            prompt: its index, from 0.
+            tokens: the first and the last token of the response to show, from 1; for rhythm. None: all.
+
+        Raises:
+            InputError: no such figure, or no such tokens. IndexError: no such prompt.
+        """
+        from attnstats.report import figures
+
+        if kind not in figures.FIGURES:
+            raise InputError(f"kind {kind!r}: no such figure; there are {', '.join(figures.FIGURES)}")
+        analysis = self[prompt]
+        if tokens is None:
+            return figures.FIGURES[kind](analysis)
+        if kind != "rhythm":
+            raise InputError(f"tokens: is for 'rhythm', not for {kind!r}; leave it out")
+        length = int(analysis.response.sum())
+        if not 1 <= tokens[0] < tokens[1] <= length:
+            raise InputError(f"tokens {tokens}: the response has tokens 1 to {length}; give the first and the last")
+        return figures.rhythm(analysis, tokens)
+
+    def show(self, prompt: int = 0, color_by: str = "waad") -> notebook.Shaded:
+        """The response shaded by a statistic, with its curve, for a cell of a notebook.
+
+        Args:
+            color_by: waad, fai, entropy, delta or gamma.
+
+        Raises:
+            InputError: no such statistic. IndexError: no such prompt.
+        """
+        return notebook.Shaded(self[prompt], find(color_by, "color_by"))
+
+    def page(self) -> str:
+        """The report as HTML, drawn again."""
+        return report.render(self._analyses, self.settings, self.summary, self._couplings)
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Draw the report again; out: another file than the folder's report.html. Returns the file."""
+        path = self.folder / outputs.REPORT if out is None else Path(out)
+        path.write_text(self.page(), encoding="utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        return notebook.lines(self._lines()) + self.show()._repr_html_()
+
+    def _lines(self) -> list[str]:
+        model = self.summary["model"]
+        layers = self[0].layers
+        lines = [
+            f"Run {self.folder}: {len(self)} prompts, {visible(str(model.get('name', '')))}",
+            f"  layers {', '.join(map(str, layers))}; {self[0].distance.shape[1]} heads each",
+        ]
+        for index, analysis in enumerate(self[:SHOWN]):
+            question = visible(shortened(analysis.question, WIDTH), newline=" ", tab=" ")
+            lines.append(f"  [{index}] {int(analysis.response.sum())} tokens: {question}")
+        return lines + ([f"  and {len(self) - SHOWN} more"] if len(self) > SHOWN else [])
+
+    def _table(self, name: str) -> DataFrame:
+        import pandas
+
+        path = self.folder / f"{name}.parquet"
+        try:
+            return pandas.read_parquet(path)
+        except OSError as error:
+            raise InputError(f"{path}: {error}; `attnstats analyze` writes it") from error
