@@ -21,6 +21,7 @@ __all__ = [
     "AttentionResult",
     "Explanation",
     "Statistics",
+    "analyze",
     "attach",
     "attention",
     "capture",
@@ -36,6 +37,27 @@ __all__ = [
     "varlen_attention",
 ]
 __all__ += statistics.__all__
+
+
+def analyze(model: str | PathLike[str] | None = None, **options: Any) -> Any:
+    """The command `attnstats analyze` as a function, which needs the extra "cli".
+
+    Args:
+        model: folder, .gguf file or hub name; None: the default model.
+        prompts: a list of questions, or a file of them. None: three questions of ours.
+        text: a text that exists already, or a Path to one; nothing is generated.
+        messages: a .json or .jsonl file of chats that exist already, whose last answers are analysed.
+        out: the folder of the run, by default out/analysis.
+        options: the command's other options with `_` for `-`, such as max_tokens=100, layers="all", horizon=(10, None),
+            response_from="<think>".
+
+    Returns:
+        The run, as of `load` (attnstats.run.FinishedRun).
+
+    Raises:
+        attnstats.errors.InputError: an option, a file or a model that can't be used.
+    """
+    return import_module("attnstats.cli.analyze").analyze(model, **options)
 
 
 def load(folder: str | PathLike[str]) -> Any:

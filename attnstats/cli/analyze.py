@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import attnstats
 from attnstats.cli import arguments
 from attnstats.errors import InputError
 from attnstats.presets import PRESETS, paper_v2
+from attnstats.run import FinishedRun, load
 from attnstats.study.prompts import QUESTIONS, read_prompts
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from attnstats.cli.job import Job
     from attnstats.heads import HeadProfile
     from attnstats.study.analysis import Analysis, Settings
+    from attnstats.study.chat import Prompt
+    from attnstats.study.given import Given
+    from attnstats.study.models import Description
     from attnstats.study.store import Store
     from attnstats.study.verify import Error
 
@@ -43,6 +48,18 @@ def add_parser(commands: Any) -> None:
         "--prompt", action="append", type=arguments.text, help="a question; can be given more than once"
     )
     prompts.add_argument("--prompts", type=arguments.path, metavar="FILE", help=arguments.PROMPT_FILE)
+    prompts.add_argument(
+        "--text", type=arguments.path, metavar="FILE", help="a text that exists already; nothing is generated"
+    )
+    prompts.add_argument(
+        "--messages", type=arguments.path, metavar="FILE",
+        help="chats that exist already, .json or .jsonl; the last answer of each is analysed",
+    )  # fmt: skip
+    subject.add_argument(
+        "--response-from", type=arguments.text, metavar="PLACE",
+        help="of --text: where the response starts, a number of characters or a text before it, such as '<think>' "
+        "(default: the whole text)",
+    )  # fmt: skip
     arguments.add_responses(subject, rows="--prompts", max_tokens=256, temperature=0.0)
     subject.add_argument("--seed", type=int, default=0, help="seed of the sampling, for a temperature above 0")
     method = parser.add_argument_group("how; defaults are those of the preset")
@@ -84,6 +101,39 @@ def settings_from(options: argparse.Namespace) -> Settings:
     )
 
 
+def analyze(
+    model: str | PathLike[str] | None = None,
+    *,
+    prompts: Sequence[str] | str | PathLike[str] | None = None,
+    text: str | PathLike[str] | None = None,
+    messages: str | PathLike[str] | None = None,
+    out: str | PathLike[str] = "out/analysis",
+    **options: Any,
+) -> FinishedRun:
+    """`attnstats.analyze`."""
+    parser = argparse.ArgumentParser(prog="attnstats.analyze", exit_on_error=False)
+    add_parser(parser.add_subparsers())
+    chosen = parser.parse_args(["analyze"])
+    if sum(each is not None for each in (prompts, text, messages)) > 1:
+        raise InputError("prompts, text and messages: give one of them")
+    if unknown := sorted(options.keys() - vars(chosen).keys()):
+        raise InputError(f"{unknown[0]}: no such option; there are {', '.join(sorted(vars(chosen)))}")
+    given: dict[str, Any] = {"model": None if model is None else str(model), "out": Path(out)}
+    if isinstance(prompts, (str, PathLike)):
+        given["prompts"] = Path(prompts)
+    elif prompts is not None:
+        given["prompt"] = list(prompts)
+    if options.get("horizon") is not None:
+        options["horizon"] = ["open" if end is None else str(end) for end in options["horizon"]]
+    if not isinstance(options.get("layers", ""), str):
+        options["layers"] = ",".join(map(str, options["layers"]))
+    given["text"] = Path(text) if isinstance(text, PathLike) else text
+    given["messages"] = None if messages is None else Path(messages)
+    vars(chosen).update(options | given)
+    run(chosen)
+    return load(chosen.out)
+
+
 def run(options: argparse.Namespace) -> int:
     arguments.require("jinja2", "pyarrow", "rich", "safetensors", "scipy")
     from attnstats.report import columns
@@ -91,7 +141,12 @@ def run(options: argparse.Namespace) -> int:
 
     if options.field is not None and options.prompts is None:
         raise InputError(f"--field {options.field}: is for --prompts FILE; give that, or leave it out")
-    questions = read_prompts(options.prompts, options.field) if options.prompts else options.prompt or list(QUESTIONS)
+    if options.response_from is not None and options.text is None:
+        raise InputError(f"--response-from {options.response_from}: is for --text FILE; give that, or leave it out")
+    existing = _existing(options)
+    questions: list[Prompt] = options.prompt or list(QUESTIONS)
+    if options.prompts:
+        questions = list(read_prompts(options.prompts, options.field))
     settings = settings_from(options)
     if options.verify and options.dtype not in ("auto", "float32"):
         raise InputError(f"--dtype {options.dtype}: --verify compares in float32; leave --dtype out")
@@ -99,17 +154,33 @@ def run(options: argparse.Namespace) -> int:
     columns.find(options.color_by)
     folder = outputs.workplace(options.out)
     from attnstats.cli import job as jobs
-    from attnstats.study import pipeline
+    from attnstats.identity import digest
+    from attnstats.study import corpus, given, pipeline
 
     pipeline.check_settings(settings, questions)
-    job = jobs.load(options, "float32" if options.verify else options.dtype, questions)
+
+    def prepare(model: Description) -> list[list[int]]:
+        if existing is None:
+            return corpus.rendered(model, questions, options.system, options.max_tokens)
+        responses.extend(existing(model.tokenizer))
+        given.check_lengths(responses, model)
+        questions[:] = [each.question for each in responses]
+        return [each.prompt for each in responses]
+
+    responses: list[given.Given] = []
+    job = jobs.load(options, "float32" if options.verify else options.dtype, prepare)
     pipeline.check_model(settings, job.loaded)
     profile = _profile(options, settings, job)
     identity, total = _identity(job, settings, profile), len(questions)
+    if responses:
+        identity["responses"] = digest([each.response for each in responses])
     if options.resume and outputs.is_finished(options.out, identity, total):
         job.terminal.say(f"{options.out} is finished; attnstats report {options.out} shows it and draws its page again")
         return 0
     with job.store(lambda: outputs.open_store(options.out, identity, resume=options.resume), folder, total) as store:
+        for index, each in enumerate(responses):
+            if not store.has_response(index):
+                store.write_response(index, each.prompt, each.response)
         job.run(pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store)
         if not job.shard.is_first:
             return 0
@@ -120,6 +191,23 @@ def run(options: argparse.Namespace) -> int:
         return 0
     job.terminal.show_errors(errors)
     return 0 if all(error.passes for error in errors.values()) else DIFFERENT
+
+
+def _existing(options: argparse.Namespace) -> Callable[[Any], list[Given]] | None:
+    """What makes the responses of --text or --messages with a tokenizer; None: responses are generated."""
+    from attnstats.study import given
+
+    if options.text is not None:
+        where = f"--text {options.text}" if isinstance(options.text, Path) else "text"
+        text = given.read_text(options.text) if isinstance(options.text, Path) else options.text
+        return lambda tokenizer: [given.of_text(tokenizer, text, options.response_from, where)]
+    if options.messages is None:
+        return None
+    chats = given.read_chats(options.messages)
+    return lambda tokenizer: [
+        given.of_chat(tokenizer, chat, answer, options.system, f"--messages {options.messages}, chat {number}")
+        for number, (chat, answer) in enumerate(chats, 1)
+    ]
 
 
 def _profile(options: argparse.Namespace, settings: Settings, job: Job) -> HeadProfile | None:

@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
     sampling.check()
     chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
     perturbation = Perturbation(options.positions, options.candidates, options.tokens)
-    job = jobs.load(options, options.dtype, questions)
+    job = jobs.load(
+        options, options.dtype, lambda model: corpus.rendered(model, questions, options.system, options.max_tokens)
+    )
     identity = _identity(options, job)
     _check(options, job.loaded, job.prompts[0])
     with _store(options, job, CORPUS, identity, len(job.prompts)) as store:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,9 @@ from transformers.utils import logging
 from attnstats.identity import ModelIdentity, digest, head_dim, identity, tokenizer_digest
 from attnstats.report.terminal import Terminal
 from attnstats.study import corpus, models
-from attnstats.study.chat import Prompt
 from attnstats.study.corpus import Measure, stage
 from attnstats.study.generation import Sampling, end_tokens
-from attnstats.study.models import LoadedModel
+from attnstats.study.models import Description, LoadedModel
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import Store
 from attnstats.triton.backend import MAX_HEAD_DIM
@@ -79,10 +78,10 @@ class Job:
         self.shard.wait()
 
 
-def load(options: argparse.Namespace, dtype: str, questions: Sequence[Prompt]) -> Job:
+def load(options: argparse.Namespace, dtype: str, prepare: Callable[[Description], list[list[int]]]) -> Job:
     """The job of this process, with the model loaded; of several processes on a machine each takes a GPU of its own.
 
-    A prompt that the model can't take is refused before the weights are read.
+    `prepare` makes the token ids of the prompts: one that the model can't take is refused before the weights are read.
     """
     shard = from_environment()
     terminal = Terminal(quiet=not shard.is_first)
@@ -99,7 +98,7 @@ def load(options: argparse.Namespace, dtype: str, questions: Sequence[Prompt]) -
     timings: dict[str, float] = {}
     with stage(timings, "load"):
         described = models.describe(options.model, notify=terminal.say)
-        prompts = corpus.rendered(described, questions, options.system, options.max_tokens)
+        prompts = prepare(described)
         size = head_dim(described.config.get_text_config())
         if on.type != "cpu" and size > MAX_HEAD_DIM:
             terminal.say(

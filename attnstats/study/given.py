@@ -1,0 +1,130 @@
+"""Responses that exist already, in the place of generated ones: a text, a reasoning trace, the answer of a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attnstats.errors import InputError
+from attnstats.study.chat import ANSWERING, Conversation, conversation, render
+from attnstats.study.models import Description, LoadedModel
+from attnstats.study.text import shortened
+
+QUESTION = 200  # characters of what comes before a response that name it
+
+
+class Given(NamedTuple):
+    """Token ids of what comes before a response and of the response, at least one each, and the text that names it."""
+
+    question: str
+    prompt: list[int]
+    response: list[int]
+
+
+def read_text(file: Path, option: str = "--text") -> str:
+    """Raises InputError: not readable, not UTF-8, or blank."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{option} {file}: {error.strerror or error}; name a file") from error
+    if not text.strip():
+        raise InputError(f"{option} {file}: is blank; name a file with a text")
+    return text
+
+
+def read_chats(file: Path, option: str = "--messages") -> list[tuple[Conversation, str]]:
+    """Conversations with the answer that ends each.
+
+    The file has a list of messages, a list of objects with `messages`, or such an object in each line (.jsonl).
+
+    Raises:
+        InputError: not readable, not such JSON, or a conversation that ends in no answer with a text.
+    """
+    text = read_text(file, option)
+    try:
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = [json.loads(line) for line in lines] if file.suffix.lower() == ".jsonl" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{option} {file}: not JSON ({error})") from error
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) and "role" in row for row in rows):
+        rows = [{"messages": rows}]
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "messages" in row for row in rows):
+        raise InputError(f'{option} {file}: needs a list of messages, or objects with "messages"')
+    return [_chat(row, f"{option} {file}, chat {number}") for number, row in enumerate(rows, 1)]
+
+
+def _chat(row: dict[str, Any], where: str) -> tuple[Conversation, str]:
+    messages = row["messages"]
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    answer = last.get("content") if isinstance(last, dict) and last.get("role") == ANSWERING else None
+    if isinstance(answer, list):
+        texts = [part.get("text") for part in answer if isinstance(part, dict)]
+        answer = "".join(text for text in texts if isinstance(text, str))
+    if not isinstance(answer, str) or not answer.strip():
+        raise InputError(f'{where}: must end in a message of the role "{ANSWERING}" with a text, which is analysed')
+    return conversation(messages, row.get("tools"), where), answer
+
+
+def of_text(tokenizer: Any, text: str, start: str | None, where: str) -> Given:
+    """The tokens of a text, and where its response starts.
+
+    Args:
+        start: where the response starts: a number of characters, or a text after which it does. A tag such as <think>
+            ends it, too, where </think> follows. None: the response is all but the first token.
+
+    Raises:
+        InputError: no such place, no token before or after it, or a tokenizer that doesn't say where its tokens are.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{where}: --model has a slow tokenizer, which doesn't say where its tokens are; use another")
+    place, end = _place(text, start, where)
+    encoded = tokenizer(text[:end], return_offsets_mapping=True)
+    ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    while ids and spans[-1][0] == spans[-1][1]:  # an end token, which is not of the text
+        ids.pop()
+        spans.pop()
+    first = next((i for i, (begin, stop) in enumerate(spans) if begin < stop and begin >= place), len(ids))
+    first = max(first, 1) if start is None else first
+    if not 0 < first < len(ids):
+        raise InputError(f"{where}: needs a token before the response and one in it; the text has {len(ids)} tokens")
+    before = text[:place].strip() or text
+    return Given(shortened(before, QUESTION), ids[:first], ids[first:])
+
+
+def _place(text: str, start: str | None, where: str) -> tuple[int, int]:
+    """Where the response starts and ends, in characters."""
+    if start is None:
+        return 0, len(text)
+    if start.isdecimal():
+        if not int(start) < len(text):
+            raise InputError(f"{where}: --response-from {start} is past its {len(text)} characters")
+        return int(start), len(text)
+    if start not in text:
+        raise InputError(f"{where}: has no {start!r}, which --response-from must be, or a number of characters")
+    place = text.index(start) + len(start)
+    end = text.find(f"</{start[1:]}", place) if start.startswith("<") else -1
+    return place, len(text) if end < 0 else end
+
+
+def of_chat(tokenizer: Any, chat: Conversation, answer: str, system: str, where: str) -> Given:
+    """The conversation in the model's chat format, and the answer as the model would have written it after that.
+
+    Raises:
+        InputError: as `chat.render`, or an answer without a token.
+    """
+    response = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    if not response:
+        raise InputError(f"{where}: its answer has no token")
+    return Given(chat.question, render(tokenizer, chat, system), response)
+
+
+def check_lengths(given: Sequence[Given], model: LoadedModel | Description) -> None:
+    """Raises InputError if a text needs more positions than the model has."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(each.prompt) + len(each.response) for each in given)
+    if limit is not None and longest > limit:
+        raise InputError(f"a text has {longest} tokens, and {model.name} {limit} positions; shorten it")

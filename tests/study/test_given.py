@@ -1,0 +1,145 @@
+"""Responses that exist already: where they start and end, and that they are read as generated ones are."""
+
+import json
+
+import pytest
+import torch
+
+import attnstats
+from attnstats.cli.main import main
+from attnstats.errors import InputError
+from attnstats.study import given, models
+from attnstats.study.chat import render
+from tests.tiny import save_tiny_model
+
+TEXT = "how many are left <think> w1 w2 many left w3 </think> w9 w10"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("given") / "model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return models.describe(str(model)).tokenizer
+
+
+def words(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+@pytest.mark.parametrize(
+    ("start", "response"),
+    [
+        (None, ["many", "are", "left", "<unk>", "w1", "w2", "many", "left", "w3", "<unk>", "w9", "w10"]),
+        ("<think>", ["w1", "w2", "many", "left", "w3"]),  # its closing tag ends it
+        ("</think>", ["w9", "w10"]),
+        ("left", ["<unk>", "w1", "w2", "many", "left", "w3", "<unk>", "w9", "w10"]),
+        (str(TEXT.index("w9")), ["w9", "w10"]),
+        (str(TEXT.index("w9") + 1), ["w10"]),  # a token that began before is of the prompt
+    ],
+)
+def test_where_a_response_starts_and_ends(tokenizer, start, response):
+    found = given.of_text(tokenizer, TEXT, start, "text")
+    assert words(tokenizer, found.response) == response
+    whole = tokenizer(TEXT)["input_ids"]
+    assert found.prompt + found.response == whole[: len(found.prompt) + len(found.response)]
+
+
+def test_an_answer_follows_the_prompt_that_the_model_would_have_read(tokenizer, tmp_path):
+    file = tmp_path / "chat.json"
+    messages = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "w1 w2"}]
+    file.write_text(json.dumps(messages))
+    ((chat, answer),) = given.read_chats(file)
+    found = given.of_chat(tokenizer, chat, answer, "left", "chat")
+    assert found.prompt == render(tokenizer, "how many", "left")
+    assert words(tokenizer, found.response) == ["w1", "w2"]
+    assert found.question == "how many"
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text("\n".join(json.dumps({"messages": [*messages[:1], answer]}) for answer in messages[1:] * 2))
+    assert [answer for _, answer in given.read_chats(lines)] == ["w1 w2"] * 2
+
+
+def test_a_text_is_read_as_a_generated_response_is(model, tmp_path):
+    run = attnstats.analyze(model, text=TEXT, response_from="<think>", layers=[1, 3], out=tmp_path / "out")
+    (analysis,) = run
+    assert [analysis.shown[i] for i in (analysis.response_start, -1)] == ["w1", "w3"]
+    loaded = models.load(str(model), dtype="float32", device="cpu", notify=lambda _: None)
+    statistic = attnstats.WAAD(10)
+    with torch.no_grad(), attnstats.capture(loaded.model, statistics=[statistic], layers=[1, 3]) as captured:
+        loaded.model(analysis.token_ids[None])
+    torch.testing.assert_close(analysis.head_waad, captured[statistic][:, 0])
+    assert run.settings.layers == [1, 3]
+
+
+def test_prompts_files_and_lists_as_of_the_command(model, tmp_path):
+    file = tmp_path / "asked.txt"
+    file.write_text("how many\nleft\n")
+    options = {"max_tokens": 12, "layers": "all", "horizon": (3, None)}
+    from_file = attnstats.analyze(model, prompts=file, out=tmp_path / "one", **options)
+    from_list = attnstats.analyze(model, prompts=["how many", "left"], out=tmp_path / "two", **options)
+    assert [each.question for each in from_file] == [each.question for each in from_list] == ["how many", "left"]
+    assert from_file[0].tokens == from_list[0].tokens
+    assert from_file.settings.fai_hi is None
+
+
+def test_a_run_goes_on_with_the_responses_that_it_has(model, tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    command = ["analyze", "--model", str(model), "--text", str(file), "--layers", "all", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+    file.write_text(TEXT + " w11")
+    assert main([*command, "--resume"]) != 0
+    assert "responses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("nonsense", "not JSON"),
+        ("[]", "needs a list of messages"),
+        ('[{"role": "user", "content": "how many"}]', 'must end in a message of the role "assistant"'),
+        ('[{"role": "assistant", "content": "w1"}]', "no text before the answer"),
+        (
+            '[{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}]',
+            "chat 1: must end",
+        ),
+        ('[{"text": "how many"}]', 'objects with "messages"'),
+    ],
+    ids=["not-json", "empty", "no-answer", "answer-alone", "blank-answer", "no-messages"],
+)
+def test_files_that_are_no_chats(content, told, tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=told):
+        given.read_chats(file)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"text": TEXT, "response_from": "<plan>"}, "has no '<plan>'"),
+        ({"text": TEXT, "response_from": "1000"}, "past its"),
+        ({"text": TEXT, "response_from": "w10"}, "one in it"),
+        ({"text": "how"}, "one in it"),
+        ({"prompts": ["how"], "response_from": "3"}, "is for --text"),
+        ({"prompts": ["how"], "text": TEXT}, "give one of them"),
+        ({"prompts": ["how"], "colour": "red"}, "colour: no such option"),
+        ({"text": "w1 " * 5000}, "positions; shorten it"),
+    ],
+    ids=["mark", "characters", "end", "one-token", "prompts", "two", "option", "long"],
+)
+def test_bad_input_is_named(model, options, told, tmp_path):
+    with pytest.raises(InputError, match=told):
+        attnstats.analyze(model, out=tmp_path / "out", **options)
+
+
+def test_a_text_that_cannot_be_read(tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    for name, told in (("blank.txt", "is blank"), ("bytes.txt", "not UTF-8"), ("absent.txt", "No such file")):
+        with pytest.raises(InputError, match=told):
+            given.read_text(tmp_path / name)
