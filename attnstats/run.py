@@ -42,9 +42,10 @@ class FinishedRun(Sequence[Analysis]):
         summary: what summary.json has: model, versions, seconds, errors.
 
     Example:
-        >>> run = attnstats.load("out/run")                            # doctest: +SKIP
-        >>> run.tokens.query("is_response").nlargest(5, "waad")        # doctest: +SKIP
-        >>> run[0].anchors(5), run.plot("rhythm").savefig("one.pdf")   # doctest: +SKIP
+        run = attnstats.load("out/run")
+        run.tokens.query("is_response").nlargest(5, "waad")
+        run[0].anchors(5)
+        run.plot("rhythm").savefig("one.pdf")
     """
 
     folder: Path
