@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -16,7 +17,7 @@ from attnstats.heads import HeadProfile
 from attnstats.report import notebook
 from attnstats.report.columns import find
 from attnstats.study import outputs, tables
-from attnstats.study.analysis import Analyses, Analysis, Settings
+from attnstats.study.analysis import Analysis, Settings
 from attnstats.study.text import shortened, visible
 
 if TYPE_CHECKING:
@@ -71,10 +72,6 @@ class FinishedRun(Sequence[Analysis]):
         except IndexError:
             raise IndexError(f"run[{place}]: {self.folder} has prompts 0 to {len(self) - 1}") from None
 
-    @property
-    def analyses(self) -> Analyses:
-        return self._analyses
-
     @cached_property
     def tokens(self) -> DataFrame:
         """One row per token of prompts and responses: prompt, position, token, is_response, waad (tokens), fai (share
@@ -124,9 +121,7 @@ class FinishedRun(Sequence[Analysis]):
             return figures.FIGURES[kind](analysis)
         if kind != "rhythm":
             raise InputError(f"tokens: is for 'rhythm', not for {kind!r}; leave it out")
-        length = int(analysis.response.sum())
-        if not 1 <= tokens[0] < tokens[1] <= length:
-            raise InputError(f"tokens {tokens}: the response has tokens 1 to {length}; give the first and the last")
+        figures.check_tokens(analysis, tokens, f"tokens {tokens}")
         return figures.rhythm(analysis, tokens)
 
     def show(self, prompt: int = 0, color_by: str = "waad") -> notebook.Shaded:
@@ -157,15 +152,14 @@ class FinishedRun(Sequence[Analysis]):
         return notebook.lines(self._lines()) + self.show()._repr_html_()
 
     def _lines(self) -> list[str]:
-        model = self.summary["model"]
-        layers = self[0].layers
+        model, outlines = self.summary["model"], list(islice(self._analyses.outlines(), SHOWN))
         lines = [
             f"Run {self.folder}: {len(self)} prompts, {visible(str(model.get('name', '')))}",
-            f"  layers {', '.join(map(str, layers))}; {self[0].distance.shape[1]} heads each",
+            f"  layers {', '.join(map(str, outlines[0].layers))}; {outlines[0].distance.shape[1]} heads each",
         ]
-        for index, analysis in enumerate(self[:SHOWN]):
-            question = visible(shortened(analysis.question, WIDTH), newline=" ", tab=" ")
-            lines.append(f"  [{index}] {int(analysis.response.sum())} tokens: {question}")
+        for index, outline in enumerate(outlines):
+            question = visible(shortened(outline.question, WIDTH), newline=" ", tab=" ")
+            lines.append(f"  [{index}] {int(outline.response.sum())} tokens: {question}")
         return lines + ([f"  and {len(self) - SHOWN} more"] if len(self) > SHOWN else [])
 
     def _table(self, name: str) -> DataFrame:

@@ -194,7 +194,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _existing(options: argparse.Namespace) -> Callable[[Any], list[Given]] | None:
-    """What makes the responses of --text or --messages with a tokenizer; None: responses are generated."""
+    """A function that makes the responses of --text or --messages with a tokenizer; None: they are generated."""
     from attnstats.study import given
 
     if options.text is not None:

@@ -47,9 +47,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--prompt {options.prompt}: {options.folder} has prompts 1 to {len(run)}")
     if options.tokens:
         first, last = options.tokens
-        length = int(run[options.prompt - 1].response.sum())
-        if not 1 <= first < last <= length:
-            raise InputError(f"--tokens {first} {last}: the response has tokens 1 to {length}; give first and last")
+        figures.check_tokens(run[options.prompt - 1], (first, last), f"--tokens {first} {last}")
     figure = run.plot(options.figure, options.prompt - 1, options.tokens and tuple(options.tokens))
     arguments.write_file(options.out, figures.drawn(figure, options.out.suffix.lower()))
     Terminal().say(str(options.out))

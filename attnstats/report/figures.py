@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from attnstats.errors import InputError
 from attnstats.report.columns import COLUMNS, Column
 from attnstats.report.marks import marks
 from attnstats.report.scale import LIGHT, Domain, as_hex, ramp
@@ -67,6 +68,13 @@ def rhythm(analysis: Analysis, tokens: tuple[int, int] | None = None) -> Figure:
         axes[1].set_xlabel("token of the response")
         figure.set_size_inches(WIDTH, 3.1 + 0.5 * (last - first <= WORDS))
     return figure
+
+
+def check_tokens(analysis: Analysis, tokens: tuple[int, int], said: str) -> None:
+    """Raises InputError, which begins with `said`, for tokens that the response of `rhythm` doesn't have."""
+    length = int(analysis.response.sum())
+    if not 1 <= tokens[0] < tokens[1] <= length:
+        raise InputError(f"{said}: the response has tokens 1 to {length}; give first and last")
 
 
 def maps(analysis: Analysis) -> Figure:

@@ -1,4 +1,4 @@
-"""What a notebook shows of a response: its tokens in colour and the curve beside them, in HTML of its own.
+"""A response in a notebook: its tokens in colour and the curve beside them, in HTML of its own.
 
 It has the scale, columns and marks of the page. There are no scripts and no styles for the rest of the notebook, and
 text of a model is escaped and `visible`.
@@ -35,15 +35,16 @@ class Shaded:
         return f"{self.column.title} of {len(values)} tokens, in {self.column.unit}; a notebook shows it in colour"
 
     def _repr_html_(self) -> str:
-        values = self.column.read(self.analysis).tolist()
-        domain = self.column.domain(self.column.read(self.analysis))
+        read = self.column.read(self.analysis)
+        values, domain = read.tolist(), self.column.domain(read)
         more = f"<div>… and {len(values) - TOKENS} tokens more</div>" if len(values) > TOKENS else ""
         ends = (f"{end:.3g}" for end in (domain.low, domain.high))
         scale = "".join(f'<span style="background:{as_hex(shade)}"> </span>' for shade in SCALE)
         legend = f"{self.column.title} {next(ends)} {scale} {next(ends)} {html.escape(self.column.unit)}"
+        curve = self._curve(values, Domain.of(read, pale=0.0))
         return (
             f'<div style="{STYLE}"><div>{legend}   <b style="text-decoration:overline">over</b> preplan: highest WAAD'
-            f'   <b style="text-decoration:underline">under</b> anchor: highest FAI</div>{self._curve(values)}'
+            f'   <b style="text-decoration:underline">under</b> anchor: highest FAI</div>{curve}'
             f"<div>{self._tokens(values, domain)}</div>{more}</div>"
         )
 
@@ -62,10 +63,9 @@ class Shaded:
             spans.append(f'<span style="{style}" title="{i + 1}: {html.escape(said)}">{html.escape(token)}</span>')
         return "".join(spans)
 
-    def _curve(self, values: list[float]) -> str:
+    def _curve(self, values: list[float], domain: Domain) -> str:
         """The highest value of each stretch of tokens as a line, interrupted where there is none."""
         highest = highest_of_stretches([None if v != v else v for v in values], min(len(values), WIDTH // 2))
-        domain = Domain.of(self.column.read(self.analysis), pale=0.0)
         step = WIDTH / max(1, len(highest))
         path, is_down = [], False
         for i, value in enumerate(highest):

@@ -39,9 +39,15 @@ class Sampling(NamedTuple):
             raise InputError(f"--seed must be a 64-bit integer, from -2**63 to 2**64 - 1, got {self.seed}")
 
 
+def positions_of(model: LoadedModel | Description) -> int | None:
+    """The number of positions that the model has; None: its config sets no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def check_lengths(prompts: Sequence[Sequence[int]], model: LoadedModel | Description, max_tokens: int) -> None:
     """Raises InputError if a prompt and its response need more positions than the model has."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     if limit is not None and longest + max_tokens > limit:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnstats.errors import InputError
 from attnstats.study.chat import ANSWERING, Conversation, conversation, render
+from attnstats.study.generation import positions_of
 from attnstats.study.models import Description, LoadedModel
+from attnstats.study.prompts import JSON_LINES, lines_of, parsed, text_of
 from attnstats.study.text import shortened
 
 QUESTION = 200  # characters of what comes before a response that name it
@@ -25,12 +26,7 @@ class Given(NamedTuple):
 
 def read_text(file: Path, option: str = "--text") -> str:
     """Raises InputError: not readable, not UTF-8, or blank."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{option} {file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{option} {file}: {error.strerror or error}; name a file") from error
+    text = text_of(file, f"{option} {file}")
     if not text.strip():
         raise InputError(f"{option} {file}: is blank; name a file with a text")
     return text
@@ -44,17 +40,14 @@ def read_chats(file: Path, option: str = "--messages") -> list[tuple[Conversatio
     Raises:
         InputError: not readable, not such JSON, or a conversation that ends in no answer with a text.
     """
-    text = read_text(file, option)
-    try:
-        lines = [line for line in text.split("\n") if line.strip()]
-        rows = [json.loads(line) for line in lines] if file.suffix.lower() == ".jsonl" else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{option} {file}: not JSON ({error})") from error
+    where, text = f"{option} {file}", read_text(file, option)
+    is_lines = file.suffix.lower() in JSON_LINES
+    rows = [parsed(*line) for line in lines_of(text, where)] if is_lines else parsed(text, where)
     if isinstance(rows, list) and rows and all(isinstance(row, dict) and "role" in row for row in rows):
         rows = [{"messages": rows}]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "messages" in row for row in rows):
-        raise InputError(f'{option} {file}: needs a list of messages, or objects with "messages"')
-    return [_chat(row, f"{option} {file}, chat {number}") for number, row in enumerate(rows, 1)]
+        raise InputError(f'{where}: needs a list of messages, or objects with "messages"')
+    return [_chat(row, f"{where}, chat {number}") for number, row in enumerate(rows, 1)]
 
 
 def _chat(row: dict[str, Any], where: str) -> tuple[Conversation, str]:
@@ -124,7 +117,7 @@ def of_chat(tokenizer: Any, chat: Conversation, answer: str, system: str, where:
 
 def check_lengths(given: Sequence[Given], model: LoadedModel | Description) -> None:
     """Raises InputError if a text needs more positions than the model has."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(model)
     longest = max(len(each.prompt) + len(each.response) for each in given)
     if limit is not None and longest > limit:
         raise InputError(f"a text has {longest} tokens, and {model.name} {limit} positions; shorten it")

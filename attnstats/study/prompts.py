@@ -56,15 +56,15 @@ def read_prompts(file: Path, field: str | None = None, option: str = "--prompts"
     elif kind == ".parquet":
         rows = _of_table(_parquet(file, where), field, where)
     elif kind == ".csv":
-        rows = _of_csv(_text(file, where), where)
+        rows = _of_csv(text_of(file, where), where)
     elif kind == ".json":
-        rows = _of_array(_text(file, where), where)
+        rows = _of_array(text_of(file, where), where)
     elif kind in JSON_LINES:
-        rows = ((_json(line, place), place) for line, place in _lines(_text(file, where), where))
+        rows = ((parsed(line, place), place) for line, place in lines_of(text_of(file, where), where))
     elif kind in OTHER_TABLES:
         raise InputError(f"{where}: {kind} is not read; save it as .jsonl, .csv or .parquet, or as .txt, one per line")
     elif field is None:
-        rows = (({"question": line}, place) for line, place in _lines(_text(file, where), where))
+        rows = (({"question": line}, place) for line, place in lines_of(text_of(file, where), where))
     else:
         raise InputError(f"{where}: a text file has no field {field!r}; give .jsonl, .csv or .parquet")
     prompts = [_prompt(record, field, place) for record, place in rows]
@@ -73,13 +73,14 @@ def read_prompts(file: Path, field: str | None = None, option: str = "--prompts"
     return prompts
 
 
-def _lines(text: str, where: str) -> Iterator[tuple[str, str]]:
+def lines_of(text: str, where: str) -> Iterator[tuple[str, str]]:
     """The lines that aren't blank, without the blanks around them, and their places."""
     lines = ((line.strip(), f"{where}, line {number}") for number, line in enumerate(text.split("\n"), 1))
     return (line for line in lines if line[0])
 
 
-def _text(file: Path, where: str) -> str:
+def text_of(file: Path, where: str) -> str:
+    """The text of a file. Raises InputError: not readable, or not UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -88,7 +89,8 @@ def _text(file: Path, where: str) -> str:
         raise InputError(f"{where}: {error.strerror or error}; name a .jsonl, .csv, .parquet or text file") from error
 
 
-def _json(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """The JSON in a text. Raises InputError for any other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -96,7 +98,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _of_array(text: str, where: str) -> list[Row]:
-    records = _json(text, where)
+    records = parsed(text, where)
     if not isinstance(records, list):
         raise InputError(f"{where}: needs an array of objects; save other JSON as .jsonl, an object in each line")
     return [(record, f"{where}, item {number}") for number, record in enumerate(records, 1)]
@@ -121,7 +123,7 @@ def _prompt(record: Any, field: str | None, where: str) -> Prompt:
         raise InputError(f'{where}: needs an object with a text under "{name}"{has}')
     prompt = record[name]
     if name == "messages" and isinstance(prompt, str):
-        prompt = _json(prompt, f'{where}, "messages"')
+        prompt = parsed(prompt, f'{where}, "messages"')
     if isinstance(prompt, list):
         return conversation(prompt, record.get("tools"), f'{where}, "{name}"')
     if not isinstance(prompt, str) or not prompt.strip():

@@ -12,10 +12,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Backward = Literal["backward_queries", "backward_keys", "weighted_queries", "weighted_keys"]
 Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band"] | Backward
 
@@ -152,27 +153,25 @@ def configured(kernel: Kernel, config: Config) -> Iterator[None]:
         _version[0] += 1
 
 
-@contextlib.contextmanager
-def targeting(architecture: str) -> Iterator[None]:
+def targeting(architecture: str) -> contextlib.AbstractContextManager[None]:
     """Use the table's entries for `architecture`, for example "sm_90" or "gfx942", whatever the device is."""
-    _target.append(architecture)
-    _version[0] += 1
-    try:
-        yield
-    finally:
-        _target.pop()
-        _version[0] += 1
+    return _said(_target, architecture)
+
+
+def describing(by_descriptors: bool) -> contextlib.AbstractContextManager[None]:
+    """Load by tensor descriptors where strides are aligned, or by pointers alone, whatever the device is."""
+    return _said(_describing, by_descriptors)
 
 
 @contextlib.contextmanager
-def describing(by_descriptors: bool) -> Iterator[None]:
-    """Load by tensor descriptors where strides are aligned, or by pointers alone, whatever the device is."""
-    _describing.append(by_descriptors)
+def _said(stack: list[T], value: T) -> Iterator[None]:
+    """Inside the `with` the value is the last of the stack, which decides."""
+    stack.append(value)
     _version[0] += 1
     try:
         yield
     finally:
-        _describing.pop()
+        stack.pop()
         _version[0] += 1
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnstats.core.autograd import Residuals
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Near, StatisticGradients, Strides
-from attnstats.triton.configs import Config, Kernel, keys_apart, table_version
+from attnstats.triton.configs import Config, Kernel, keys_apart
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
@@ -56,7 +56,7 @@ def _queries(
     query, key, value, output, grad_output = (arguments.as_input(x) for x in inputs)
     grad_query, delta = _like(query, geometry), arguments.buffer(geometry, row_lse.lse.shape)
     described = arguments.described(geometry, key, value)
-    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False, described, table_version())
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, False, described)
     start_prepared(
         prepared,
         geometry,
@@ -86,7 +86,7 @@ def _keys(
     query, key, value, _, grad_output = (arguments.as_input(x) for x in inputs)
     grad_key, grad_value = (_like(x, geometry, of_keys=True) for x in (key, value))
     described = arguments.described(geometry, query, grad_output)
-    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True, described, table_version())
+    prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True, described)
     together = [(grad_key, grad_value)]
     apart = [(grad_key, None), (None, grad_value)]
     dim = max(geometry.head_dim, geometry.value_dim)
@@ -127,7 +127,7 @@ def _shared_arguments(row_lse: RowLse, geometry: Geometry, of_map: MapGradients)
 
 
 def _prepare_backward(
-    geometry: Geometry, plan: GradientPlan, config: Config, by_keys: bool, described: bool, _version: int
+    geometry: Geometry, plan: GradientPlan, config: Config, by_keys: bool, described: bool
 ) -> Prepared:
     from attnstats.kernels.backward import backward_keys, backward_queries
 

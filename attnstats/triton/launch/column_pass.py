@@ -13,7 +13,7 @@ from torch import Tensor
 from attnstats.core.geometry import Geometry
 from attnstats.kernels.arguments import Segments, Strides
 from attnstats.statistics import PooledMap, Received, Statistic
-from attnstats.triton.configs import Config, table_version
+from attnstats.triton.configs import Config
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
 from attnstats.triton.launch.start import Prepared, fitting, prepare, remembered, start_prepared
@@ -83,7 +83,7 @@ def _column(
         pivot = pivot.masked_fill(~query_mask[:, None], torch.inf)
     described = arguments.described(geometry, query)
     masked = query_mask is not None
-    prepared = remembered(geometry, _prepare_column, config, statistics, heads, masked, described, table_version())
+    prepared = remembered(geometry, _prepare_column, config, statistics, heads, masked, described)
     start_prepared(
         prepared,
         geometry,
@@ -108,7 +108,6 @@ def _prepare_column(
     heads: Heads,
     has_query_mask: bool,
     described: bool,
-    _version: int,
 ) -> Prepared:
     from attnstats.kernels.column import column as kernel
 

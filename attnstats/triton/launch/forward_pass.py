@@ -21,7 +21,6 @@ from attnstats.triton.configs import (
     band_width,
     chunk,
     interpreted,
-    table_version,
 )
 from attnstats.triton.launch import arguments
 from attnstats.triton.launch.arguments import RowLse
@@ -134,7 +133,7 @@ def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors
     from_lse = tensors["value"] is None
     streams = (tensors["key"],) if from_lse else (tensors["key"], tensors["value"])
     described = not parts and arguments.described(geometry, *streams)  # a split is soon over
-    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, described, table_version())
+    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, described)
     shape = (geometry.batch, geometry.query_heads, geometry.query_length)
     in_rows = arguments.buffer(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
@@ -179,7 +178,7 @@ def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
 
 
 def _prepare_forward(
-    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, described: bool, _version: int
+    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, described: bool
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 

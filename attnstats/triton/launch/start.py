@@ -133,8 +133,8 @@ def start_prepared(prepared: Prepared, geometry: Geometry, **arguments: Any) -> 
 
 
 def remembered(geometry: Geometry, prepare: Callable[..., T], *arguments: Any) -> T:
-    """`prepare(geometry, *arguments)`, made once per geometry."""
-    key = prepare, *arguments
+    """`prepare(geometry, *arguments)`, made once per geometry and table of tiles."""
+    key = prepare, table_version(), *arguments
     prepared: T | None = geometry.memo.get(key)
     if prepared is None:
         prepared = geometry.memo[key] = prepare(geometry, *arguments)
@@ -147,7 +147,7 @@ _TOO_LARGE: dict[tuple[Any, ...], set[Config]] = {}
 
 def fitting(kernel: Kernel, geometry: Geometry, dim: int, run: Callable[[Config], T]) -> T:
     """Run with the table's configuration or, where the device lacks the shared memory, with a smaller one."""
-    configs, too_large = remembered(geometry, _configurations, kernel, dim, table_version())
+    configs, too_large = remembered(geometry, _configurations, kernel, dim)
     for config in configs:
         if config not in too_large:
             try:
@@ -160,9 +160,7 @@ def fitting(kernel: Kernel, geometry: Geometry, dim: int, run: Callable[[Config]
     )
 
 
-def _configurations(
-    geometry: Geometry, kernel: Kernel, dim: int, _version: int
-) -> tuple[tuple[Config, ...], set[Config]]:
+def _configurations(geometry: Geometry, kernel: Kernel, dim: int) -> tuple[tuple[Config, ...], set[Config]]:
     where = (kernel, geometry.device, geometry.dtype, block_dim(dim))
     return tuple(candidates(*where)), _TOO_LARGE.setdefault(where, set())
 
