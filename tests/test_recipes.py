@@ -1,4 +1,4 @@
-"""The recipes of docs/statistics.md: their code, as a file from outside the package, on every backend."""
+"""The recipes of docs/statistics.md, as files from outside the package, on every backend; those of docs/recipes.md."""
 
 import importlib.util
 import re
@@ -13,7 +13,8 @@ from attnstats import WAAD
 from tests.cases import Case, check
 from tests.tiny import small_llama
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "statistics.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "statistics.md"
 
 
 def recipe(name: str, folder: Path) -> Any:
@@ -82,3 +83,15 @@ def test_a_distance_weighted_statistic_carries_gradients(log_distance):
         results = attnstats.attention(query, key, value, **options).statistics
         gradients.append(torch.autograd.grad(results["log_distance"].square().sum(), (query, key)))
     torch.testing.assert_close(*gradients)
+
+
+def test_every_recipe_names_its_paper_and_is_compared_with_eager_maps():
+    """That the comparisons hold is the page's own test."""
+    table, *sections = (DOCS / "recipes.md").read_text(encoding="utf-8").split("\n### ")
+    recipes = dict(section.split("\n", 1) for section in sections)
+    assert len(recipes) > 10
+    for name, text in recipes.items():
+        papers = re.findall(r"arxiv.org/abs/(\d{4}\.\d{5})", text)
+        assert papers, name
+        assert set(papers) & set(re.findall(r"\[(\d{4}\.\d{5})\]", table)), name
+        assert re.search(r">>> .*same\(.*\n(?:\(?True)", text), name
