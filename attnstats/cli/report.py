@@ -1,21 +1,33 @@
-"""`attnstats report`: show a finished run in the terminal and draw its page again; no model is needed."""
+"""`attnstats report`: show a finished run and draw its page again, or compare two; no model is needed."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from attnstats.cli import arguments
+
+if TYPE_CHECKING:
+    from attnstats.report.compare import ComparedRun
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "report",
-        help="show a finished run, and draw its report.html again",
-        description="Read a folder that `attnstats analyze` has written, show it and draw its report.html.",
+        help="show a finished run, and draw its report.html again; of two runs, compare them on one page",
+        description="Read a folder that `attnstats analyze` has written, show it and draw its report.html. With a "
+        "second folder, draw one page with the responses of both to the same prompts side by side.",
     )
     arguments.add_folder(parser)
-    parser.add_argument("--out", type=arguments.path, metavar="FILE", help="file of the page, if not DIR/report.html")
+    parser.add_argument(
+        "other", type=arguments.path, metavar="OTHER", nargs="?",
+        help="another run of the same prompts to compare with, as of another model or checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=arguments.path, metavar="FILE",
+        help="file of the page, if not DIR/report.html; of two runs, if not DIR/comparison.html",
+    )  # fmt: skip
     arguments.add_color(parser)
 
 
@@ -27,8 +39,29 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.study import outputs
 
     columns.find(options.color_by)
+    if options.other:
+        from attnstats.report import compare
+
+        first, second = read(options.folder), read(options.other)
+        out = options.out or options.folder / outputs.COMPARISON
+        arguments.write_file(out, compare.render(first, second).encode("utf-8"))
+        both = len(compare.pairs(first, second))
+        Terminal().say(f"{both} of {len(first.questions)} prompts are in both, side by side in {out}")
+        return 0
     run = load(options.folder)
     out = options.out or options.folder / outputs.REPORT
     arguments.write_file(out, run.page().encode("utf-8"))
     Terminal().show(run[: arguments.SHOWN], [out], len(run), color_by=options.color_by)
     return 0
+
+
+def read(folder: Path) -> ComparedRun:
+    """A run to compare. Raises InputError."""
+    from attnstats.heads import HeadProfile
+    from attnstats.report.compare import ComparedRun
+    from attnstats.study import outputs
+
+    analyses, settings, summary, _ = outputs.load(folder)
+    questions = [outline.question for outline in analyses.outlines()]
+    profile = HeadProfile.load(folder / outputs.PROFILE)
+    return ComparedRun(str(folder), questions, analyses, settings, summary, profile)

@@ -7,21 +7,18 @@ into one), and columns.py and scale.py hold what the page shares with the termin
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from attnstats.heads import SHAPED
-from attnstats.report import data, scale
-from attnstats.report.columns import COLUMNS, horizon
+from attnstats.report import data, scale, template
+from attnstats.report.columns import horizon
 from attnstats.report.marks import SHARE
 from attnstats.study.analysis import Analysis, Settings
 from attnstats.study.text import shortened, visible
 
-SCRIPTS = ("page.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js")
+SCRIPTS = ("page.js", "index.js", "tokens.js", "curves.js", "maps.js", "heads.js", "start.js")
 
 
 def render(
@@ -40,24 +37,10 @@ def render(
     """
     if not analyses:
         raise ValueError("analyses: there is none to show; give one or more")
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    here = Path(__file__).parent
-    style = (here / "report.css").read_text(encoding="utf-8") + scale.style()
-    script = "\n".join((here / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    script = f'"use strict";\n{{\n{script}}}\n'
-    environment = Environment(
-        loader=PackageLoader("attnstats.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = data.fit(analyses)
-    return environment.get_template("report.html.jinja").render(
-        style=style,
-        script=script,
-        policy=policy(script, style),
+    return template.fill(
+        "report.html.jinja",
+        SCRIPTS,
         page=data.embedded(_page(settings, shown, len(analyses))),
         total=len(analyses),
         prompts=shown.prompts,
@@ -73,25 +56,9 @@ def render(
     )
 
 
-def policy(script: str, style: str) -> str:
-    """A content security policy that allows this script and this style, and no network, frames or other code."""
-
-    def digest(text: str) -> str:
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest(script)}'; style-src 'sha256-{digest(style)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
-    )
-
-
 def _page(settings: Settings, shown: data.Shown, total: int) -> dict[str, Any]:
     return {
-        "columns": [
-            {name: getattr(column, name) for name in ("key", "title", "unit", "digits")}
-            | {"about": column.explained(settings)}
-            for column in COLUMNS
-        ],
+        "columns": data.columns(settings),
         "shades": scale.SHADES,
         "share": SHARE,
         "floor": data.FLOOR,
@@ -135,16 +102,6 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         "Peak memory": {key: f"{value / 2**20:.0f} MiB" for key, value in summary["peak_memory_bytes"].items()},
     }
     return [
-        (title, [(_fact(key.replace("_", " ")), _fact(_value(value))) for key, value in section.items()])
+        (title, [(template.fact(key.replace("_", " ")), template.fact(value)) for key, value in section.items()])
         for title, section in sections.items()
     ]
-
-
-def _fact(text: str) -> str:
-    return visible(shortened(text, data.MAX_CHARACTERS))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return "open" if value is None else str(value)

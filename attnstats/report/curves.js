@@ -166,16 +166,3 @@ function drawMarks({ picture, first, last, width, step, x }, key, y, at, most) {
     picture.append(draw("text", { class: "label", ...label }, text));
   }
 }
-
-// The range of the axis. A few values far above the rest are left out and written at its top: FAI of the last tokens is a
-// mean over one or two queries and can be so large that all other values would look like zero.
-function axis(values) {
-  if (!values.length) return { least: 0, most: 1, tick: 1 };
-  const sorted = [...values].sort((a, b) => a - b);
-  const low = sorted[0];
-  const usual = sorted[Math.floor(0.98 * (sorted.length - 1))];
-  const high = Math.min(sorted.at(-1), usual + 0.75 * (usual - low));
-  const tick = tickStep(Math.max(high - low, 1e-9), 4);
-  const least = Math.floor(low / tick + 1e-6) * tick;
-  return { least, most: Math.max(Math.ceil(high / tick - 1e-6) * tick, least + tick), tick };
-}

@@ -20,7 +20,7 @@ from torch import Tensor
 from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
-from attnstats.study.analysis import Analysis
+from attnstats.study.analysis import Analysis, Settings
 from attnstats.study.text import LONGEST, shortened, token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
@@ -115,6 +115,12 @@ def plain(number: int, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def columns(settings: Settings) -> list[dict[str, Any]]:
+    """The columns that a page offers, with what they mean under these settings."""
+    names = ("key", "title", "unit", "digits")
+    return [{name: getattr(c, name) for name in names} | {"about": c.explained(settings)} for c in COLUMNS]
+
+
 def prompt(analysis: Analysis) -> dict[str, Any]:
     """One prompt and its response, up to MAX_TOKENS tokens; values in the units of `columns`."""
     start = analysis.response_start
@@ -128,8 +134,8 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
         "start": start,
         "tokens": list(map(token_text, analysis.shown[:stop])),
         "breaks": [text.count("\n") for text in analysis.tokens[start:stop]],
-        "values": {key: [_short(value) for value in tensor[kept].tolist()] for key, tensor in values.items()},
-        "domains": {key: _domain(domain) for key, domain in domains.items()},
+        "values": {key: short(tensor[kept]) for key, tensor in values.items()},
+        "domains": {key: domain(each) for key, each in domains.items()},
         "preplan": marked.preplan[kept],
         "anchor": marked.anchor[kept],
         "intro": marked.intro[kept],
@@ -143,9 +149,9 @@ def heads(analysis: Analysis) -> dict[str, Any]:
     rows = range(len(analysis.layers))
     return {
         "layers": list(analysis.layers),
-        "distance": [[_short(value) for value in row] for row in distance.tolist()],
+        "distance": list(map(short, distance)),
         "classes": ["".join(analysis.classes.name(row, head)[0] for head in range(distance.shape[1])) for row in rows],
-        "domain": _domain(Domain.of(distance.flatten(), is_log=True, pale=0.0)),
+        "domain": domain(Domain.of(distance.flatten(), is_log=True, pale=0.0)),
     }
 
 
@@ -211,6 +217,11 @@ def embedded(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+def short(values: Tensor) -> list[float | None]:
+    """Values with the four digits that the page needs; None for those that are not finite."""
+    return [_short(value) for value in values.tolist()]
+
+
 def _short(value: float) -> float | None:
     """A value with the four digits that the page needs; None if it is not finite."""
     if not math.isfinite(value):
@@ -219,5 +230,6 @@ def _short(value: float) -> float | None:
     return int(short) if short == int(short) else short
 
 
-def _domain(domain: Domain) -> dict[str, Any]:
-    return {"low": _short(domain.low), "high": _short(domain.high), "log": domain.is_log}
+def domain(of: Domain) -> dict[str, Any]:
+    """A scale as the page reads it."""
+    return {"low": _short(of.low), "high": _short(of.high), "log": of.is_log}

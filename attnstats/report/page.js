@@ -136,3 +136,29 @@ function nextMark(from, step) {
   for (let i = from + step; i >= 0 && i < length(); i += step) if (preplan[i] || anchor[i]) return i;
   return from;
 }
+
+// The range of the axis. A few values far above the rest are left out and written at its top: FAI of the last tokens is a
+// mean over one or two queries and can be so large that all other values would look like zero.
+function axis(values) {
+  if (!values.length) return { least: 0, most: 1, tick: 1 };
+  const sorted = [...values].sort((a, b) => a - b);
+  const low = sorted[0];
+  const usual = sorted[Math.floor(0.98 * (sorted.length - 1))];
+  const high = Math.min(sorted.at(-1), usual + 0.75 * (usual - low));
+  const tick = tickStep(Math.max(high - low, 1e-9), 4);
+  const least = Math.floor(low / tick + 1e-6) * tick;
+  return { least, most: Math.max(Math.ceil(high / tick - 1e-6) * tick, least + tick), tick };
+}
+
+// A switch: a radio button for each [value, text].
+function choice(id, name, options, chosen, act) {
+  for (const [value, text] of options) {
+    const input = make("input", { type: "radio", name, value });
+    input.checked = value === chosen;
+    input.addEventListener("change", () => {
+      act(value);
+      tell("paint");
+    });
+    byId(id).append(make("label", {}, input, text));
+  }
+}

@@ -28,7 +28,7 @@ from attnstats.study import tables
 from attnstats.study.analysis import Analyses, Settings
 from attnstats.study.store import ITEMS, RUN, Store, begin, corrupt, read_json, require_same
 
-SUMMARY, PROFILE, REPORT = "summary.json", "heads.json", "report.html"
+SUMMARY, PROFILE, REPORT, COMPARISON = "summary.json", "heads.json", "report.html", "comparison.html"
 FILES = (REPORT, *tables.FILES, PROFILE, SUMMARY, RUN, ITEMS)
 
 
@@ -66,7 +66,7 @@ def _require_ours(target: Path, out: Path) -> None:
     if not target.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
     names = {entry.name for entry in target.iterdir()}
-    foreign = min(names - set(FILES), default=None) or Store(target).foreign()
+    foreign = min(names - {*FILES, COMPARISON}, default=None) or Store(target).foreign()
     if foreign is None and names and RUN not in names:
         foreign = min(names)
     if foreign is not None:

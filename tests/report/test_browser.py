@@ -11,10 +11,11 @@ import types
 import pytest
 
 from attnstats import report
-from attnstats.report import data, scale
+from attnstats.report import columns, compare, data, scale
 from attnstats.study.analysis import Settings
 from attnstats.study.text import token_text, visible
 from tests.hostile import FORBIDDEN, TEXTS
+from tests.report.test_compare import run_of
 from tests.report.test_report import HOSTILE, SUMMARY
 from tests.tiny import synthetic_analysis
 
@@ -27,6 +28,7 @@ ARGUMENTS = [
     "--disable-sync", "--no-first-run",
 ]  # fmt: skip
 WORDS = [f" word{i}" if i % 9 else ".\n" for i in range(90)]
+OTHER_WORDS = [*WORDS[:40], " something", " else", *WORDS[50:]]  # from token 29 of the response on
 COLUMNS = ["waad", "fai", "entropy", "delta", "gamma"]
 COUPLING = types.SimpleNamespace(
     name="entropy at WAAD peaks, a name as long as it takes to wrap on a phone", observed=0.3608, random=0.2386,
@@ -45,7 +47,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """one.html: a prompt of plain words; hostile.html; many.html: 70 prompts."""
+    """one.html: a prompt of plain words; hostile.html; many.html: 70 prompts; two.html: two runs."""
     folder = tmp_path_factory.mktemp("report")
     hostile = synthetic_analysis(HOSTILE, question="<script>throw 1</script>")
     one = synthetic_analysis(WORDS, prompt=12, question="How many words?")
@@ -55,6 +57,10 @@ def folder(tmp_path_factory):
         "many": report.render(
             [synthetic_analysis([f" w{i}" for i in range(400)], question=f"Question {i}?") for i in range(70)],
             Settings(), SUMMARY,
+        ),
+        "two": compare.render(
+            run_of(*(synthetic_analysis(WORDS, 12, question) for question in ("How many?", "Same", "Alone"))),
+            run_of(synthetic_analysis(OTHER_WORDS, 12, "How many?"), synthetic_analysis(WORDS, 12, "Same")),
         ),
     }  # fmt: skip
     for name, text in pages.items():
@@ -126,7 +132,7 @@ def test_the_switch_changes_colours_legend_and_curves(visit):
         seen[column] = tuple(colours(page))
         legend = page.inner_text("#scale")
         assert legend.count("\n") >= 5  # ticks and a sentence
-        assert next(c.unit for c in report.COLUMNS if c.key == column) in legend
+        assert next(c.unit for c in columns.COLUMNS if c.key == column) in legend
         titles = page.eval_on_selector_all("#curves .title", "all => all.map(t => t.firstChild.textContent)")
         assert len(titles) == (2 if column in ("waad", "fai") else 3)
     assert len(set(seen.values())) == len(COLUMNS)
@@ -481,3 +487,76 @@ def test_hostile_texts_are_shown_as_text_and_do_nothing(visit, folder, width):
         page.keyboard.press("ArrowRight")
     # Long words and piled-up marks make nothing wider than the page.
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+
+
+def lit(page):
+    return page.eval_on_selector_all(".tokens > .on", "all => all.map(s => s.id)")
+
+
+def test_linked_tokens_of_two_runs_are_lit_together(visit):
+    page = visit("two")
+    assert page.locator("#tokens-A > span").count() == 78
+    assert page.locator("#tokens-B > span").count() == 70
+    assert "The first 28 tokens are the same" in page.inner_text("#parting")
+    page.hover("#A10")
+    assert lit(page) == ["A10", "B10"]
+    page.hover("#B40")
+    assert lit(page) == ["A48", "B40"]
+    page.hover("#B28")
+    assert lit(page) == ["B28"]
+    assert "no counterpart in A" in page.inner_text("#values")
+    page.click("#A60")
+    page.mouse.move(5, 5)
+    assert lit(page) == ["A60", "B52"]
+    page.focus("#tokens-B")
+    page.keyboard.press("ArrowRight")
+    assert lit(page) == ["A61", "B53"]
+    page.keyboard.press("Home")
+    assert lit(page) == ["A0", "B0"]
+    page.keyboard.press("End")
+    assert lit(page) == ["A77", "B69"]
+
+
+def test_values_of_both_runs_and_their_difference_are_told(visit):
+    page = visit("two")
+    first, second = (synthetic_analysis(words, 12).waad[12:] for words in (WORDS, OTHER_WORDS))
+    for a, b in ((10, 10), (60, 52)):
+        page.hover(f"#A{a}")
+        rows = page.eval_on_selector_all("#values tbody tr", "all => all.map(r => r.cells[1]?.textContent)")
+        assert float(rows[1]) == pytest.approx(float(first[a]), abs=0.006)
+        assert float(rows[2]) == pytest.approx(float(second[b]), abs=0.006)
+        assert float(rows[3]) == pytest.approx(float(second[b] - first[a]), abs=0.012)
+        assert float(rows[5]) == pytest.approx(float(first.mean()), abs=0.01)
+    for column in COLUMNS:
+        page.check(f"#columns [value={column}]", force=True)
+        title = page.eval_on_selector_all("#curves .title", "all => all.map(t => t.firstChild.textContent)")
+        assert title[1] == f"{title[0]}: B \N{MINUS SIGN} A"
+        assert page.locator("#curves .line.one, #curves .line.two, #curves .line.change").count() == 3
+
+
+def test_a_place_on_the_curves_of_two_runs_is_found_in_both_texts(visit):
+    page = visit("two")
+    page.locator("#curves").scroll_into_view_if_needed()
+    box = page.locator("#curves").bounding_box()
+    step = (box["width"] - 50 - 12) / 78
+    page.mouse.move(box["x"] + 50 + 48.5 * step, box["y"] + 60)
+    assert lit(page) == ["A48", "B40"]
+
+
+def test_two_runs_have_an_index_and_their_heads_compared(visit):
+    page = visit("two")
+    assert "2 prompts are in both; 1 of A alone is not shown" in page.inner_text(".lead")
+    assert page.locator("#cards a").count() == 2
+    page.click("#next")
+    sync_api.expect(page.locator("#question")).to_have_text("Same")
+    assert "Both responses are the same" in page.inner_text("#parting")
+    assert page.locator("#grids table").count() == 3
+    assert "layer" in page.inner_text("#changed")
+    assert visit("two", anchor="#prompt-2-token-5").inner_text("#values").count("token 5 of 78") == 2
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 768])
+def test_two_runs_fit_narrow_screens(visit, width, dark):
+    page = visit("two", width=width, dark=dark)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
