@@ -4,7 +4,7 @@ from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from attnstats import _threads, distributed, presets, reference, statistics  # noqa: F401 _threads before torch
+from attnstats import _threads, distributed, heads, presets, reference, statistics  # noqa: F401 _threads before torch
 from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import *  # noqa: F403
@@ -28,6 +28,7 @@ __all__ = [
     "detach",
     "distributed",
     "explain",
+    "heads",
     "load",
     "nn",
     "patch_sdpa",

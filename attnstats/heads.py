@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,62 @@ def segment_received(pooled: Tensor, sizes: Sequence[int] | Tensor, ignore: int 
     later = torch.ones(count, count, dtype=torch.bool, device=pooled.device).tril(-ignore)
     # 0 / 0 is NaN where no segment is far enough after.
     return (per_pair * later).sum(-2) / later.sum(-2)
+
+
+def find(
+    model: Any,
+    texts: Iterable[Any],
+    kinds: Iterable[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    layers: Any = "all",
+) -> Any:
+    """Scores of a model's heads over texts: how much each is local, global, a sink, a receiver and so on.
+
+    Texts are read one at a time, in one forward pass each, without the T x T map. What is kept is a sum per head: a
+    corpus can be a generator of any length.
+
+    - local, global: `mean_distance`, attention distance in tokens, lowest and highest (Li et al., arXiv 2510.13554,
+      Eq. 7).
+    - sink: `sink_mass`, attention to the first four tokens, of queries after them (StreamingLLM: Xiao et al., arXiv
+      2309.17453).
+    - receiver: `received_kurtosis`, excess kurtosis of the attention per pair of tokens that sentences receive from
+      those at least four later, a mean over texts (thought anchors: Bogdan et al., arXiv 2506.19143).
+    - previous-token: `previous_token_mass`, attention to the token before (Olsson et al., arXiv 2209.11895).
+    - high-entropy, low-entropy: `entropy` of a row in nats (Zhai et al., arXiv 2303.06296).
+
+    Unless it says otherwise a score is a mean over the queries of all responses: in a text all tokens but the first, in
+    a chat its last answer. A head's score depends on the texts: entropy and distance grow with their length. A score
+    says where a head looks, not what the model does with it.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not, in eval mode; a folder or a hub name, which is
+            loaded as by `attnstats analyze`; an `attnstats.study.models.LoadedModel`.
+        texts: strings, token ids (a list or a tensor for each text), or chats that end in an answer: lists of messages,
+            or objects with `messages`. They can be mixed.
+        kinds: from the list above; None: all that these texts have and that the tokenizer allows.
+        tokenizer: of a model object, for strings and chats, and for `receiver`, which needs sentences.
+        layers: as for `attnstats.capture`.
+
+    Returns:
+        attnstats.finding.HeadScores: `scores["sink"]` (layers, heads), `top(kind, count)`, `to_frame()`, `plot()`,
+        `save(file)`.
+
+    Raises:
+        attnstats.errors.InputError: an unknown kind, no texts, a text that can't be read, or a kind for which no text
+            is long enough.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=32, intermediate_size=32, num_attention_heads=4, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+        >>> scores = find(model, torch.arange(40).view(2, 20), ["local", "sink"])
+        >>> scores["sink"].shape, len(scores.top("local", 3))
+        (torch.Size([2, 4]), 3)
+    """
+    # By name: that module runs models, and what this one has for profiles and classes needs none.
+    return import_module("attnstats.finding").find(model, texts, kinds, tokenizer=tokenizer, layers=layers)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -334,15 +391,12 @@ class HeadProfile:
         Raises:
             InputError: no such file, not a profile, of another version, or of another model.
         """
-        content = _read(file)
+        content = read_record(file, FORMAT, VERSION)
         try:
             profile = _parsed(content)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: a head profile with a broken entry ({error}); make it anew") from error
-        if model is not None:
-            ours = model if isinstance(model, ModelIdentity) else identity(model)
-            if different := differences(profile.model, ours):
-                raise InputError(f"{file}: the profile is of another model: {different}; make one of this model")
+        check_model(file, "profile", profile.model, model)
         return profile
 
     def _rows(self, layers: Iterable[int] | None) -> Tensor:
@@ -360,18 +414,29 @@ class HeadProfile:
             raise ValueError(f"{name} must be (layers, heads, positions), {expected} first; got {tuple(values.shape)}")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_record(file: Path, kind: str, version: int) -> dict[str, Any]:
+    """The JSON object of a file whose `format` is `kind`. Raises InputError: not readable, or another one."""
+    name = kind.removeprefix("attnstats ")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}; name a head profile") from error
+        raise InputError(f"{file}: {error.strerror or error}; name a file of a {name}") from error
     except ValueError as error:
-        raise InputError(f"{file}: not JSON ({error}); name a head profile") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f'{file}: not a head profile ("format" is not "{FORMAT}")')
-    if (version := content.get("version")) != VERSION:
-        raise InputError(f"{file}: a head profile of version {version}, and this program reads {VERSION}; make it anew")
+        raise InputError(f"{file}: not JSON ({error}); name a file of a {name}") from error
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise InputError(f'{file}: not a {name} ("format" is not "{kind}")')
+    if (found := content.get("version")) != version:
+        raise InputError(f"{file}: a {name} of version {found}, and this program reads {version}; make it anew")
     return content
+
+
+def check_model(file: Path, name: str, recorded: ModelIdentity | None, model: Any) -> None:
+    """Raises InputError if what a file holds is not of a model, given as it is or by its identity; None: any."""
+    if model is None:
+        return
+    ours = model if isinstance(model, ModelIdentity) else identity(model)
+    if different := differences(recorded, ours):
+        raise InputError(f"{file}: the {name} is of another model: {different}; make one of this model")
 
 
 def _parsed(content: dict[str, Any]) -> HeadProfile:

@@ -14,7 +14,7 @@ from tests.process import ROOT, python
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = (
-    *("credit", "distributed", "errors", "heads", "identity", "nn", "presets", "reference", "results"),
+    *("credit", "distributed", "errors", "finding", "heads", "identity", "nn", "presets", "reference", "results"),
     *("rhythm", "segments", "study.analysis", "study.models", "study.outputs", "report.figures"),
     *("integrations.roll", "integrations.settings", "integrations.trl", "integrations.verl"),
 )

@@ -23,7 +23,7 @@ LAYERS = (
     ("segments",),
     ("study", "integrations"),
     ("report",),
-    ("run",),
+    ("run", "finding"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -163,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
         if existing is None:
             return corpus.rendered(model, questions, options.system, options.max_tokens)
         responses.extend(existing(model.tokenizer))
-        given.check_lengths(responses, model)
+        given.check(responses, model)
         questions[:] = [each.question for each in responses]
         return [each.prompt for each in responses]
 

@@ -7,9 +7,9 @@ never as mathematics. matplotlib is imported when a figure is drawn.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -118,12 +118,44 @@ def heads(analysis: Analysis) -> Figure:
                 dark = domain.share(float(distance[layer, head])) > 0.55
                 if letter != "M":
                     axis.text(head, layer, letter, ha="center", va="center", color="w" if dark else "k", fontsize=7)
-        axis.set_xticks(range(0, count, max(1, count // 16)))
-        axis.set_yticks(range(layers), [str(layer) for layer in analysis.layers])
-        axis.set_xlabel("head")
-        axis.set_ylabel("layer")
+        _name_heads(axis, analysis.layers, count)
         _bar(figure, picture, axis, "mean attention distance, tokens", 1)
         figure.set_size_inches(WIDTH, 1.0 + 0.24 * layers)
+    return figure
+
+
+class HeadPanel(NamedTuple):
+    """One picture of `head_scores`.
+
+    Attributes:
+        values: (layers, heads); NaN is grey.
+        highest: True to draw the highest values darkest, False the lowest.
+    """
+
+    title: str
+    unit: str
+    values: Tensor
+    highest: bool
+    is_log: bool
+
+
+def head_scores(panels: Sequence[HeadPanel], layers: Sequence[int]) -> Figure:
+    """Scores of all heads, a picture of layers by heads each, two beside each other."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with _styled() as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels, strict=False):
+            domain = Domain.of(panel.values.flatten(), is_log=panel.is_log, pale=0.0)
+            colours = _colormap() if panel.highest else _colormap().reversed()
+            colours = colours.with_extremes(bad="0.85")
+            picture = axis.imshow(panel.values.numpy(), cmap=colours, norm=_norm(domain), aspect="auto")
+            axis.set_title(panel.title, fontsize=8, loc="left", fontweight="bold")
+            _name_heads(axis, layers, panel.values.shape[1])
+            _bar(figure, picture, axis, panel.unit, 1, domain.is_log)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.set_size_inches(WIDTH, rows * (0.9 + min(0.24, 4 / len(layers)) * len(layers)))
     return figure
 
 
@@ -209,13 +241,22 @@ def _arc(axis: Axes, anchor: int, intro: int) -> None:
     )
 
 
-def _bar(figure: Figure, picture: Any, axes: Any, label: str, factor: int) -> None:
-    """Draw the colour scale with plain numbers, 1, 2 and 5 times powers of ten."""
+def _name_heads(axis: Axes, layers: Sequence[int], count: int) -> None:
+    axis.set_xticks(range(0, count, max(1, count // 16)))
+    step = max(1, len(layers) // 16)
+    axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axis.set_xlabel("head")
+    axis.set_ylabel("layer")
+
+
+def _bar(figure: Figure, picture: Any, axes: Any, label: str, factor: int, is_log: bool = True) -> None:
+    """Draw the colour scale with plain numbers, on a logarithmic one 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     bar = figure.colorbar(picture, ax=axes, pad=0.02)
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if is_log:
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:g}"))
     bar.set_label(label)
 

@@ -56,7 +56,7 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
         InputError: a message or a tool that is none, or nothing before the last answer.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise InputError(f"{where}: needs a list of messages, got {_brief(messages)}")
+        raise InputError(f"{where}: needs a list of messages, got {brief(messages)}")
     end = len(messages)
     while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == ANSWERING:
         end -= 1
@@ -67,7 +67,7 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
         tools = _from_json(tools, f"{where}: tools")
     tools = _without_none(tools) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError(f"{where}: tools must be a list of objects, got {_brief(tools)}")
+        raise InputError(f"{where}: tools must be a list of objects, got {brief(tools)}")
     try:
         json.dumps([kept, tools], ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError) as error:
@@ -77,16 +77,16 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError(f'{where}: needs an object with a "role", got {_brief(message)}')
+        raise InputError(f'{where}: needs an object with a "role", got {brief(message)}')
     content, calls = message.get("content", ""), message.get("tool_calls", [])
     if isinstance(content, list):
         other = [part for part in content if not (isinstance(part, dict) and isinstance(part.get("text"), str))]
         if other:
-            raise InputError(f"{where}: a part of its content is no text: {_brief(other[0])}")
+            raise InputError(f"{where}: a part of its content is no text: {brief(other[0])}")
     elif not isinstance(content, str):
-        raise InputError(f"{where}: content must be a text, got {_brief(content)}")
+        raise InputError(f"{where}: content must be a text, got {brief(content)}")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InputError(f"{where}: tool_calls must be a list of objects, got {_brief(calls)}")
+        raise InputError(f"{where}: tool_calls must be a list of objects, got {brief(calls)}")
     if not calls:
         return {**message, "content": content}
     return {**message, "content": content, "tool_calls": [_call(call, where) for call in calls]}
@@ -95,7 +95,7 @@ def _message(message: Any, where: str) -> Message:
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InputError(f"{where}: a tool call needs the name of its function, got {_brief(call)}")
+        raise InputError(f"{where}: a tool call needs the name of its function, got {brief(call)}")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _from_json(arguments, f"{where}: arguments of {function['name']}")
@@ -122,7 +122,8 @@ def _text(message: Message) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value for an error message, at most 80 characters of it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
 

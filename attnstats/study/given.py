@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnstats.errors import InputError
-from attnstats.study.chat import ANSWERING, Conversation, conversation, render
+from attnstats.study.chat import ANSWERING, Conversation, brief, conversation, render
 from attnstats.study.generation import positions_of
 from attnstats.study.models import Description, LoadedModel
 from attnstats.study.prompts import JSON_LINES, lines_of, parsed, text_of
@@ -47,10 +48,11 @@ def read_chats(file: Path, option: str = "--messages") -> list[tuple[Conversatio
         rows = [{"messages": rows}]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "messages" in row for row in rows):
         raise InputError(f'{where}: needs a list of messages, or objects with "messages"')
-    return [_chat(row, f"{where}, chat {number}") for number, row in enumerate(rows, 1)]
+    return [chat_of(row, f"{where}, chat {number}") for number, row in enumerate(rows, 1)]
 
 
-def _chat(row: dict[str, Any], where: str) -> tuple[Conversation, str]:
+def chat_of(row: dict[str, Any], where: str) -> tuple[Conversation, str]:
+    """The conversation in `messages` of a row, and the answer that ends it. Raises InputError as `read_chats`."""
     messages = row["messages"]
     last = messages[-1] if isinstance(messages, list) and messages else None
     answer = last.get("content") if isinstance(last, dict) and last.get("role") == ANSWERING else None
@@ -60,6 +62,40 @@ def _chat(row: dict[str, Any], where: str) -> tuple[Conversation, str]:
     if not isinstance(answer, str) or not answer.strip():
         raise InputError(f'{where}: must end in a message of the role "{ANSWERING}" with a text, which is analysed')
     return conversation(messages, row.get("tools"), where), answer
+
+
+def of_any(tokenizer: Any, text: Any, where: str) -> Given:
+    """The tokens of a text in any form; the response is all but the first token, or the answer of a chat.
+
+    Args:
+        tokenizer: None will do for token ids.
+        text: a string, token ids (a list or an integer tensor or array), messages that end in an answer, or an object
+            with `messages`. A chat gets no system text that it does not have.
+
+    Raises:
+        InputError: anything else, no tokenizer where one is needed, or as `of_text` and `of_chat`.
+    """
+    ids = text.tolist() if hasattr(text, "tolist") else text
+    if isinstance(ids, Sequence) and len(ids) == 1 and isinstance(ids[0], list):  # (1, T), as models take them
+        ids = ids[0]
+    if isinstance(ids, Sequence) and ids and all(hasattr(token, "__index__") for token in ids):
+        return of_ids(list(map(operator.index, ids)), 1, where)
+    row = {"messages": ids} if isinstance(ids, list) and ids and all(isinstance(m, dict) for m in ids) else ids
+    if not isinstance(row, str) and not (isinstance(row, dict) and "messages" in row):
+        forms = "a string, a list of token ids, or messages (objects with role and content)"
+        raise InputError(f"{where}: must be {forms}, got {brief(text)}")
+    if tokenizer is None:
+        raise InputError(f"{where}: a model object has no tokenizer; pass tokenizer=, or token ids")
+    if isinstance(row, str):
+        return of_text(tokenizer, row, None, where)
+    return of_chat(tokenizer, *chat_of(row, where), "", where)
+
+
+def of_ids(ids: list[int], start: int, where: str) -> Given:
+    """Token ids with `start` of them before the response. Raises InputError where either part is empty."""
+    if not 0 < start < len(ids):
+        raise InputError(f"{where}: needs a token before the response and one in it, got {len(ids)} token ids")
+    return Given(f"{len(ids)} token ids", ids[:start], ids[start:])
 
 
 def of_text(tokenizer: Any, text: str, start: str | None, where: str) -> Given:
@@ -73,7 +109,9 @@ def of_text(tokenizer: Any, text: str, start: str | None, where: str) -> Given:
         InputError: no such place, no token before or after it, or a tokenizer that doesn't say where its tokens are.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{where}: --model has a slow tokenizer, which doesn't say where its tokens are; use another")
+        raise InputError(
+            f"{where}: the model has a slow tokenizer, which doesn't say where its tokens are; use another"
+        )
     place, end = _place(text, start, where)
     encoded = tokenizer(text[:end], return_offsets_mapping=True)
     ids, spans = list(encoded["input_ids"]), list(encoded["offset_mapping"])
@@ -115,9 +153,14 @@ def of_chat(tokenizer: Any, chat: Conversation, answer: str, system: str, where:
     return Given(chat.question, render(tokenizer, chat, system), response)
 
 
-def check_lengths(given: Sequence[Given], model: LoadedModel | Description) -> None:
-    """Raises InputError if a text needs more positions than the model has."""
-    limit = positions_of(model)
+def check(given: Sequence[Given], model: LoadedModel | Description, where: str = "a text") -> None:
+    """Raises InputError if a text needs more positions than the model has, or has tokens that the model doesn't."""
+    limit, vocabulary = positions_of(model), getattr(model.config.get_text_config(), "vocab_size", None)
     longest = max(len(each.prompt) + len(each.response) for each in given)
     if limit is not None and longest > limit:
-        raise InputError(f"a text has {longest} tokens, and {model.name} {limit} positions; shorten it")
+        raise InputError(f"{where} has {longest} tokens, and {model.name} {limit} positions; shorten it")
+    if vocabulary is None:
+        return
+    for token in (token for each in given for token in (*each.prompt, *each.response)):
+        if not 0 <= token < vocabulary:
+            raise InputError(f"{where} has token {token}, and {model.name} has tokens 0 to {vocabulary - 1}")
