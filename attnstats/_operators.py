@@ -26,6 +26,10 @@ from attnstats.core.options import Options, is_packed
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic, resolve
 
+# In a copy of the package under another name, as on the Kernels hub, the operators are that copy's.
+NAMESPACE = __name__.partition(".")[0]
+_ops = getattr(torch.ops, NAMESPACE)
+
 # Every plain call asks, so these are looked up once.
 _in_dynamo = torch.compiler.is_dynamo_compiling
 _is_batched, _modes = torch._C._functorch.is_batchedtensor, torch._C._len_torch_dispatch_stack
@@ -69,7 +73,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Options) -> At
     if not _in_dynamo():
         refuse_transforms(query, key, value, options.sinks)
     options = _checked(options, query=query, key=key, value=value)
-    output, lse, _, _, tensors = torch.ops.attnstats.attention(query, key, value, *wire.encode(options))
+    output, lse, _, _, tensors = _ops.attention(query, key, value, *wire.encode(options))
     return AttentionResult(output, _results(tensors, lse, key, options))
 
 
@@ -77,7 +81,7 @@ def statistics_from_lse(query: Tensor, key: Tensor, lse: Tensor, options: Option
     """`attnstats.statistics_from_lse`."""
     options = _checked(options, query=query, key=key, lse=lse)
     query, key, lse = query.detach(), key.detach(), lse.detach()  # else the results would ask for gradients
-    natural, tensors = torch.ops.attnstats.statistics_from_lse(query, key, lse, *wire.encode(options))
+    natural, tensors = _ops.statistics_from_lse(query, key, lse, *wire.encode(options))
     return _results(tensors, natural, key, options)
 
 
@@ -103,7 +107,7 @@ class _Deferred:
 
     def __call__(self, statistic: Statistic) -> Tensor:
         values = wire.encode(self.options._replace(statistics=(statistic,)))
-        operator = torch.ops.attnstats.counts if self.operator == "counts" else torch.ops.attnstats.valid
+        operator = _ops.counts if self.operator == "counts" else _ops.valid
         (result,) = operator(self.lse, self.keys, *values)
         return result
 
@@ -275,7 +279,7 @@ def _backward(
         grads = []
     if grad_output is None:
         grad_output = torch.zeros_like(out)
-    operator = torch.ops.attnstats.attention_backward
+    operator = _ops.attention_backward
     gradients = operator(query, key, value, out, lse, pivot, factor, values, grad_output, grads, *options)
     of_options = dict.fromkeys(Options._fields)
     names = [name for name in ("sinks", "attn_mask") if _is_float(getattr(options, name))]
@@ -353,11 +357,11 @@ def _like(x: Tensor, grad: Tensor) -> Tensor:
 
 def _define(name: str, body: Any, fake: Any, tensors: str, returns: str) -> Any:
     operator = torch.library.custom_op(
-        f"attnstats::{name}", body, mutates_args=(), schema=f"({tensors}, {wire.SCHEMA}) -> {returns}"
+        f"{NAMESPACE}::{name}", body, mutates_args=(), schema=f"({tensors}, {wire.SCHEMA}) -> {returns}"
     )
     operator.register_fake(fake)
     if name != "attention_backward":
-        operator.register_vmap(functools.partial(_one_by_one, getattr(torch.ops.attnstats, name)))
+        operator.register_vmap(functools.partial(_one_by_one, getattr(_ops, name)))
     return operator
 
 

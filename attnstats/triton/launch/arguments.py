@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from ctypes import c_float
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +71,7 @@ class RowLse(NamedTuple):
         """
         pivot = self.pivots(geometry)[:, :, rows].double()
         if geometry.softcap is None:
-            scale2 = float(np.float32(geometry.scale * LOG2E))
+            scale2 = c_float(geometry.scale * LOG2E).value
             of_pivot = (pivot / scale2).float()
             rest = torch.where(pivot.isfinite(), of_pivot.double() * scale2 - pivot, 0.0).float()
             log2 = products.sub_(of_pivot[..., None]).mul_(scale2).add_(rest[..., None])
