@@ -16,18 +16,22 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
+import sysconfig
 import tarfile
 import zipfile
-from importlib.metadata import requires
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from venv import EnvBuilder
 
 from release import hub
 
 ROOT = Path(__file__).parent.parent
+REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 DIST, WORK = ROOT / "dist", ROOT / "out" / "release"
 LIBRARY = "attnstats/tiled/_native.abi3.so"
+Variables = Mapping[str, str]
+NONE: Variables = MappingProxyType({})
 OF_SDIST = ("CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 GENERATED = ("PKG-INFO", "setup.cfg", "attnstats.egg-info/")
 OF_WHEEL = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt")
@@ -62,20 +66,21 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     say(1, "installing the tools, in an environment of their own")
     tools = environment("tools")
-    pip(tools, *tool_requirements())
+    pip(tools, "install", "--requirement", REQUIREMENTS)
     run(tools / "cffconvert", "--validate", "--infile", ROOT / "CITATION.cff", cwd=WORK, quiet=True)
     say(2, "building the sdist, and wheels from it")
-    sdist, *wheels = build(tools)
-    run(tools / "twine", "check", "--strict", sdist, *wheels, quiet=True)
+    built = build(tools)
+    run(tools / "twine", "check", "--strict", *built, quiet=True)
     say(3, "looking at what they hold")
-    for path in (sdist, *wheels):
+    for path in built:
         check_contents(path, expected(path, tracked()))
     say(4, "installing each, and calling it")
-    install(sdist, *wheels, torch)
+    install(*built, torch)
     say(5, "writing the kernels for the hub")
     hub.write(DIST / "hub" / hub.NAME)
-    changed = output("git", "status", "--porcelain").strip()
-    for path in (sdist, *wheels, DIST / "hub" / hub.NAME):
+    shutil.rmtree(WORK)
+    changed = git("status", "--porcelain").strip()
+    for path in (*built, DIST / "hub" / hub.NAME):
         print(path.relative_to(ROOT))
     if changed:
         print(f"not a release: the tree has changes that are not committed:\n{changed}")
@@ -93,17 +98,17 @@ def build(tools: Path) -> tuple[Path, Path, Path]:
     (wheel,) = (WORK / "wheel").iterdir()
     # torch brings libgomp. A second one beside it would be a second pool of threads.
     repair = (tools / "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", DIST, wheel)
-    run(*repair, quiet=True, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    run(*repair, quiet=True, variables={"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"})
     (compiled,) = DIST.glob("*.whl")
     shutil.rmtree(unpacked / "build")  # or the library would be found there
-    run(*command, DIST, "--wheel", unpacked, quiet=True, ATTNSTATS_PURE="1")
+    run(*command, DIST, "--wheel", unpacked, quiet=True, variables={"ATTNSTATS_PURE": "1"})
     (pure,) = set(DIST.glob("*.whl")) - {compiled}
     return sdist, compiled, pure
 
 
 def tracked() -> set[str]:
     """The files of the package and of csrc/, as a wheel or an sdist has them."""
-    files = output("git", "ls-files", "attnstats", "csrc", "kernels").split()
+    files = git("ls-files", "attnstats", "csrc", "kernels").split()
     return {f"attnstats/{file}" if file.startswith("kernels/") else file for file in files} - {"attnstats/kernels"}
 
 
@@ -113,9 +118,7 @@ def expected(path: Path, files: set[str]) -> set[str]:
         return files | set(OF_SDIST)
     library = set() if path.name.endswith("-none-any.whl") else {LIBRARY}
     name = "-".join(path.name.split("-")[:2])
-    return (
-        {file for file in files if not file.startswith("csrc/")} | library | {f"{name}.dist-info/{x}" for x in OF_WHEEL}
-    )
+    return {x for x in files if not x.startswith("csrc/")} | library | {f"{name}.dist-info/{x}" for x in OF_WHEEL}
 
 
 def check_contents(path: Path, files: set[str]) -> None:
@@ -134,35 +137,24 @@ def check_contents(path: Path, files: set[str]) -> None:
 def install(sdist: Path, compiled: Path, pure: Path, torch: list[str]) -> None:
     """Install each file as a user would, and call it. Raises SystemExit if one doesn't work."""
     first = environment("compiled")
-    pip(first, *torch)
-    pip(first, compiled)
+    pip(first, "install", *torch)
+    pip(first, "install", compiled)
     call(first, compiled=True, triton=True)
     run(first / "attnstats", "--version", quiet=True)
-    pip(first, "triton", command="uninstall")
+    pip(first, "uninstall", "--yes", "triton")
     call(first, compiled=True, triton=False)
-    pip(first, "attnstats", command="uninstall")
-    for name, file, compiler in (
-        ("pure", pure, {}),
-        ("no_compiler", sdist, {"CC": "/nonexistent", "CXX": "/nonexistent"}),
-    ):
+    pip(first, "uninstall", "--yes", "attnstats")
+    for name, file in (("pure", pure), ("no_compiler", sdist)):
         other = environment(name)
-        packages = output(other / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-        torch_is = output(first / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-        (Path(packages) / "torch.pth").write_text(torch_is)
-        pip(other, "--no-deps", file, **compiler)
+        (packages(name) / "torch.pth").write_text(f"{packages('compiled')}\n")  # not again: it is large
+        pip(other, "install", "--no-deps", file, variables={"CC": "/nonexistent", "CXX": "/nonexistent"})
         call(other, compiled=False, triton=False)
 
 
-def call(environment: Path, compiled: bool, triton: bool) -> None:
-    """Import attnstats in an environment and call it."""
-    settings = {"PATH": "", "TRITON_INTERPRET": "1", "PYTHONPATH": ""}
-    run(environment / "python", "-c", CALL, compiled, triton, cwd=WORK, **settings)
-
-
-def tool_requirements() -> list[str]:
-    """The extra `release` of pyproject.toml, as pip takes it."""
-    found = [text.partition(";") for text in requires("attnstats") or []]
-    return [name.strip() for name, _, marker in found if "release" in marker]
+def call(programs: Path, compiled: bool, triton: bool) -> None:
+    """Import attnstats in an environment and call it, with no compiler in reach."""
+    variables = {"PATH": "", "TRITON_INTERPRET": "1", "PYTHONPATH": ""}
+    run(programs / "python", "-c", CALL, compiled, triton, cwd=WORK, variables=variables)
 
 
 def environment(name: str) -> Path:
@@ -171,24 +163,26 @@ def environment(name: str) -> Path:
     return WORK / name / "bin"
 
 
-def pip(environment: Path, *arguments: str | Path, command: str = "install", **variables: str) -> None:
-    options = ("--quiet", "--disable-pip-version-check", *(["--yes"] if command == "uninstall" else []))
-    run(environment / "python", "-m", "pip", command, *options, *arguments, **variables)
+def packages(name: str) -> Path:
+    """Where the packages of an environment are."""
+    return Path(sysconfig.get_path("purelib", vars={"base": str(WORK / name)}))
 
 
-def run(*command: object, cwd: Path = ROOT, quiet: bool = False, **variables: str) -> None:
+def pip(programs: Path, *arguments: str | Path, variables: Variables = NONE) -> None:
+    run(programs / "python", "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments, variables=variables)
+
+
+def run(*command: object, cwd: Path = ROOT, quiet: bool = False, variables: Variables = NONE) -> None:
     """Run a command; quiet: print what it says only if it fails. Raises SystemExit if it does."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=os.environ | variables, capture_output=quiet, text=True, check=False)
+    done = subprocess.run(words, cwd=cwd, env={**os.environ, **variables}, capture_output=quiet, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stdout or ''}{done.stderr or ''}failed: {shlex.join(words)[:500]}")
 
 
-def output(*command: object) -> str:
-    """What a command prints."""
-    return subprocess.run(
-        [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+def git(*arguments: str) -> str:
+    """What git prints."""
+    return subprocess.run(("git", *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def say(step: int, what: str) -> None:
@@ -196,4 +190,4 @@ def say(step: int, what: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

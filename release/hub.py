@@ -164,15 +164,14 @@ def imported(text: str, path: PurePosixPath) -> set[PurePosixPath]:
 
 def _imports(text: str) -> list[ast.Import | ast.ImportFrom]:
     """The imports of the package, absolute and relative ones."""
-    found: list[ast.Import | ast.ImportFrom] = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if any(name.split(".")[0] == NAME for name in names) or (isinstance(node, ast.ImportFrom) and node.level):
-            found.append(node)
-    return found
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [node for node in nodes if getattr(node, "level", 0) or NAME in _roots(node)]
+
+
+def _roots(node: ast.Import | ast.ImportFrom) -> set[str]:
+    """The packages that an absolute import names."""
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+    return {name.split(".")[0] for name in names}
 
 
 def _file(module: PurePosixPath) -> PurePosixPath | None:

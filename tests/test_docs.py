@@ -12,17 +12,17 @@ import pytest
 import attnstats
 from tests.process import ROOT, python
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = (
     *("credit", "distributed", "errors", "finding", "heads", "identity", "nn", "presets", "reference", "results"),
     *("rhythm", "segments", "study.analysis", "study.models", "study.outputs", "report.figures"),
     *("integrations.roll", "integrations.settings", "integrations.trl", "integrations.verl"),
 )
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(#[^)\s]*)?\)")
-FOLDERS = ("attnstats", "benchmarks", "csrc", "docs", "examples", "kernels", "reliability", "tests")
+FOLDERS = ("attnstats", "benchmarks", "csrc", "docs", "examples", "kernels", "release", "reliability", "tests")
 PATH = re.compile(rf"(?<![\w/.:-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w")
 FILE = re.compile(r"(?<![\w/.<>-])\w+\.(?:py|cpp)(?!\w)")
-MODULE = re.compile(r"python -m ((?:attnstats|benchmarks|reliability|tests)[\w.]*)")
+MODULE = re.compile(r"python -m ((?:attnstats|benchmarks|release|reliability|tests)[\w.]*)")
 NAME = re.compile(r"(?<![\w/.-])attnstats(?:\.\w+)+(?!\w*[/-])")
 TARGET = re.compile(r"`make (\w+)")
 FETCHED = re.compile(r"<(?:script|img|iframe|source)[^>]+src=\"(?:https?:)?//|<link[^>]+href=\"(?:https?:)?//")

@@ -122,6 +122,14 @@ def test_wheel_holds_every_module_and_template(wheel: Path) -> None:
     assert in_wheel == in_tree
 
 
+def test_sdist_holds_what_it_is_built_from_and_no_tests(tree: Path, tmp_path: Path) -> None:
+    unpacked = unpack(tree, tmp_path / "unpacked")
+    folders = {path.name for path in unpacked.iterdir() if path.is_dir()}
+    assert folders == {"attnstats", "attnstats.egg-info", "csrc"}
+    assert {path.name for path in (unpacked / "csrc").iterdir()} == {path.name for path in (ROOT / "csrc").iterdir()}
+    assert (unpacked / "CITATION.cff").exists()
+
+
 LOAD = """
 import pathlib, torch, attnstats.tiled.native
 library = attnstats.tiled.native._library()
@@ -155,6 +163,18 @@ def test_installs_without_a_compiler(hook: str, tree: Path, tmp_path: Path) -> N
     path = tmp_path / "site" if hook == "build_wheel" else unpacked
     file, loaded = run(LOAD, cwd=tmp_path, path=str(path)).split()
     assert is_ours([file], path)
+    assert loaded == "False"
+
+
+def test_a_pure_wheel_is_for_any_system_and_works(tree: Path, tmp_path: Path) -> None:
+    unpacked = unpack(tree, tmp_path / "unpacked")
+    wheel = build("build_wheel", unpacked, tmp_path / "wheel", ATTNSTATS_PURE="1")
+    assert wheel.name.split("-")[2:] == ["py3", "none", "any.whl"]
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    file, loaded = run(LOAD, cwd=tmp_path, path=str(tmp_path / "site")).split()
+    assert is_ours([file], tmp_path / "site")
     assert loaded == "False"
 
 

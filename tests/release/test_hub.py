@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
+import shutil
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -155,6 +158,15 @@ def test_another_content_has_another_name() -> None:
 def test_kernels_reads_its_settings_metadata_and_digests(folder: Path, tmp_path: Path) -> None:
     assert KERNELS.is_dir(), MISSING
     assert python("-c", CHECK, str(folder), str(KERNELS), cwd=tmp_path, PYTHONPATH=str(ROOT)) == "3\n"
+
+
+def test_the_example_of_the_documentation_runs(folder: Path, tmp_path: Path) -> None:
+    assert KERNELS.is_dir(), MISSING
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "release.md").read_text(), re.DOTALL)
+    shutil.copytree(folder, tmp_path / "dist" / "hub" / "attnstats")
+    paths = f"{KERNELS}{os.pathsep}{ROOT}"
+    printed = python("-c", code + "print(stats['waad'].shape)", cwd=tmp_path, HF_HUB_OFFLINE="1", PYTHONPATH=paths)
+    assert printed == "torch.Size([1, 8, 1024])\n"
 
 
 def test_kernels_loads_it_and_its_numbers_are_ours(folder: Path, tmp_path: Path) -> None:
