@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 6.75  # inches: the text block of most two-column papers
+NOTEBOOK_DPI = 96
 WORDS = 90  # most tokens that are named under the axis
 LABELS = 5
 LONGEST = 14  # characters of a token's name
@@ -162,25 +164,30 @@ def head_scores(panels: Sequence[HeadPanel], layers: Sequence[int]) -> Figure:
 FIGURES: dict[str, Callable[[Analysis], Figure]] = {"rhythm": rhythm, "maps": maps, "heads": heads}
 
 
-def drawn(figure: Figure, kind: str) -> bytes:
+def drawn(figure: Figure, kind: str, dpi: int = 300) -> bytes:
     """The file of a figure, of the kind .pdf, .png or .svg: the same bytes for the same figure."""
     import matplotlib
 
     dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, format=kind.removeprefix("."), dpi=300, metadata=dates.get(kind))
+        figure.savefig(file, format=kind.removeprefix("."), dpi=dpi, metadata=dates.get(kind))
     return file.getvalue()
 
 
 @contextmanager
 def _styled() -> Iterator[Figure]:
-    """A figure in our style, made without pyplot, which would keep it in memory."""
+    """A figure in our style, made without pyplot, which would keep it in memory.
+
+    A notebook shows what has this method; figures as such it shows only after pyplot was imported.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        yield Figure(layout="constrained")
+        figure: Any = Figure(layout="constrained")
+        figure._repr_png_ = partial(drawn, figure, ".png", NOTEBOOK_DPI)
+        yield figure
 
 
 def _words(analysis: Analysis) -> list[str]:

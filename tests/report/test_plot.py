@@ -98,6 +98,12 @@ def test_a_folder_that_is_none_of_ours(tmp_path):
         run(tmp_path / "no", "--out", tmp_path / "x.pdf")
 
 
+@pytest.mark.parametrize("figure", figures.FIGURES)
+def test_a_notebook_shows_it_without_pyplot(analysis, figure):
+    """What IPython asks an object for; a process that never imported pyplot has no other way to show a figure."""
+    assert figures.FIGURES[figure](analysis)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_rhythm_draws_the_values_and_marks_the_highest(analysis):
     figure = figures.rhythm(analysis)
     for axis, values, ranks in zip(
