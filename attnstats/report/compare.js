@@ -148,7 +148,8 @@ views.push({
       dot.setAttribute("cx", chart.x(at[which]));
       dot.setAttribute("cy", chart.y(value));
     });
-    chart?.line.setAttribute("d", at[0] === null ? "M0 0" : `M${chart.x(at[0])} ${CHART.top}V${chart.bottom}`);
+    chart?.line.setAttribute("d", at[0] === null ? "M0 0"
+      : lineAround(chart.x(at[0]), CHART.top, chart.bottom, chart.texts));
   },
 });
 
@@ -198,6 +199,7 @@ function drawChart() {
   chart = { step, x, y, bottom, dots, line: draw("path", { class: "cursor" }) };
   picture.append(chart.line, ...chart.dots);
   node.replaceChildren(picture);
+  chart.texts = textsIn(picture);
   tell("move");
 }
 

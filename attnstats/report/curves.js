@@ -22,7 +22,7 @@ const curvesView = {
     const i = cursor();
     for (const { node } of [overview, detail]) {
       node.setAttribute("aria-valuenow", i + 1);
-      node.setAttribute("aria-valuetext", `${tokenText(i).trim()}, WAAD ${shown("waad", i)}, FAI ${shown("fai", i)}`);
+      node.setAttribute("aria-valuetext", `${quoted(state.prompt.start + i)}, WAAD ${shown("waad", i)}, FAI ${shown("fai", i)}`);
     }
     if (!detail.node.hidden && source !== "detail") {
       const count = detail.last - detail.first;
@@ -30,9 +30,12 @@ const curvesView = {
       if (first !== detail.first) drawChart(detail, first, first + count);
       overview.frame.setAttribute("x", overview.x(first - 0.5));
     }
+    byId("at").textContent = overview.node.getAttribute("aria-valuetext");
     pointCursor(overview, i);
     pointCursor(detail, i);
   },
+  found: drawCurves,
+  scrolled: drawInView,
 };
 views.push(curvesView);
 
@@ -64,13 +67,14 @@ function drawCurves() {
     overview.frame = draw("rect", { class: "window", y: EDGE.top, width: wide, height: overview.bottom - EDGE.top });
     overview.picture.prepend(overview.frame);
   }
+  drawInView();
   curvesView.move();
 }
 
 function pointCursor(chart, i) {
   if (chart.node.hidden) return;
   const x = chart.x(i);
-  chart.line.setAttribute("d", `M${x} ${EDGE.top}V${chart.bottom}`);
+  chart.line.setAttribute("d", lineAround(x, EDGE.top, chart.bottom, chart.texts));
   for (const { at, key, dot } of chart.panels) {
     const value = state.prompt.values[key][i];
     dot.setAttribute("r", value === null ? 0 : 4.5);
@@ -78,6 +82,14 @@ function pointCursor(chart, i) {
     dot.setAttribute("cx", x);
     dot.setAttribute("cy", at(value));
   }
+}
+
+// A bar along the axis of the overview: the tokens that the text box shows.
+function drawInView() {
+  if (!overview.inView) return;
+  const [first, last] = state.inView ?? [0, -1];
+  const isPart = state.inView && last - first < length() - 1;
+  overview.inView.setAttribute("d", isPart ? `M${overview.x(first)} ${overview.bottom + 3}H${overview.x(last)}` : "M0 0");
 }
 
 // The tokens first .. last - 1.
@@ -93,8 +105,12 @@ function drawChart(chart, first, last) {
   chart.panels = keys.map((key, row) => drawPanel(chart, key, EDGE.top + row * (PANEL + GAP)));
   drawAxis(chart);
   chart.line = draw("path", { class: "cursor" });
+  chart.inView = draw("path", { class: "inview" });
+  const hits = [...state.hits].filter((i) => i >= first && i < last).map((i) => `M${x(i)} ${bottom}v7`);
+  picture.append(draw("path", { class: "hit", d: hits.join("") || "M0 0" }), chart.inView);
   picture.append(chart.line, ...chart.panels.map(({ dot }) => dot));
   chart.node.replaceChildren(picture);
+  chart.texts = textsIn(picture);
 }
 
 function drawAxis({ picture, first, last, width, bottom, x }) {

@@ -9,11 +9,12 @@ const page = data("data-page");
 const byId = (id) => document.getElementById(id);
 const SVG = byId("mark").namespaceURI;
 
-// `selected` and `hovered`, the token under the pointer, are indices of tokens of the response.
-const state = { number: 0, prompt: null, maps: null, column: "waad", share: page.share, selected: 0, hovered: null };
+// `selected` and `hovered`, the token under the pointer, are indices of tokens of the response; `hits` are those that a
+// search found, `inView` the first and the last in a text box that scrolls.
+const state = { number: 0, hits: new Set(), inView: null, prompt: null, maps: null, column: "waad", share: page.share, selected: 0, hovered: null };
 
 // A view has some of: open() for a new prompt, paint() for another column, share or colour scheme, move() for another
-// token, fit() for another width.
+// token, fit() for another width, found() for another search, scrolled() for other tokens in view.
 const views = [];
 const tell = (what, ...details) => views.forEach((view) => view[what]?.(...details));
 
@@ -161,4 +162,21 @@ function choice(id, name, options, chosen, act) {
     });
     byId(id).append(make("label", {}, input, text));
   }
+}
+
+// Where labels and titles are in a picture, with a little room around them.
+const textsIn = (picture) => [...picture.querySelectorAll(".label, .title")].map((text) => {
+  const { x, y, width, height } = text.getBBox();
+  return { left: x - 3, right: x + width + 3, top: y - 1, bottom: y + height + 1 };
+}).sort((a, b) => a.top - b.top);
+
+// A vertical line that leaves out what is written.
+function lineAround(x, top, bottom, texts) {
+  let d = "";
+  let from = top;
+  for (const text of texts.filter(({ left, right }) => left < x && x < right)) {
+    if (text.top > from) d += `M${x} ${from}V${text.top}`;
+    from = Math.max(from, text.bottom);
+  }
+  return d + (from < bottom ? `M${x} ${from}V${bottom}` : "");
 }

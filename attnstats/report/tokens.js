@@ -3,6 +3,8 @@
 const tokens = byId("tokens");
 let spans = [];
 let lit = null;
+let linked = null; // the token whose link was copied
+let pointer = null; // where the pointer is over the text
 const arcs = draw("svg", { class: "arcs", "aria-hidden": "true" });
 
 views.push({
@@ -32,13 +34,18 @@ views.push({
       const classes = [chosen[i] === null ? "none" : `s${shade(chosen[i], domains[state.column])}`];
       if (over[i]) classes.push("preplan");
       if (under[i]) classes.push("anchor");
+      if (state.hits.has(i)) classes.push("hit");
       if (span === lit) classes.push("on");
       span.className = classes.join(" ");
     });
     byId("key").hidden = state.share === 0;
     drawScale();
     drawArcs();
+    drawBox();
+    drawReadout();
   },
+
+  found: () => spans.forEach((span, i) => span.classList.toggle("hit", state.hits.has(i))),
 
   move(source) {
     lit?.classList.remove("on");
@@ -49,9 +56,13 @@ views.push({
     tokens.setAttribute("aria-activedescendant", lit.id);
     if (source && source !== "tokens") intoView(lit);
     drawReadout();
+    drawBox();
   },
 
-  fit: drawArcs,
+  fit() {
+    drawArcs();
+    drawBox();
+  },
 });
 
 function drawScale() {
@@ -63,7 +74,7 @@ function drawScale() {
   );
 }
 
-// Arcs from an anchor back to the token that leads into it; an arc across lines is drawn in two halves.
+// Arcs from a marked anchor back to the token that leads into it. One across lines is drawn as its two ends, dashed.
 function drawArcs() {
   if (!state.prompt) return;
   arcs.replaceChildren();
@@ -71,28 +82,62 @@ function drawArcs() {
   const frame = tokens.getBoundingClientRect();
   arcs.setAttribute("width", tokens.clientWidth);
   arcs.setAttribute("height", tokens.scrollHeight);
-  if (!state.share) return;
+  const isMarked = marked(state.prompt.anchor);
   const top = (i) => {
     const box = spans[i].getClientRects()[0];
     return { x: box.left + box.width / 2 - frame.left, y: box.top - frame.top + tokens.scrollTop + 1 };
   };
-  const paths = [];
+  const lines = { arc: [], "arc wrapped": [], tip: [], root: [] };
   state.prompt.intro.forEach((intro, i) => {
-    if (intro === null) return;
-    const from = top(i);
-    const to = top(intro);
+    if (intro === null || !isMarked[i]) return;
+    const [from, to] = [top(i), top(intro)];
     if (Math.abs(from.y - to.y) < 4) {
       const lift = 7 + Math.min(6, (from.x - to.x) / 12);
-      paths.push(`M${from.x} ${from.y}C${from.x} ${from.y - lift} ${to.x} ${to.y - lift} ${to.x} ${to.y - 1}`, tip(to));
+      lines.arc.push(`M${from.x} ${from.y}C${from.x} ${from.y - lift} ${to.x} ${to.y - lift} ${to.x} ${to.y - 1}`);
     } else {
-      paths.push(`M${from.x} ${from.y}Q${from.x} ${from.y - 8} ${Math.max(0, from.x - 16)} ${from.y - 8}`,
-        `M${to.x + 16} ${to.y - 8}Q${to.x} ${to.y - 8} ${to.x} ${to.y - 1}`, tip(to));
+      const [left, right] = [Math.max(1, from.x - 24), Math.min(tokens.clientWidth - 1, to.x + 24)];
+      lines["arc wrapped"].push(`M${from.x} ${from.y}Q${from.x} ${from.y - 9} ${left} ${from.y - 9}`,
+        `M${to.x} ${to.y - 1}Q${to.x} ${to.y - 9} ${right} ${to.y - 9}`);
     }
+    lines.tip.push(`M${to.x - 2.5} ${to.y - 4}L${to.x} ${to.y - 0.5}L${to.x + 2.5} ${to.y - 4}`);
+    lines.root.push(`M${from.x} ${from.y}h0`);
   });
-  arcs.append(draw("path", { class: "arc", d: paths.join("") || "M0 0" }));
+  byId("arcs-key").hidden = !lines.tip.length;
+  for (const [name, parts] of Object.entries(lines)) {
+    if (parts.length) arcs.append(draw("path", { class: name, d: parts.join("") }));
+  }
 }
 
-const tip = ({ x, y }) => `M${x - 2.5} ${y - 4}L${x} ${y - 0.5}L${x + 2.5} ${y - 4}`;
+// A long answer scrolls in a box of its own, so that the curves stay in view. Below it is said which tokens it shows.
+function drawBox() {
+  const { scrollTop, clientHeight, scrollHeight } = tokens;
+  const scrolls = scrollHeight > clientHeight + 1;
+  byId("box").classList.toggle("above", scrolls && scrollTop > 1);
+  byId("box").classList.toggle("below", scrolls && scrollTop + clientHeight < scrollHeight - 1);
+  byId("inview").hidden = !scrolls;
+  const from = scrolls ? firstBelow(scrollTop) : 0;
+  const to = scrolls ? Math.max(from, firstBelow(scrollTop + clientHeight - spans[0].offsetHeight) - 1) : spans.length - 1;
+  const [before, after] = state.inView ?? [];
+  state.inView = scrolls ? [from, to] : null;
+  if (before !== state.inView?.[0] || after !== state.inView?.[1]) tell("scrolled");
+  if (!scrolls) return;
+  const back = make("button", { type: "button" }, `show token ${cursor() + 1}, at the cursor`);
+  back.addEventListener("click", () => intoView(spans[cursor()]));
+  const isOut = cursor() < from || cursor() > to;
+  byId("inview").replaceChildren(`Tokens ${from + 1} to ${to + 1} of ${length()} are in view; the text scrolls. `,
+    ...(isOut ? [back] : []));
+}
+
+// The first token whose line begins under a height in the text.
+function firstBelow(height) {
+  let [low, high] = [0, spans.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (spans[middle].offsetTop < height - 6) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
 
 function drawReadout() {
   const i = cursor();
@@ -100,9 +145,10 @@ function drawReadout() {
   const around = (from, to) => state.prompt.tokens.slice(Math.max(start, start + from), start + to).join("");
   const rows = page.columns.flatMap(({ key, title, unit, digits }) => {
     const value = state.prompt.values[key][i];
-    const cell = make("dd", {}, make("b", {}, places(value, digits)), ` ${value === null ? noValue(key) : unit}`);
+    const chosen = key === state.column ? "chosen" : "";
+    const cell = make("dd", { class: chosen }, make("b", {}, places(value, digits)), ` ${value === null ? noValue(key) : unit}`);
     if (value !== null) cell.prepend(make("i", { class: `s${shade(value, state.prompt.domains[key])}` }));
-    return [make("dt", { class: key === state.column ? "chosen" : "" }, title), cell];
+    return [make("dt", { class: chosen }, title), cell];
   });
   const ledInto = intro.flatMap((from, t) => (from === i ? [quoted(start + t)] : []));
   const roles = [
@@ -117,11 +163,24 @@ function drawReadout() {
       make("span", {}, make("bdi", {}, around(i - 7, i) + space)),
       make("mark", {}, tokenText(i).trim() || tokenText(i)),
       make("span", {}, around(i + 1, i + 7))),
-    make("p", { class: "where" }, `token ${i + 1} of ${length()}, position ${start + i}`),
+    make("p", { class: "where" }, `token ${i + 1} of ${length()}, position ${start + i}; `, linkToToken(i)),
     make("dl", {}, ...rows),
     make("ul", {}, ...roles.map((role) => make("li", {}, role))),
     ...lookingBack(i),
   );
+}
+
+// A link that selects the token when it is opened. A click copies it, and it is in the address then, too.
+function linkToToken(i) {
+  const text = linked === i ? "copied" : "link";
+  const link = make("a", { id: "link", href: linkTo(state.number, i + 1) }, text);
+  link.addEventListener("click", () => {
+    navigator.clipboard?.writeText(link.href).then(() => {
+      linked = i;
+      drawReadout();
+    }, () => {});
+  });
+  return link;
 }
 
 // Bars of how much a token looks at each of the nearest before it, the token itself at the right.
@@ -142,7 +201,6 @@ function lookingBack(i) {
 
 const ends = (left, right) => make("p", { class: "axis" }, make("span", {}, left), make("span", {}, right));
 
-// A long answer scrolls in a box of its own, so that the curves stay in view.
 function intoView(span) {
   const [box, frame] = [span.getBoundingClientRect(), tokens.getBoundingClientRect()];
   const room = 24;
@@ -154,10 +212,19 @@ const noValue = (key) => (key === "fai" ? `no token is ${page.lo} further on` : 
 
 const indexOf = (event) => event.target.closest?.("#tokens > span")?.index;
 tokens.addEventListener("pointermove", (event) => {
+  pointer = event.pointerType === "touch" ? null : event;
   const index = indexOf(event);
   if (index !== undefined) hover(index, "tokens");
 });
-tokens.addEventListener("pointerleave", () => hover(null, "tokens"));
+tokens.addEventListener("pointerleave", () => {
+  pointer = null;
+  hover(null, "tokens");
+});
+tokens.addEventListener("scroll", () => {
+  const under = pointer && document.elementFromPoint(pointer.clientX, pointer.clientY);
+  if (under) hover(indexOf({ target: under }) ?? null, "tokens");
+  drawBox();
+});
 tokens.addEventListener("click", (event) => {
   const index = indexOf(event);
   if (index !== undefined) select(index, "tokens");

@@ -4,6 +4,8 @@ One Chromium for all tests, driven by Playwright; each test has a page of its ow
 error to its console, raised, or asked for anything but its own file.
 """
 
+import itertools
+import math
 import re
 import shutil
 import types
@@ -165,6 +167,23 @@ def test_text_on_every_shade_can_be_read(visit, dark):
         assert scale.contrast(background, ink) >= 4.5
 
 
+def test_waad_fai_and_receivers_are_explained_with_pictures(visit):
+    page = visit("one")
+    assert page.is_hidden("#explained figure >> nth=0")
+    page.click("#explained summary")
+    for place, name in enumerate(("WAAD", "FAI", "Receiver head")):
+        figure = page.locator("#explained figure").nth(place)
+        assert figure.locator("figcaption b").inner_text() == name
+        box = figure.locator("svg").bounding_box()
+        texts = [text.bounding_box() for text in figure.locator("text").all()]
+        assert all(box["x"] <= text["x"] and text["x"] + text["width"] <= box["x"] + box["width"] for text in texts)
+        for one, other in itertools.combinations(texts, 2):
+            beside = one["x"] + one["width"] <= other["x"] or other["x"] + other["width"] <= one["x"]
+            assert beside or abs(one["y"] - other["y"]) >= 12
+    assert "counts as 10" in page.inner_text("#explained")
+    assert "10 to 100 tokens after it" in page.inner_text("#explained")
+
+
 def test_dark_and_light_differ_and_a_change_is_followed(visit):
     page = visit("one", reduced_motion="reduce")
     body = "getComputedStyle(document.body).backgroundColor"
@@ -281,11 +300,11 @@ def test_up_and_down_lead_to_the_next_line(visit):
 def test_everything_is_reached_by_tab(visit):
     page = visit("one")
     reached = []
-    for _ in range(7):
+    for _ in range(10):
         page.keyboard.press("Tab")
         name = "(e => e.id || e.name || e.parentElement.id)(document.activeElement)"
         reached.append(page.evaluate(name))
-    assert reached == ["sent", "column", "share", "tokens", "curves", "lens", "grid"]
+    assert reached == ["explained", "sent", "column", "share", "query", "tokens", "link", "curves", "lens", "grid"]
     page.focus("#columns input:checked")
     page.keyboard.press("ArrowRight")
     assert page.eval_on_selector("#columns [value=fai]", "e => e.checked")
@@ -304,15 +323,201 @@ def test_marks_are_more_or_fewer_or_none_and_not_by_colour_alone(visit):
     assert "preplan" in page.inner_text("#key")
 
 
-def test_arcs_join_anchors_with_the_tokens_that_lead_into_them(visit):
-    page = visit("one", width=1600)
-    intro = data.prompt(synthetic_analysis(WORDS, prompt=12))["intro"]
-    path = page.get_attribute(".arcs .arc", "d")
-    joined = sum(i is not None for i in intro)
-    assert joined > 0
-    assert path.count("L") == 2 * joined  # a tip for each
+@pytest.mark.parametrize(("width", "share"), [(1600, 0.1), (1600, 0.4), (420, 0.4)])
+def test_arcs_join_marked_anchors_with_the_tokens_that_lead_into_them(visit, width, share):
+    page = visit("one", width=width)
+    page.check(f"#shares [value='{share}']", force=True)
+    found = data.prompt(synthetic_analysis(WORDS, prompt=12))
+    count = math.ceil(share * 78)
+    pairs = [(t, i) for t, i in enumerate(found["intro"]) if i is not None and found["anchor"][t] < count]
+    assert pairs
+    paths = {kind: page.locator(f".arcs .{kind}") for kind in ("tip", "root", "wrapped")}
+    assert paths["tip"].get_attribute("d").count("M") == len(pairs)
+    assert paths["root"].get_attribute("d").count("M") == len(pairs)
+    top = "id => document.getElementById(id).getClientRects()[0].top"
+    wrapped = [pair for pair in pairs if len({page.evaluate(top, f"t{i}") for i in pair}) == 2]
+    assert paths["wrapped"].count() == bool(wrapped)
+    if wrapped:  # both ends are drawn, from a token to the side, and no end is shorter than a few pixels
+        d = paths["wrapped"].get_attribute("d")
+        ends = re.findall(r"M([\d.]+) [\d.]+Q[\d.]+ [\d.]+ ([\d.]+) [\d.]+", d)
+        assert len(ends) == 2 * len(wrapped)
+        assert all(abs(float(a) - float(b)) > 5 for a, b in ends)
+    assert page.is_visible("#arcs-key")
     page.check("#shares [value='0']", force=True)
-    assert page.locator(".arcs .arc").count() == 0
+    assert page.locator(".arcs path").count() == 0
+
+
+def hits(page):
+    return page.eval_on_selector_all("#tokens > .hit", "all => all.map(s => s.id)")
+
+
+def test_a_text_is_found_and_its_matches_stepped_through(visit):
+    page = visit("one")
+    page.keyboard.press("Home")
+    page.focus("#tokens")
+    page.keyboard.press("Home")
+    page.fill("#query", "WORD2")
+    assert hits(page) == [f"t{i}" for i in range(8, 18) if (i + 12) % 9]  # word20 to word29
+    assert page.inner_text("#matches") == "1 of 9"
+    page.focus("#query")
+    for key, index, said in (
+        ("Enter", 9, "2 of 9"), ("Shift+Enter", 8, "1 of 9"), ("Shift+Enter", 17, "9 of 9"), ("Enter", 8, "1 of 9")
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        assert cursor(page) == at(index)
+        assert page.inner_text("#matches") == said
+    page.click("#match-after")
+    assert cursor(page) == at(9)
+    page.click("#match-before")
+    assert cursor(page) == at(8)
+    assert page.get_attribute("#curves .hit", "d").count("M") == 9
+    page.check("#columns [value=fai]", force=True)
+    assert len(hits(page)) == 9  # another column leaves them
+    page.fill("#query", "word20 word21")  # over two tokens
+    assert hits(page) == ["t8", "t9"]
+    page.fill("#query", "no such")
+    assert (hits(page), page.inner_text("#matches")) == ([], "not found")
+    assert page.is_disabled("#match-after")
+    page.keyboard.press("Escape")
+    assert page.input_value("#query") == ""
+    assert page.inner_text("#matches") == ""
+
+
+def test_a_search_goes_on_in_the_next_prompt(visit):
+    page = visit("many")
+    page.fill("#query", "w39")
+    assert page.inner_text("#matches") == "1 of 11"
+    page.click("#next")
+    sync_api.expect(page.locator("#question")).to_have_text("Question 1?")
+    assert len(hits(page)) == 11
+    assert page.inner_text("#matches").endswith("11 found")
+
+
+def test_a_token_has_a_link(visit):
+    page = visit("many", anchor="#prompt-3-token-391")
+    assert page.inner_text("#question") == "Question 2?"
+    assert cursor(page) == at(390)
+    assert is_in_view(page, 390)
+    page.click("#link")
+    assert page.evaluate("location.hash") == "#prompt-3-token-391"
+    page.evaluate("location.hash = '#token-7'")  # of the prompt that is open
+    page.wait_for_selector("#t6.on")
+    assert page.inner_text("#question") == "Question 2?"
+    page.click("#tokens")
+    page.hover("#t9")
+    assert page.get_attribute("#link", "href") == "#prompt-3-token-10"
+    assert cursor(visit("one", anchor="#token-30")) == at(29)
+    assert cursor(visit("one", anchor="#token-3000")) == at(77)
+
+
+def test_the_link_of_a_token_is_copied(visit):
+    page = visit("one", permissions=["clipboard-read", "clipboard-write"])
+    page.click("#t20")
+    page.click("#link")
+    page.wait_for_selector("#link:text('copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == page.url.split("#")[0] + "#prompt-1-token-21"
+
+
+def is_in_view(page, index):
+    """Whether the text box shows the token, however the page is scrolled."""
+    return page.evaluate(
+        """id => {
+            const [token, box] = [document.getElementById(id), document.getElementById("tokens")]
+                .map(element => element.getBoundingClientRect());
+            return token.top >= box.top && token.bottom <= box.bottom;
+        }""",
+        f"t{index}",
+    )
+
+
+def in_view(page):
+    return [int(number) - 1 for number in re.findall(r"Tokens (\d+) to (\d+)", page.inner_text("#inview"))[0]]
+
+
+def test_a_long_answer_scrolls_with_the_cursor_and_says_what_it_shows(visit):
+    page = visit("many")
+    start = int(cursor(page)[1]) - 1
+    assert is_in_view(page, start)  # from the start
+    page.focus("#tokens")
+    for key, index in (("End", 397), ("Home", 0)):
+        page.keyboard.press(key)
+        assert is_in_view(page, index)
+    first, last = in_view(page)
+    assert first == 0
+    assert is_in_view(page, last)
+    assert not is_in_view(page, last + 40)
+    assert page.get_attribute("#box", "class") == "below"
+    page.evaluate("document.getElementById('tokens').scrollTop = 1e6")
+    page.wait_for_function("() => document.getElementById('box').className === 'above'")
+    assert in_view(page)[1] == 397
+    assert page.locator("#curves .inview[d^='M0']").count() == 0
+    assert "show token 1," in page.inner_text("#inview")  # the cursor is where the text is not
+    page.click("#inview button")
+    page.wait_for_function("() => document.getElementById('box').className === 'below'")
+    assert is_in_view(page, 0)
+    assert page.is_hidden("#inview button")
+    assert visit("one", width=1600).is_hidden("#inview")
+
+
+def test_a_text_that_scrolls_under_the_pointer_moves_the_cursor(visit):
+    page = visit("many")
+    page.focus("#tokens")
+    page.keyboard.press("Home")
+    box = page.locator("#t20").bounding_box()
+    place = box["x"] + 5, box["y"] + 5
+    page.mouse.move(*place)
+    assert cursor(page) == at(20)
+    page.evaluate("height => { document.getElementById('tokens').scrollTop += height; }", 2 * (box["height"] + 9))
+    page.wait_for_function("() => !document.querySelector('#t20.on')")
+    under = page.evaluate("place => document.elementFromPoint(...place).id", place)
+    assert cursor(page)[0][0] == (under if under.startswith("t") and under != "tokens" else "t0")
+
+
+def test_the_chosen_column_is_bold_in_the_panel(visit):
+    page = visit("one")
+    for chosen in COLUMNS:
+        page.check(f"#columns [value={chosen}]", force=True)
+        weights = page.eval_on_selector_all("#readout dd b", "all => all.map(b => +getComputedStyle(b).fontWeight)")
+        assert [weight > 600 for weight in weights] == [column == chosen for column in COLUMNS]
+
+
+def test_the_line_of_the_cursor_leaves_out_labels(visit):
+    page = visit("one")
+    crossed = 0
+    for index in range(78):
+        page.focus("#tokens")
+        page.keyboard.press("ArrowRight" if index else "Home")
+        crossed += page.evaluate("""() => {
+            const picture = document.querySelector("#curves svg");
+            const d = picture.querySelector(".cursor").getAttribute("d");
+            const parts = [...d.matchAll(/M([\\d.]+) ([\\d.]+)V([\\d.]+)/g)].map(part => part.slice(1).map(Number));
+            for (const label of picture.querySelectorAll(".label, .title")) {
+                const { x, y, width, height } = label.getBBox();
+                for (const [at, from, to] of parts) {
+                    if (x < at && at < x + width && from < y + height && y < to) throw label.textContent;
+                }
+            }
+            return parts.length > 1;
+        }""")
+    assert crossed > 3
+
+
+@pytest.mark.parametrize("name", ["one", "many"])
+def test_on_a_phone_nothing_is_covered_and_keys_are_not_explained(visit, name):
+    page = visit(name, width=375, has_touch=True, is_mobile=True)
+    assert page.is_hidden("#keys")
+    assert page.evaluate("getComputedStyle(document.getElementById('readout')).position") == "static"
+    boxes = {what: page.locator(what).bounding_box() for what in ("#readout", "#tokens", "#scale", "#key", "#at")}
+    order = sorted(boxes, key=lambda what: boxes[what]["y"])
+    assert order == ["#readout", "#tokens", "#scale", "#key", "#at"]
+    for above, below in itertools.pairwise(order):
+        gap = boxes[below]["y"] - boxes[above]["y"] - boxes[above]["height"]
+        assert 0 <= gap <= 50
+    before = boxes["#tokens"]["y"]
+    for index in (0, 7, 20):
+        page.locator(f"#t{index}").tap()
+        assert page.locator("#tokens").bounding_box()["y"] + page.evaluate("scrollY") == before  # the text stays
+    assert "WAAD" in page.inner_text("#at")
 
 
 def test_hostile_text_stays_text(visit):

@@ -48,7 +48,7 @@ COUPLING = types.SimpleNamespace(
 class Page(html.parser.HTMLParser):
     """Every tag with its attributes, and the text by enclosing tag, as a browser without scripts reads them."""
 
-    VOID = ("meta", "br", "link")
+    VOID = ("meta", "br", "link", "input")
 
     def __init__(self, text):
         super().__init__()
