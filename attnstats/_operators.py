@@ -24,7 +24,7 @@ from attnstats.core.geometry import Geometry, needs_pivot, pivot_of
 from attnstats.core.lse import check_lse
 from attnstats.core.options import Options, is_packed
 from attnstats.results import AttentionResult, Statistics
-from attnstats.statistics import Statistic, resolve
+from attnstats.statistics import SegmentMass, Statistic, resolve
 
 # In a copy of the package under another name, as on the Kernels hub, the operators are that copy's.
 NAMESPACE = __name__.partition(".")[0]
@@ -106,7 +106,10 @@ class _Deferred:
         self.operator, self.lse, self.keys, self.options = operator, lse, keys, options
 
     def __call__(self, statistic: Statistic) -> Tensor:
-        values = wire.encode(self.options._replace(statistics=(statistic,)))
+        options = self.options._replace(statistics=(statistic,))
+        if not isinstance(statistic, SegmentMass):
+            options = options._replace(segment_boundaries=None)
+        values = wire.encode(options)
         operator = _ops.counts if self.operator == "counts" else _ops.valid
         (result,) = operator(self.lse, self.keys, *values)
         return result
@@ -212,8 +215,9 @@ def _define_deferred(name: str, compute: Callable[[Geometry, Statistic], Tensor]
     def fake(lse: Tensor, keys: int, *settings: Any) -> list[Tensor]:
         options = wire.decode(settings)
         batch = () if is_packed(options) else lse.shape[:1]
-        shapes = [(*batch, *s.shape(lse.shape[-1], keys)) for s in _statistics(options)]
-        return [lse.new_empty(shape, dtype=dtype) for shape in shapes]
+        shapes = [(*batch, *s.shape(lse.shape[-1], keys)[: 2 if s.axis == "map" else 1]) for s in _statistics(options)]
+        weighted = dtype == torch.int64 and options.query_weight is not None  # sums of these
+        return [lse.new_empty(shape, dtype=lse.dtype if weighted else dtype) for shape in shapes]
 
     _define(name, body, fake, "Tensor lse, SymInt keys", "Tensor[]")
 
@@ -321,12 +325,14 @@ def _shapes(query: Tensor, key: Tensor, options: Options) -> list[tuple[Any, ...
         *batch, heads, length, _ = query.shape  # type: ignore[assignment]
         keys = key.shape[2]
     shapes = [(*batch, heads, length)]
+    bounds = options.segment_boundaries
+    segments = 0 if bounds is None or not bounds.dim() else bounds.shape[-1] - 1
     for s in statistics:
         of_s = options.heads
         if isinstance(of_s, dict):
             of_s = of_s.get(s, of_s.get(s.name))
         count = len(of_s) if isinstance(of_s, tuple) else heads
-        shapes.append((*batch, count, *s.shape(length, keys)))
+        shapes.append((*batch, count, *s.shape(length, keys, segments)))
     return shapes
 
 

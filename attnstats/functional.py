@@ -38,6 +38,8 @@ def attention(
     window_size: Window | None = None,
     sinks: Tensor | None = None,
     query_mask: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    segment_boundaries: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     query_offset: int | None = None,
     heads: Heads | None = None,
@@ -73,14 +75,19 @@ def attention(
             counts it;
             statistics are of the mass on keys, which then is less than 1.
         query_mask: (B, Tq) bool, which queries count in column statistics (the response, say); default all.
+        query_weight: (B, Tq) float u, how much each query counts there: sums are `sum_t u[t] * A[t, s]`, means divide
+            by the sum of u over T(s) and need u >= 0. Where u is 0 a query doesn't count, as where query_mask is False.
+            It carries no gradient.
+        segment_boundaries: (B, S + 1) int, those of `SegmentMass()` for each batch row; a last one of -1 is open. Those
+            of a CUDA tensor are not read, and must not decrease.
         key_padding_mask: (B, Tk) bool, True for real tokens. In self-attention (is_causal, or Tq = Tk) padding
             positions are no queries either: their statistics are 0 and they don't count.
         query_offset: position of the first query, the first key being at 0; default Tk - Tq, the queries last.
         heads: the query heads to compute statistics of, `[0, 5]`, or such lists by statistic or name,
             `{"waad": [0, 5], "fai": [2]}`; results have these heads in this order. Default: all.
         differentiable: statistics carry gradients into query, key and sinks, for a loss on the map's shape:
-            all but MaxLogit, SinkMass, PooledMap and Received(last=...). `.lse` never does, LSE() does. The backward
-            pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
+            all but MaxLogit, SinkMass, TopKeys, PooledMap and Received(last=...). `.lse` never does, LSE() does. The
+            backward pass recomputes the map by tiles, in O(T) memory; columns cost it one more matmul per pair.
         backend: "reference" (eager), "tiled" (plain PyTorch), "flash" (FlashAttention or cuDNN, with kernels for
             the statistics), "triton" (kernels), "auto" (flash on a GPU, triton for what it can't take, else tiled).
 
@@ -114,6 +121,8 @@ def attention(
         window_size=window_size,
         sinks=sinks,
         query_mask=query_mask,
+        query_weight=query_weight,
+        segment_boundaries=segment_boundaries,
         heads=heads,
         dropout_p=dropout_p,
         differentiable=differentiable,
@@ -141,6 +150,8 @@ def varlen_attention(
     window_size: Window | None = None,
     sinks: Tensor | None = None,
     query_mask: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    segment_boundaries: Tensor | None = None,
     heads: Heads | None = None,
     differentiable: bool = False,
     backend: Backend = "auto",
@@ -161,6 +172,8 @@ def varlen_attention(
             which waits for the device; with them it is trusted, and all results of a longer sequence are NaN. On the
             CPU a longer one is an error.
         query_mask: (total_q,) bool, which queries count in column statistics; default all.
+        query_weight: (total_q,) float, how much each of them counts.
+        segment_boundaries: (n, S + 1) int, those of `SegmentMass()` for each sequence, counted from its first key.
 
     The other arguments are those of `attention`.
 
@@ -194,6 +207,8 @@ def varlen_attention(
         window_size=window_size,
         sinks=sinks,
         query_mask=query_mask,
+        query_weight=query_weight,
+        segment_boundaries=segment_boundaries,
         heads=heads,
         dropout_p=dropout_p,
         differentiable=differentiable,

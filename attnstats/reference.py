@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from attnstats.core import arguments
-from attnstats.core.geometry import Evaluation, Geometry, as_result
+from attnstats.core.geometry import Evaluation, Geometry, as_result, without_rows
 from attnstats.core.options import Options, check_names
 from attnstats.core.passes import Pass
 from attnstats.results import AttentionResult
-from attnstats.statistics import PooledMap, SinkMass, Statistic
+from attnstats.statistics import PooledMap, SinkMass, Statistic, TopKeys
 
 NAME = "reference"
-COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
+COMPUTES = frozenset({"weight", "row", "first_keys", "segments", "top", "pooled", "lse"})
 
 
 def attention(
@@ -212,7 +212,7 @@ def _counts(geometry: Geometry, last: int | None = None) -> Tensor:
             for i in sequence.unique():
                 row[(row_counts & (sequence == i)).nonzero()[-last:]] = True
         counts = kept
-    return counts.to(geometry.accumulator)
+    return counts.to(geometry.accumulator) * (1 if geometry.query_weight is None else geometry.query_weight)
 
 
 def _weights(statistic: Statistic, geometry: Geometry) -> Tensor:
@@ -238,35 +238,63 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
         if statistic.horizon is None:
             return total
         count = (counts @ weight)[:, None]
-        return torch.where(count > 0, total / count.clamp(min=1), 0.0)
+        return torch.where(count > 0, total / torch.where(count > 0, count, 1.0), 0.0)
     if isinstance(statistic, PooledMap):
         query_bounds, key_bounds = statistic.boundaries(geometry.query_length, geometry.key_length)
-        counted = weights.masked_fill(_counts(geometry)[:, None, :, None] == 0, 0.0)
+        counts = _counts(geometry)[:, None, :, None]
+        counted = weights.masked_fill(counts == 0, 0.0) * counts
         rows = [part.sum(2) for part in counted.split(_lengths(query_bounds), dim=2)]
         return torch.stack(
             [torch.stack([p.sum(-1) for p in row.split(_lengths(key_bounds), -1)], -1) for row in rows], 2
         )
     row = _evaluate_row(statistic, weights, scores, geometry)
     if statistic.from_lse:  # else a function of the scores alone
-        row = row.masked_fill(weights.isnan().any(-1), torch.nan)
+        row = without_rows(statistic, row, weights.isnan().any(-1), torch.nan)
     live = _visible(geometry).any(-1)
     if geometry.real_queries is not None:
         live = live & geometry.real_queries[:, None]
-    return row.masked_fill(~live, 0.0)
+    return without_rows(statistic, row, ~live)
 
 
 def _evaluate_row(statistic: Statistic, weights: Tensor, scores: Tensor, geometry: Geometry) -> Tensor:
     if not weights.numel():  # no rows, and perhaps no keys to take a maximum over
-        return weights.sum(-1)
+        return weights.new_zeros(geometry.batch, weights.shape[1], *geometry.shape_of(statistic)[2:])
     if statistic.method == "weight":
         return (weights * _weights(statistic, geometry)).sum(-1)
     if statistic.method == "row":
         return statistic.row(weights, scores)
+    if statistic.method == "segments":
+        return torch.einsum("bhts,bns->bhtn", weights, _segments(statistic, geometry))
+    if isinstance(statistic, TopKeys):
+        return _top(statistic, weights, scores, geometry)
     assert isinstance(statistic, SinkMass)
     if geometry.key_mask is None:
         return weights[..., _places(geometry).key < statistic.count].sum(-1)
     first = geometry.key_mask.cumsum(-1) <= statistic.count  # and padding, which has no weight
     return (weights * first[:, None, None, :]).sum(-1)
+
+
+def _segments(statistic: Statistic, geometry: Geometry) -> Tensor:
+    """[B, S, Tk] float: 1 where a key lies in a segment."""
+    places, bounds = _places(geometry), geometry.boundaries_of(statistic).tolist()
+    packing = geometry.packing
+    within = []
+    for i in range(geometry.batch if packing is None else packing.count):
+        inside = [(places.key >= a) & (places.key < b) for a, b in pairwise(bounds[i % len(bounds)])]
+        own = True if packing is None else places.key_sequence == i
+        within.append(torch.stack(inside) & own)
+    rows = torch.stack(within)
+    return (rows if packing is None else rows.any(0)[None]).to(geometry.accumulator)
+
+
+def _top(statistic: TopKeys, weights: Tensor, scores: Tensor, geometry: Geometry) -> Tensor:
+    """[B, H, Tq, 2, k]: by score, which tells apart what is equal as A, and of equal scores the first position."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : statistic.k]
+    position = _places(geometry).key[order].to(weights.dtype)
+    seen = scores.gather(-1, order) > -torch.inf
+    top = torch.stack([weights.gather(-1, order) * seen, torch.where(seen, position, -1.0)], -2)
+    missing = top.new_tensor([0.0, -1.0])[:, None].expand(*top.shape[:-1], statistic.k - order.shape[-1])
+    return torch.cat([top, missing], -1)
 
 
 def _real_keys(geometry: Geometry) -> Tensor:
@@ -280,15 +308,15 @@ def _lengths(bounds: tuple[int, ...]) -> list[int]:
 
 
 def counts(statistic: Statistic, geometry: Geometry) -> Tensor:
-    """(B, Tk) int64: the counted queries behind each mean, from dense masks; 0 for padding."""
+    """(B, Tk) the counted queries behind each mean, int64, or the sum of their weights, from dense masks."""
     counted = _counts(geometry, statistic.last_queries) @ _weights(statistic, geometry)
-    return counted.long() * _real_keys(geometry)
+    return (counted.long() if geometry.query_weight is None else counted) * _real_keys(geometry)
 
 
 def validity(statistic: Statistic, geometry: Geometry) -> Tensor:
     """False for placeholders, from dense masks: (B, Tq), (B, Tk) or (B, I, J) bool."""
     visible = _visible(geometry).any(1)  # [B, Tq, Tk]
-    counted = _counts(geometry) > 0
+    counted = _counts(geometry) != 0
     real_keys = _real_keys(geometry)
     rows = visible.any(-1) & counted
     if statistic.axis == "column":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -51,15 +51,15 @@ def find(key: Statistic | str, statistics: Collection[Statistic], participle: st
 
 
 class Statistics(ByStatistic):
-    """The statistics of one attention call.
+    """The statistics of one attention call: tensors, and of `TopKeys` a `Top` of two.
 
     Attributes:
         lse: (B, Hq, Tq), natural log, float32 (float64 for float64 inputs); -inf for a row that sees no key.
         valid: per statistic a bool tensor without the head axis, (B, Tq), (B, Tk) or (B, I, J): False where a
             value is a placeholder (0): rows that see no key or aren't counted, padding, an empty T(s).
         counts: per column statistic that is a mean, (B, Tk) int64 without the head axis: the counted queries |T(s)|
-            behind it, 0 for padding. Value times count is the sum, which adds up over shards of the queries. Sums
-            (`Received`) have no entry: they add up as they are.
+            behind it, 0 for padding; with a query_weight the sum of these, float. Value times count is the sum, which
+            adds up over shards of the queries. Sums (`Received`) have no entry: they add up as they are.
     """
 
     def __init__(
@@ -75,6 +75,16 @@ class Statistics(ByStatistic):
         self._counting = counting
         self._valid: ByStatistic | None = None
         self._counts: ByStatistic | None = None
+
+    def __getitem__(self, key: Statistic | str) -> Any:
+        if not isinstance(key, Statistic) or key not in self._tensors:
+            key = find(key, self._tensors, "computed")
+        return key.returned(self._tensors[key])
+
+    @property
+    def tensors(self) -> Mapping[Statistic, Tensor]:
+        """One tensor for each statistic, as backends return them."""
+        return self._tensors
 
     @property
     def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need
@@ -99,7 +109,7 @@ class Statistics(ByStatistic):
         """
         validity, counting, of_counts = self._validity, self._counting, without_heads or change
         return Statistics(
-            {statistic: change(statistic, tensor) for statistic, tensor in self.items()},
+            {statistic: change(statistic, tensor) for statistic, tensor in self._tensors.items()},
             lambda s: of_counts(s, validity(s)),
             lambda s: of_counts(s, counting(s)),
             change(LSE(), self.lse),

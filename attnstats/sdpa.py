@@ -27,7 +27,7 @@ from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, is_causal_bias, read_causal_bias, recognise
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
-from attnstats.statistics import LSE, PooledMap, Statistic, resolve
+from attnstats.statistics import PooledMap, Statistic, resolve
 from attnstats.tensors import check_plain
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
@@ -126,6 +126,8 @@ def patch_sdpa(
     statistics = resolve(statistics)
     if not statistics:
         raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
+    for s in (s for s in statistics if reduce is not None and not s.averages):
+        raise ValueError(f"reduce={reduce!r}: {s} names keys, of which there is no mean; record it without reduce")
     if reduce not in (None, "heads"):
         raise ValueError(f"reduce must be 'heads' or None, got {reduce!r}")
     is_recorded = _selection(calls)
@@ -363,14 +365,24 @@ def _empty(statistics: tuple[Statistic, ...], output: Tensor, key_length: int) -
         if isinstance(statistic, PooledMap):
             statistic.boundaries(query_length, key_length)
 
-    def zeros(statistic: Statistic, lead: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*lead, *statistic.shape(query_length, key_length), dtype=dtype, device=output.device)
+    def zeros(lead: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*lead, *shape, dtype=dtype, device=output.device)
 
-    lse = zeros(LSE(), lead, accumulator) - torch.inf
+    def placeholder(statistic: Statistic) -> tuple[int, ...]:
+        shape = statistic.shape(query_length, key_length)
+        return shape[: len(shape) - statistic.per_query]
+
+    lse = zeros(lead, (query_length,), accumulator) - torch.inf
+    tensors = {s: zeros(lead, s.shape(query_length, key_length), accumulator) for s in statistics}
+    for s, x in tensors.items():
+        if s.method == "lse":
+            x.copy_(lse)
+        elif s.method == "top":
+            x[..., 1, :] = -1.0
     return Statistics(
-        {s: lse if s.method == "lse" else zeros(s, lead, accumulator) for s in statistics},
-        lambda s: zeros(s, lead[:-1], torch.bool),
-        lambda s: zeros(s, lead[:-1], torch.int64),
+        tensors,
+        lambda s: zeros(lead[:-1], placeholder(s), torch.bool),
+        lambda s: zeros(lead[:-1], placeholder(s), torch.int64),
         lse,
     )
 
@@ -379,7 +391,7 @@ def _reduced(results: Statistics, over_heads: bool, device: torch.device | str |
     """The results as they are recorded: if over_heads their mean over heads, and on the device."""
 
     def reduced(statistic: Statistic, x: Tensor) -> Tensor:
-        heads = -3 if statistic.axis == "map" else -2
+        heads = -3 if statistic.axis == "map" else -2 - statistic.per_query
         return (x.mean(heads) if over_heads and x.dim() >= -heads else x).to(device)
 
     return results.changed(reduced, lambda s, x: x.to(device)) if over_heads or device is not None else results

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -35,8 +35,10 @@ __all__ = [
     "PooledMap",
     "Received",
     "RowStatistic",
+    "SegmentMass",
     "SinkMass",
     "Statistic",
+    "TopKeys",
     "WholeRowStatistic",
 ]
 
@@ -44,10 +46,11 @@ __all__ = [
 DEFINED: WeakValueDictionary[str, type[Statistic]] = WeakValueDictionary()
 
 OPEN_HORIZON = 2**31 - 1  # what a kernel's weight receives for "no upper bound"; every setting is below it
+MAX_TOP_KEYS = 16
 BAND_LIMIT = 1024  # wider bands are computed from all pairs: a band's buffers grow with the square of its width
 
 Axis = Literal["row", "column", "map"]
-Method = Literal["weight", "row", "first_keys", "pooled", "lse"]
+Method = Literal["weight", "row", "first_keys", "segments", "top", "pooled", "lse"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,11 @@ class Statistic:
     """Base of all statistics. Frozen and hashable: results are keyed by statistic.
 
     Traits, which subclasses override:
-        axis: "row" for a value per query, (B, Hq, Tq); "column" for one per key, (B, Hq, Tk); "map" for (B, Hq, I, J).
+        axis: "row" for a value per query, (B, Hq, Tq), or several, (B, Hq, Tq, ..); "column" for one per key,
+            (B, Hq, Tk); "map" for (B, Hq, I, J).
         method: how it is computed: "weight", a sum of A weighted by distance; "row", a function of whole rows;
-            "first_keys", the mass on the first keys; "pooled", sums over segments; "lse". None: no backend computes it.
+            "first_keys", the mass on the first keys; "segments", the mass on segments of keys; "top", the largest
+            entries; "pooled", sums over segments; "lse". None: no backend computes it.
         uses_distance: it is not defined where queries and keys share no positions (cross-attention).
         needs_positions: its value depends on where in the sequence a key stands.
         from_lse: it is a function of (query, key, lse).
@@ -67,6 +72,7 @@ class Statistic:
         tail: the weight outside the band.
         horizon: (lo, hi) of a column mean: its value is divided by the counted queries at these distances; hi None: all
             from lo on; None: a sum.
+        averages: its values may be averaged, over heads for instance.
         last_queries: only the last so many counted queries of each sequence count; None: all.
         far: (distance, weight) where a column statistic has this one weight, not 0, from that distance on, so that the
             kernels need not evaluate it; None: it varies, or is 0.
@@ -79,6 +85,7 @@ class Statistic:
     method: ClassVar[Method | None] = None
     uses_distance: ClassVar[bool] = False
     from_lse: ClassVar[bool] = True
+    averages: ClassVar[bool] = True
     kernel_weight: ClassVar[Any] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,7 +99,7 @@ class Statistic:
 
     @property
     def needs_positions(self) -> bool:
-        return self.uses_distance or self.method == "first_keys"
+        return self.uses_distance or self.method in ("first_keys", "segments", "top")
 
     @property
     def differentiable(self) -> bool:
@@ -137,9 +144,18 @@ class Statistic:
         """The statistic whose results add up over parts of the queries: the sum of a mean, else itself."""
         return Summed(self) if self.is_mean else self
 
-    def shape(self, query_length: Any, key_length: Any) -> tuple[Any, ...]:
-        """The shape of a result behind its heads."""
+    def shape(self, query_length: Any, key_length: Any, segments: Any = None) -> tuple[Any, ...]:
+        """The shape of a result behind its heads; segments: how many the call's `segment_boundaries` make."""
         return (key_length if self.axis == "column" else query_length,)
+
+    @property
+    def per_query(self) -> int:
+        """The number of dimensions that a row statistic has behind its queries."""
+        return 0
+
+    def returned(self, tensor: Tensor) -> Any:
+        """What a call returns for a backend's tensor."""
+        return tensor
 
     def weight(self, distance: Tensor) -> Tensor:
         """The weight at each signed distance, elementwise; distances are whole numbers in float64."""
@@ -401,6 +417,87 @@ class SinkMass(Statistic):
 
 
 @dataclass(frozen=True)
+class SegmentMass(Statistic):
+    """Mass on segments of keys: `sum of A[t, s]` over s in segment i, shape (B, Hq, Tq, S).
+
+    Segment i is the keys `boundaries[i] .. boundaries[i + 1] - 1`, positions from 0 on; what lies before the first and
+    behind the last boundary is in none. The last may be None: everything since. `boundaries=None` takes those of the
+    call's argument `segment_boundaries`, which may differ by batch row. `SegmentMass((0, n, None))` is the share on a
+    context of n tokens against that on new tokens (Lookback Lens, arXiv 2407.07071).
+    """
+
+    method: ClassVar[Method | None] = "segments"
+    differentiable: ClassVar[bool] = True
+
+    boundaries: tuple[int | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        bounds: Any = self.boundaries
+        if bounds is None:
+            return
+        if isinstance(bounds, list):
+            bounds = tuple(bounds)
+            object.__setattr__(self, "boundaries", bounds)  # a statistic is a key, and a list has no hash
+        if not isinstance(bounds, tuple) or len(bounds) < 2:
+            raise ValueError(f"SegmentMass: boundaries must be a tuple of two positions or more, got {bounds!r}")
+        closed = bounds[:-1] if bounds[-1] is None else bounds
+        if not all(type(bound) is int for bound in closed):
+            raise ValueError(f"SegmentMass: boundaries must hold integers, and the last may be None; got {bounds}")
+        if closed[0] < 0 or any(a > b for a, b in pairwise(closed)):
+            raise ValueError(f"SegmentMass: boundaries must not decrease and begin at 0 or later, got {bounds}")
+        if closed[-1] >= OPEN_HORIZON:
+            raise ValueError(f"SegmentMass: boundaries must be below 2**31 - 1, got {closed[-1]}")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The boundaries as numbers, an open end being OPEN_HORIZON."""
+        assert self.boundaries is not None
+        return tuple(OPEN_HORIZON if bound is None else bound for bound in self.boundaries)
+
+    @property
+    def per_query(self) -> int:
+        return 1
+
+    def shape(self, query_length: Any, key_length: Any, segments: Any = None) -> tuple[Any, ...]:
+        return query_length, segments if self.boundaries is None else len(self.boundaries) - 1
+
+
+class Top(NamedTuple):
+    """The result of `TopKeys(k)`, as torch.topk names it."""
+
+    values: Tensor  # (B, Hq, Tq, k), from the largest down; 0 where a query sees fewer keys
+    indices: Tensor  # (B, Hq, Tq, k) int64, the keys' positions; -1 where a query sees fewer keys
+
+
+@dataclass(frozen=True)
+class TopKeys(Statistic):
+    """The k largest A[t, s] of a row and their keys' positions, ties to the lower position: a `Top`.
+
+    How often the first is the token that is generated next finds retrieval and copying heads (arXiv 2404.15574).
+    """
+
+    method: ClassVar[Method | None] = "top"
+    averages: ClassVar[bool] = False
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        _require_integer(self, "k", 1)
+        if self.k > MAX_TOP_KEYS:
+            raise ValueError(f"TopKeys: k must be at most {MAX_TOP_KEYS}, got {self.k}")
+
+    @property
+    def per_query(self) -> int:
+        return 2
+
+    def shape(self, query_length: Any, key_length: Any, segments: Any = None) -> tuple[Any, ...]:
+        return query_length, 2, self.k  # backends return values and indices in one tensor
+
+    def returned(self, tensor: Tensor) -> Top:
+        return Top(tensor[..., 0, :], tensor[..., 1, :].long())
+
+
+@dataclass(frozen=True)
 class PooledMap(Statistic):
     """A summed over segments: `sum of c[t] * A[t, s]` over t in query segment i and s in key segment j, (B, Hq, I, J).
 
@@ -432,7 +529,7 @@ class PooledMap(Statistic):
         """The boundaries of the query and of the key segments. Raises ValueError where they don't fit the lengths."""
         return self._boundaries("query_segments", query_length), self._boundaries("key_segments", key_length)
 
-    def shape(self, query_length: Any, key_length: Any) -> tuple[Any, ...]:
+    def shape(self, query_length: Any, key_length: Any, segments: Any = None) -> tuple[Any, ...]:
         return tuple(x if isinstance(x, int) else len(x) - 1 for x in (self.query_segments, self.key_segments))
 
     def _boundaries(self, field: str, length: int) -> tuple[int, ...]:
@@ -447,7 +544,21 @@ class PooledMap(Statistic):
 
 
 CATALOGUE: dict[str, type[Statistic]] = {
-    cls.name: cls for cls in (WAAD, LocalMass, MeanDistance, Entropy, MaxLogit, LSE, SinkMass, FAI, Received, PooledMap)
+    cls.name: cls
+    for cls in (
+        WAAD,
+        LocalMass,
+        MeanDistance,
+        Entropy,
+        MaxLogit,
+        LSE,
+        SinkMass,
+        SegmentMass,
+        TopKeys,
+        FAI,
+        Received,
+        PooledMap,
+    )
 }
 
 

@@ -7,7 +7,7 @@
 
 enum Type : int64_t { FLOAT32, BFLOAT16, FLOAT16, FLOAT64 };
 
-enum Kind : int64_t { ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT };
+enum Kind : int64_t { ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT, SEGMENTS, TOP_KEYS };
 
 struct Tensor {
     const void* data;
@@ -18,11 +18,13 @@ struct Tensor {
 // is 0. Null: the weight is 1 everywhere.
 struct Statistic {
     int64_t kind;
-    float* result;  // [batch, heads, rows or keys], contiguous
+    float* result;  // [batch, heads, rows or keys], contiguous; [.., rows, width], or of TOP_KEYS [.., rows, 2, width]
     const float* weights;
     int64_t farthest;  // distance of weights[0]
     int64_t distances;
-    const uint8_t* query_mask;  // [batch, rows], columns only; null: every row counts
+    const float* query_weight;  // [batch, rows] how much a row counts, columns only; null: 1
+    int64_t width;              // segments, or keys to name; else 1
+    const int64_t* boundaries;  // [batch, width + 1] of segments, ascending
 };
 
 struct Call {

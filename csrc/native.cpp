@@ -32,6 +32,7 @@ struct Weights {
     const float* data;  // of the farthest distance, downwards; null: 1 everywhere
     int64_t farthest, distances;
     int64_t column;  // which of the column sums, if it is one
+    int64_t row;     // the first of its numbers among those of a row, if it is no column sum
 };
 
 // The distances at which there is something to sum; none where nearest > farthest.
@@ -44,6 +45,7 @@ struct Plan {
     bool exponentials;       // A itself is needed
     bool maxima;             // a statistic is the largest of a row
     int64_t columns;         // column sums among the statistics
+    int64_t numbers;         // of each row
     const Weights* weights;  // [count]
 };
 
@@ -58,9 +60,9 @@ static int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static bool counts_any(const uint8_t* query_mask, int64_t rows) {
+static bool counts_any(const float* query_weight, int64_t rows) {
     for (int64_t i = 0; i < rows; ++i)
-        if (query_mask[i]) return true;
+        if (query_weight[i] != 0) return true;
     return false;
 }
 
@@ -68,8 +70,8 @@ static bool counts_any(const uint8_t* query_mask, int64_t rows) {
 static Reach reach_of(const Call& call, const Plan& plan, int64_t batch, int64_t row, int64_t rows) {
     Reach reach = {INT64_MAX / 2, INT64_MIN / 2};
     for (int64_t s = 0; s < call.count; ++s) {
-        const uint8_t* query_mask = call.statistics[s].query_mask;
-        if (query_mask && !counts_any(query_mask + batch * call.rows + row, rows)) continue;
+        const float* query_weight = call.statistics[s].query_weight;
+        if (query_weight && !counts_any(query_weight + batch * call.rows + row, rows)) continue;
         const Weights& weights = plan.weights[s];
         int64_t farthest = weights.data ? smaller(weights.farthest, call.left) : call.left;
         int64_t nearest = weights.data ? larger(weights.farthest - weights.distances + 1, -call.right) : -call.right;
@@ -88,7 +90,7 @@ struct Room {
     float* lse;       // [chunk] rounded to float32
     float* rest;      // [chunk] what the rounding left
     int32_t* seen;    // [KEYS]
-    double* results;  // [count][chunk]
+    double* results;  // [plan.numbers][chunk]
     float* maxima;    // [chunk][LANES] where plan.maxima
     Reach* reach;     // [chunk / GROUP]
 };
@@ -141,6 +143,11 @@ static Run best(int64_t lanes) {
     return lanes4::run;
 }
 
+// Of a row: a TOP_KEYS has scores, which become values of A, and positions.
+static int64_t numbers_of(const Statistic& statistic) {
+    return statistic.kind == TOP_KEYS ? 2 * statistic.width : statistic.width;
+}
+
 static Plan plan_of(const Call& call, std::vector<Weights>& weights, std::vector<float>& padded) {
     Plan plan = {};
     int64_t chunks = smaller(CHUNKS, larger(1, (call.rows + CHUNK / 2) / CHUNK));
@@ -148,7 +155,7 @@ static Plan plan_of(const Call& call, std::vector<Weights>& weights, std::vector
     int64_t total = 0;
     for (int64_t s = 0; s < call.count; ++s) {
         const Statistic& statistic = call.statistics[s];
-        plan.exponentials |= statistic.kind != MAX_LOGIT;
+        plan.exponentials |= statistic.kind != MAX_LOGIT && statistic.kind != TOP_KEYS;
         plan.maxima |= statistic.kind == MAX_LOGIT;
         if (statistic.weights) total += statistic.distances + 2 * MARGIN;
     }
@@ -157,8 +164,9 @@ static Plan plan_of(const Call& call, std::vector<Weights>& weights, std::vector
     float* at = padded.data();
     for (int64_t s = 0; s < call.count; ++s) {
         const Statistic& statistic = call.statistics[s];
-        weights[s] = {nullptr, 0, 0, plan.columns};
+        weights[s] = {nullptr, 0, 0, plan.columns, plan.numbers};
         plan.columns += statistic.kind == COLUMN_SUM;
+        if (statistic.kind != COLUMN_SUM) plan.numbers += numbers_of(statistic);
         if (!statistic.weights) continue;
         memcpy(at + MARGIN, statistic.weights, statistic.distances * sizeof(float));
         weights[s].data = at + MARGIN;
@@ -220,7 +228,7 @@ struct Sizes {
           lse(round_up(plan.chunk, LINE)),
           rest(lse),
           seen(KEYS),
-          results(round_up(2 * call.count * plan.chunk, LINE)),
+          results(round_up(2 * plan.numbers * plan.chunk, LINE)),
           maxima(plan.maxima ? plan.chunk * LINE : 0),
           reach(round_up(plan.chunk * (sizeof(Reach) / sizeof(float)), LINE)) {}
 
@@ -245,8 +253,26 @@ static Room room_of(const Sizes& sizes, float* at) {
 static void write_rows(const Call& call, const Plan& plan, const Task& task, const Room& room) {
     for (int64_t s = 0; s < call.count; ++s) {
         if (call.statistics[s].kind == COLUMN_SUM) continue;
-        float* to = call.statistics[s].result + (task.batch * call.heads + task.head) * call.rows + task.row;
-        for (int64_t i = 0; i < task.rows; ++i) to[i] = room.results[s * plan.chunk + i];
+        const int64_t numbers = numbers_of(call.statistics[s]);
+        const double* from = room.results + plan.weights[s].row * plan.chunk;
+        float* to = call.statistics[s].result;
+        to += ((task.batch * call.heads + task.head) * call.rows + task.row) * numbers;
+        for (int64_t i = 0; i < task.rows; ++i)
+            for (int64_t n = 0; n < numbers; ++n) to[i * numbers + n] = from[n * plan.chunk + i];
+    }
+}
+
+// What a row has before its first key.
+static void start_rows(const Call& call, const Plan& plan, const Room& room) {
+    for (int64_t s = 0; s < call.count; ++s) {
+        const Statistic& statistic = call.statistics[s];
+        if (statistic.kind == COLUMN_SUM) continue;
+        for (int64_t n = 0; n < numbers_of(statistic); ++n) {
+            double start = statistic.kind == MAX_LOGIT ? -__builtin_inf() : 0.0;
+            if (statistic.kind == TOP_KEYS) start = n < statistic.width ? -__builtin_inf() : -1.0;
+            double* to = room.results + (plan.weights[s].row + n) * plan.chunk;
+            for (int64_t i = 0; i < plan.chunk; ++i) to[i] = start;
+        }
     }
 }
 
@@ -264,7 +290,7 @@ static void add_slots(const Call& call, const Plan& plan, const std::vector<Task
     }
 }
 
-// The work of a call, from its sizes and query masks.
+// The work of a call, from its sizes and query weights.
 struct Schedule {
     std::vector<Weights> weights;
     std::vector<float> padded;
@@ -304,10 +330,7 @@ static int64_t evaluate(const Call& call) {
 #pragma omp for schedule(dynamic, 1) reduction(+ : scores)
         for (int64_t t = 0; t < count; ++t) {
             memset(tasks[t].columns, 0, plan.columns * tasks[t].span * sizeof(float));
-            for (int64_t s = 0; s < call.count; ++s) {
-                double start = call.statistics[s].kind == MAX_LOGIT ? -__builtin_inf() : 0.0;
-                for (int64_t i = 0; i < plan.chunk; ++i) room.results[s * plan.chunk + i] = start;
-            }
+            start_rows(call, plan, room);
             scores += run(call, plan, tasks[t], room);
             write_rows(call, plan, tasks[t], room);
         }
@@ -322,11 +345,11 @@ static int64_t evaluate(const Call& call) {
 #endif
 extern "C" {
 
-int64_t attnstats_version() { return 3; }
+int64_t attnstats_version() { return 4; }
 
 int64_t attnstats_first_difference(const Mask* mask) { return first_difference(*mask); }
 
-// The bytes of working memory that a call takes; of its pointers only those to query masks are followed.
+// The bytes of working memory that a call takes; of its pointers only those to query weights are followed.
 int64_t attnstats_scratch_bytes(const Call* call) {
     const Schedule schedule(*call);
     return sizeof(float) * (schedule.slots + call->threads * schedule.room.total());

@@ -176,13 +176,67 @@ static void add_rows(const Tile& tile, const Weights& weights, double* result) {
     }
 }
 
-static void add_columns(const Tile& tile, const Weights& weights, const uint8_t* query_mask, float* result) {
+static void add_columns(const Tile& tile, const Weights& weights, const float* query_weight, float* result) {
     Part part = part_of(tile, weights);
     for (int64_t j = part.begin; j < part.end; j += LANES) {
         Float total = {};
-        for (int64_t i = 0; i < tile.rows; ++i)
-            if (!query_mask || query_mask[i]) total += weighted(load(tile.scores + i * KEYS + j), part.weights, j - i);
+        for (int64_t i = 0; i < tile.rows; ++i) {
+            if (query_weight && query_weight[i] == 0) continue;
+            Float a = weighted(load(tile.scores + i * KEYS + j), part.weights, j - i);
+            total += query_weight ? a * query_weight[i] : a;
+        }
         store(result + j, load(result + j) + total);
+    }
+}
+
+// results: [segments][chunk]
+static void add_segments(const Tile& tile, const int64_t* boundaries, int64_t segments, int64_t chunk, double* results) {
+    for (int64_t n = 0; n < segments; ++n) {
+        const int64_t begin = larger(tile.begin, boundaries[n] - tile.key);
+        const int64_t end = smaller(tile.end, boundaries[n + 1] - tile.key);
+        if (begin >= end) continue;
+        const int64_t first = smaller((begin + LANES - 1) / LANES * LANES, end), last = larger(end / LANES * LANES, first);
+        for (int64_t i = 0; i < tile.rows; ++i) {
+            const float* row = tile.scores + i * KEYS;
+            Float total = {};
+            for (int64_t j = first; j < last; j += LANES) total += load(row + j);
+            float rest = sum(total);
+            for (int64_t j = begin; j < first; ++j) rest += row[j];
+            for (int64_t j = last; j < end; ++j) rest += row[j];
+            results[n * chunk + i] += rest;
+        }
+    }
+}
+
+static inline bool any(Int x) {
+    int32_t part[LANES];
+    __builtin_memcpy(part, &x, sizeof x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] |= part[i + half];
+    return part[0];
+}
+
+// The largest scores so far and their positions, each [width][chunk] and from the largest down. Keys come in the order of
+// their positions, so that of equal scores the first one stays ahead.
+static void take_top(const Tile& tile, int64_t width, int64_t chunk, double* results) {
+    for (int64_t i = 0; i < tile.rows; ++i) {
+        const float* row = tile.scores + i * KEYS;
+        double *best = results + i, *positions = best + width * chunk;
+        float least = best[(width - 1) * chunk];
+        Int larger = {};
+        for (int64_t j = tile.begin; j < tile.end; j += LANES) larger |= load(row + j) > least;
+        if (!any(larger)) continue;
+        for (int64_t j = tile.begin; j < tile.end; ++j) {
+            if (!(row[j] > least)) continue;
+            int64_t place = width - 1;
+            for (; place > 0 && row[j] > best[(place - 1) * chunk]; --place) {
+                best[place * chunk] = best[(place - 1) * chunk];
+                positions[place * chunk] = positions[(place - 1) * chunk];
+            }
+            best[place * chunk] = row[j];
+            positions[place * chunk] = tile.key + j;
+            least = best[(width - 1) * chunk];
+        }
     }
 }
 
@@ -251,6 +305,11 @@ static void exponentiate(const Tile& tile, const float* lse, const float* rest, 
         }
         if (entropy) entropy[i] += sum(total);
     }
+}
+
+// A of one score, the same bits as that of a tile.
+static double weight_of(float score, float lse, float rest) {
+    return score == -__builtin_inff() ? 0.0 : exponential(splat(score - lse - rest))[0];
 }
 
 // GROUP rows side by side; a few stay one after the other.
@@ -327,26 +386,38 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
                           key + tile.end - 1 - tile.position <= call.right;
             if (!inside || call.key_mask) hide(tile, call, call.key_mask ? room.seen : nullptr);
             if (plan.maxima) take_maximum(tile, room.maxima + i * LANES);
+            for (int64_t s = 0; s < call.count; ++s)
+                if (call.statistics[s].kind == TOP_KEYS)
+                    take_top(tile, call.statistics[s].width, plan.chunk, room.results + plan.weights[s].row * plan.chunk + i);
             double* entropy = nullptr;
             for (int64_t s = 0; s < call.count; ++s)
-                if (call.statistics[s].kind == ENTROPY) entropy = room.results + s * plan.chunk + i;
+                if (call.statistics[s].kind == ENTROPY) entropy = room.results + plan.weights[s].row * plan.chunk + i;
             if (!plan.exponentials) continue;
             exponentiate(tile, room.lse + i, room.rest + i, entropy);
             for (int64_t s = 0; s < call.count; ++s) {
                 const Statistic& statistic = call.statistics[s];
+                double* results = room.results + plan.weights[s].row * plan.chunk + i;
                 if (statistic.kind == ROW_SUM) {
-                    add_rows(tile, plan.weights[s], room.results + s * plan.chunk + i);
+                    add_rows(tile, plan.weights[s], results);
+                } else if (statistic.kind == SEGMENTS) {
+                    const int64_t* boundaries = statistic.boundaries + task.batch * (statistic.width + 1);
+                    add_segments(tile, boundaries, statistic.width, plan.chunk, results);
                 } else if (statistic.kind == COLUMN_SUM) {
-                    const uint8_t* query_mask = statistic.query_mask;
-                    if (query_mask) query_mask += task.batch * call.rows + task.row + i;
+                    const float* query_weight = statistic.query_weight;
+                    if (query_weight) query_weight += task.batch * call.rows + task.row + i;
                     float* slot = task.columns + plan.weights[s].column * task.span;
-                    add_columns(tile, plan.weights[s], query_mask, slot + key - task.key_begin / KEYS * KEYS);
+                    add_columns(tile, plan.weights[s], query_weight, slot + key - task.key_begin / KEYS * KEYS);
                 }
             }
         }
     }
-    for (int64_t s = 0; s < call.count; ++s)
-        for (int64_t i = 0; call.statistics[s].kind == MAX_LOGIT && i < task.rows; ++i)
-            room.results[s * plan.chunk + i] = largest(room.maxima + i * LANES);
+    for (int64_t s = 0; s < call.count; ++s) {
+        const Statistic& statistic = call.statistics[s];
+        double* results = room.results + plan.weights[s].row * plan.chunk;
+        for (int64_t i = 0; statistic.kind == MAX_LOGIT && i < task.rows; ++i)
+            results[i] = largest(room.maxima + i * LANES);
+        for (int64_t n = 0; statistic.kind == TOP_KEYS && n < statistic.width; ++n, results += plan.chunk)
+            for (int64_t i = 0; i < task.rows; ++i) results[i] = weight_of(results[i], room.lse[i], room.rest[i]);
+    }
     return scores;
 }

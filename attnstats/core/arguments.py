@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from attnstats.core.geometry import Geometry
 from attnstats.core.options import Heads, Options, Window
 from attnstats.core.packing import INTEGERS, check_integer
 from attnstats.core.patterns import read_causal_bias
-from attnstats.statistics import PooledMap, Statistic
+from attnstats.statistics import OPEN_HORIZON, PooledMap, SegmentMass, Statistic, TopKeys
 from attnstats.statistics import resolve as resolve_statistics
 from attnstats.tensors import check_plain
 
 UNTRIED = ("mps",)  # devices that plain PyTorch may well run on, but no test of ours ever did
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+MAX_POSITIONS = 2**24  # what float32 counts, in which backends return them
 CACHED_CALLS = 256
 _CACHE: dict[Any, Geometry] = {}
 
@@ -42,6 +44,7 @@ def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
         cache_key = None
     _check_differentiable(statistics, options.differentiable)
     _check_tensors(query, key, value, options.enable_gqa)
+    _check_positions(statistics, key.shape[2])
     packed = options.cu_seqlens_q is not None
     geometry = Geometry(
         statistics=statistics,
@@ -94,6 +97,8 @@ def plain(query: Any, key: Any, value: Any, options: Options, lse: Any = None) -
         attn_mask=options.attn_mask,
         key_padding_mask=options.key_padding_mask,
         query_mask=options.query_mask,
+        query_weight=options.query_weight,
+        segment_boundaries=options.segment_boundaries,
         sinks=options.sinks,
         cu_seqlens_q=options.cu_seqlens_q,
         cu_seqlens_k=options.cu_seqlens_k,
@@ -117,8 +122,16 @@ def _cache_key(
     query: Tensor, key: Tensor, value: Tensor | None, statistics: tuple[Statistic, ...], options: Options
 ) -> Any:
     """The facts that decide a call without masks, which is validated once; None: the call can't be cached."""
-    masks = (options.attn_mask, options.key_padding_mask, options.query_mask, options.sinks, options.cu_seqlens_q)
-    if [mask for mask in masks if mask is not None]:
+    of_call = (
+        options.attn_mask,
+        options.key_padding_mask,
+        options.query_mask,
+        options.query_weight,
+        options.segment_boundaries,
+        options.sinks,
+        options.cu_seqlens_q,
+    )
+    if [x for x in of_call if x is not None]:
         return None
     settings = (
         options.is_causal,
@@ -179,6 +192,11 @@ def _check_differentiable(statistics: tuple[Statistic, ...], differentiable: boo
             )
 
 
+def _check_positions(statistics: tuple[Statistic, ...], key_length: int) -> None:
+    if key_length > MAX_POSITIONS and any(isinstance(s, TopKeys) for s in statistics):
+        raise ValueError(f"statistics: TopKeys numbers at most {MAX_POSITIONS} keys, got {key_length}")
+
+
 def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], options: Options) -> dict[str, Any]:
     """The fields of a dense call's geometry that say which keys a query sees and which queries count."""
     batch, query_length, key_length = query.shape[0], query.shape[2], key.shape[2]
@@ -210,15 +228,101 @@ def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], op
         position = torch.arange(query_length, device=query.device, dtype=torch.int64) + query_offset
         real_queries = real_keys[:, position.clamp(max=key_length - 1)] | (position >= key_length)
     key_mask, dense_mask = _split_mask(options.attn_mask, query, key_length)
+    query_weight = _weight(options.query_weight, (batch, query_length), statistics, query)
+    # A sequence whose first query's position is given may grow: boundaries may lie ahead.
+    ends = None if options.query_offset is not None else [key_length] * batch
     return {
         "query_offset": query_offset,
         "left": left,
         "right": right,
         "key_mask": _both(key_mask, real_keys),
         "real_queries": real_queries,
-        "query_mask": _both(options.query_mask, real_queries),
+        "query_mask": _counted(_both(options.query_mask, real_queries), query_weight),
+        "query_weight": query_weight,
+        "segment_ends": _segment_ends(options.segment_boundaries, statistics, batch, ends, query.device),
         "dense_mask": dense_mask,
     }
+
+
+def _weight(
+    query_weight: Tensor | None, shape: tuple[int, ...], statistics: tuple[Statistic, ...], query: Tensor
+) -> Tensor | None:
+    """A copy of query_weight in the statistics' dtype."""
+    if query_weight is None:
+        return None
+    if not isinstance(query_weight, Tensor) or not query_weight.is_floating_point():
+        got = query_weight.dtype if isinstance(query_weight, Tensor) else type(query_weight).__name__
+        raise TypeError(f"query_weight must be a float tensor, got {got}; a bool one is a query_mask")
+    if tuple(query_weight.shape) != shape:
+        raise ValueError(f"query_weight must have shape {shape}, got {tuple(query_weight.shape)}")
+    if query_weight.device != query.device:
+        raise ValueError(f"query_weight must be on query's device {query.device}, got {query_weight.device}")
+    if query_weight.requires_grad:
+        raise ValueError("query_weight carries no gradient; pass query_weight.detach()")
+    if query_weight.device.type == "cpu":  # on a GPU a look at them would wait for it
+        if not query_weight.isfinite().all():
+            raise ValueError("query_weight must be finite, got NaN or inf")
+        means = [s for s in statistics if s.is_mean]
+        if means and (query_weight < 0).any():
+            lowest = float(query_weight.min())
+            raise ValueError(f"query_weight must be >= 0 where a mean divides by its sum, as {means[0]}; got {lowest}")
+    return query_weight.to(torch.float64 if query.dtype == torch.float64 else torch.float32, copy=True)
+
+
+def _counted(query_mask: Tensor | None, query_weight: Tensor | None) -> Tensor | None:
+    """The queries that count: those of the mask whose weight isn't 0."""
+    if query_weight is None:
+        return query_mask
+    weighs = query_weight != 0
+    return weighs if query_mask is None else query_mask & weighs
+
+
+def _segment_ends(
+    boundaries: Tensor | None,
+    statistics: tuple[Statistic, ...],
+    sequences: int,
+    ends: list[int] | None,
+    device: torch.device,
+) -> Tensor | None:
+    """A copy (sequences, S + 1) int64 of segment_boundaries, OPEN_HORIZON for an open end.
+
+    ends: the number of keys of each sequence, that boundaries may not pass; None: they may.
+    """
+    by_segments = [s for s in statistics if isinstance(s, SegmentMass)]
+    for s in by_segments:
+        if s.boundaries is None and boundaries is None:
+            raise ValueError(
+                f"segment_boundaries: {s} takes them from the call; pass them, or SegmentMass((0, n, None))"
+            )
+        last = None if s.boundaries is None else max(bound for bound in s.boundaries if bound is not None)
+        if last is not None and ends and last > max(ends):
+            raise ValueError(f"statistics: {s} has a boundary past the end, {last} of {max(ends)} keys")
+    if boundaries is None:
+        return None
+    if not any(s.boundaries is None for s in by_segments):
+        raise ValueError("segment_boundaries: no statistic takes them; ask for SegmentMass() without boundaries")
+    if not isinstance(boundaries, Tensor) or boundaries.dtype not in (torch.int32, torch.int64):
+        got = boundaries.dtype if isinstance(boundaries, Tensor) else type(boundaries).__name__
+        raise TypeError(f"segment_boundaries must be an int64 tensor, got {got}")
+    if boundaries.dim() != 2 or len(boundaries) != sequences or boundaries.shape[1] < 2:
+        raise ValueError(
+            f"segment_boundaries must have shape ({sequences}, S + 1) with S >= 1, got {tuple(boundaries.shape)}"
+        )
+    if boundaries.device != device:
+        raise ValueError(f"segment_boundaries must be on query's device {device}, got {boundaries.device}")
+    copy = boundaries.long().clone()
+    copy[:, -1].masked_fill_(copy[:, -1] == -1, OPEN_HORIZON)
+    if device.type == "cpu":
+        for i, row in enumerate(copy.tolist()):
+            if row[0] < 0 or any(a > b for a, b in pairwise(row)):
+                raise ValueError(
+                    f"segment_boundaries must not decrease and begin at 0 or later, got {boundaries[i].tolist()} in "
+                    f"row {i}"
+                )
+            last = max(bound for bound in row if bound != OPEN_HORIZON) if row[0] != OPEN_HORIZON else 0
+            if ends and last > ends[i]:
+                raise ValueError(f"segment_boundaries has {last} in row {i}, which is past its end of {ends[i]} keys")
+    return copy
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -247,8 +351,20 @@ def _packed_positions(
         if isinstance(query_mask, Tensor):
             query_mask = query_mask[None]
         _check_mask("query_mask", query_mask, (1, query.shape[2]), query.device)
-    counted = _both(query_mask, None)
-    return {"query_offset": 0, "left": left, "right": right, "query_mask": counted, "packing": sequences}
+    query_weight = options.query_weight
+    if isinstance(query_weight, Tensor):
+        query_weight = query_weight[None]
+    query_weight = _weight(query_weight, (1, query.shape[2]), statistics, query)
+    ends = None if query.device.type != "cpu" else sequences.keys.diff().tolist()
+    return {
+        "query_offset": 0,
+        "left": left,
+        "right": right,
+        "query_mask": _counted(_both(query_mask, None), query_weight),
+        "query_weight": query_weight,
+        "segment_ends": _segment_ends(options.segment_boundaries, statistics, sequences.count, ends, query.device),
+        "packing": sequences,
+    }
 
 
 def refuse_distances(statistics: tuple[Statistic, ...], reason: str) -> None:

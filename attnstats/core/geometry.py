@@ -19,7 +19,7 @@ from torch import Tensor
 from attnstats.core.packing import Line, Packing
 from attnstats.core.visibility import seen_keys
 from attnstats.results import AttentionResult, Statistics
-from attnstats.statistics import PooledMap, Statistic
+from attnstats.statistics import PooledMap, SegmentMass, Statistic
 
 LOG2E = 1.4426950408889634
 
@@ -42,6 +42,8 @@ class Geometry:
         real_queries: (B, Tq) bool, True where a query isn't padding; None: all.
         query_mask: (B, Tq) bool, True where a query counts in columns (the paper's response R); padding does not.
             None: all.
+        query_weight: (B, Tq) how much each query counts in columns; query_mask is False where it is 0. None: 1.
+        segment_ends: (sequences, S + 1) int64, the call's boundaries of key segments, OPEN_HORIZON for an open end.
         dense_mask: the caller's attn_mask where it depends on the query, (B|1, Hq|1, Tq|1, Tk), bool (True: may
             be seen) or additive. Only `reference` takes it.
         packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
@@ -73,6 +75,8 @@ class Geometry:
     key_mask: Tensor | None = None
     real_queries: Tensor | None = None
     query_mask: Tensor | None
+    query_weight: Tensor | None = None
+    segment_ends: Tensor | None = None
     dense_mask: Tensor | None = None
     packing: Packing | None = None
     heads: Mapping[Statistic, tuple[int, ...]]
@@ -142,8 +146,47 @@ class Geometry:
         own_end = self._along_queries().own_end.expand(self.query_length)
         return query_mask & (before[:, own_end] - before[:, :-1] <= last_queries)
 
+    def query_counts(self, last_queries: int | None = None) -> Tensor | None:
+        """(B, Tq) how much each query counts in columns, bool or float, as `query_mask_of`; None: 1 each."""
+        query_mask = self.query_mask_of(last_queries)
+        if self.query_weight is None:
+            return query_mask
+        assert query_mask is not None
+        return self.query_weight.masked_fill(~query_mask, 0.0)
+
+    def boundaries_of(self, statistic: Statistic) -> Tensor:
+        """(sequences | 1, S + 1) int64, the boundaries of a SegmentMass."""
+        assert isinstance(statistic, SegmentMass)
+        if statistic.boundaries is None:
+            assert self.segment_ends is not None
+            return self.segment_ends
+        bounds = self.memo.get(("segments", statistic))
+        if bounds is None:
+            bounds = torch.tensor([statistic.ends], dtype=torch.int64, device="cpu").to(self.device)
+            self.memo["segments", statistic] = bounds
+        return bounds
+
+    def memberships(self, statistic: Statistic) -> Tensor:
+        """(B | 1, Tk, S) bool: the key lies in the segment."""
+        bounds = self.boundaries_of(statistic)
+        index = torch.arange(self.key_length, device=self.device, dtype=torch.int64)
+        position = index[None]
+        if self.packing is not None:
+            keys = self.packing.keys.long()
+            sequence = torch.searchsorted(keys[1:], index, right=True).clamp(max=self.packing.count - 1)
+            position = (index - keys[sequence])[None]
+            bounds = bounds[sequence] if len(bounds) > 1 else bounds
+            bounds = bounds[None] if bounds.shape[0] == self.key_length else bounds[:, None]
+        else:
+            bounds = bounds[:, None]
+        position = position[..., None]
+        return (position >= bounds[..., :-1]) & (position < bounds[..., 1:])
+
     def queries_at_distance(self, lo: int, hi: int | None) -> Tensor:
-        """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10)."""
+        """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10).
+
+        With a query_weight the sum of these, in float64.
+        """
         position, _, begin, length = self._along_keys()
         first = torch.minimum((position + lo).clamp(min=0), length)
         end = length
@@ -153,7 +196,9 @@ class Geometry:
         end = torch.maximum(first, end)
         if self.query_mask is None:
             return (end - first).expand(self.batch, -1)
-        before = rows_before(self.query_mask)
+        counts = self.query_counts()
+        assert counts is not None
+        before = rows_before(counts if counts.dtype == torch.bool else counts.double())
         return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
@@ -168,18 +213,25 @@ class Geometry:
         return _any_per_segment(rows, query_bounds)[:, :, None] & _any_per_segment(real_keys, key_bounds)[:, None, :]
 
     def counts(self, statistic: Statistic) -> Tensor:
-        """(B, Tk) int64: the counted queries behind each mean of a statistic with a horizon, 0 for padding."""
+        """(B, Tk) the counted queries behind each mean of a statistic with a horizon, 0 for padding: int64, or with a
+        query_weight the sum of these in the statistics' dtype."""
         assert statistic.horizon is not None
-        return self.queries_at_distance(*statistic.horizon) * self._real_keys()
+        counts = self.queries_at_distance(*statistic.horizon) * self._real_keys()
+        return counts if self.query_weight is None else counts.to(self.accumulator)
 
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
         heads = len(self.heads.get(statistic, range(self.query_heads)))
-        return self.batch, heads, *statistic.shape(self.query_length, self.key_length)
+        segments = None if self.segment_ends is None else self.segment_ends.shape[1] - 1
+        return self.batch, heads, *statistic.shape(self.query_length, self.key_length, segments)
 
     def zeros(self, statistics: Iterable[Statistic]) -> dict[Statistic, Tensor]:
-        """A tensor for each statistic's sums."""
-        return {s: torch.zeros(self.shape_of(s), dtype=self.accumulator, device=self.device) for s in statistics}
+        """A tensor for each statistic's sums, or largest keys, of rows that see no key."""
+        tensors = {s: torch.zeros(self.shape_of(s), dtype=self.accumulator, device=self.device) for s in statistics}
+        for s, x in tensors.items():
+            if s.method == "top":
+                x[..., 1, :] = -1.0
+        return tensors
 
     def finish(self, statistic: Statistic, tensor: Tensor) -> Tensor:
         """The returned value of a backend's sums: means over counted queries, zeros for padding."""
@@ -193,7 +245,7 @@ class Geometry:
                 return tensor
             counts = self.memo.get(horizon)
             if counts is None:
-                counts = self.queries_at_distance(*horizon).clamp(min=1)[:, None].to(self.accumulator)
+                counts = _divisors(self.queries_at_distance(*horizon))[:, None].to(self.accumulator)
                 # A tensor made while a CUDA graph is captured is only there when the graph runs.
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     self.memo[horizon] = counts
@@ -201,7 +253,7 @@ class Geometry:
         if self.all_live and self.real_queries is None:
             return tensor
         rows = self.live() if self.real_queries is None else self.live() & self.real_queries
-        return tensor.masked_fill(~rows[:, None], 0.0)
+        return without_rows(statistic, tensor, ~rows)
 
     def gradient_of_sums(self, statistic: Statistic, grad: Tensor) -> Tensor:
         """The gradient of a backend's sums, in all heads, from that of the value that `finish` returned."""
@@ -210,19 +262,19 @@ class Geometry:
             if self.key_mask is not None:
                 grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is not None:
-                grad = grad / self.queries_at_distance(*statistic.horizon).clamp(min=1)[:, None]
+                grad = grad / _divisors(self.queries_at_distance(*statistic.horizon))[:, None].to(self.accumulator)
         elif not self.all_live or self.real_queries is not None:
             rows = self.live()
             if self.real_queries is not None and statistic.method != "lse":  # padding has an lse
                 rows = rows & self.real_queries
-            grad = grad.masked_fill(~rows[:, None], 0.0)
+            grad = without_rows(statistic, grad, ~rows)
         return self.in_all_heads(statistic, grad)
 
     def in_all_heads(self, statistic: Statistic, x: Tensor) -> Tensor:
-        """(B, Hq, T): x in the statistic's heads, 0 in the others."""
+        """(B, Hq, T, ..): x in the statistic's heads, 0 in the others."""
         if statistic not in self.heads:
             return x
-        in_all = x.new_zeros(x.shape[0], self.query_heads, x.shape[2])
+        in_all = x.new_zeros(x.shape[0], self.query_heads, *x.shape[2:])
         for i, head in enumerate(self.heads[statistic]):  # not in_all[:, heads], which copies a list to the device
             in_all[:, head] = x[:, i]
         return in_all
@@ -296,7 +348,7 @@ class Geometry:
     def sequences(self) -> Iterator[tuple[slice, slice, Geometry]]:
         """Yield the slices of queries and of keys of each packed sequence that has both, and its geometry alone."""
         assert self.packing is not None
-        for queries, keys in self.packing.slices():
+        for i, (queries, keys) in enumerate(self.packing.slices()):
             if queries.start < queries.stop and keys.start < keys.stop:
                 length, key_length = queries.stop - queries.start, keys.stop - keys.start
                 alone = dataclasses.replace(
@@ -305,6 +357,8 @@ class Geometry:
                     key_length=key_length,
                     query_offset=key_length - length,
                     query_mask=None if self.query_mask is None else self.query_mask[:, queries],
+                    query_weight=None if self.query_weight is None else self.query_weight[:, queries],
+                    segment_ends=None if self.segment_ends is None else self.segment_ends[i : i + 1],
                     dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
                     packing=None,
                     memo={},
@@ -338,6 +392,22 @@ class Geometry:
         position, _, begin, length = self._along_queries()
         first, end = seen_keys(position, length, self.left, self.right)
         return begin + first, begin + end
+
+
+def without_rows(statistic: Statistic, tensor: Tensor, rows: Tensor, value: float = 0.0) -> Tensor:
+    """A row statistic's tensor (B, heads, Tq, ..) with the value in the rows, (B, Tq) bool or (B, Hq, Tq); of the keys
+    that a `TopKeys` names there is none then."""
+    rows = rows[:, None] if rows.dim() == 2 else rows
+    index: Any = (..., *[None] * statistic.per_query)
+    tensor = tensor.masked_fill(rows[index], value)
+    if statistic.method == "top":
+        tensor[..., 1, :].masked_fill_(rows[..., None], -1.0)
+    return tensor
+
+
+def _divisors(counts: Tensor) -> Tensor:
+    """The counts with 1 where there is none."""
+    return counts.masked_fill(counts == 0, 1)
 
 
 class Evaluation(NamedTuple):

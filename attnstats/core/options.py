@@ -40,6 +40,8 @@ class Options(NamedTuple):
     window_size: Window | None = None
     sinks: Tensor | None = None
     query_mask: Tensor | None = None
+    query_weight: Tensor | None = None
+    segment_boundaries: Tensor | None = None
     heads: Heads | None = None
     dropout_p: float = 0.0
     differentiable: bool = False
@@ -60,7 +62,18 @@ def is_packed(options: Options) -> bool:
 
 DENSE_ONLY = ("attn_mask", "key_padding_mask", "query_offset")
 PACKED_ONLY = ("cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-SHARED = ("is_causal", "scale", "enable_gqa", "softcap", "window_size", "sinks", "query_mask", "heads")
+SHARED = (
+    "is_causal",
+    "scale",
+    "enable_gqa",
+    "softcap",
+    "window_size",
+    "sinks",
+    "query_mask",
+    "query_weight",
+    "segment_boundaries",
+    "heads",
+)
 
 
 def check_names(caller: str, packed: bool, names: Iterable[str]) -> None:

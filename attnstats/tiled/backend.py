@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, differentiable_pass
-from attnstats.core.geometry import Evaluation, Geometry
+from attnstats.core.geometry import Evaluation, Geometry, without_rows
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_mass, softcap_, subtract_lse_
 from attnstats.statistics import Statistic
 from attnstats.tiled import band, cpu_flash, native, row_lse, sweep
 
 NAME = "tiled"
-COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
+COMPUTES = frozenset({"weight", "row", "first_keys", "segments", "top", "pooled", "lse"})
 
 Evaluate = Callable[[Tensor, Tensor, Tensor, Geometry, tuple[Statistic, ...]], dict[Statistic, Tensor]]
 
@@ -95,14 +95,11 @@ def _evaluate(
             results |= _EVALUATE[each.run](query, key, lse, geometry, each.statistics)
         if (has_nan := lse.isnan()).any():  # also where no key of the row is in the band
             rows = (s for s in results if s.axis == "row" and s.from_lse)
-            results |= {s: results[s].masked_fill(has_nan, torch.nan) for s in rows}
+            results |= {s: without_rows(s, results[s], has_nan, torch.nan) for s in rows}
         return {s: geometry.finish(s, x) for s, x in results.items()}
     statistics = [s for each in passes for s in each.statistics]
-    empty = {s: -torch.inf if s.method == "lse" else 0.0 for s in statistics}
-    results = {
-        s: torch.full(geometry.shape_of(s), x, dtype=geometry.accumulator, device=geometry.device)
-        for s, x in empty.items()
-    }
+    results = geometry.zeros(statistics)
+    results |= {s: torch.full_like(results[s], -torch.inf) for s in statistics if s.method == "lse"}
     for queries, keys, alone in geometry.sequences():
         of_sequence = _evaluate(query[:, :, queries], key[:, :, keys], lse[:, :, queries], alone, passes)
         for s, x in of_sequence.items():
@@ -161,7 +158,7 @@ def _loop(statistic: Statistic, compiled: bool) -> str:
         return "compiled"
     if statistic.method == "weight" and statistic.is_banded:
         return "band"
-    return "sweep" if statistic.method in ("weight", "row", "pooled") else str(statistic.method)
+    return str(statistic.method) if statistic.method in ("first_keys", "lse") else "sweep"
 
 
 def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:

@@ -30,7 +30,7 @@ def evaluate(
     tensors = geometry.zeros(statistics)
     rows_of = [s for s in band.spans if s.axis == "row"]
     columns_of = [s for s in band.spans if s.axis == "column"]
-    query_mask = geometry.query_mask
+    counts = geometry.query_counts()
     space = _Workspace.of(geometry, band)
     for batch, heads, key_head in heads_of(geometry):
         hidden = _fill_keys_(space.keys, key[batch, key_head], band, geometry, batch)
@@ -41,8 +41,11 @@ def evaluate(
                     lo, hi = band.spans[s]
                     near = weights[:, band.behind - hi : band.behind - lo + 1]
                     tensors[s][batch, head, rows] = near @ band.weights[s].flip(0)
-                if query_mask is not None:
-                    weights.masked_fill_(~query_mask[batch, rows, None], 0.0)
+                if counts is not None:
+                    of_rows = counts[batch, rows, None]
+                    weights.masked_fill_(of_rows == 0, 0.0)  # NaN in what doesn't count doesn't count
+                    if geometry.query_weight is not None:
+                        weights.mul_(of_rows)
                 for s in columns_of:
                     _add_columns_(tensors[s][batch, head], space.band, geometry.offset + start, len(weights), band, s)
     tails = {s: geometry.tail_of(s) for s in statistics if s.axis == "row"}
@@ -110,8 +113,9 @@ def _of_pairs(
         of_column = received[s][rows.start + band.behind - hi :].as_strided(near.shape, (1, 1))
         if s not in band.unweighted:
             of_column = of_column * band.weights[s].flip(0)
-        if geometry.query_mask is not None:
-            of_column = of_column * geometry.query_mask[batch, rows, None]
+        counts = geometry.query_counts()
+        if counts is not None:
+            of_column = of_column * counts[batch, rows, None]
         near += of_column
     return of_pairs
 

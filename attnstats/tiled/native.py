@@ -16,13 +16,13 @@ from torch import Tensor
 from attnstats.core import library as compiled
 from attnstats.core.geometry import Geometry
 from attnstats.core.library import UNBOUNDED
-from attnstats.statistics import Entropy, MaxLogit, Statistic
+from attnstats.statistics import Entropy, MaxLogit, SegmentMass, Statistic, TopKeys
 from attnstats.tiled import band
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INPUTS = {torch.float32, torch.bfloat16, torch.float16}
-ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT = range(4)  # kinds of the interface
-WHOLE_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT}
+ROW_SUM, COLUMN_SUM, ENTROPY, MAX_LOGIT, SEGMENTS, TOP_KEYS = range(6)  # kinds of the interface
+OF_ROWS: dict[type[Statistic], int] = {Entropy: ENTROPY, MaxLogit: MAX_LOGIT, SegmentMass: SEGMENTS, TopKeys: TOP_KEYS}
 
 enabled = compiled.enabled
 lanes = 0  # floats of the widest vectors to use, 4, 8 or 16; 0: the machine's widest
@@ -43,7 +43,9 @@ class _Statistic(Structure):
         ("weights", c_void_p),
         ("farthest", c_int64),
         ("distances", c_int64),
-        ("query_mask", c_void_p),
+        ("query_weight", c_void_p),
+        ("width", c_int64),
+        ("boundaries", c_void_p),
     )
 
 
@@ -80,7 +82,7 @@ def takes(geometry: Geometry) -> bool:
 
 def computes(statistic: Statistic) -> bool:
     """True for the statistics that the library has code for."""
-    return statistic.method == "weight" or type(statistic) in WHOLE_ROWS
+    return statistic.method == "weight" or type(statistic) in OF_ROWS
 
 
 def evaluate(
@@ -93,7 +95,7 @@ def evaluate(
     tensors: dict[Statistic, Tensor] = {
         s: torch.empty(geometry.shape_of(s), dtype=geometry.accumulator, device=geometry.device) for s in statistics
     }
-    query_masks = _query_masks(geometry, statistics)
+    query_weights = _query_weights(geometry, statistics)
     key_mask = None if geometry.key_mask is None else geometry.key_mask.contiguous()
     template = geometry.memo.get(("native", statistics))
     if template is None:
@@ -101,8 +103,8 @@ def evaluate(
     requests = type(template.requests).from_buffer_copy(template.requests)
     for s, request in zip(statistics, requests, strict=True):
         request.result = tensors[s].data_ptr()
-        if s in query_masks:
-            request.query_mask = query_masks[s].data_ptr()
+        if s in query_weights:
+            request.query_weight = query_weights[s].data_ptr()
     call = _Call.from_buffer_copy(template.call)
     call.query, call.key, call.lse = _Tensor.of(query), _Tensor.of(key), _Tensor.of(lse[..., None])
     call.lse_type = TYPES[lse.dtype]
@@ -123,10 +125,10 @@ def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, in
     library = _library()
     assert library is not None
     template = _template(geometry, statistics)
-    query_masks = _query_masks(geometry, statistics)
+    query_weights = _query_weights(geometry, statistics)
     for s, request in zip(statistics, template.requests, strict=True):
-        if s in query_masks:
-            request.query_mask = query_masks[s].data_ptr()
+        if s in query_weights:
+            request.query_weight = query_weights[s].data_ptr()
     call = _Call.from_buffer_copy(template.call)
     call.statistics, call.threads, call.lanes = template.requests, torch.get_num_threads(), lanes
     scratch = library.attnstats_scratch_bytes(ctypes.byref(call))
@@ -137,10 +139,10 @@ def cost(geometry: Geometry, statistics: tuple[Statistic, ...]) -> tuple[str, in
     return "sweep, compiled", flops, scratch
 
 
-def _query_masks(geometry: Geometry, statistics: tuple[Statistic, ...]) -> dict[Statistic, Tensor]:
-    """Of the column statistics that not every query counts for."""
-    masks = {s: geometry.query_mask_of(s.last_queries) for s in statistics if s.axis == "column"}
-    return {s: mask.contiguous() for s, mask in masks.items() if mask is not None}
+def _query_weights(geometry: Geometry, statistics: tuple[Statistic, ...]) -> dict[Statistic, Tensor]:
+    """Of the column statistics that not every query counts for as much, float32."""
+    counts = {s: geometry.query_counts(s.last_queries) for s in statistics if s.axis == "column"}
+    return {s: x.float().contiguous() for s, x in counts.items() if x is not None}
 
 
 class _Weights(NamedTuple):
@@ -156,21 +158,29 @@ class _Template(NamedTuple):
     Attributes:
         call: without its tensors.
         requests: one for each statistic, without their results.
-        weights: the tensors that the requests point into.
+        weights, boundaries: the tensors that the requests point into.
         tails: the weights that are added as a share of the row's mass.
     """
 
     call: _Call
     requests: Any
     weights: list[_Weights]
+    boundaries: list[Tensor]
     tails: dict[Statistic, float]
 
 
 def _template(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Template:
     requests = (_Statistic * len(statistics))()
     weights = [_weights(s, geometry) for s in statistics]
+    boundaries = []
     for request, s, (farthest, by_distance) in zip(requests, statistics, weights, strict=True):
-        request.kind, request.farthest = _kind(s), farthest
+        request.kind, request.farthest, request.width = _kind(s), farthest, 1
+        if isinstance(s, TopKeys):
+            request.width = s.k
+        elif isinstance(s, SegmentMass):
+            bounds = geometry.boundaries_of(s).expand(geometry.batch, -1).contiguous()
+            boundaries.append(bounds)
+            request.width, request.boundaries = bounds.shape[1] - 1, bounds.data_ptr()
         if by_distance is not None:
             request.weights, request.distances = by_distance.data_ptr(), len(by_distance)
     left, right = _window(geometry)
@@ -189,7 +199,7 @@ def _template(geometry: Geometry, statistics: tuple[Statistic, ...]) -> _Templat
         softcap=geometry.softcap or 0.0,
         count=len(statistics),
     )
-    return _Template(call, requests, weights, {s: tail for s in statistics if (tail := _tail(s, geometry))})
+    return _Template(call, requests, weights, boundaries, {s: tail for s in statistics if (tail := _tail(s, geometry))})
 
 
 def _window(geometry: Geometry) -> tuple[int, int]:
@@ -201,7 +211,7 @@ def _window(geometry: Geometry) -> tuple[int, int]:
 def _kind(statistic: Statistic) -> int:
     if statistic.method == "weight":
         return COLUMN_SUM if statistic.axis == "column" else ROW_SUM
-    return WHOLE_ROWS[type(statistic)]
+    return OF_ROWS[type(statistic)]
 
 
 def _tail(statistic: Statistic, geometry: Geometry) -> float:

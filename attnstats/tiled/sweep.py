@@ -16,7 +16,7 @@ from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals
 from attnstats.core.geometry import Geometry, divisor_of, rows_before
 from attnstats.core.scores import sink_gradient, softcap_, subtract_lse_, with_sinks
 from attnstats.core.visibility import within
-from attnstats.statistics import Entropy, PooledMap, Statistic
+from attnstats.statistics import Entropy, PooledMap, Statistic, TopKeys
 
 BLOCK_ELEMENTS = 2**18  # scores of a block: 1 MiB of float32 stays in a core's L2 from the matmul to the sums
 SCRATCH_BYTES = 3 * 4 * BLOCK_ELEMENTS  # scores, their exponential and a weighted copy
@@ -67,6 +67,7 @@ def gradients(
     for of_lse in [s for s in statistic_grads if s.method == "lse"]:
         delta -= statistic_grads.pop(of_lse)
     counts = {s: _counts(s, geometry)[:, None] for s in statistic_grads if s.axis == "column"}
+    members = _memberships(statistic_grads, geometry)
     generator = _generator(geometry)
     sinks = geometry.sinks
     has_nan = bool(lse.isnan().any())
@@ -97,6 +98,9 @@ def gradients(
             if statistic_grads:
                 grad_weights = torch.zeros_like(weights)
                 for s, grad in statistic_grads.items():
+                    if s.method == "segments":
+                        grad_weights += grad[of_rows] @ _of(members[s], batch, block).T
+                        continue
                     if s.axis == "column":
                         of_pairs = counts[s][batch, :, block.rows, None] * grad[batch, heads, None, block.keys]
                     else:
@@ -161,12 +165,13 @@ def _gradients_by_sequence(
 def evaluate(
     query: Tensor, key: Tensor, lse: Tensor, geometry: Geometry, statistics: tuple[Statistic, ...]
 ) -> dict[Statistic, Tensor]:
-    """Statistics with a weight, of whole rows and of segments, as sums (`Geometry.finish` divides)."""
+    """Statistics with a weight, of whole rows, of segments and the largest, as sums (`Geometry.finish` divides)."""
     tensors = geometry.zeros(statistics)
     counts = {s: _counts(s, geometry) for s in statistics if s.axis != "row"}
-    before = {s: rows_before(count).tolist() for s, count in counts.items()}
+    before = {s: rows_before(count != 0).tolist() for s, count in counts.items()}
     maps: list[Any] = [s for s in statistics if s.method == "pooled"]
     segments = {s: _segments(s, geometry) for s in maps}
+    members = _memberships(statistics, geometry)
     has_nan = bool(lse.isnan().any())
 
     def needed_in(rows: slice) -> list[list[Statistic]]:
@@ -185,19 +190,30 @@ def evaluate(
             scores = _scores(query, key, geometry, block, batch, heads, key_head)
             of_rows = (batch, heads, block.rows)
             own_rows = [s for s in needed[batch] if s.method == "row" and not isinstance(s, Entropy)]
-            of_scores = scores.clone() if own_rows else scores
+            tops = [s for s in needed[batch] if isinstance(s, TopKeys)]
+            of_scores = scores.clone() if own_rows or tops else scores
             log_weights = subtract_lse_(scores, lse[of_rows]).clamp_(min=LOG_ZERO)
             weights = log_weights.exp()
             if has_nan:  # -inf less an lse of NaN is NaN
                 _hide_(weights, 0.0, geometry, block, batch)
             for s in own_rows:
                 tensors[s][of_rows] = s.row(weights, of_scores)
+            if tops:
+                order = of_scores.sort(dim=-1, descending=True, stable=True).indices
+                for s in tops:
+                    first = order[..., : s.k]
+                    seen = of_scores.gather(-1, first) > -torch.inf
+                    own = tensors[s][of_rows][..., : first.shape[-1]]
+                    own[..., 0, :] = weights.gather(-1, first) * seen
+                    own[..., 1, :] = torch.where(seen, first + block.keys.start, -1)
             for s in needed[batch]:
                 weighted = weights * by_distance[s] if s in by_distance else weights
                 if isinstance(s, Entropy):
                     tensors[s][of_rows] = -(weights * log_weights).sum(-1)
                 elif s.method == "weight" and s.axis == "row":
                     tensors[s][of_rows] = weighted.sum(-1)
+                elif s.method == "segments":
+                    tensors[s][of_rows] = weights @ _of(members[s], batch, block)
                 elif s.axis != "row":
                     count = counts[s][batch, block.rows]
                     if has_nan:  # 0 * NaN is NaN: what doesn't count may not enter a sum
@@ -221,6 +237,16 @@ def _by_distance(statistics: Iterable[Statistic], geometry: Geometry, block: _Bl
         return {}
     distance = _distance(geometry, block)
     return {s: s.weight_as(distance, geometry.accumulator) for s in varying}
+
+
+def _memberships(statistics: Iterable[Statistic], geometry: Geometry) -> dict[Statistic, Tensor]:
+    """[B | 1, Tk, S] 1 where a key lies in a segment."""
+    return {s: geometry.memberships(s).to(geometry.accumulator) for s in statistics if s.method == "segments"}
+
+
+def _of(members: Tensor, batch: int, block: _Block) -> Tensor:
+    """[keys, S] those of a block."""
+    return members[batch if len(members) > 1 else 0, block.keys]
 
 
 def _generator(geometry: Geometry) -> torch.Generator | None:
@@ -249,10 +275,10 @@ def _segments(statistic: PooledMap, geometry: Geometry) -> tuple[Tensor, Tensor]
 
 def _counts(statistic: Statistic, geometry: Geometry) -> Tensor:
     """[B, Tq] float, c[t] of Eq. 10."""
-    query_mask = geometry.query_mask_of(statistic.last_queries)
-    if query_mask is None:
-        query_mask = torch.ones(geometry.batch, geometry.query_length, dtype=torch.bool, device=geometry.device)
-    return query_mask.to(geometry.accumulator)
+    counts = geometry.query_counts(statistic.last_queries)
+    if counts is None:
+        counts = torch.ones(geometry.batch, geometry.query_length, dtype=torch.bool, device=geometry.device)
+    return counts.to(geometry.accumulator)
 
 
 class _Block(NamedTuple):

@@ -18,7 +18,7 @@ from attnstats import functional
 from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
-from attnstats.statistics import Statistic
+from attnstats.statistics import SegmentMass, Statistic
 from attnstats.transformers import blocks
 from attnstats.transformers.masks import MaskDescription, is_unreadable
 
@@ -28,17 +28,23 @@ class Request(NamedTuple):
 
     Attributes:
         query_mask: (B, Tq) bool, the queries that count in column statistics; None: all.
+        query_weight: (B, Tq) how much each of them counts; None: 1.
+        segment_boundaries: (B, S + 1) those of SegmentMass(); None: there are none.
         heads: of each statistic that is computed for some heads only; None: there is none.
     """
 
     statistics: tuple[Statistic, ...] = ()
     query_mask: Tensor | None = None
+    query_weight: Tensor | None = None
+    segment_boundaries: Tensor | None = None
     heads: dict[Statistic, tuple[int, ...]] | None = None
 
     def only(self, statistics: tuple[Statistic, ...]) -> Request:
         """The request for some of its statistics."""
         heads = {s: heads for s, heads in (self.heads or {}).items() if s in statistics}
-        return self._replace(statistics=statistics, heads=heads or None)
+        takes_bounds = SegmentMass() in statistics
+        bounds = self.segment_boundaries if takes_bounds else None
+        return self._replace(statistics=statistics, heads=heads or None, segment_boundaries=bounds)
 
     def summed(self) -> Request:
         """The request for the sums of means, which add up over parts of the queries."""
@@ -149,17 +155,20 @@ class AttentionCall:
         return "attention_mask must be (B, T) with T the cached and new tokens together"
 
     def _check(self, statistics: tuple[Statistic, ...]) -> None:
-        """Raise InputError for statistics of first or last tokens that chunks or a sliding cache hide."""
+        """Raise InputError for statistics of first or last tokens, or that number keys from the first one on, where
+        chunks or a sliding cache hide these."""
         for s in statistics:
-            if self.mask.chunks is not None and (s.method == "first_keys" or s.last_queries is not None):
+            numbers = s.method in ("first_keys", "segments", "top")
+            if self.mask.chunks is not None and (numbers or s.last_queries is not None):
                 raise InputError(
                     f"{self.where} attends within chunks, and {s} would be each chunk's own; capture layers of "
                     "full attention, or leave it out"
                 )
-            if self.first_key > 0 and s.method == "first_keys":
+            if self.first_key > 0 and numbers:
+                kind = type(s).__name__
                 raise InputError(
-                    f"{self.where} has a sliding cache that has dropped the first keys, which SinkMass looks at; leave "
-                    "SinkMass out, or run the whole sequence in one pass"
+                    f"{self.where} has a sliding cache that has dropped the first keys, from which {kind} counts; "
+                    f"leave it out, or run the whole sequence in one pass"
                 )
 
     def _used(self) -> tuple[Tensor, Tensor]:
@@ -172,14 +181,13 @@ class AttentionCall:
     def _options(self, request: Request) -> Options:
         """The options with the request and those of the mask, which are made once for all layers that share it."""
         key = self.cross, self.key.device
-        statistics, query_mask, heads = request
         # What a graph writes into an object becomes one of its outputs.
         of_mask = None if torch.compiler.is_compiling() else self.mask.memo.get(key)
         if of_mask is None:
             of_mask = _options_of(self.mask, *key)
             if not torch.compiler.is_compiling():
                 self.mask.memo[key] = of_mask
-        return self.options._replace(statistics=statistics, query_mask=query_mask, heads=heads, **of_mask)
+        return self.options._replace(**request._asdict(), **of_mask)
 
     def _attend_dense(self, options: Options) -> AttentionResult:
         """Through the eager reference, which holds the map."""
@@ -238,6 +246,11 @@ class AttentionCall:
     def _attend_packed(self, request: Request, options: Options) -> AttentionResult:
         if self.cross:
             raise InputError(f"{self.where} is cross-attention in blocks, which cannot be computed")
+        if options.segment_boundaries is not None:
+            raise InputError(
+                f"segment_boundaries: {self.where} has packed rows, where positions begin anew in each sequence; pass "
+                "SegmentMass((0, n, None)) with boundaries for all of them"
+            )
         batch, _, length, _ = self.query.shape
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (self.query, *self._used()))
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = self._boundaries()
@@ -250,6 +263,7 @@ class AttentionCall:
             statistics=of_blocks.statistics,
             heads=of_blocks.heads,
             query_mask=None if options.query_mask is None else options.query_mask.flatten(),
+            query_weight=None if options.query_weight is None else options.query_weight.flatten(),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,
@@ -260,14 +274,19 @@ class AttentionCall:
         )
         output, results = functional.attend(query, key, value, packed)
 
-        # (H, B * T) to (B, H, T), and without heads (B * T) to (B, T), which movedim leaves as it is.
-        results = results.changed(lambda s, x: x.unflatten(-1, (batch, -1)).movedim(-2, 0))
+        # (H, B * T, ..) to (B, H, T, ..), and without heads (B * T) to (B, T), which movedim leaves as it is.
+        def by_row(x: Tensor, tokens: int = -1) -> Tensor:
+            return x.unflatten(tokens, (batch, -1)).movedim(tokens - 1, 0)
+
+        results = results.changed(lambda s, x: by_row(x, -1 - s.per_query), lambda _, x: by_row(x))
         output = output.unflatten(0, (batch, length)).transpose(1, 2)
         if not chunked:
             return AttentionResult(output, results)
         validity, counting = functional.placeholders(self.query, self._used()[0], results.lse, options)
-        tensors = {s: results[s.summed] for s in request.statistics}
-        tensors = {s: x / counting(s).clamp(min=1)[:, None] if s.is_mean else x for s, x in tensors.items()}
+        tensors = {s: results.tensors[s.summed] for s in request.statistics}
+        for s in (s for s in tensors if s.is_mean):
+            counts = counting(s)
+            tensors[s] = tensors[s] / counts.masked_fill(counts == 0, 1)[:, None]
         return AttentionResult(output, Statistics(tensors, validity, counting, results.lse))
 
     def _boundaries(self) -> tuple[Tensor, Tensor, int | None, int | None]:

@@ -50,6 +50,8 @@ def capture(
     heads: HeadSelection | Mapping[Any, HeadSelection] | None = None,
     reduce: Reduce | Iterable[Reduce] | None = None,
     query_mask: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    segment_boundaries: Tensor | None = None,
     attention: AttentionKind = "self",
     live: bool = False,
     on_token: Callable[[Capture], bool | None] | None = None,
@@ -86,6 +88,9 @@ def capture(
         query_mask: (B, Tq) bool in the shape of the forward's input_ids: which queries count in column statistics (the
             response). Can be changed between forward passes: `run.query_mask = mask`. With `live` it is that of the
             prompt, and every later token counts.
+        query_weight: (B, Tq) float, how much each query counts there, as for `attnstats.attention`; can be changed
+            between forward passes, too. With `live` it is that of the prompt, and every later token has 1.
+        segment_boundaries: (B, S + 1) int, those of `SegmentMass()` for each batch row; can be changed, too.
         attention: "self", of the decoder or the only stack; "encoder" and "cross", of an encoder-decoder model.
             Cross-attention has no distances, so it takes only statistics without them; padding of the decoder never
             counts.
@@ -129,6 +134,8 @@ def capture(
     statistics = resolve(statistics)
     over = _reduce(reduce)
     _check_settings(statistics, attention, live, on_token, stop_after_last_layer)
+    for s in (s for s in statistics if over and not s.averages):
+        raise ValueError(f"reduce={reduce!r}: {s} names keys, of which there is no mean; capture it without reduce")
     attachment = attachment_of(model)
     modules = (attention_modules(model) if attachment is None else attachment.modules).get(attention, {})
     if not modules:
@@ -141,6 +148,8 @@ def capture(
         wrapped, attention, statistics, chosen_layers, chosen_heads, over, live, on_token, on, stop_after_last_layer
     )
     run.query_mask = query_mask
+    run.query_weight = query_weight
+    run.segment_boundaries = segment_boundaries
     return Capturing(_observing(model, run, live, backend, allow_dense))
 
 

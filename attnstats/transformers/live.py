@@ -84,6 +84,7 @@ class GenerationRecording(Recording):
         self.tokens: GrowingTensor | None = None
         self._sums: dict[Statistic, dict[int | None, GrowingTensor]] = {}
         self._query_mask: GrowingTensor | None = None  # (B, T) bool
+        self._query_weight: GrowingTensor | None = None  # (B, T)
         self._key_mask: GrowingTensor | None = None
         self._last_steps: dict[int, LastStep] = {}  # by layer
         self._begin = 0
@@ -92,14 +93,15 @@ class GenerationRecording(Recording):
         """The output of the call, whose statistics are recorded."""
         output, results = call.attend(request.summed())
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
+        for s, x in self.addends(layer, {s: results.tensors[s.summed] for s in request.statistics}).items():
             of_layers = self._sums.setdefault(s, {})
+            x = x.movedim(-1 - s.per_query, -1)  # tokens last, along which it grows
             if key not in of_layers:
                 of_layers[key] = GrowingTensor(x)
             of_layers[key].add(call.first_key if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
-            self._add_masks(call, request.query_mask)
+            self._add_masks(call, request)
         self._remember(layer, call, request)
         return output
 
@@ -125,10 +127,14 @@ class GenerationRecording(Recording):
 
     def read(self, statistic: Statistic) -> Tensor:
         first = 0 if statistic.axis == "column" else self.first
-        sums: Sums = {layer: x.values[..., first : self.length] for layer, x in self._sums[statistic].items()}
+        sums: Sums = {
+            layer: x.values[..., first : self.length].movedim(-1, -1 - statistic.per_query)
+            for layer, x in self._sums[statistic].items()
+        }
         mean = self.mean(statistic, self.over_ranks(statistic, sums))
         if statistic.is_mean:
-            count = self._counts(statistic).clamp(min=1)
+            count = self._counts(statistic)
+            count = count.masked_fill(count == 0, 1).to(mean.dtype)
             mean = mean / (count if self.over_heads else count[:, None])
         return mean if self.device is None else mean.to(self.device)
 
@@ -141,18 +147,20 @@ class GenerationRecording(Recording):
         return key_mask & (self._counts(statistic) > 0) if statistic.is_mean else key_mask.clone()
 
     def _counts(self, statistic: Statistic) -> Tensor:
-        """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10."""
+        """(B, T), the number of counted queries at a key's horizon, |T(s)| of Eq. 10, or the sum of their weights."""
         assert self._query_mask is not None
         assert statistic.horizon is not None
         lo, hi = statistic.horizon
         counted = self._query_mask.values
+        if self._query_weight is not None:
+            counted = self._query_weight.values.double() * counted
         before = torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
         position = torch.arange(self.length, device=counted.device, dtype=torch.int64)
         first = (position + lo).clamp(max=self.length)
         end = torch.full_like(first, self.length) if hi is None else (position + hi + 1).clamp(max=self.length)
         return before[:, torch.maximum(first, end)] - before[:, first]
 
-    def _add_masks(self, call: AttentionCall, query_mask: Tensor | None) -> None:
+    def _add_masks(self, call: AttentionCall, request: Request) -> None:
         """Record, once per step, which of its queries count and which of its tokens are real."""
         batch = call.query.shape[0]
         ones = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
@@ -162,7 +170,12 @@ class GenerationRecording(Recording):
             if self.first:
                 earlier = call.earlier_keys
                 self._key_mask.add(0, ones.new_ones(batch, self.first) if earlier is None else earlier)
+        query_mask, query_weight = request.query_mask, request.query_weight
         self._query_mask.add(call.begin, real if query_mask is None else real & query_mask.to(real.device))
+        if query_weight is not None:
+            if self._query_weight is None:
+                self._query_weight = GrowingTensor(query_weight)
+            self._query_weight.add(call.begin, query_weight)
         self._key_mask.add(call.begin, real)
         self.length = call.end
 
@@ -193,15 +206,17 @@ class GenerationRecording(Recording):
 
     def _tensors(self) -> list[GrowingTensor]:
         sums = [x for by_layer in self._sums.values() for x in by_layer.values()]
-        return sums + [x for x in (self._query_mask, self._key_mask, self.tokens) if x is not None]
+        of_tokens = (self._query_mask, self._query_weight, self._key_mask, self.tokens)
+        return sums + [x for x in of_tokens if x is not None]
 
     def _remember(self, layer: int, call: AttentionCall, request: Request) -> None:
         """Keep the last queries for `truncate`, where columns depend on them."""
         columns = tuple(s for s in request.statistics if s.axis == "column")
         if columns:
             rows = min(UNDOABLE_ROWS, call.query.shape[2])
-            mask = None if request.query_mask is None else request.query_mask[:, -rows:]
-            self._last_steps[layer] = LastStep(call.last(rows), request.only(columns)._replace(query_mask=mask))
+            mask, weight = (None if x is None else x[:, -rows:] for x in (request.query_mask, request.query_weight))
+            of_last = request.only(columns)._replace(query_mask=mask, query_weight=weight)
+            self._last_steps[layer] = LastStep(call.last(rows), of_last)
 
     def _subtract(self, layer: int, step: LastStep, length: int) -> None:
         """Subtract from the column sums the attention of the tokens from position `length` on."""
@@ -213,5 +228,5 @@ class GenerationRecording(Recording):
         with torch.no_grad():
             results = call.attend(request.summed()._replace(query_mask=rejected)).statistics
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results[s.summed] for s in request.statistics}).items():
+        for s, x in self.addends(layer, {s: results.tensors[s.summed] for s in request.statistics}).items():
             self._sums[s][key].add(call.first_key, -x)

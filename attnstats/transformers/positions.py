@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnstats import functional
+from attnstats.core.geometry import without_rows
 from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import Statistic
@@ -328,12 +329,12 @@ class PlacedCall(AttentionCall):
         lse = results.lse.detach()
         with torch.no_grad():
             parts = self._parts(request.only(tuple(placed)), lse)
-        tensors = dict(results)
+        tensors = dict(results.tensors)
         real = self.mask.real_queries
         for s in placed:
-            tensors[s] = torch.cat([part[s] for part in parts], 1)
+            tensors[s] = torch.cat([part.tensors[s] for part in parts], 1)
             if s.axis == "row" and real is not None:
-                tensors[s] = tensors[s].masked_fill(~real[:, None].to(lse.device), 0.0)
+                tensors[s] = without_rows(s, tensors[s], ~real.to(lse.device))
             heads = (request.heads or {}).get(s)
             if heads is not None and len(parts) > 1:
                 tensors[s] = tensors[s][:, list(heads)]

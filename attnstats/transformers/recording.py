@@ -144,7 +144,7 @@ class PassRecording(Recording):
         used = call.mask.used_keys
         if isinstance(used, Tensor):
             self._used[None if self.over_layers else layer] = used
-        for s, x in self.addends(layer, results).items():
+        for s, x in self.addends(layer, results.tensors).items():
             sums = self._sums.setdefault(s, {})
             if not self.over_layers:
                 sums[layer] = x if self.device is None else self.to_device(x)

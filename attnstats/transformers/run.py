@@ -15,7 +15,7 @@ from torch import Tensor
 from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
 from attnstats.results import ByStatistic, find
-from attnstats.statistics import LSE, MaxLogit, Statistic
+from attnstats.statistics import LSE, MaxLogit, SegmentMass, Statistic
 from attnstats.tensors import check_plain
 from attnstats.transformers import caches
 from attnstats.transformers.calls import AttentionCall, Request
@@ -36,6 +36,23 @@ def _in_backward() -> bool:
 
 class StopForward(RuntimeError):
     """Raised after the last captured layer to stop the model, where stop_after_last_layer=True."""
+
+
+def _check_boundaries(statistics: tuple[Statistic, ...], bounds: Tensor | None, call: AttentionCall) -> None:
+    """Raise InputError for segments of keys that a single pass, which grows no more, doesn't have."""
+    for s in statistics:
+        if not isinstance(s, SegmentMass):
+            continue
+        given = s.boundaries
+        if given is None:
+            if bounds is None or bounds.device.type != "cpu" or torch.compiler.is_compiling():
+                continue
+            given = tuple(bounds.flatten().tolist())
+        last, keys = max((bound for bound in given if bound is not None), default=0), call.key.shape[2]
+        if last > keys:
+            raise InputError(
+                f"{s}: a boundary is past the end, {last} of {keys} keys; the last may be open, None or -1"
+            )
 
 
 class MemoryUse(NamedTuple):
@@ -99,6 +116,8 @@ class Capture:
         stops = stop_after_last_layer and not is_sharded(model)
         self._stop_after = max(self._statistics_of) if stops else None
         self._query_mask: Tensor | None = None
+        self._query_weight: Tensor | None = None
+        self._segment_boundaries: Tensor | None = None
         self._recording: PassRecording | GenerationRecording = self._new_recording()
         self._complete = False
         self._was_read = False  # what is recorded, in part or whole
@@ -118,13 +137,13 @@ class Capture:
 
     # Reading
 
-    def __getitem__(self, key: Statistic | str) -> Tensor:
+    def __getitem__(self, key: Statistic | str) -> Any:
         self._require_complete()
         self._was_read = True
         statistic = find(key, self.statistics, "recorded")
         result = self._recording.read(statistic)
         self._check_finite(statistic, result)
-        return result
+        return statistic.returned(result)
 
     def __contains__(self, key: object) -> bool:
         return key in self.statistics or any(statistic.name == key for statistic in self.statistics)
@@ -147,6 +166,29 @@ class Capture:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"query_mask must be a bool tensor (B, T) in the shape of input_ids, or None; got {got}")
         self._query_mask = mask
+
+    @property
+    def query_weight(self) -> Tensor | None:
+        """(B, Tq) float, how much each query of the coming forward passes counts in column statistics; None: 1."""
+        return self._query_weight
+
+    @query_weight.setter
+    def query_weight(self, weight: Tensor | None) -> None:
+        check_plain(query_weight=weight)
+        if weight is not None and not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2):
+            got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"query_weight must be a float tensor (B, T) in the shape of input_ids, or None; got {got}")
+        self._query_weight = weight
+
+    @property
+    def segment_boundaries(self) -> Tensor | None:
+        """(B, S + 1) int64, those of `SegmentMass()` in the coming forward passes."""
+        return self._segment_boundaries
+
+    @segment_boundaries.setter
+    def segment_boundaries(self, boundaries: Tensor | None) -> None:
+        check_plain(segment_boundaries=boundaries)
+        self._segment_boundaries = boundaries
 
     @property
     def key_positions(self) -> Tensor | dict[int, Tensor] | None:
@@ -189,7 +231,8 @@ class Capture:
             counts = [self._head_count or 1 if heads is None else len(heads) for heads in self.heads[s].values()]
             per_layer = 1 if "heads" in self._reduce else max(counts)
             slices = per_layer * (1 if "layers" in self._reduce else len(counts))
-            values = math.prod(s.shape(length, length))
+            bounds = self._segment_boundaries
+            values = math.prod(s.shape(length, length, None if bounds is None else bounds.shape[-1] - 1))
             sizes[s] = 4 * batch * slices * values * (2 if self._live else 1)
         return MemoryUse(sizes)
 
@@ -264,7 +307,17 @@ class Capture:
         query_mask = None
         if self._query_mask is not None or call.real_queries is not None:
             query_mask = self._query_mask_of(call)
-        output = self._recording.attend(layer, call, Request(statistics, query_mask, heads))
+        weight, bounds = self._query_weight, self._segment_boundaries
+        if weight is not None:
+            weight = self._along_queries("query_weight", weight, call, 1.0)
+        if not self._live:
+            _check_boundaries(statistics, bounds, call)
+        if bounds is not None:
+            bounds = bounds.to(call.query.device)
+            if self._live and len(bounds) < len(call.query) and len(call.query) % len(bounds) == 0:  # beams
+                bounds = bounds.repeat_interleave(len(call.query) // len(bounds), dim=0)
+        request = Request(statistics, query_mask, weight, bounds, heads)
+        output = self._recording.attend(layer, call, request.only(statistics) if bounds is not None else request)
         if layer == self._stop_after:
             self._positions.end()
             raise StopForward(
@@ -394,19 +447,23 @@ class Capture:
         if call.real_queries is not None:
             mask = call.real_queries if mask is None else mask.to(call.real_queries.device) & call.real_queries
         assert mask is not None
+        return self._along_queries("query_mask", mask, call, True)
+
+    def _along_queries(self, name: str, given: Tensor, call: AttentionCall, later: float | bool) -> Tensor:
+        """(B, Tq) of the call's queries what the user gave for the pass, or live for the prompt; then `later`."""
         batch, _, length, _ = call.query.shape
-        if not self._live and tuple(mask.shape) != (batch, length):
+        if not self._live and tuple(given.shape) != (batch, length):
             raise InputError(
-                f"query_mask must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(mask.shape)}"
+                f"{name} must have shape {(batch, length)}, that of this pass's input_ids, got {tuple(given.shape)}"
                 "; while a model generates, live=True takes the prompt's"
             )
-        if self._live:  # the mask is that of the prompt, and every later token counts
+        if self._live:
             assert isinstance(self._recording, GenerationRecording)
             begin, end = call.begin - self._recording.first, call.end - self._recording.first
-            mask = torch.nn.functional.pad(mask, (0, max(0, end - mask.shape[1])), value=True)[:, begin:end]
-            if batch != len(mask) and batch % len(mask) == 0:
-                mask = mask.repeat_interleave(batch // len(mask), dim=0)  # beams
-        return mask.to(call.query.device)
+            given = torch.nn.functional.pad(given, (0, max(0, end - given.shape[1])), value=later)[:, begin:end]
+            if batch != len(given) and batch % len(given) == 0:
+                given = given.repeat_interleave(batch // len(given), dim=0)  # beams
+        return given.to(call.query.device)
 
     def _ranks(self, count: int) -> Ranks | None:
         """The ranks that have the other heads, where fewer arrive than the model has."""

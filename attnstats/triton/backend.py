@@ -44,6 +44,8 @@ def unavailable(geometry: Geometry) -> str | None:
         return f"head_dim {max(geometry.head_dim, geometry.value_dim)} is over {MAX_HEAD_DIM}"
     if geometry.scale <= 0:
         return f"the online softmax needs scale > 0, got {geometry.scale}"
+    if geometry.query_weight is not None:
+        return "the kernels take no query_weight yet"
     for s in geometry.statistics:
         kind = type(s).__name__
         if s.method == "row" and type(s) not in plan.WHOLE_ROWS:

@@ -36,7 +36,7 @@ static float* behind(float* at, int64_t count) {
 """
 # A fault of each kind that has to be found: where, what is written, what it becomes, and what the sanitizer says.
 FAULTS = {
-    "behind a result": ("native.cpp", "i < task.rows; ++i) to[i]", "i <= task.rows; ++i) to[i]", OVERFLOW),
+    "behind a result": ("native.cpp", "to[i * numbers + n] =", "to[i * numbers + n + 1] =", OVERFLOW),
     "an absent row": ("tile.h", "i < task.rows; ++i) {", "i <= task.rows; ++i) {", OVERFLOW),
     "behind a buffer": ("tile.h", "j < KEYS; ++j) {", "j <= KEYS; ++j) {", "use-after-poison"),
     "undefined": ("native.cpp", "= omp_get_thread_num()", "= call.rows << 63", "runtime error: "),
