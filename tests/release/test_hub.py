@@ -162,7 +162,9 @@ def test_kernels_reads_its_settings_metadata_and_digests(folder: Path, tmp_path:
 
 def test_the_example_of_the_documentation_runs(folder: Path, tmp_path: Path) -> None:
     assert KERNELS.is_dir(), MISSING
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "release.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"<!-- code: hub -->\n```python\n(.*?)```", (ROOT / "docs" / "release.md").read_text(), re.DOTALL
+    )
     shutil.copytree(folder, tmp_path / "dist" / "hub" / "attnstats")
     paths = f"{KERNELS}{os.pathsep}{ROOT}"
     printed = python("-c", code + "print(stats['waad'].shape)", cwd=tmp_path, HF_HUB_OFFLINE="1", PYTHONPATH=paths)
