@@ -94,11 +94,12 @@ class HeadScores:
         from attnstats.report import figures
 
         kinds = self.kinds if kind is None else (self._known(kind),)
-        panels = []
-        for each in kinds:
-            measure = MEASURES[KINDS[each].measure]
-            panel = figures.HeadPanel(KINDS[each].title, measure.unit, self[each], KINDS[each].highest, measure.is_log)
-            panels.append(panel)
+        panels = [
+            figures.HeadPanel(
+                each.title, MEASURES[each.measure].unit, self._of(each.measure), each.highest, each.is_log
+            )
+            for each in map(KINDS.__getitem__, kinds)
+        ]
         return figures.head_scores(panels, self.layers)
 
     def save(self, file: str | PathLike[str]) -> None:

@@ -142,8 +142,8 @@ class HeadPanel(NamedTuple):
 
 
 def head_scores(panels: Sequence[HeadPanel], layers: Sequence[int]) -> Figure:
-    """Scores of all heads, a picture of layers by heads each, two beside each other."""
-    columns = min(2, len(panels))
+    """Scores of all heads, a picture of layers by heads each, three beside each other."""
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with _styled() as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -153,11 +153,11 @@ def head_scores(panels: Sequence[HeadPanel], layers: Sequence[int]) -> Figure:
             colours = colours.with_extremes(bad="0.85")
             picture = axis.imshow(panel.values.numpy(), cmap=colours, norm=_norm(domain), aspect="auto")
             axis.set_title(panel.title, fontsize=8, loc="left", fontweight="bold")
-            _name_heads(axis, layers, panel.values.shape[1])
+            _name_heads(axis, layers, panel.values.shape[1], most=16 // columns)
             _bar(figure, picture, axis, panel.unit, 1, domain.is_log)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        figure.set_size_inches(WIDTH, rows * (0.9 + min(0.24, 4 / len(layers)) * len(layers)))
+        figure.set_size_inches(WIDTH, rows * (0.8 + min(2.4, 0.2 * len(layers))))
     return figure
 
 
@@ -248,9 +248,9 @@ def _arc(axis: Axes, anchor: int, intro: int) -> None:
     )
 
 
-def _name_heads(axis: Axes, layers: Sequence[int], count: int) -> None:
-    axis.set_xticks(range(0, count, max(1, count // 16)))
-    step = max(1, len(layers) // 16)
+def _name_heads(axis: Axes, layers: Sequence[int], count: int, most: int = 16) -> None:
+    axis.set_xticks(range(0, count, -(-count // most)))
+    step = -(-len(layers) // 16)
     axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axis.set_xlabel("head")
     axis.set_ylabel("layer")

@@ -69,7 +69,6 @@ class Measure:
         of: the sum and the count of a text.
         needs: what a text must have for it, to be read after "a text"; empty: it has it.
         by_sentence: it needs the boundaries.
-        is_log: drawn on a logarithmic scale.
     """
 
     unit: str
@@ -77,7 +76,6 @@ class Measure:
     of: Callable[[ReadText], Sum]
     needs: str = ""
     by_sentence: bool = False
-    is_log: bool = False
 
 
 class Kind(NamedTuple):
@@ -86,6 +84,7 @@ class Kind(NamedTuple):
     measure: str
     highest: bool
     title: str
+    is_log: bool = False  # how it is drawn
 
 
 def _distance(text: ReadText) -> Sum:
@@ -113,7 +112,7 @@ def _received_kurtosis(text: ReadText) -> Sum:
 
 
 MEASURES = {
-    "mean_distance": Measure("tokens", lambda _: (MeanDistance(),), _distance, is_log=True),
+    "mean_distance": Measure("tokens", lambda _: (MeanDistance(),), _distance),
     "sink_mass": Measure(
         "share of attention",
         lambda _: (SinkMass(FIRST_KEYS),),
@@ -132,7 +131,7 @@ MEASURES = {
 }
 
 KINDS = {
-    "local": Kind("mean_distance", False, "Local: shortest distance"),
+    "local": Kind("mean_distance", False, "Local: shortest distance", is_log=True),
     "global": Kind("mean_distance", True, "Global: longest distance"),
     "sink": Kind("sink_mass", True, "Sink"),
     "receiver": Kind("received_kurtosis", True, "Receiver"),
