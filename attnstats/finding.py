@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnstats import cells
 from attnstats.errors import InputError
-from attnstats.heads import check_model, read_record
+from attnstats.heads import check_model, frame_index, read_record
 from attnstats.identity import ModelIdentity, identity
-from attnstats.report import notebook
 from attnstats.study import given, models
 from attnstats.study.measures import KINDS, MEASURES, one_pass
 from attnstats.study.models import LoadedModel
@@ -85,8 +85,7 @@ class HeadScores:
         import pandas
 
         measures = dict.fromkeys(KINDS[kind].measure for kind in self.kinds)
-        heads = range(next(iter(self.sums.values())).shape[1])
-        index = pandas.MultiIndex.from_product([self.layers, heads], names=["layer", "head"])
+        index = frame_index(self.layers, next(iter(self.sums.values())).shape[1])
         return pandas.DataFrame({name: self._of(name).flatten().numpy() for name in measures}, index)
 
     def plot(self, kind: str | None = None) -> Figure:
@@ -139,18 +138,15 @@ class HeadScores:
         return scores
 
     def __repr__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _repr_html_(self) -> str:
-        return notebook.lines(self._lines())
-
-    def _lines(self) -> list[str]:
         layers, heads = next(iter(self.sums.values())).shape
         lines = [f"HeadScores of {layers} x {heads} heads, over {self.tokens} tokens of {self.texts} texts"]
         for kind in self.kinds:
             top = ", ".join(f"{each.layer}.{each.head} ({each.score:.3g})" for each in self.top(kind, NAMED))
             lines.append(f"  {kind}, by layer.head ({KINDS[kind].measure}): {top}")
-        return lines
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return cells.text(repr(self)) + cells.table(self.to_frame)
 
     def _of(self, measure: str) -> Tensor:
         return self.sums[measure] / self.counts[measure]  # 0 / 0 is NaN

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnstats import cells
 from attnstats.errors import InputError
 from attnstats.identity import ModelIdentity, differences, identity
 from attnstats.statistics import FAI
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, MultiIndex
 
 SHAPED = 4  # values that a kurtosis needs
 # Receiver heads are those of high kurtosis of this: the attention that a key receives from queries 4 or more later.
@@ -31,24 +32,86 @@ RECEIVED = FAI(4, None)
 FORMAT, VERSION = "attnstats head profile", 2
 MATRICES = ("distance_sum", "kurtosis_sum", "kurtosis_count")
 NAMED = 5  # nearest and farthest heads that a repr names
+LISTED = 10  # heads of a class that a repr names
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadClasses:
-    """The local and the global heads: two bool tensors (layers, heads) without a head in common."""
+    """The local and the global heads of some layers: two bool tensors (layers, heads) without a head in common.
+
+    Attributes:
+        layers: numbers of the layers in the model, one for each row of the tensors; by default 0, 1, ...
+
+    Example:
+        >>> import torch
+        >>> classify(torch.tensor([[1.0, 5.0], [9.0, 5.0]]), share=0.25, layers=[11, 14])
+        HeadClasses of 2 x 2 heads
+          1 local, by layer.head: 11.0
+          1 global, by layer.head: 14.0
+    """
 
     local: Tensor
     global_: Tensor
+    layers: tuple[int, ...] = ()
 
-    def of(self, rows: Sequence[int]) -> HeadClasses:
-        """The classes of the layers at these indices only."""
-        return HeadClasses(self.local[list(rows)], self.global_[list(rows)])
+    def __post_init__(self) -> None:
+        numbers = tuple(self.layers) or tuple(range(len(self.local)))
+        if not len(numbers) == len(self.local) == len(self.global_):
+            raise ValueError(f"layers: one for each of the {len(self.local)} rows, got {self.layers}")
+        object.__setattr__(self, "layers", numbers)
+
+    def of(self, layers: Iterable[int]) -> HeadClasses:
+        """The classes of these layers only."""
+        layers = tuple(layers)
+        rows = list(map(self._row, layers))
+        return HeadClasses(self.local[rows], self.global_[rows], layers)
 
     def name(self, layer: int, head: int) -> str:
-        """The class of the head at these indices: "local", "global" or "middle"."""
-        if self.local[layer, head]:
+        """The class of a head: "local", "global" or "middle"."""
+        row = self._row(layer)
+        if self.local[row, head]:
             return "local"
-        return "global" if self.global_[layer, head] else "middle"
+        return "global" if self.global_[row, head] else "middle"
+
+    def letters(self, layer: int) -> str:
+        """The first letters of the classes of a layer's heads, such as "lmmg"."""
+        return "".join(self.name(layer, head)[0] for head in range(self.local.shape[1]))
+
+    def heads(self, name: str) -> list[tuple[int, int]]:
+        """The (layer, head) of each head of a class, "local" or "global"."""
+        if name not in ("local", "global"):
+            raise ValueError(f'name must be "local" or "global", got {name!r}')
+        chosen = self.local if name == "local" else self.global_
+        return [(self.layers[row], head) for row, head in chosen.nonzero().tolist()]
+
+    def to_frame(self) -> DataFrame:
+        """One row per head, by layer and head: its class."""
+        index = frame_index(self.layers, self.local.shape[1])
+        return index.to_frame()[[]].assign(**{"class": [self.name(layer, head) for layer, head in index]})
+
+    def _row(self, layer: int) -> int:
+        if layer not in self.layers:
+            raise ValueError(f"layer {layer}: not among {', '.join(map(str, self.layers))}")
+        return self.layers.index(layer)
+
+    def __repr__(self) -> str:
+        lines = [f"HeadClasses of {self.local.shape[0]} x {self.local.shape[1]} heads"]
+        for name in ("local", "global"):
+            heads = self.heads(name)
+            named = ", ".join(f"{layer}.{head}" for layer, head in heads[:LISTED])
+            more = f" and {len(heads) - LISTED} more" if len(heads) > LISTED else ""
+            lines.append(f"  {len(heads)} {name}, by layer.head: {named}{more}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return cells.text(repr(self)) + cells.table(self.to_frame)
+
+
+def frame_index(layers: Iterable[int], heads: int) -> MultiIndex:
+    """The index of a frame with a row per head."""
+    import pandas
+
+    return pandas.MultiIndex.from_product([layers, range(heads)], names=["layer", "head"])
 
 
 def head_distance(mean_distance: Tensor, counted: Tensor) -> Tensor:
@@ -63,7 +126,7 @@ def head_distance(mean_distance: Tensor, counted: Tensor) -> Tensor:
     return mean_distance[..., counted].double().mean(-1)
 
 
-def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
+def classify(distance: Tensor, share: float = 0.30, layers: Iterable[int] = ()) -> HeadClasses:
     """The `max(1, floor(share * heads))` heads of least and of most mean distance, among all heads of all layers.
 
     The local heads are chosen first and the global ones among the rest, so that no head is both. Ties go to the first
@@ -72,6 +135,7 @@ def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
     Args:
         distance: (layers, heads), mean attention distance, finite; two heads or more.
         share: in (0, 0.5].
+        layers: numbers of the layers in the model, by which the classes name heads; by default 0, 1, ...
 
     Example:
         >>> import torch
@@ -92,7 +156,7 @@ def classify(distance: Tensor, share: float = 0.30) -> HeadClasses:
     local = none.index_fill(0, flat.argsort(stable=True)[:count], True)
     farthest = flat.masked_fill(local, -torch.inf).argsort(stable=True, descending=True)
     global_ = none.index_fill(0, farthest[:count], True)
-    return HeadClasses(local.view_as(distance), global_.view_as(distance))
+    return HeadClasses(local.view_as(distance), global_.view_as(distance), tuple(layers))
 
 
 def class_mean(statistic: Tensor, chosen: Tensor) -> Tensor:
@@ -330,9 +394,9 @@ class HeadProfile:
         """One row per head: mean_distance in tokens, and received_kurtosis."""
         import pandas
 
-        heads = pandas.MultiIndex.from_product([self.layers, range(self.distance.shape[1])], names=["layer", "head"])
         columns = {"mean_distance": self.distance.flatten(), "received_kurtosis": self.kurtosis.flatten()}
-        return pandas.DataFrame({name: values.numpy() for name, values in columns.items()}, heads)
+        index = frame_index(self.layers, self.distance.shape[1])
+        return pandas.DataFrame({name: values.numpy() for name, values in columns.items()}, index)
 
     def __repr__(self) -> str:
         layers, heads = self.distance_sum.shape
@@ -345,12 +409,16 @@ class HeadProfile:
                 lines.append(f"  {name}, by layer.head (tokens): {', '.join(named)}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        return cells.text(repr(self)) + (cells.table(self.to_frame) if self.rows else "")
+
     def classes(self, share: float = 0.30, layers: Iterable[int] | None = None) -> HeadClasses:
         """Local and global heads among those of some layers (None: all), as masks over all heads of the profile."""
         chosen = self._rows(layers)
         classes = classify(self.distance[chosen], share)
         none = torch.zeros_like(self.distance, dtype=torch.bool)
-        return HeadClasses(none.index_copy(0, chosen, classes.local), none.index_copy(0, chosen, classes.global_))
+        local, global_ = (none.index_copy(0, chosen, of_chosen) for of_chosen in (classes.local, classes.global_))
+        return HeadClasses(local, global_, self.layers)
 
     def receivers(self, count: int = 20, layers: Iterable[int] | None = None) -> Tensor:
         """(L, H) bool: the `count` heads of highest kurtosis among those of some layers, ties in (layer, head) order.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from attnstats.statistics import LSE, Statistic
@@ -36,6 +37,22 @@ class ByStatistic(Mapping[Statistic, Tensor]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{s}: {tuple(x.shape)}' for s, x in self._tensors.items())})"
+
+
+def shapes(values: Any) -> str:
+    """The shape of a result, or of each part of one that has several."""
+    if isinstance(values, Tensor):
+        return str(tuple(values.shape))
+    return ", ".join(f"{name} {tuple(part.shape)}" for name, part in zip(values._fields, values, strict=True))
+
+
+def highest(values: Any) -> tuple[float, tuple[int, ...]] | None:
+    """The highest entry and its indices; None where there is none, or numbers can't be read, as in tracing."""
+    if type(values) is not Tensor or values.is_meta or not values.numel():
+        return None
+    known = values.detach().double().nan_to_num(nan=-torch.inf)
+    place = tuple(int(i) for i in torch.unravel_index(known.argmax(), known.shape))
+    return float(values[place]), place
 
 
 def find(key: Statistic | str, statistics: Collection[Statistic], participle: str) -> Statistic:
@@ -85,6 +102,14 @@ class Statistics(ByStatistic):
     def tensors(self) -> Mapping[Statistic, Tensor]:
         """One tensor for each statistic, as backends return them."""
         return self._tensors
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} of one call, lse {tuple(self.lse.shape)}"]
+        for statistic, values in self.items():
+            found = highest(values)
+            at = "" if found is None else f", highest {found[0]:.4g} at {found[1]}"
+            lines.append(f"  {statistic}: {shapes(values)}{at}")
+        return "\n".join(lines)
 
     @property
     def valid(self) -> ByStatistic:  # a dozen small operations, which most calls never need

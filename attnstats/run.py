@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from attnstats import report
+from attnstats import cells, report
 from attnstats.chance import Coupling
 from attnstats.errors import InputError
 from attnstats.heads import HeadProfile
@@ -149,7 +149,7 @@ class FinishedRun(Sequence[Analysis]):
         return "\n".join(self._lines())
 
     def _repr_html_(self) -> str:
-        return notebook.lines(self._lines()) + self.show()._repr_html_()
+        return cells.text(repr(self)) + self.show()._repr_html_()
 
     def _lines(self) -> list[str]:
         model, outlines = self.summary["model"], list(islice(self._analyses.outlines(), SHOWN))

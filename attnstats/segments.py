@@ -12,16 +12,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attnstats import cells
 from attnstats.heads import HeadProfile, segment_received
 from attnstats.statistics import MeanDistance, PooledMap
 from attnstats.transformers.capture import capture
 from attnstats.transformers.selection import Layers
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+NAMED = 3  # segments that a repr names
 Splitter = Callable[[str], Sequence[str]]
 
 # A sentence ends with . ! ? or similar and closing quotes or brackets, before a space or the end, and at a line break;
@@ -99,7 +104,7 @@ def boundaries(tokens: Sequence[str], split: Splitter = sentences, start: int = 
     return (*first_tokens, len(tokens))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SegmentAttention:
     """Attention between the S segments of a sequence in each of L x H heads.
 
@@ -131,6 +136,39 @@ class SegmentAttention:
     def received(self, ignore: int = 4) -> Tensor:
         """(L, H, S) float64: heads.segment_received, NaN where no segment is far enough after."""
         return segment_received(self.pooled, self.sizes, ignore)
+
+    def to_frame(self, ignore: int = 4) -> DataFrame:
+        """One row per layer, head and segment: its first token, its number of tokens, and what it receives."""
+        import pandas
+
+        layers, heads, count, _ = self.pooled.shape
+        levels = [self.layers, range(heads), range(count)]
+        index = pandas.MultiIndex.from_product(levels, names=["layer", "head", "segment"])
+        columns = {
+            "first_token": list(self.boundaries[:-1]) * (layers * heads),
+            "tokens": self.sizes.tolist() * (layers * heads),
+            "received": self.received(ignore).flatten().numpy(),
+        }
+        return pandas.DataFrame(columns, index)
+
+    def __repr__(self) -> str:
+        _, heads, count, _ = self.pooled.shape
+        where = f"layers {', '.join(map(str, self.layers))}, {heads} heads each"
+        lines = [f"SegmentAttention of {count} segments, {self.boundaries[-1]} tokens; {where}"]
+        mean = self.received().flatten(0, 1).mean(0)
+        order = [
+            i for i in mean.nan_to_num(nan=-1.0).argsort(stable=True, descending=True).tolist() if mean[i] == mean[i]
+        ]
+        if order:
+            named = (
+                f"{i} ({mean[i]:.2g}, tokens {self.boundaries[i]} to {self.boundaries[i + 1] - 1})"
+                for i in order[:NAMED]
+            )
+            lines.append(f"  most received per pair from segments 4 or more later: {', '.join(named)}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return cells.text(repr(self)) + cells.table(self.to_frame)
 
     def add_to(self, profile: HeadProfile, ignore: int = 4, first: int = 0) -> HeadProfile:
         """The profile with this sequence added: distances of its tokens, kurtosis of what its segments receive.

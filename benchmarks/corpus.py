@@ -52,7 +52,8 @@ def synthetic(seed: int) -> Analysis:
     position = torch.arange(length)
     response, fai_valid, received_valid = position >= PROMPT, position < length - 10, position < length - 4
     distance = heads.head_distance(mean_distance * (1 + rand(LAYERS, HEADS, 1)), response)
-    classes = heads.classify(distance)
+    layers = tuple(range(10, 10 + LAYERS))
+    classes = heads.classify(distance, layers=layers)
     mean_waad = heads.class_mean(waad, classes.local) * 10
     rows, columns = map(torch.tensor, cell_boundaries(PROMPT, length))
     cells = len(rows) - 1, len(columns) - 1
@@ -63,7 +64,7 @@ def synthetic(seed: int) -> Analysis:
         tokens=tokens,
         shown=tokens,
         response=response,
-        layers=tuple(range(10, 10 + LAYERS)),
+        layers=layers,
         head_waad=waad,
         head_fai=fai,
         head_mean_distance=mean_distance,

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up. Modules of one line may import each other, as long as there is no circle.
 LAYERS = (
-    ("errors", "statistics", "tensors", "wrappers", "_threads"),
+    ("errors", "statistics", "tensors", "wrappers", "cells", "_threads"),
     ("results", "identity", "curves", "chance"),
     ("core", "heads", "credit"),
     ("reference", "tiled", "triton", "distributed", "rhythm", "presets"),

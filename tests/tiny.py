@@ -199,7 +199,7 @@ def synthetic_analysis(tokens: list[str], prompt: int = 2, question: str = "how 
     per_head = torch.rand(3, 2, 3, length, generator=draw)
     response = torch.arange(length) >= prompt
     distance = heads.head_distance(per_head[2], response)
-    classes = heads.classify(distance)
+    classes = heads.classify(distance, layers=(3, 5))
     waad = heads.class_mean(per_head[0], classes.local) * 10
     fai_valid = torch.arange(length) < length - 2
     received = torch.rand(2, 3, length, generator=draw) / 10

@@ -267,8 +267,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
             if of_all_ranks[-1] == 0:
                 return before
             distance = (of_all_ranks[:-1] / of_all_ranks[-1]).view_as(total)
-            classes = heads.classify(distance, share)
-        written, earlier = _written_classes(classes, self._layers), state["classes"]
+            classes = heads.classify(distance, share, self._layers)
+        written, earlier = _written_classes(classes), state["classes"]
         state |= {"profiled_at": step, "classes": written}
         metrics = self._metrics["train"]
         metrics["rhythm/local_distance"].append(distance[classes.local].mean().item())
@@ -359,18 +359,15 @@ def _attention_timed(run: Capture, watch: Stopwatch) -> Iterator[None]:
         del run.attend
 
 
-def _written_classes(classes: heads.HeadClasses, layers: Iterable[int]) -> dict[str, str]:
+def _written_classes(classes: heads.HeadClasses) -> dict[str, str]:
     """The class of each head by layer, as a letter: "l" local, "g" global, "m" middle."""
-    count = classes.local.shape[1]
-    return {
-        str(layer): "".join(classes.name(row, head)[0] for head in range(count)) for row, layer in enumerate(layers)
-    }
+    return {str(layer): classes.letters(layer) for layer in classes.layers}
 
 
 def _read_classes(written: dict[str, str]) -> heads.HeadClasses:
-    rows = [written[layer] for layer in sorted(written, key=int)]
+    layers = sorted(map(int, written))
     local, global_ = (
-        torch.tensor([[of_head == letter for of_head in row] for row in rows], dtype=torch.bool, device="cpu")
+        torch.tensor([[of == letter for of in written[str(layer)]] for layer in layers], dtype=torch.bool, device="cpu")
         for letter in "lg"
     )
-    return heads.HeadClasses(local, global_)
+    return heads.HeadClasses(local, global_, tuple(layers))

@@ -223,7 +223,7 @@ def heads(first: HeadProfile, second: HeadProfile, *settings: Settings) -> dict[
         rows = [profile.layers.index(layer) for layer in layers]
         named = profile.classes(setting.head_share)
         distances.append(profile.distance[rows])
-        classes.append(["".join(named.name(row, head)[0] for head in range(counts[0])) for row in rows])
+        classes.append(list(map(named.letters, layers)))
     change = (distances[1] / distances[0].clamp_min(1e-9)).clamp_min(1e-9).log2()
     largest = change.abs().flatten().argsort(descending=True, stable=True)[:CHANGED].tolist()
     return {

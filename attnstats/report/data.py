@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnstats.cells import highest_of_stretches
 from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
@@ -146,11 +146,10 @@ def prompt(analysis: Analysis) -> dict[str, Any]:
 def heads(analysis: Analysis) -> dict[str, Any]:
     """The layer x head picture: mean distances in tokens, and classes by their first letter."""
     distance = analysis.distance
-    rows = range(len(analysis.layers))
     return {
         "layers": list(analysis.layers),
         "distance": list(map(short, distance)),
-        "classes": ["".join(analysis.classes.name(row, head)[0] for head in range(distance.shape[1])) for row in rows],
+        "classes": list(map(analysis.classes.letters, analysis.layers)),
         "domain": domain(Domain.of(distance.flatten(), is_log=True, pale=0.0)),
     }
 
@@ -190,12 +189,6 @@ def spark(values: Sequence[float | None]) -> list[int | None]:
     scale = Domain.of(torch.tensor([v for v in values if v is not None], dtype=torch.float64, device="cpu"), pale=0.0)
     highest = highest_of_stretches(values, min(SPARK_POINTS, len(values)))
     return [None if value is None else round(99 * scale.share(value)) for value in highest]
-
-
-def highest_of_stretches(values: Sequence[float | None], count: int) -> list[float | None]:
-    """The highest value of each of `count` stretches of a curve; None for a stretch without values."""
-    bounds = [i * len(values) // count for i in range(count + 1)]
-    return [max((v for v in values[a:b] if v is not None), default=None) for a, b in pairwise(bounds)]
 
 
 def coded(attention: Tensor) -> str:

@@ -114,12 +114,11 @@ def heads(analysis: Analysis) -> Figure:
     with _styled() as figure:
         axis = figure.subplots()
         picture = axis.imshow(distance.numpy(), cmap=_colormap(), norm=_norm(domain), aspect="auto")
-        for layer in range(layers):
-            for head in range(count):
-                letter = analysis.classes.name(layer, head)[0].upper()
-                dark = domain.share(float(distance[layer, head])) > 0.55
+        for row, layer in enumerate(analysis.layers):
+            for head, letter in enumerate(analysis.classes.letters(layer).upper()):
+                dark = domain.share(float(distance[row, head])) > 0.55
                 if letter != "M":
-                    axis.text(head, layer, letter, ha="center", va="center", color="w" if dark else "k", fontsize=7)
+                    axis.text(head, row, letter, ha="center", va="center", color="w" if dark else "k", fontsize=7)
         _name_heads(axis, analysis.layers, count)
         _bar(figure, picture, axis, "mean attention distance, tokens", 1)
         figure.set_size_inches(WIDTH, 1.0 + 0.24 * layers)

@@ -7,17 +7,15 @@ text of a model is escaped and `visible`.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from attnstats import cells
 from attnstats.report.columns import Column
-from attnstats.report.data import highest_of_stretches
 from attnstats.report.marks import marks
 from attnstats.report.scale import LIGHT, Domain, as_hex, ink, ramp
 from attnstats.study.analysis import Analysis
 from attnstats.study.text import PART, shortened, visible
 
-WIDTH, HEIGHT = 720, 64  # of the curve, in pixels
 TOKENS = 2000  # that are shown; a notebook keeps what it showed
 SCALE = ramp(LIGHT)
 STYLE = "font: 14px/1.7 ui-monospace, monospace; background: #fff; color: #000; padding: 8px; white-space: pre-wrap"
@@ -41,7 +39,9 @@ class Shaded:
         ends = (f"{end:.3g}" for end in (domain.low, domain.high))
         scale = "".join(f'<span style="background:{as_hex(shade)}"> </span>' for shade in SCALE)
         legend = f"{self.column.title} {next(ends)} {scale} {next(ends)} {html.escape(self.column.unit)}"
-        curve = self._curve(values, Domain.of(read, pale=0.0))
+        height = Domain.of(read, pale=0.0)
+        shares = [None if value != value else height.share(value) for value in values]
+        curve = cells.curve(shares, as_hex(SCALE[-4]))
         return (
             f'<div style="{STYLE}"><div>{legend}   <b style="text-decoration:overline">over</b> preplan: highest WAAD'
             f'   <b style="text-decoration:underline">under</b> anchor: highest FAI</div>{curve}'
@@ -62,20 +62,3 @@ class Shaded:
             said = "no value" if value != value else f"{value:.{self.column.digits}f} {self.column.unit}"
             spans.append(f'<span style="{style}" title="{i + 1}: {html.escape(said)}">{html.escape(token)}</span>')
         return "".join(spans)
-
-    def _curve(self, values: list[float], domain: Domain) -> str:
-        """The highest value of each stretch of tokens as a line, interrupted where there is none."""
-        highest = highest_of_stretches([None if v != v else v for v in values], min(len(values), WIDTH // 2))
-        step = WIDTH / max(1, len(highest))
-        path, is_down = [], False
-        for i, value in enumerate(highest):
-            if value is not None:
-                path.append(f"{'L' if is_down else 'M'}{step * (i + 0.5):.1f} {HEIGHT * (1 - domain.share(value)):.1f}")
-            is_down = value is not None
-        line = f'<path d="{" ".join(path)}" fill="none" stroke="{as_hex(SCALE[-4])}" stroke-width="1.5"/>'
-        return f'<svg viewBox="0 -2 {WIDTH} {HEIGHT + 4}" width="{WIDTH}" style="max-width:100%">{line}</svg>'
-
-
-def lines(texts: Iterable[str]) -> str:
-    """Lines of text as they are."""
-    return f'<pre style="background:#fff;color:#000">{html.escape(chr(10).join(texts))}</pre>'

@@ -18,8 +18,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from attnstats.cells import highest_of_stretches
 from attnstats.report.columns import Column, find
-from attnstats.report.data import highest_of_stretches
 from attnstats.report.marks import marks
 from attnstats.report.scale import DARK, SHADES, Domain, ink, ramp
 from attnstats.study.analysis import Analysis

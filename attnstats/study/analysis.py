@@ -224,12 +224,13 @@ def _fields(tensors: dict[str, Tensor], texts: dict[str, Any]) -> dict[str, Any]
     shown = list(tokens)
     for position, text in texts.get("shown", {}).items():
         shown[int(position)] = str(text)
+    layers = tuple(tensors["layers"].tolist())
     return {
         "question": str(texts["question"]),
         "tokens": tokens,
         "shown": shown,
-        "layers": tuple(tensors["layers"].tolist()),
-        "classes": HeadClasses(tensors["local"], tensors["global"]),
+        "layers": layers,
+        "classes": HeadClasses(tensors["local"], tensors["global"], layers),
         **{name: tensors[name] for name in _AXES},
     }
 

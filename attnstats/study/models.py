@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Notify = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A causal language model in eval mode with its tokenizer.
 
@@ -61,8 +61,13 @@ class LoadedModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        kind = type(self.model).__name__
+        return f"{_outline(self)}\n  {kind}, {count:,} parameters, {self.dtype} on {self.device}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Description:
     """A model whose weights are not read yet.
 
@@ -79,6 +84,20 @@ class Description:
     tokenizer: Any
     gguf: str | None = None
     adapter: str | None = None
+
+    def __repr__(self) -> str:
+        adapter = "" if self.adapter is None else f", with the adapter {self.adapter}"
+        return f"{_outline(self)}\n  weights not read yet, in {self.source}{adapter}"
+
+
+def _outline(model: LoadedModel | Description) -> str:
+    """The first line of a model's repr: its name, layers, heads and vocabulary."""
+    config = model.config.get_text_config()
+    heads, layers = (getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    of_keys = "" if keys == heads else f" ({keys} of keys)"
+    words = getattr(config, "vocab_size", None)
+    return f"{type(model).__name__} {model.name}: {layers} layers, {heads} heads each{of_keys}, {words} tokens known"
 
 
 def describe(model: str | None = None, *, notify: Notify = print) -> Description:

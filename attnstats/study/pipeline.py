@@ -122,9 +122,9 @@ def measure(
     )
     distance = heads.head_distance(mean_distance, in_response)
     if profile is None:
-        classes = heads.classify(distance, settings.head_share)
+        classes = heads.classify(distance, settings.head_share, run.layers)
     else:
-        classes = profile.classes(settings.head_share, run.layers).of([profile.layers.index(i) for i in run.layers])
+        classes = profile.classes(settings.head_share, run.layers).of(run.layers)
     received_valid = run.valid[heads.RECEIVED][0].cpu()
     mean_waad = heads.class_mean(waad, classes.local)
     tokens = pieces(loaded.tokenizer, prompt + response)

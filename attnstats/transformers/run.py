@@ -7,17 +7,18 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnstats import cells
 from attnstats.distributed import local_heads, tensor_parallel_group
 from attnstats.errors import InputError
 from attnstats.results import ByStatistic, find
 from attnstats.statistics import LSE, MaxLogit, SegmentMass, Statistic
 from attnstats.tensors import check_plain
-from attnstats.transformers import caches
+from attnstats.transformers import caches, frames
 from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.live import GenerationRecording
 from attnstats.transformers.positions import CachedPositions
@@ -25,6 +26,9 @@ from attnstats.transformers.recording import PassRecording, Ranks
 from attnstats.transformers.selection import ChosenHeads
 from attnstats.transformers.sites import AttentionKind, head_count
 from attnstats.wrappers import is_sharded, unwrap
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 Reduce = Literal["heads", "layers"]
 
@@ -153,6 +157,32 @@ class Capture:
         """Per statistic a bool tensor, (B, Tq), (B, Tk) or (B, I, J): False where a value is a placeholder."""
         self._require_complete()
         return ByStatistic({s: self._recording.valid(s) for s in self.statistics})
+
+    def to_frame(self) -> DataFrame:
+        """One row per layer, batch row, head and position, a column per statistic, NaN where it is not valid.
+
+        Levels that are reduced are left out, and so are maps. `position` counts the tokens in the cache, too, where a
+        column statistic has them.
+        """
+        results = {s: frames.Recorded(self[s], self.valid[s], self.heads[s]) for s in self.statistics}
+        return frames.to_frame(results, self._reduce, self.kind == "cross")
+
+    def __repr__(self) -> str:
+        over = f", means over {' and '.join(self._reduce)}" if self._reduce else ""
+        lines = [f"Capture of layers {', '.join(map(str, self.layers))}{over}"]
+        for s in self.statistics:
+            values = s.returned(self._recording.read(s)) if self._is_readable else None
+            lines.append(f"  {frames.described(s, values, self.heads[s], self._reduce)}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        results = {s: self._recording.read(s) for s in self.statistics if self._is_readable}
+        return cells.text(repr(self)) + cells.curves(frames.curves(results, self._reduce))
+
+    @property
+    def _is_readable(self) -> bool:
+        """True if results can be read without an error and without the other ranks."""
+        return self._complete and not self._unseen_pass and self._recording.ranks is None
 
     @property
     def query_mask(self) -> Tensor | None:

@@ -412,6 +412,15 @@ def test_tokens_of_a_tool_are_no_response(start, monkeypatch):
     assert out["advantages"].tolist() == [[1.5, 1.0, 1.0, 1.5, 1.0], [-3.0, -3.0, -3.0, -2.0, -2.0]]
 
 
+def test_head_classes_speak_of_layers_of_the_model(start):
+    of = trainer(start, RhythmCredit("local", layers=(1, 4), **NEAR), max_steps=1)
+    of.train()
+    classes = of.head_classes
+    assert classes.layers == (1, 4)
+    assert {layer for name in ("local", "global") for layer, _ in classes.heads(name)} <= {1, 4}
+    assert classes.heads("local") == [((1, 4)[row], head) for row, head in classes.local.nonzero().tolist()]
+
+
 # Resuming from a checkpoint
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "learning_rate": 0.05}
