@@ -174,7 +174,7 @@ function drawChart() {
       const kind = Math.abs(value) < tick / 1e3 ? "grid zero" : "grid";
       picture.append(draw("path", { class: kind, d: `M${CHART.left} ${y(value)}H${width - CHART.right}` }));
       picture.append(draw("text", { x: CHART.left - 7, y: y(value) + 4, "text-anchor": "end" },
-        brief(Math.abs(value) < tick / 1e3 ? 0 : value)));
+        onAxis(value, tick)));
     }
     picture.append(draw("text", { class: "title", x: CHART.left, y: top - 10 }, name, draw("tspan", {}, `  ${unit}`)));
     return y;

@@ -135,7 +135,7 @@ function drawPanel(chart, key, y) {
   for (let i = 0; i <= Math.round((most - least) / tick); i++) {
     const value = least + i * tick;
     picture.append(draw("path", { class: "grid", d: `M${EDGE.left} ${at(value)}H${width - EDGE.right}` }));
-    picture.append(draw("text", { x: EDGE.left - 7, y: at(value) + 4, "text-anchor": "end" }, brief(value)));
+    picture.append(draw("text", { x: EDGE.left - 7, y: at(value) + 4, "text-anchor": "end" }, onAxis(value, tick)));
   }
   picture.append(draw("text", { class: "title", x: EDGE.left, y: y - 10 }, title, draw("tspan", {}, `  ${unit}`)));
   let d = "";

@@ -107,6 +107,12 @@ function ramp(domain, label, text = brief) {
   return make("div", { class: "ramp", role: "img", "aria-label": label }, ...parts);
 }
 
+// A value on an axis with the digits that its steps need.
+const onAxis = (value, tick) => {
+  const text = value.toFixed(Math.max(0, -Math.floor(Math.log10(tick) + 1e-9)));
+  return Number(text) === 0 ? "0" : text;
+};
+
 // Steps of 1, 2 or 5 times a power of ten, at most `most` of them in `span`.
 function tickStep(span, most) {
   const power = 10 ** Math.floor(Math.log10(span / most));
@@ -145,7 +151,7 @@ function axis(values) {
   const sorted = [...values].sort((a, b) => a - b);
   const low = sorted[0];
   const usual = sorted[Math.floor(0.98 * (sorted.length - 1))];
-  const high = Math.min(sorted.at(-1), usual + 0.75 * (usual - low));
+  const high = usual > low ? Math.min(sorted.at(-1), usual + 0.75 * (usual - low)) : sorted.at(-1);
   const tick = tickStep(Math.max(high - low, 1e-9), 4);
   const least = Math.floor(low / tick + 1e-6) * tick;
   return { least, most: Math.max(Math.ceil(high / tick - 1e-6) * tick, least + tick), tick };

@@ -267,6 +267,81 @@ def test_the_lens_shows_another_place_when_the_cursor_moves(visit):
     assert page.evaluate(height) > 0
 
 
+def test_the_lens_reaches_any_pair_and_says_what_it_shows(visit):
+    """400 tokens: a cell of the map is two, the exact band 64 distances."""
+    page = visit("many")
+    maps = synthetic_analysis([f" w{i}" for i in range(400)]).maps
+    whole, lens = page.locator("figure.global canvas").first, page.locator("figure.global canvas.lens")
+    size = whole.bounding_box()["width"] / (len(maps.columns) - 1)
+    for query, key in ((390, 2), (390, 200), (390, 330), (200, 140), (70, 40), (31, 30)):
+        row, column = (query - 2) // 2, key // 2
+        whole.click(position={"x": (column + 0.5) * size, "y": 17 + (row + 0.5) * size})
+        page.mouse.move(5, 5)  # a click keeps the place
+        numbers = list(map(int, re.findall(r"\d+", page.inner_text("figure.global .hint"))))
+        first, last, left, right = numbers
+        assert first <= query - 1 <= last
+        assert left <= key <= right
+        step = lens.bounding_box()["width"] / 64
+        lens.hover(position={"x": (key - left + 0.5) * step, "y": (query - 1 - first + 0.5) * step})
+        said = page.inner_text("figure.global .reading-line")
+        share = float(re.findall(r"([\d.]+) % of", said)[0]) / 100
+        back = query - key
+        if back < 64:
+            assert f"“w{query}” → “w{key}”, {back} back" in said
+            assert said.endswith("(exact)")
+            assert share == pytest.approx(float(maps.global_band[query - 2, back]), rel=0.06)
+        else:
+            assert said.endswith("(a cell of the map: mean of 2 tokens, on 2 together)")
+            assert f"w{2 * column} w{2 * column + 1}" in said
+            assert share == pytest.approx(float(maps.global_map[row, column]), rel=0.06, abs=1e-5)
+    page.focus("#tokens")
+    page.keyboard.press("Home")  # another cursor, another place
+    assert "tokens 1 to 32" in page.inner_text("figure.global .hint")
+
+
+@pytest.mark.parametrize("width", [375, 1200])
+@pytest.mark.parametrize("count", [1, 3, 12, 78])
+def test_labels_of_a_map_do_not_overlap_and_are_not_on_its_cells(visit, folder, count, width):
+    analysis = synthetic_analysis(WORDS[: 12 + count], prompt=12)
+    (folder / "few.html").write_text(report.render([analysis], Settings(), SUMMARY), encoding="utf-8")
+    page = visit("few", width=width)
+    page.evaluate("""() => {
+        const write = CanvasRenderingContext2D.prototype.fillText;
+        window.labels = new Map();
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+            const { width } = this.measureText(text);
+            const left = x - { left: 0, right: width, center: width / 2 }[this.textAlign];
+            const all = window.labels.get(this.canvas) ?? [];
+            const others = all.filter((label) => label[0] !== text);
+            window.labels.set(this.canvas, [...others, [text, left, left + width, y]]);
+            write.call(this, text, x, y);
+        };
+    }""")
+    page.set_viewport_size({"width": width - 4, "height": 900})
+    page.wait_for_function("() => window.labels.size")
+    drawn = page.evaluate("[...window.labels].map(([canvas, all]) => [canvas.className, canvas.clientWidth, all])")
+    assert {name for name, *_ in drawn} == {""}  # the lens has names beside it at most
+    for _, wide, labels in drawn:
+        assert "answer" in [text for text, *_ in labels]
+        assert all(left >= 0 and right <= wide and y < 17 for _, left, right, y in labels)
+        for one, other in itertools.combinations(labels, 2):
+            assert one[2] < other[1] or other[2] < one[1]
+
+
+def test_numbers_on_an_axis_differ(visit, folder):
+    """Also where a response has two values of FAI that are close."""
+    (folder / "close.html").write_text(
+        report.render([synthetic_analysis(WORDS[:6])], Settings(), SUMMARY), encoding="utf-8"
+    )
+    page = visit("close")
+    texts = page.eval_on_selector_all(
+        "#curves text[text-anchor=end]", "all => all.map(t => [t.textContent, t.getAttribute('y') > 150])"
+    )
+    for lower in (False, True):
+        numbers = [text for text, is_lower in texts if is_lower == lower]
+        assert len(numbers) == len(set(numbers)) > 2
+
+
 @pytest.mark.parametrize("place", ["#tokens", "#curves"])
 def test_keys_move_the_cursor(visit, place):
     page = visit("one")
