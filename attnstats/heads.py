@@ -245,6 +245,10 @@ def find(
     - receiver: `received_kurtosis`, excess kurtosis of the attention per pair of tokens that sentences receive from
       those at least four later, a mean over texts (thought anchors: Bogdan et al., arXiv 2506.19143).
     - previous-token: `previous_token_mass`, attention to the token before (Olsson et al., arXiv 2209.11895).
+    - retrieval: `copy_rate`, how often the key of most attention is the token that comes next, among queries whose next
+      token is in the text up to them (Wu et al., arXiv 2404.15574, who count the tokens of a needle alone).
+    - induction: `induction_rate`, how often the key of most attention comes right after an earlier occurrence of the
+      query's token, among queries whose token occurred before (Olsson et al.).
     - high-entropy, low-entropy: `entropy` of a row in nats (Zhai et al., arXiv 2303.06296).
 
     Unless it says otherwise a score is a mean over the queries of all responses: in a text all tokens but the first, in

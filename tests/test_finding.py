@@ -13,11 +13,11 @@ from attnstats.errors import InputError
 from attnstats.finding import HeadScores
 from attnstats.study import models
 from attnstats.study.measures import KINDS
-from tests.known_heads import KEY, LOCAL, PREVIOUS, RECEIVER, SINK, UNIFORM, UNIFORM_TOO, known_heads
+from tests.known_heads import INDUCTION, KEY, LOCAL, PREVIOUS, RECEIVER, SINK, UNIFORM, UNIFORM_TOO, known_heads
 from tests.tiny import WORDS, run_with, save_tiny_model
 
 NEWLINE = WORDS.index("\n")
-REPEATED = [*range(12, 30), *range(12, 30)]  # a sequence of words, twice
+REPEATED = [3, *range(12, 30), *range(12, 30)]  # a sequence of words, twice
 # Nine sentences of three words and a line break after a first token; KEY is in the third.
 SENTENCES = [3, *(token for i in range(9) for token in (12 + i, KEY if i == 2 else 21 + i, 31 + i, NEWLINE))]
 
@@ -43,7 +43,14 @@ def score(scores, kind, head):
 
 @pytest.mark.parametrize(
     ("kind", "head"),
-    [("local", LOCAL), ("sink", SINK), ("receiver", RECEIVER), ("previous-token", PREVIOUS)],
+    [
+        ("local", LOCAL),
+        ("sink", SINK),
+        ("receiver", RECEIVER),
+        ("previous-token", PREVIOUS),
+        ("retrieval", INDUCTION),
+        ("induction", INDUCTION),
+    ],
 )
 def test_a_known_head_is_the_first_of_its_kind(known, kind, head):
     best, second = known.top(kind, 2)
@@ -67,12 +74,23 @@ def test_scores_of_known_heads_are_what_they_must_be(known):
     assert known.top("global", 1)[0][:2] == SINK
 
 
+def test_an_induction_circuit_is_found_by_what_it_copies(known):
+    """Its second head looks at the word after the earlier same word, which is the word that comes next."""
+    alone = heads.find(known_heads(), [REPEATED], ["retrieval", "induction"])
+    assert score(alone, "induction", INDUCTION) == score(known, "induction", INDUCTION) == 1
+    # The first repeated word comes after a word that was not there before.
+    assert 17 / 18 <= score(alone, "retrieval", INDUCTION) <= 1
+    assert alone.counts["copy_rate"].unique().tolist() == [18]
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[INDUCTION] = False
+    assert alone["retrieval"][others].max() < 0.1  # of heads that look at all words alike one can hit by chance
+    assert alone["induction"][others].max() < 0.1
+
+
 def by_definition(maps, ids, start, boundaries):
     """Every measure as sums over loops, from (L, H, T, T) maps: by name the numbers whose mean is a head's score."""
     layers, count, length, _ = maps.shape
-    values = {
-        name: {} for name in ("mean_distance", "sink_mass", "previous_token_mass", "entropy", "received_kurtosis")
-    }
+    values = {kind.measure: {} for kind in KINDS.values()}
     for layer in range(layers):
         for head in range(count):
             of = maps[layer, head].tolist()
@@ -82,6 +100,13 @@ def by_definition(maps, ids, start, boundaries):
             values["sink_mass"][here] = [sum(of[t][:4]) for t in rows if t >= 4]
             values["previous_token_mass"][here] = [of[t][t - 1] for t in rows]
             values["entropy"][here] = [-sum(a * math.log(a) for a in of[t] if a > 0) for t in rows]
+            most = [max(range(t + 1), key=lambda s: of[t][s]) for t in range(length)]
+            values["copy_rate"][here] = [
+                ids[most[t]] == ids[t + 1] for t in range(start - 1, length - 1) if ids[t + 1] in ids[: t + 1]
+            ]
+            values["induction_rate"][here] = [
+                most[t] > 0 and ids[most[t] - 1] == ids[t] for t in rows if ids[t] in ids[:t]
+            ]
             received = []
             spans = list(pairwise(boundaries))
             for j in range(1, len(spans) - 4):
@@ -156,8 +181,8 @@ def test_chosen_layers_have_their_numbers(loaded):
 
 
 def test_without_kinds_all_that_can_be_measured(loaded):
-    short = heads.find(loaded, [REPEATED])
-    assert set(KINDS) - set(short.kinds) == {"receiver"}  # it has no sentences
+    short = heads.find(loaded, [REPEATED[:19]])
+    assert set(KINDS) - set(short.kinds) == {"receiver", "retrieval", "induction"}  # no sentences, no word twice
     assert "receiver" not in heads.find(loaded.model, [SENTENCES]).kinds  # nor does a model without a tokenizer
 
 
@@ -209,6 +234,7 @@ LONG = "w1 " * 300
         (lambda of: heads.find(of, "how many"), r"write \[text\]"),
         (lambda of: heads.find(of, [[3, 4, 5]], ["sink"]), "'sink' needs a text of more than 4 tokens"),
         (lambda of: heads.find(of, [REPEATED], ["receiver"]), "'receiver' needs a text whose response has 8 sentences"),
+        (lambda of: heads.find(of, [REPEATED[:19]], ["retrieval"]), "'retrieval' needs a text whose response repeats"),
         (lambda of: heads.find(of.model, [SENTENCES], ["receiver"]), "pass tokenizer="),
         (lambda of: heads.find(of.model, ["how many"]), r"texts\[0\]: .* pass tokenizer="),
         (lambda of: heads.find(of, [REPEATED, [3]]), r"texts\[1\]: needs a token before"),

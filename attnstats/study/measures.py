@@ -10,14 +10,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnstats import heads, segments
 from attnstats.errors import InputError
-from attnstats.statistics import Entropy, MeanDistance, PooledMap, SinkMass, Statistic
+from attnstats.statistics import Entropy, MeanDistance, PooledMap, SinkMass, Statistic, TopKeys
 from attnstats.study.given import Given
 from attnstats.study.maps import AtDistance
 from attnstats.study.models import LoadedModel
@@ -40,14 +40,14 @@ class ReadText:
         start: first token of the response, at least 1.
         boundaries: the first token of each sentence, then T; what comes before the response is the first one. Empty
             where no measure needs it.
-        results: statistics, (L, H, ...) each.
+        results: by statistic what a capture returns, without the batch axis.
     """
 
     layers: tuple[int, ...]
     ids: Tensor
     start: int
     boundaries: tuple[int, ...]
-    results: dict[Statistic, Tensor]
+    results: dict[Statistic, Any]
 
     def rows(self, first: int) -> Tensor:
         """(T,) bool, the queries of the response from this position on."""
@@ -57,6 +57,14 @@ class ReadText:
         """The sum of values (L, H, T) over some rows, and their number."""
         total = values[..., rows].double().sum(-1)
         return total, torch.full(total.shape, int(rows.sum()), dtype=torch.int64, device="cpu")
+
+    @property
+    def is_repeated(self) -> Tensor:
+        """(T,) bool, the tokens that are in the text before."""
+        _, words = self.ids.unique(return_inverse=True)
+        places = torch.arange(len(self.ids), dtype=torch.int64, device="cpu")
+        first = torch.full_like(places, len(places)).scatter_reduce(0, words, places, "amin")
+        return first[words] < places
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,19 @@ def _received_kurtosis(text: ReadText) -> Sum:
     return kurtosis.nan_to_num(0.0), kurtosis.isfinite()
 
 
+def _copied(text: ReadText) -> Sum:
+    """Among queries whose next token is in the text up to them: those that look at such a token most."""
+    hits = text.ids[text.results[TopKeys(1)].indices[..., :-1, 0]] == text.ids[1:]
+    return text.total(hits, (text.is_repeated & text.rows(0))[1:])
+
+
+def _induced(text: ReadText) -> Sum:
+    """Among queries whose token is in the text before: those that look most at a token that comes after it."""
+    keys = text.results[TopKeys(1)].indices[..., 0]
+    hits = (text.ids[keys - 1] == text.ids) & (keys > 0)
+    return text.total(hits, text.is_repeated & text.rows(0))
+
+
 MEASURES = {
     "mean_distance": Measure("tokens", lambda _: (MeanDistance(),), _distance),
     "sink_mass": Measure(
@@ -127,6 +148,10 @@ MEASURES = {
         by_sentence=True,
     ),
     "previous_token_mass": Measure("share of attention", lambda _: (AtDistance(1),), _previous_token),
+    "copy_rate": Measure("share of queries", lambda _: (TopKeys(1),), _copied, needs="whose response repeats a token"),
+    "induction_rate": Measure(
+        "share of queries", lambda _: (TopKeys(1),), _induced, needs="whose response repeats a token"
+    ),
     "entropy": Measure("nats", lambda _: (Entropy(),), _entropy),
 }
 
@@ -136,6 +161,8 @@ KINDS = {
     "sink": Kind("sink_mass", True, "Sink"),
     "receiver": Kind("received_kurtosis", True, "Receiver"),
     "previous-token": Kind("previous_token_mass", True, "Previous token"),
+    "retrieval": Kind("copy_rate", True, "Retrieval"),
+    "induction": Kind("induction_rate", True, "Induction"),
     "high-entropy": Kind("entropy", True, "High entropy"),
     "low-entropy": Kind("entropy", False, "Low entropy"),
 }
@@ -158,7 +185,14 @@ def one_pass(loaded: LoadedModel, text: Given, names: Sequence[str], layers: Lay
         run.forward(input_ids=on_device, use_cache=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error here
-        results = {statistic: run[statistic][:, 0].float().cpu() for statistic in statistics}
-    if not all(result.isfinite().all() for result in results.values()):
+        results = {statistic: run[statistic] for statistic in statistics}
+    parts = [part for result in results.values() for part in ([result] if isinstance(result, Tensor) else result)]
+    if not all(part.isfinite().all() for part in parts):
         raise InputError(f"{where}: attention of {loaded.name} overflows in {loaded.dtype}; load it in float32")
-    return ReadText(run.layers, on_device[0].cpu(), start, boundaries, results)
+    without_batch = {statistic: _without_batch(result) for statistic, result in results.items()}
+    return ReadText(run.layers, on_device[0].cpu(), start, boundaries, without_batch)
+
+
+def _without_batch(result: Any) -> Any:
+    """A result (L, 1, ...), or each part of one, as (L, ...) on the CPU."""
+    return result[:, 0].cpu() if isinstance(result, Tensor) else type(result)(*map(_without_batch, result))
