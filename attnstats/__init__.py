@@ -46,11 +46,12 @@ def analyze(model: str | PathLike[str] | None = None, **options: Any) -> Any:
     Args:
         model: folder, .gguf file or hub name; None: the default model.
         prompts: a list of questions, or a file of them. None: three questions of ours.
-        text: a text that exists already, or a Path to one; nothing is generated.
-        messages: a .json or .jsonl file of chats that exist already, whose last answers are analysed.
+        text: a text that exists already, a Path to one, or token ids; nothing is generated.
+        messages: chats that exist already, whose last answers are analysed: a list of messages, a list of objects with
+            `messages`, or a .json or .jsonl file of them.
         out: the folder of the run, by default out/analysis.
         options: the command's other options with `_` for `-`, such as max_tokens=100, layers="all", horizon=(10, None),
-            response_from="<think>".
+            response_from="<think>" or a number of characters (of token ids: of tokens), response_role="tool".
 
     Returns:
         The run, as of `load` (attnstats.run.FinishedRun).

@@ -1,6 +1,8 @@
 """`attnstats.load`: a finished run in Python and in a notebook."""
 
 import html.parser
+import json
+import shutil
 
 import pytest
 import torch
@@ -132,6 +134,33 @@ def test_a_run_shows_its_first_response_in_a_notebook(run):
 def test_bad_input_is_named(run, call, told):
     with pytest.raises((InputError, IndexError), match=told):
         call(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"format": outputs.FORMAT + 1, "versions": {"attnstats": "9.9.9"}},
+            rf"a run of a newer version: attnstats 9\.9\.9 wrote it in format {outputs.FORMAT + 1}, and this attnstats "
+            rf"{attnstats.__version__} reads format {outputs.FORMAT}; update attnstats",
+        ),
+        (
+            {"format": None},
+            rf"a run of an older version: .* in format 1, .*reads format {outputs.FORMAT}; run .* again",
+        ),
+        ({"format": "two"}, "format must be a number"),
+    ],
+    ids=["newer", "older", "none"],
+)
+def test_a_run_of_another_format_names_both_versions(folder, tmp_path, change, told):
+    shutil.copytree(folder, tmp_path / "out")
+    file = tmp_path / "out" / outputs.SUMMARY
+    summary = json.loads(file.read_text(encoding="ascii"))
+    assert summary["format"] == outputs.FORMAT
+    changed = {key: value for key, value in (summary | change).items() if value is not None}
+    file.write_text(json.dumps(changed), encoding="ascii")
+    with pytest.raises(InputError, match=told):
+        attnstats.load(tmp_path / "out")
 
 
 def test_a_folder_that_is_no_run(tmp_path):

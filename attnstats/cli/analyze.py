@@ -60,6 +60,10 @@ def add_parser(commands: Any) -> None:
         help="of --text: where the response starts, a number of characters or a text before it, such as '<think>' "
         "(default: the whole text)",
     )  # fmt: skip
+    subject.add_argument(
+        "--response-role", type=arguments.text, metavar="ROLE",
+        help="of --messages: the last message of this role is the response (default: the answer at the end)",
+    )  # fmt: skip
     arguments.add_responses(subject, rows="--prompts", max_tokens=256, temperature=0.0)
     subject.add_argument("--seed", type=int, default=0, help="seed of the sampling, for a temperature above 0")
     method = parser.add_argument_group("how; defaults are those of the preset")
@@ -105,8 +109,8 @@ def analyze(
     model: str | PathLike[str] | None = None,
     *,
     prompts: Sequence[str] | str | PathLike[str] | None = None,
-    text: str | PathLike[str] | None = None,
-    messages: str | PathLike[str] | None = None,
+    text: str | PathLike[str] | Sequence[int] | Any = None,
+    messages: str | PathLike[str] | Sequence[dict[str, Any]] | None = None,
     out: str | PathLike[str] = "out/analysis",
     **options: Any,
 ) -> FinishedRun:
@@ -128,7 +132,9 @@ def analyze(
     if not isinstance(options.get("layers", ""), str):
         options["layers"] = ",".join(map(str, options["layers"]))
     given["text"] = Path(text) if isinstance(text, PathLike) else text
-    given["messages"] = None if messages is None else Path(messages)
+    given["messages"] = Path(messages) if isinstance(messages, (str, PathLike)) else messages
+    if options.get("response_from") is not None:
+        options["response_from"] = str(options["response_from"])
     vars(chosen).update(options | given)
     run(chosen)
     return load(chosen.out)
@@ -143,6 +149,8 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--field {options.field}: is for --prompts FILE; give that, or leave it out")
     if options.response_from is not None and options.text is None:
         raise InputError(f"--response-from {options.response_from}: is for --text FILE; give that, or leave it out")
+    if options.response_role is not None and options.messages is None:
+        raise InputError(f"--response-role {options.response_role}: is for --messages FILE; give that, or leave it out")
     existing = _existing(options)
     questions: list[Prompt] = options.prompt or list(QUESTIONS)
     if options.prompts:
@@ -197,16 +205,25 @@ def _existing(options: argparse.Namespace) -> Callable[[Any], list[Given]] | Non
     """A function that makes the responses of --text or --messages with a tokenizer; None: they are generated."""
     from attnstats.study import given
 
-    if options.text is not None:
+    start = options.response_from
+    if isinstance(options.text, (str, Path)):
         where = f"--text {options.text}" if isinstance(options.text, Path) else "text"
         text = given.read_text(options.text) if isinstance(options.text, Path) else options.text
-        return lambda tokenizer: [given.of_text(tokenizer, text, options.response_from, where)]
+        return lambda tokenizer: [given.of_text(tokenizer, text, start, where)]
+    if options.text is not None:
+        ids = given.token_ids(options.text)
+        if ids is None or not (start is None or start.isdecimal()):
+            raise InputError("text: must be a text, a Path or token ids; of these response_from is a number of tokens")
+        return lambda _: [given.of_ids(ids, 1 if start is None else int(start), "text")]
     if options.messages is None:
         return None
-    chats = given.read_chats(options.messages)
+    is_file = isinstance(options.messages, Path)
+    where = f"--messages {options.messages}" if is_file else "messages"
+    rows = given.read_chats(options.messages) if is_file else options.messages
+    chats = given.chats(rows, where, options.response_role)
     return lambda tokenizer: [
-        given.of_chat(tokenizer, chat, answer, options.system, f"--messages {options.messages}, chat {number}")
-        for number, (chat, answer) in enumerate(chats, 1)
+        given.of_chat(tokenizer, chat, options.system, f"{where}, chat {number}")
+        for number, chat in enumerate(chats, 1)
     ]
 
 

@@ -138,13 +138,11 @@ def render(tokenizer: Any, prompt: Prompt, system: str) -> list[int]:
     Raises:
         InputError: the template takes no such prompt, or leaves a part of it out.
     """
-    if not tokenizer.chat_template:
-        if isinstance(prompt, Conversation):
-            raise InputError("--model: has no chat template, which a list of messages needs; use a chat model")
+    if not tokenizer.chat_template and isinstance(prompt, str):
         return _plain(tokenizer, f"{system}\n\n{prompt}\n\n" if system else f"{prompt}\n\n")
     if isinstance(prompt, str):
         prompt = Conversation([{"role": "user", "content": prompt}])
-    ids = tokenizer(_formatted(tokenizer, prompt, system), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(formatted(tokenizer, prompt, system), add_special_tokens=False)["input_ids"]
     if not ids:
         raise InputError("--model: its chat template makes nothing of a question; use a model with another one")
     return list(ids)
@@ -159,8 +157,10 @@ def _plain(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _formatted(tokenizer: Any, prompt: Conversation, system: str) -> str:
-    """The text of a conversation up to the answer."""
+def formatted(tokenizer: Any, prompt: Conversation, system: str) -> str:
+    """The text of a conversation up to the answer. Raises InputError as `render`."""
+    if not tokenizer.chat_template:
+        raise InputError("--model: has no chat template, which a list of messages needs; use a chat model")
     from jinja2.exceptions import TemplateError
 
     def apply(messages: list[Message], tools: list[dict[str, Any]] | None) -> str:

@@ -28,6 +28,7 @@ from attnstats.study import tables
 from attnstats.study.analysis import Analyses, Settings
 from attnstats.study.store import ITEMS, RUN, Store, begin, corrupt, read_json, require_same
 
+FORMAT = 2  # of the files of a run; to be raised where programs from before could not read them
 SUMMARY, PROFILE, REPORT, COMPARISON = "summary.json", "heads.json", "report.html", "comparison.html"
 FILES = (REPORT, *tables.FILES, PROFILE, SUMMARY, RUN, ITEMS)
 
@@ -121,13 +122,15 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Couplin
     """The analyses, settings, summary and couplings of a finished run.
 
     Raises:
-        InputError: no such folder, not one of `attnstats analyze`, or one that is damaged.
+        InputError: no such folder, not one of `attnstats analyze`, one of another format, or one that is damaged.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that `attnstats analyze --out` has written")
     if not (folder / SUMMARY).is_file() or not (folder / RUN).is_file():
         raise InputError(f"{folder}: has no {SUMMARY} and {RUN}; name a folder that `attnstats analyze` has finished")
     summary = read_json(folder / SUMMARY)
+    if "settings" in summary:  # else it is no summary of a run, in any format
+        _check_format(folder, summary)
     try:
         settings = Settings(**{key: value for key, value in summary["settings"].items() if key != "preset"})
         count, couplings = int(summary["prompts"]), list(map(_coupling, summary["couplings"]))
@@ -139,6 +142,22 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Couplin
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise corrupt(folder / SUMMARY, f"no settings, prompts and timings in it: {error}") from error
     return Analyses(Store(folder), count), settings, summary, couplings
+
+
+def _check_format(folder: Path, summary: dict[str, Any]) -> None:
+    """Raises InputError if a run is of another format than FORMAT, with both versions and what to do."""
+    found = summary.get("format", 1)  # the first had no number
+    if not isinstance(found, int):
+        raise corrupt(folder / SUMMARY, f"format must be a number, it is {found!r}")
+    if found == FORMAT:
+        return
+    recorded = summary.get("versions")
+    theirs = recorded.get("attnstats", "unknown") if isinstance(recorded, dict) else "unknown"
+    age, remedy = ("a newer", "update attnstats") if found > FORMAT else ("an older", "run `attnstats analyze` again")
+    raise InputError(
+        f"{folder}: a run of {age} version: attnstats {theirs} wrote it in format {found}, and this attnstats "
+        f"{attnstats.__version__} reads format {FORMAT}; {remedy}"
+    )
 
 
 def coupling_record(coupling: Coupling) -> dict[str, Any]:
@@ -158,7 +177,7 @@ def _coupling(record: dict[str, Any]) -> Coupling:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json so that every JSON parser reads it: ASCII, without NaN."""
-    text = json.dumps(summary, indent=2, ensure_ascii=True, allow_nan=False)
+    text = json.dumps({"format": FORMAT, **summary}, indent=2, ensure_ascii=True, allow_nan=False)
     (folder / SUMMARY).write_text(text + "\n", encoding="ascii")
 
 

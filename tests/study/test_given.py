@@ -51,14 +51,65 @@ def test_an_answer_follows_the_prompt_that_the_model_would_have_read(tokenizer, 
     file = tmp_path / "chat.json"
     messages = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "w1 w2"}]
     file.write_text(json.dumps(messages))
-    ((chat, answer),) = given.read_chats(file)
-    found = given.of_chat(tokenizer, chat, answer, "left", "chat")
+    (chat,) = given.chats(given.read_chats(file), "chat")
+    found = given.of_chat(tokenizer, chat, "left", "chat")
     assert found.prompt == render(tokenizer, "how many", "left")
     assert words(tokenizer, found.response) == ["w1", "w2"]
     assert found.question == "how many"
     lines = tmp_path / "chats.jsonl"
     lines.write_text("\n".join(json.dumps({"messages": [*messages[:1], answer]}) for answer in messages[1:] * 2))
-    assert [answer for _, answer in given.read_chats(lines)] == ["w1 w2"] * 2
+    assert [chat.response for chat in given.chats(given.read_chats(lines), "chats")] == ["w1 w2"] * 2
+
+
+ROLES = [
+    {"role": "system", "content": "left"},
+    {"role": "user", "content": "how many"},
+    {"role": "assistant", "content": "w1 w2"},
+    {"role": "tool", "content": " w3 w4 w5 "},
+    {"role": "assistant", "content": "w6"},
+    {"role": "user", "content": "are left"},
+]
+
+
+@pytest.mark.parametrize(
+    ("role", "prompt", "response"),
+    [
+        ("tool", "system left user how many <unk> w1 w2 <unk>", "w3 w4 w5"),
+        ("system", "system", "left"),
+        ("user", "system left user how many <unk> w1 w2 <unk> w3 w4 w5 <unk> w6 user", "are left"),
+        ("assistant", "system left user how many <unk> w1 w2 <unk> w3 w4 w5 so", "w6"),
+    ],
+)
+def test_the_last_message_of_a_chosen_role_is_the_response(tokenizer, role, prompt, response):
+    (chat,) = given.chats(ROLES, "chat", role)
+    found = given.of_chat(tokenizer, chat, "", "chat")
+    assert words(tokenizer, found.prompt) == prompt.split()
+    assert words(tokenizer, found.response) == response.split()
+
+
+def test_a_role_that_no_message_has_is_named_with_those_that_are_there(model, tmp_path):
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps(ROLES))
+    told = r'has no message of the role "critic"; its roles are assistant, system, tool, user'
+    with pytest.raises(InputError, match=rf"--messages .*chat\.json, chat 1: {told}"):
+        attnstats.analyze(model, messages=file, response_role="critic", out=tmp_path / "out")
+    with pytest.raises(InputError, match=rf"messages, chat 1: {told}"):
+        attnstats.analyze(model, messages=ROLES, response_role="critic", out=tmp_path / "out")
+
+
+def test_messages_and_token_ids_as_objects(model, tokenizer, tmp_path):
+    options = {"layers": [1, 3], "system": ""}
+    (chat,) = attnstats.analyze(model, messages=ROLES[:5], response_role="tool", out=tmp_path / "chat", **options)
+    assert [chat.shown[i] for i in (chat.response_start, -1)] == ["w3", "w5"]
+    ids = tokenizer(TEXT)["input_ids"]
+    for form in (ids, torch.tensor([ids])):
+        (one,) = attnstats.analyze(model, text=form, response_from=4, out=tmp_path / "ids", **options)
+        assert one.token_ids.tolist() == ids
+        assert one.response_start == 4
+    (text,) = attnstats.analyze(model, text=TEXT, response_from=TEXT.index("<think>"), out=tmp_path / "text", **options)
+    torch.testing.assert_close(one.head_waad, text.head_waad)
+    (whole,) = attnstats.analyze(model, text=ids, out=tmp_path / "whole", **options)
+    assert whole.response_start == 1
 
 
 def test_a_text_is_read_as_a_generated_response_is(model, tmp_path):
@@ -115,7 +166,7 @@ def test_files_that_are_no_chats(content, told, tmp_path):
     file = tmp_path / "chat.json"
     file.write_text(content)
     with pytest.raises(InputError, match=told):
-        given.read_chats(file)
+        given.chats(given.read_chats(file), "chats")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +180,31 @@ def test_files_that_are_no_chats(content, told, tmp_path):
         ({"prompts": ["how"], "text": TEXT}, "give one of them"),
         ({"prompts": ["how"], "colour": "red"}, "colour: no such option"),
         ({"text": "w1 " * 5000}, "positions; shorten it"),
+        ({"text": [3, 4, 5], "response_from": "<think>"}, "of these response_from is a number of tokens"),
+        ({"text": [3, 4, 5], "response_from": 3}, "3 are before it of 3"),
+        ({"text": [3, 400]}, "token 400, and model has tokens 0 to 39"),
+        ({"text": {"a": 1}}, "must be a text, a Path or token ids"),
+        ({"text": TEXT, "response_role": "user"}, "is for --messages"),
+        ({"messages": 5}, "needs a list of messages"),
+        ({"messages": [{"messages": 5}]}, "must end in a message"),
     ],
-    ids=["mark", "characters", "end", "one-token", "prompts", "two", "option", "long"],
+    ids=[
+        "mark",
+        "characters",
+        "end",
+        "one-token",
+        "prompts",
+        "two",
+        "option",
+        "long",
+        "start-of-ids",
+        "all-before",
+        "no-such-token",
+        "object",
+        "role-of-text",
+        "number",
+        "no-list",
+    ],
 )
 def test_bad_input_is_named(model, options, told, tmp_path):
     with pytest.raises(InputError, match=told):
