@@ -101,8 +101,8 @@ class HeadScores:
         ]
         return figures.head_scores(panels, self.layers)
 
-    def save(self, file: str | PathLike[str]) -> None:
-        """Write the scores as JSON; `load` gives back the same numbers. Raises InputError where `model` is None."""
+    def to_json(self) -> str:
+        """The scores as `save` writes them. Raises InputError where `model` is None."""
         if self.model is None:
             raise InputError("the scores name no model, whose weights could not be read; load the model whole")
         content = {
@@ -116,7 +116,11 @@ class HeadScores:
             "sums": {name: values.tolist() for name, values in self.sums.items()},
             "counts": {name: values.tolist() for name, values in self.counts.items()},
         }
-        Path(file).write_text(json.dumps(content, allow_nan=False) + "\n", encoding="ascii")
+        return json.dumps(content, allow_nan=False) + "\n"
+
+    def save(self, file: str | PathLike[str]) -> None:
+        """Write the scores as JSON; `load` gives back the same numbers. Raises InputError where `model` is None."""
+        Path(file).write_text(self.to_json(), encoding="ascii")
 
     @classmethod
     def load(cls, file: str | PathLike[str], model: Any = None) -> HeadScores:
@@ -137,13 +141,18 @@ class HeadScores:
         check_model(path, "table", scores.model, model)
         return scores
 
-    def __repr__(self) -> str:
+    def lines(self, count: int) -> list[str]:
+        """What was read, and for each kind the `count` heads that are most of it."""
         layers, heads = next(iter(self.sums.values())).shape
-        lines = [f"HeadScores of {layers} x {heads} heads, over {self.tokens} tokens of {self.texts} texts"]
+        texts = "1 text" if self.texts == 1 else f"{self.texts} texts"
+        lines = [f"HeadScores of {layers} x {heads} heads, over {self.tokens} tokens of {texts}"]
         for kind in self.kinds:
-            top = ", ".join(f"{each.layer}.{each.head} ({each.score:.3g})" for each in self.top(kind, NAMED))
+            top = ", ".join(f"{each.layer}.{each.head} ({each.score:.3g})" for each in self.top(kind, count))
             lines.append(f"  {kind}, by layer.head ({KINDS[kind].measure}): {top}")
-        return "\n".join(lines)
+        return lines
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines(NAMED))
 
     def _repr_html_(self) -> str:
         return cells.text(repr(self)) + cells.table(self.to_frame)
@@ -168,8 +177,9 @@ def find(
     """`attnstats.heads.find`."""
     if isinstance(texts, (str, dict)):
         raise InputError("texts: must be a list of texts, got one; write [text]")
+    named = _checked(kinds)
     loaded = _loaded(model, tokenizer)
-    chosen = _chosen(kinds, loaded.tokenizer)
+    chosen = _measurable(named, loaded.tokenizer)
     names = tuple(dict.fromkeys(KINDS[kind].measure for kind in chosen))
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -196,20 +206,28 @@ def find(
     return HeadScores(chosen, of_layers, sums, counts, count, tokens, _identity(loaded.model))
 
 
-def _chosen(kinds: Iterable[str] | None, tokenizer: Any) -> tuple[str, ...]:
-    """The kinds asked for; None: those that can be measured with this tokenizer, or without one."""
+def _checked(kinds: Iterable[str] | None) -> tuple[str, ...] | None:
+    """The kinds that are asked for, each once. Raises InputError for what is none."""
     if kinds is None:
-        return tuple(kind for kind in KINDS if tokenizer is not None or not MEASURES[KINDS[kind].measure].by_sentence)
+        return None
     if isinstance(kinds, str):
         raise InputError(f"kinds: must be a list, got {kinds!r}; write [{kinds!r}]")
-    chosen = tuple(dict.fromkeys(kinds))
-    if unknown := [kind for kind in chosen if kind not in KINDS]:
+    named = tuple(dict.fromkeys(kinds))
+    if unknown := [kind for kind in named if kind not in KINDS]:
         raise InputError(f"kinds: unknown {unknown[0]!r}; there are {', '.join(KINDS)}")
-    if not chosen:
+    if not named:
         raise InputError(f"kinds: is empty; there are {', '.join(KINDS)}")
-    if tokenizer is None and (without := [kind for kind in chosen if MEASURES[KINDS[kind].measure].by_sentence]):
-        raise InputError(f"kinds: {without[0]!r} needs the text of tokens, to see where sentences are; pass tokenizer=")
-    return chosen
+    return named
+
+
+def _measurable(kinds: tuple[str, ...] | None, tokenizer: Any) -> tuple[str, ...]:
+    """The kinds asked for; None: those that can be measured with this tokenizer, or without one."""
+    without = [kind for kind in KINDS if tokenizer is None and MEASURES[KINDS[kind].measure].by_sentence]
+    if kinds is None:
+        return tuple(kind for kind in KINDS if kind not in without)
+    if needing := [kind for kind in kinds if kind in without]:
+        raise InputError(f"kinds: {needing[0]!r} needs the text of tokens, to see where sentences are; pass tokenizer=")
+    return kinds
 
 
 def _loaded(model: Any, tokenizer: Any) -> LoadedModel:

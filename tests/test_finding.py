@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 
 from attnstats import heads, segments
+from attnstats.cli.main import main
 from attnstats.errors import InputError
 from attnstats.finding import HeadScores
 from attnstats.study import models
@@ -219,6 +220,46 @@ def test_texts_and_pictures_are_of_a_few_lines_and_a_panel_per_kind(known):
     assert [axis.get_title(loc="left") for axis in pictures] == [KINDS[kind].title for kind in known.kinds]
     (picture,) = (axis for axis in known.plot("sink").axes if axis.images)
     assert picture.images[0].get_array().shape == (2, 4)
+
+
+def test_the_command_prints_and_writes_what_the_function_returns(folder, tmp_path, capsys):
+    text = "how many w1 w2 left w1 w2"
+    file = tmp_path / "texts.txt"
+    file.write_text(f"{text}\n\n{text} w3\n")
+    out = [tmp_path / f"heads.{kind}" for kind in ("json", "csv", "png")]
+    files = [part for each in out for part in ("--out", str(each))]
+    assert main(["heads", "--model", str(folder), "--texts", str(file), "--top", "2", *files]) == 0
+    expected = heads.find(str(folder), [text, f"{text} w3"])
+    said = capsys.readouterr().out
+    assert "\n".join(expected.lines(2)) in said
+    assert str(out[2]) in said
+    assert repr(HeadScores.load(out[0])) == repr(expected)
+    assert len(out[1].read_text().splitlines()) == 1 + 6 * 4
+    assert out[2].read_bytes().startswith(b"\x89PNG")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": text}))
+    chats = tmp_path / "chats.json"
+    chats.write_text(json.dumps([{"role": "user", "content": "how"}, {"role": "assistant", "content": "w1 w2"}]))
+    for option, name, counted in (("--texts", rows, "7 tokens of 1 text\n"), ("--messages", chats, "of 1 text\n")):
+        assert main(["heads", "--model", str(folder), option, str(name), "--kinds", "local"]) == 0
+        assert counted in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--kinds", "blue"], "invalid choice: 'blue'"),
+        (["--out", "heads.doc"], "needs a name that ends in .json, .csv, .pdf, .png, .svg"),
+        (["--top", "0"], "--top must be at least 1"),
+        (["--kinds", "receiver"], "'receiver' needs a text whose response has 8 sentences"),
+        (["--messages", "chats.json"], "not allowed with argument --texts"),
+    ],
+)
+def test_bad_options_are_named(folder, tmp_path, capsys, options, told):
+    file = tmp_path / "texts.txt"
+    file.write_text("how many w1 w2")
+    assert main(["heads", "--model", str(folder), "--texts", str(file), *options]) == 2
+    assert told in capsys.readouterr().err
 
 
 LONG = "w1 " * 300

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import attnstats
-from attnstats.cli import analyze, couplings, plot, report
+from attnstats.cli import analyze, couplings, heads, plot, report
 from attnstats.errors import InputError
 from attnstats.study.text import visible
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-COMMANDS = {"analyze": analyze, "couplings": couplings, "plot": plot, "report": report}
+COMMANDS = {"analyze": analyze, "couplings": couplings, "heads": heads, "plot": plot, "report": report}
 
 
 class Parser(argparse.ArgumentParser):

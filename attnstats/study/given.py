@@ -98,8 +98,8 @@ def of_any(tokenizer: Any, text: Any, where: str) -> Given:
 
     Args:
         tokenizer: None will do for token ids.
-        text: a string, token ids (a list or an integer tensor or array), messages that end in an answer, or an object
-            with `messages`. A chat gets no system text that it does not have.
+        text: a string, token ids (a list or an integer tensor or array), messages that end in an answer, an object with
+            `messages`, or a Chat. A chat gets no system text that it does not have.
 
     Raises:
         InputError: anything else, no tokenizer where one is needed, or as `of_text` and `of_chat`.
@@ -107,14 +107,14 @@ def of_any(tokenizer: Any, text: Any, where: str) -> Given:
     if (ids := token_ids(text)) is not None:
         return of_ids(ids, 1, where)
     row = {"messages": text} if isinstance(text, list) and text and all(isinstance(m, dict) for m in text) else text
-    if not isinstance(row, str) and not (isinstance(row, dict) and "messages" in row):
+    if not isinstance(row, (str, Chat)) and not (isinstance(row, dict) and "messages" in row):
         forms = "a string, a list of token ids, or messages (objects with role and content)"
         raise InputError(f"{where}: must be {forms}, got {brief(text)}")
     if tokenizer is None:
         raise InputError(f"{where}: a model object has no tokenizer; pass tokenizer=, or token ids")
     if isinstance(row, str):
         return of_text(tokenizer, row, None, where)
-    return of_chat(tokenizer, chat_of(row, where), "", where)
+    return of_chat(tokenizer, row if isinstance(row, Chat) else chat_of(row, where), "", where)
 
 
 def token_ids(text: Any) -> list[int] | None:
