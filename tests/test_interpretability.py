@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import attnstats
+from attnstats.errors import InputError
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "interpretability.md"
 WORDS = {"_": 0, ".": 1, "a": 2, "b": 3}
@@ -62,6 +63,8 @@ def test_transformer_lens(scope, tokenizer):
     pytest.importorskip("transformer_lens", reason="pip install transformer-lens")
     scope["tokenizer"] = tokenizer
     run("transformer_lens", scope)
+    with pytest.raises(InputError, match="of another library took the place"):
+        attnstats.capture(scope["model"], **scope["settings"]).__enter__()
 
     with torch.no_grad(), scope["bridge"].hooks(fwd_hooks=[("blocks.1.attn.hook_attn_scores", attend_to_the_first)]):
         _, cache = scope["bridge"].run_with_cache(scope["ids"])

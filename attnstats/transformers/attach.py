@@ -227,6 +227,11 @@ def _attach(
         for kind, layers in attachment.modules.items():
             for layer, modules in layers.items():
                 for module in modules:
+                    if not hasattr(module.__dict__.get("config", model.config), "_attn_implementation"):
+                        raise InputError(
+                            f"model: {type(module).__name__} of another library took the place of an attention of "
+                            f"{name}; load the model anew, or give query and key off its hooks to attnstats.attention"
+                        )
                     module.__dict__[SITE] = Site(attachment, kind, layer)
         if some is None:
             for config, before in attachment.implementations:

@@ -246,6 +246,23 @@ def test_families_without_the_interface_are_refused(family, sizes):
     assert model.config._attn_implementation == before
 
 
+def test_an_attention_that_another_library_replaced_is_refused():
+    """As TransformerLens' bridge does, with a config of its own."""
+
+    class Bridge(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.layer_idx, self.config, self.inner = inner.layer_idx, SimpleNamespace(n_heads=HEADS), inner.o_proj
+
+    model = tiny()
+    model.model.layers[2].self_attn = Bridge(model.model.layers[2].self_attn)
+    before = model.config._attn_implementation
+    for enter in (lambda: attnstats.attach(model), lambda: capture(model, statistics=["waad"]).__enter__()):
+        with pytest.raises(InputError, match="Bridge of another library took the place of an attention of LlamaFor"):
+            enter()
+        assert model.config._attn_implementation == before
+
+
 def test_tensors_that_change_attention_in_an_unknown_way_are_refused(llama):
     with capture(llama, statistics=["waad"]):
         with pytest.raises(ValueError, match="layer 2 passes indices"):
