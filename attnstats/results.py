@@ -51,8 +51,11 @@ def highest(values: Any) -> tuple[float, tuple[int, ...]] | None:
     if type(values) is not Tensor or values.is_meta or not values.numel():
         return None
     known = values.detach().double().nan_to_num(nan=-torch.inf)
-    place = tuple(int(i) for i in torch.unravel_index(known.argmax(), known.shape))
-    return float(values[place]), place
+    try:
+        place = tuple(int(i) for i in torch.unravel_index(known.argmax(), known.shape))
+        return float(values[place]), place
+    except RuntimeError:  # inside torch.vmap a tensor has no numbers of its own
+        return None
 
 
 def find(key: Statistic | str, statistics: Collection[Statistic], participle: str) -> Statistic:

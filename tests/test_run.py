@@ -112,6 +112,17 @@ def test_text_of_a_model_is_text_in_a_notebook(column):
     assert [text for text in cell.tokens if text not in ("", "·")] == [text for text in shown if text not in ("", "·")]
 
 
+def test_an_analysis_is_a_frame_of_its_tokens_and_shows_them_in_colour(run):
+    expected = run.tokens[run.tokens.prompt == 1].drop(columns="prompt").set_index("position")
+    found = run[1].to_frame()
+    assert found.columns.tolist() == expected.columns.tolist()
+    assert found.index.tolist() == expected.index.tolist()
+    for name in found:
+        assert found[name].equals(expected[name].astype(found[name].dtype)), name
+    cell = Cell(run[1]._repr_html_())
+    assert len(cell.tokens) == int(run[1].response.sum())
+
+
 def test_a_run_shows_its_first_response_in_a_notebook(run):
     cell = Cell(run._repr_html_())
     assert "script" not in cell.tags

@@ -144,6 +144,15 @@ def test_statistics_of_a_call():
     assert lines[0] == "Statistics of one call, lse (2, 3, 9)"
     place = tuple(int(i) for i in torch.unravel_index(stats["waad"].argmax(), (2, 3, 9)))
     assert lines[1] == f"  WAAD(window=4): (2, 3, 9), highest {stats['waad'].max():.4g} at {place}"
+    told = []
+
+    def call(x):
+        output, stats = attnstats.attention(x, x, x, statistics=["waad"])
+        told.append(repr(stats))
+        return output
+
+    torch.vmap(call)(query[:, None])
+    assert "WAAD(window=10): (1, 3, 9)" in told[0]
     meta = query.to("meta")
     assert "(2, 3, 9)" in repr(attnstats.attention(meta, meta, meta, statistics=[WAAD(4)])[1])
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attnstats import rhythm
+from attnstats import cells, rhythm
 from attnstats.heads import HeadClasses
 from attnstats.presets import paper_v2
 from attnstats.statistics import FAI, WAAD, MeanDistance
@@ -18,10 +20,11 @@ from attnstats.study.generation import Sampling
 from attnstats.study.maps import Maps
 from attnstats.study.prompts import SYSTEM
 from attnstats.study.store import Item, Store, corrupt
-from attnstats.study.text import shortened, token_name, visible
+from attnstats.study.text import shortened, token_name, utf8, visible
 from attnstats.transformers.selection import Layers
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from typing_extensions import Self
 
 Part = TypeVar("Part", bound="Outline")
@@ -155,6 +158,26 @@ class Outline:
         """Positions of the response with the highest FAI: tokens that later ones keep looking at."""
         return self._top(self.fai, self.fai_valid[self.response], count)
 
+    def columns(self) -> dict[str, Any]:
+        """By name a value for each token; delta is NaN before the response, entropy for the first token.
+
+        Arrays are copies: others share the memory of an array, and that of a tensor is the file that it was read from.
+        """
+        delta = torch.full_like(self.waad, torch.nan)
+        delta[self.response] = self.delta
+        numbers = {
+            "is_response": self.response, "waad": self.waad, "fai": self.fai, "fai_valid": self.fai_valid,
+            "delta": delta, "entropy": self.entropy,
+        }  # fmt: skip
+        tokens = self.tokens if "".join(self.tokens).isascii() else list(map(utf8, self.tokens))
+        return {"token": tokens, **{name: np.array(x.numpy()) for name, x in numbers.items()}}
+
+    def to_frame(self) -> DataFrame:
+        """One row per token of prompt and response, by position, as in the tokens table of a run."""
+        import pandas
+
+        return pandas.DataFrame(self.columns()).rename_axis("position")
+
     def _top(self, values: Tensor, valid: Tensor | None, count: int) -> list[int]:
         return [self.response_start + i for i in rhythm.top(values[self.response], count, valid)]
 
@@ -168,6 +191,12 @@ class Outline:
         question = visible(shortened(self.question, 60), newline=" ", tab=" ")
         length = f"{self.response_start} + {int(self.response.sum())} tokens"
         return "\n".join([f"{type(self).__name__} of {length}, {heads} ({classes}): {question}", *top])
+
+    def _repr_html_(self) -> str:
+        # By name: colours are of the report, which reads analyses.
+        shaded = import_module("attnstats.report.notebook").Shaded
+        column = import_module("attnstats.report.columns").COLUMNS[0]
+        return cells.text(repr(self)) + str(shaded(self, column)._repr_html_())
 
     @property
     def head_summary(self) -> HeadSummary:

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
 from attnstats.study.text import FORMULA, utf8
 
@@ -119,27 +117,10 @@ def _without_formulas(table: Any) -> Any:
     return table
 
 
-def _copied(values: Tensor) -> npt.NDArray[Any]:
-    """Values of their own: pyarrow shares the memory of an array, and a tensor's is the file that it was read from."""
-    return np.array(values.numpy())
-
-
 def token_rows(prompt: int, outline: Outline) -> Rows:
-    """The columns of the tokens table. delta is NaN before the response, entropy for the first token."""
-    delta = np.full(len(outline.tokens), np.nan, np.float32)
-    delta[outline.response.numpy()] = outline.delta.numpy()
-    length = len(outline.tokens)
-    return {
-        "prompt": np.full(length, prompt),
-        "position": np.arange(length),
-        "token": outline.tokens if "".join(outline.tokens).isascii() else list(map(utf8, outline.tokens)),
-        "is_response": _copied(outline.response),
-        "waad": _copied(outline.waad),
-        "fai": _copied(outline.fai),
-        "fai_valid": _copied(outline.fai_valid),
-        "delta": delta,
-        "entropy": _copied(outline.entropy),
-    }
+    """The columns of the tokens table."""
+    rows = outline.columns()
+    return {"prompt": np.full(len(outline.tokens), prompt), "position": np.arange(len(outline.tokens)), **rows}
 
 
 def head_rows(prompt: int, outline: Outline) -> Rows:
@@ -149,7 +130,7 @@ def head_rows(prompt: int, outline: Outline) -> Rows:
         "prompt": [prompt] * (layers * heads),
         "layer": [layer for layer in outline.layers for _ in range(heads)],
         "head": list(range(heads)) * layers,
-        "mean_distance": _copied(outline.distance.flatten().double()),
+        "mean_distance": np.array(outline.distance.flatten().double().numpy()),
         "class": np.select([outline.classes.local, outline.classes.global_], ["local", "global"], "middle").ravel(),
     }
 
