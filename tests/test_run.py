@@ -61,6 +61,8 @@ def test_a_figure_of_each_kind_and_a_report_elsewhere(run, tmp_path):
     for kind in ("rhythm", "maps", "heads"):
         run.plot(kind, prompt=1).savefig(tmp_path / f"{kind}.png")
     assert run.plot("rhythm", tokens=(1, 5)).axes
+    with pytest.raises(InputError, match=r"tokens \(1,\): the response has tokens 1 to"):
+        run.plot("rhythm", tokens=(1,))
     assert run.report(tmp_path / "page.html").read_text(encoding="utf-8") == run.page()
 
 

@@ -18,6 +18,7 @@ from attnstats.cli import arguments
 from attnstats.errors import InputError
 from attnstats.presets import PRESETS, paper_v2
 from attnstats.run import FinishedRun, load
+from attnstats.study.chat import brief
 from attnstats.study.prompts import QUESTIONS, read_prompts
 
 if TYPE_CHECKING:
@@ -126,18 +127,36 @@ def analyze(
     if isinstance(prompts, (str, PathLike)):
         given["prompts"] = Path(prompts)
     elif prompts is not None:
-        given["prompt"] = list(prompts)
+        given["prompt"] = _questions(prompts)
     if options.get("horizon") is not None:
-        options["horizon"] = ["open" if end is None else str(end) for end in options["horizon"]]
+        options["horizon"] = _horizon(options["horizon"])
+    if options.get("response_from") is not None:
+        options["response_from"] = str(options["response_from"])
     if not isinstance(options.get("layers", ""), str):
         options["layers"] = ",".join(map(str, options["layers"]))
     given["text"] = Path(text) if isinstance(text, PathLike) else text
     given["messages"] = Path(messages) if isinstance(messages, (str, PathLike)) else messages
-    if options.get("response_from") is not None:
-        options["response_from"] = str(options["response_from"])
     vars(chosen).update(options | given)
     run(chosen)
     return load(chosen.out)
+
+
+def _questions(prompts: Sequence[str]) -> list[str]:
+    """Raises InputError for anything but texts, one at least."""
+    questions = list(prompts)
+    if not questions:
+        raise InputError("prompts: is empty; give a question, or leave it out for three of ours")
+    for number, question in enumerate(questions, 1):
+        if not isinstance(question, str):
+            raise InputError(f"prompts: number {number} must be a text, got {brief(question)}")
+    return questions
+
+
+def _horizon(horizon: Any) -> list[str]:
+    """FAI's horizon as the command has it. Raises InputError."""
+    if not isinstance(horizon, Sequence) or len(horizon) != 2:
+        raise InputError(f"horizon: needs two whole numbers, or a number and None, got {brief(horizon)}")
+    return ["open" if end is None else str(end) for end in horizon]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -276,7 +295,10 @@ def _conclude(
         with stage(job.timings, "verify"):
             largest = errors(job.loaded, analyses, settings, job.terminal)
     with arguments.writing(options.out, "make room and go on with --resume"):
-        with stage(job.timings, "tables"), task(job.terminal, f"Tables of {total} prompts", total):
+        with (
+            stage(job.timings, "tables"),
+            task(job.terminal, f"Tables of {total} prompt{'' if total == 1 else 's'}", total),
+        ):
             profile = findings.profile(analyses.head_summaries(), job.model)
             couplings = findings.tabulate(store.folder, analyses.outlines(), profile, advance=job.terminal.advance)
         summary = _summary(options, settings, job, profile, couplings, largest)

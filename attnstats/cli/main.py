@@ -24,11 +24,18 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 COMMANDS = {"analyze": analyze, "couplings": couplings, "heads": heads, "plot": plot, "report": report}
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, but of options that have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose help has defaults, and whose errors are InputErrors of one line."""
 
     def __init__(self, **settings: Any):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")

@@ -75,7 +75,7 @@ def rhythm(analysis: Analysis, tokens: tuple[int, int] | None = None) -> Figure:
 def check_tokens(analysis: Analysis, tokens: tuple[int, int], said: str) -> None:
     """Raises InputError, which begins with `said`, for tokens that the response of `rhythm` doesn't have."""
     length = int(analysis.response.sum())
-    if not 1 <= tokens[0] < tokens[1] <= length:
+    if len(tokens) != 2 or not 1 <= tokens[0] < tokens[1] <= length:
         raise InputError(f"{said}: the response has tokens 1 to {length}; give first and last")
 
 

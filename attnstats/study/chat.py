@@ -17,6 +17,7 @@ Message = dict[str, Any]
 MARK = "\ue000system\ue000"  # stands for a system text where a chat template is examined
 ANSWERING = "assistant"
 SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", ANSWERING, "tool")  # templates can have others
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +188,9 @@ def formatted(tokenizer: Any, prompt: Conversation, system: str) -> str:
         raise InputError(f"--model: its chat template cannot be used ({error})") from error
     called = [call.get("function", call)["name"] for message in messages for call in message.get("tool_calls", [])]
     left_out = [f"the call of {name}" for name in called if name not in text]
+    texts = ((message["role"], _text(message).strip()) for message in messages)
+    if ignored := [role for role, content in texts if role not in ROLES and content not in text]:
+        raise InputError(f"--model: its chat template has no role {ignored[0]!r}; most have {', '.join(ROLES)}")
     if prompt.tools and plain == without_tools:
         left_out.append("the tools")
     if left_out:

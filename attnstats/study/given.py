@@ -60,14 +60,16 @@ def chats(rows: Any, where: str, role: str | None = None) -> list[Chat]:
     """Conversations with the response of each.
 
     Args:
-        rows: a list of messages, or a list of objects with `messages`.
+        rows: a list of messages, an object with `messages`, or a list of such objects.
         role: the last message of this role is the response; what follows it is left out. None: the answer that ends
             the conversation.
 
     Raises:
         InputError: anything else, or a conversation without such a message with a text.
     """
-    if isinstance(rows, list) and rows and all(isinstance(row, dict) and "role" in row for row in rows):
+    if isinstance(rows, dict):
+        rows = [rows]
+    elif isinstance(rows, list) and rows and all(isinstance(row, dict) and "role" in row for row in rows):
         rows = [{"messages": rows}]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "messages" in row for row in rows):
         raise InputError(f'{where}: needs a list of messages, or objects with "messages"')

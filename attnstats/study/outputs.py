@@ -125,7 +125,8 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Couplin
         InputError: no such folder, not one of `attnstats analyze`, one of another format, or one that is damaged.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name one that `attnstats analyze --out` has written")
+        what = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}; name one that `attnstats analyze --out` has written")
     if not (folder / SUMMARY).is_file() or not (folder / RUN).is_file():
         raise InputError(f"{folder}: has no {SUMMARY} and {RUN}; name a folder that `attnstats analyze` has finished")
     summary = read_json(folder / SUMMARY)

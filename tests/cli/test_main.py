@@ -384,6 +384,9 @@ def test_help_and_version(capsys):
         assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert "attnstats 0.1.0" in shown
+    assert "None)" not in shown
+    assert "False)" not in shown
+    assert "greatest length of a response (default: 256)" in " ".join(shown.split())
     assert "--verify" in shown
 
 
@@ -441,6 +444,11 @@ def test_a_summary_that_is_none_is_refused(tmp_path, finished, capsys, change):
     assert "summary.json: cannot be read (no settings, prompts and timings in it" in capsys.readouterr().err
 
 
+def as_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
 def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
     out = tmp_path / "out"
     assert main(["analyze", "--model", str(tiny), "--max-tokens", "12", "--out", str(out)]) == 0
@@ -459,6 +467,7 @@ def test_a_report_is_drawn_again(tmp_path, tiny, capsys):
     (lambda out: (out / "items" / "000001.safetensors").unlink(), "000001.safetensors: cannot be read"),
     (lambda out: (out / "items" / "000001.safetensors").write_bytes(b"\0" * 9), "000001.safetensors: cannot be read"),
     (shutil.rmtree, "no such folder"),
+    (as_file, "out: is a file; name one that"),
 ])  # fmt: skip
 def test_a_damaged_folder_is_refused_with_a_remedy(tmp_path, finished, capsys, damage, message):
     out = tmp_path / "out"

@@ -72,6 +72,16 @@ def test_the_last_answer_of_a_conversation_is_what_is_generated(read):
     assert question_of(parts) == "how"
 
 
+def test_a_role_that_the_template_leaves_out_is_named(read):
+    prompt = conversation([MESSAGES[0], {"role": "robot", "content": "rolls left"}], None, "row 1")
+    assert read("default", prompt) == "user how many <unk> rolls left so"  # this template writes any role
+    only_users = "{% for m in messages if m.role == 'user' %}{{ m.content }} {% endfor %}so "
+    with pytest.raises(InputError, match="its chat template has no role 'robot'; most have system, developer, user"):
+        read(only_users, prompt)
+    thinking = conversation([*MESSAGES[:3]], None, "row 1")  # templates may shorten earlier answers
+    assert read(only_users, thinking) == "how many rolls so"
+
+
 @pytest.mark.parametrize("arguments", [{"n": "left", "absent": None}, '{"n": "left"}'])
 @pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "rolls"}}]'])
 def test_tool_calls(read, arguments, tools):

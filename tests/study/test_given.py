@@ -59,6 +59,8 @@ def test_an_answer_follows_the_prompt_that_the_model_would_have_read(tokenizer, 
     lines = tmp_path / "chats.jsonl"
     lines.write_text("\n".join(json.dumps({"messages": [*messages[:1], answer]}) for answer in messages[1:] * 2))
     assert [chat.response for chat in given.chats(given.read_chats(lines), "chats")] == ["w1 w2"] * 2
+    (chat,) = given.chats({"messages": messages}, "chats")
+    assert chat.response == "w1 w2"
 
 
 ROLES = [
@@ -179,6 +181,10 @@ def test_files_that_are_no_chats(content, told, tmp_path):
         ({"prompts": ["how"], "response_from": "3"}, "is for --text"),
         ({"prompts": ["how"], "text": TEXT}, "give one of them"),
         ({"prompts": ["how"], "colour": "red"}, "colour: no such option"),
+        ({"prompts": []}, "prompts: is empty; give a question"),
+        ({"prompts": ["how", 3]}, "prompts: number 2 must be a text, got 3"),
+        ({"text": TEXT, "horizon": 10}, "horizon: needs two whole numbers, or a number and None, got 10"),
+        ({"text": TEXT, "horizon": (10,)}, r"horizon: needs two .* got \(10,\)"),
         ({"text": "w1 " * 5000}, "positions; shorten it"),
         ({"text": [3, 4, 5], "response_from": "<think>"}, "of these response_from is a number of tokens"),
         ({"text": [3, 4, 5], "response_from": 3}, "3 are before it of 3"),
@@ -196,6 +202,10 @@ def test_files_that_are_no_chats(content, told, tmp_path):
         "prompts",
         "two",
         "option",
+        "no-prompts",
+        "no-text",
+        "no-pair",
+        "half-a-pair",
         "long",
         "start-of-ids",
         "all-before",
