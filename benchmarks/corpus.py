@@ -34,7 +34,7 @@ from attnstats.study.maps import BAND, Maps, cell_boundaries
 from attnstats.study.store import Store, begin
 
 RESULT = Path(__file__).parent / "results" / "corpus.json"
-LAYERS, HEADS, PROMPT, RESPONSE = 5, 9, 100, 200
+LAYERS, HEADS, PROMPT, RESPONSE, SENTENCE = 5, 9, 100, 200, 20
 DISTINCT = 256
 LINKS = 30_000  # names of a file; ext4 allows 65,000
 T = TypeVar("T")
@@ -57,6 +57,7 @@ def synthetic(seed: int) -> Analysis:
     mean_waad = heads.class_mean(waad, classes.local) * 10
     rows, columns = map(torch.tensor, cell_boundaries(PROMPT, length))
     cells = len(rows) - 1, len(columns) - 1
+    shares = RESPONSE // SENTENCE, RESPONSE // SENTENCE + 2
     tokens = [f" w{(seed * 31 + i * i) % 997}" for i in range(length)]
     return Analysis(
         question=f"Question {seed}: how many are left?",
@@ -78,7 +79,17 @@ def synthetic(seed: int) -> Analysis:
         fai_valid=fai_valid,
         delta=delta(mean_waad[response]),
         entropy=torch.cat([torch.tensor([torch.nan]), rand(length - 1)]),
-        maps=Maps(rows, columns, rand(*cells), rand(*cells), rand(RESPONSE, BAND), rand(RESPONSE, BAND)),
+        maps=Maps(
+            rows,
+            columns,
+            rand(*cells),
+            rand(*cells),
+            rand(RESPONSE, BAND),
+            rand(RESPONSE, BAND),
+            torch.tensor((0, 1, *range(PROMPT, length + 1, SENTENCE))),
+            rand(*shares),
+            rand(*shares),
+        ),
     )
 
 

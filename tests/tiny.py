@@ -237,7 +237,12 @@ def synthetic_maps(prompt: int, length: int) -> Maps:
     reach = torch.arange(prompt, length)[:, None] >= near
     bands = [torch.exp(-near / scale) / scale * reach for scale in (5, 50)]
     pooled = [(values / values.sum(1, keepdim=True)).float() for values in maps]
-    return Maps(rows, columns, *pooled, *bands)
+    parts = torch.tensor(sorted({0, 1, *range(prompt, length, 7), length}))
+    count = int((parts >= prompt).sum()) - 1
+    visible = torch.ones(count, len(parts) - 1).tril(len(parts) - 1 - count)
+    shares = [visible / (1 + scale * torch.arange(len(parts) - 1)) for scale in (0.5, 2)]
+    of_parts = [each / each.sum(1, keepdim=True) for each in shares]
+    return Maps(rows, columns, *pooled, *bands, *[parts, *of_parts])
 
 
 class Silent:

@@ -18,7 +18,7 @@ from attnstats.report.marks import SHARE
 from attnstats.study.analysis import Analysis, Settings
 from attnstats.study.text import shortened, visible
 
-SCRIPTS = ("page.js", "index.js", "tokens.js", "curves.js", "maps.js", "heads.js", "search.js", "start.js")
+SCRIPTS = ("page.js", "index.js", "tokens.js", "curves.js", "maps.js", "heads.js", "parts.js", "search.js", "start.js")
 
 
 def render(

@@ -21,6 +21,7 @@ from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
 from attnstats.study.analysis import Analysis, Settings
+from attnstats.study.maps import question_tokens
 from attnstats.study.text import LONGEST, shortened, token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
@@ -28,6 +29,7 @@ MAX_TOKENS, MAX_HEADS, MAX_CHARACTERS = 10_000, 20_000, 20_000  # of a response,
 WITHOUT_SCRIPT = 20_000  # tokens that the page shows without scripts
 MAX_PROMPTS = 200
 SPARK_POINTS = 80
+PROMPT_PARTS = ("first token", "around the question", "rest of the prompt", "question")  # in the order of bands
 FLOOR, CODES = 1e-5, 254  # the least attention that is distinguished from 0; steps from there to 1
 
 
@@ -165,7 +167,35 @@ def maps(analysis: Analysis) -> dict[str, Any]:
         "local": {"map": coded(mean.local_map), "band": coded(mean.local_band)},
         "global": {"map": coded(mean.global_map), "band": coded(mean.global_band)},
         "most": _short(float(pooled.max())),
+        "parts": parts(analysis),
     }
+
+
+def parts(analysis: Analysis) -> dict[str, Any]:
+    """Shares of attention on parts of prompt and response, for each sentence of the response.
+
+    `names` are those of the prompt's parts, "" for sentences; `shares` has a number for each of `kinds`, and `pairs` a
+    byte for every part.
+    """
+    mean, start = analysis.maps, analysis.response_start
+    bounds = mean.parts.tolist()
+    span = question_tokens(analysis.tokens[:start], analysis.question) or (start, start)
+    before = [
+        "first token" if bound == 0 else "question" if span[0] <= bound < span[1] else "around the question"
+        for bound in bounds[:-1] if bound < start
+    ]  # fmt: skip
+    if "question" not in before:
+        before = ["rest of the prompt" if name == "around the question" else name for name in before]
+    kinds = [*dict.fromkeys(sorted(before, key=PROMPT_PARTS.index)), "answer before it", "the sentence itself"]
+    sums = {}
+    for name, shares in (("local", mean.local_shares), ("global", mean.global_shares)):
+        rows = []
+        for i, row in enumerate(shares.double()):
+            own = len(before) + i
+            of_prompt = [row[: len(before)][[part == kind for part in before]].sum() for kind in kinds[:-2]]
+            rows.append(short(torch.stack([*of_prompt, row[len(before) : own].sum(), row[own]])))
+        sums[name] = {"shares": rows, "pairs": coded(shares)}
+    return {"bounds": bounds, "names": before + [""] * (len(bounds) - 1 - len(before)), "kinds": kinds, **sums}
 
 
 def card(number: int, data: dict[str, Any]) -> dict[str, Any]:

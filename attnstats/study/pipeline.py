@@ -18,7 +18,7 @@ from attnstats.study import corpus
 from attnstats.study.analysis import Analyses, Analysis, Settings
 from attnstats.study.chat import Prompt, question_of
 from attnstats.study.corpus import Measure, Progress
-from attnstats.study.maps import mean_maps
+from attnstats.study.maps import mean_maps, part_boundaries
 from attnstats.study.models import LoadedModel
 from attnstats.study.reading import pieces, read, shown
 from attnstats.study.store import Item, begin
@@ -148,5 +148,7 @@ def measure(
         fai_valid=run.valid[settings.statistics[1]][0].cpu(),
         delta=delta(mean_waad[in_response]),
         entropy=entropy,
-        maps=mean_maps(loaded.model, ids, in_response, classes, run.layers),
+        maps=mean_maps(
+            loaded.model, ids, in_response, classes, run.layers, part_boundaries(tokens, len(prompt), question)
+        ),
     )

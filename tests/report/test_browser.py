@@ -299,6 +299,32 @@ def test_the_lens_reaches_any_pair_and_says_what_it_shows(visit):
     assert "tokens 1 to 32" in page.inner_text("figure.global .hint")
 
 
+def test_sentences_have_bands_of_where_they_look(visit):
+    page = visit("one")
+    maps = synthetic_analysis(WORDS, prompt=12).maps
+    bounds = maps.parts.tolist()
+    assert page.locator("#sentences li").count() == len(bounds) - 1
+    bands = page.locator("#sentences .band")
+    assert bands.count() == 2 * len(maps.local_shares)
+    for row in (0, 5):
+        shares = maps.global_shares[row].tolist()
+        label = bands.nth(2 * row + 1).get_attribute("aria-label")
+        assert label.startswith("global heads: first token")
+        told = [float(number) / 100 for number in re.findall(r"([\d.]+) %", label)]
+        own = 2 + row
+        assert told == pytest.approx([shares[0], shares[1], sum(shares[2:own]), shares[own]], abs=0.006)
+        widths = page.eval_on_selector_all(
+            f"#sentences li:nth-child({own + 1}) .band:last-child rect", "all => all.map(r => r.getBBox().width)"
+        )
+        assert [width / sum(widths) for width in widths] == pytest.approx(told, abs=0.01)
+    page.click("#sentences li:nth-child(6)")  # a sentence is selected, and what it looks at is told
+    assert cursor(page) == at(bounds[5] - 12)
+    assert page.locator("#sentences li.on").count() == 1
+    told = page.eval_on_selector_all("#sentences li", "all => all.map(r => r.querySelector('.looked').textContent)")
+    for text, share in zip(told, maps.local_shares[3].tolist(), strict=True):
+        assert (float(text.split()[0]) / 100 if text else 0) == pytest.approx(share, rel=0.06)
+
+
 @pytest.mark.parametrize("width", [375, 1200])
 @pytest.mark.parametrize("count", [1, 3, 12, 78])
 def test_labels_of_a_map_do_not_overlap_and_are_not_on_its_cells(visit, folder, count, width):
@@ -375,11 +401,13 @@ def test_up_and_down_lead_to_the_next_line(visit):
 def test_everything_is_reached_by_tab(visit):
     page = visit("one")
     reached = []
-    for _ in range(10):
+    for _ in range(11):
         page.keyboard.press("Tab")
         name = "(e => e.id || e.name || e.parentElement.id)(document.activeElement)"
         reached.append(page.evaluate(name))
-    assert reached == ["explained", "sent", "column", "share", "query", "tokens", "link", "curves", "lens", "grid"]
+    assert reached == [
+        "explained", "sent", "column", "share", "query", "tokens", "link", "curves", "sentences-box", "lens", "grid"
+    ]  # fmt: skip
     page.focus("#columns input:checked")
     page.keyboard.press("ArrowRight")
     assert page.eval_on_selector("#columns [value=fai]", "e => e.checked")
@@ -700,7 +728,7 @@ def test_a_sample_keeps_the_numbers_of_its_prompts(visit, folder, monkeypatch):
 def test_a_prompt_is_parsed_when_it_is_opened(visit):
     """70 prompts of 400 tokens are 8 MB: only the one that is looked at is in the document as elements."""
     page = visit("many")
-    assert page.evaluate("document.querySelectorAll('*').length") < 3000
+    assert page.evaluate("document.querySelectorAll('*').length") < 4000
     assert page.locator("#tokens > span").count() == 398
 
 

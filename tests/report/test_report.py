@@ -23,6 +23,7 @@ from attnstats.errors import InputError
 from attnstats.report import columns, data, scale
 from attnstats.report.columns import COLUMNS
 from attnstats.study.analysis import Settings
+from attnstats.study.maps import part_boundaries
 from attnstats.study.text import shortened, token_text, visible
 from tests.hostile import FORBIDDEN, TEXTS
 from tests.tiny import synthetic_analysis
@@ -204,6 +205,30 @@ def test_maps_come_back_to_a_few_percent(page):
             assert (back[~seen] == 0).all()
     assert found["rows"] == analysis.maps.rows.tolist()
     assert found["distances"] == analysis.maps.local_band.shape[1]
+
+
+def test_shares_of_parts_add_up_and_are_named():
+    tokens = ["<s>", "user", "\n", " how", " many?", "\n", "so", *(f" w{i}" if i % 5 else "." for i in range(1, 21))]
+    analysis = synthetic_analysis(tokens, prompt=7, question="how many?")
+    bounds = part_boundaries(tokens, 7, "how many?")
+    analysis = dataclasses.replace(analysis, maps=dataclasses.replace(analysis.maps, parts=torch.tensor(bounds)))
+    rows = torch.rand(len(bounds) - 5, len(bounds) - 1, generator=torch.Generator().manual_seed(0))
+    shares = (rows.tril(4) / rows.tril(4).sum(1, keepdim=True)).float()
+    maps = dataclasses.replace(analysis.maps, local_shares=shares, global_shares=shares.flip(0))
+    analysis = dataclasses.replace(analysis, maps=maps)
+    found = data.parts(analysis)
+    assert len(found["names"]) == 8
+    assert found["bounds"][:5] == [0, 1, 3, 5, 7]
+    assert found["names"][:5] == ["first token", "around the question", "question", "around the question", ""]
+    kinds = ["first token", "around the question", "question", "answer before it", "the sentence itself"]
+    assert found["kinds"] == kinds
+    for i, row in enumerate(shares.tolist()):
+        expected = [row[0], row[1] + row[3], row[2], sum(row[4 : 4 + i]), row[4 + i]]
+        assert found["local"]["shares"][i] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert sum(found["local"]["shares"][i]) == pytest.approx(1, abs=2e-3)
+    assert torch.allclose(decoded(found["local"]["pairs"]), shares.double().flatten(), rtol=0.024, atol=1e-5)
+    elsewhere = dataclasses.replace(analysis, question="not there")
+    assert data.parts(elsewhere)["kinds"][:2] == ["first token", "rest of the prompt"]
 
 
 def test_couplings_settings_and_versions_are_shown(page):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnstats import heads, reference
-from attnstats.study.maps import CELLS, AtDistance, cell_boundaries, mean_maps
+from attnstats.study.maps import CELLS, AtDistance, cell_boundaries, mean_maps, part_boundaries
 from tests.tiny import run_with, small_llama
 
 LAYERS = (1, 3)
@@ -40,15 +40,25 @@ def eager_mean_maps(model, ids):
 ])  # fmt: skip
 def test_maps_are_those_of_eager_attention(model, length, start):
     ids = torch.randint(50, (1, length), generator=torch.Generator().manual_seed(length))
-    maps = mean_maps(model, ids, torch.arange(length) >= start, CLASSES, LAYERS, distances=16)
-    found = [(maps.local_map, maps.local_band), (maps.global_map, maps.global_band)]
-    for eager, (pooled, band) in zip(eager_mean_maps(model, ids), found, strict=True):
+    parts = tuple(sorted({0, 1, start, start + 1, (start + length) // 2, length} - {length + 1}))
+    maps = mean_maps(model, ids, torch.arange(length) >= start, CLASSES, LAYERS, parts, distances=16)
+    found = [
+        (maps.local_map, maps.local_band, maps.local_shares),
+        (maps.global_map, maps.global_band, maps.global_shares),
+    ]
+    assert maps.parts.tolist() == list(parts)
+    for eager, (pooled, band, shares) in zip(eager_mean_maps(model, ids), found, strict=True):
         expected = torch.stack([
             torch.stack([eager[a:b, c:d].sum(1).mean() for c, d in pairwise(maps.columns.tolist())])
             for a, b in pairwise(maps.rows.tolist())
         ])  # fmt: skip
         torch.testing.assert_close(pooled.double(), expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(pooled.sum(1), torch.ones(len(pooled)), atol=1e-5, rtol=0)
+        expected = torch.stack([
+            torch.stack([eager[a:b, c:d].sum(1).mean() for c, d in pairwise(parts)])
+            for a, b in pairwise(parts) if a >= start
+        ])  # fmt: skip
+        torch.testing.assert_close(shares.double(), expected, atol=1e-5, rtol=0)
         assert band.shape == (length - start, min(16, length))
         for t in range(start, length):
             for d in range(band.shape[1]):
@@ -60,7 +70,7 @@ def test_the_model_is_as_it_was_afterwards(model):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         before = model(ids).logits
-        mean_maps(model, ids, torch.arange(20) >= 8, CLASSES, LAYERS)
+        mean_maps(model, ids, torch.arange(20) >= 8, CLASSES, LAYERS, (0, 8, 20))
         assert torch.equal(model(ids).logits, before)
 
 
@@ -80,6 +90,19 @@ def test_segments_are_of_one_size_and_fit(start, response):
     assert keys[-len(queries) :] == queries
     if size > 1:  # with smaller cells it would not fit
         assert -(-start // (size - 1)) + -(-response // (size - 1)) > CELLS
+
+
+def test_parts_are_the_first_token_the_question_what_is_around_it_and_sentences():
+    tokens = ["<s>", "user\n", "How", " many?", "\n", "<a>", "One", ".", " Two", ".", "\n", "Three"]
+    assert part_boundaries(tokens, 6, "How many?") == (0, 1, 2, 4, 6, 8, 11, 12)
+    assert part_boundaries(tokens, 6, "not there") == (0, 1, 6, 8, 11, 12)
+    assert part_boundaries(tokens, 6, "") == (0, 1, 6, 8, 11, 12)
+    assert part_boundaries(tokens, 1, "How") == (0, 1, 2, 5, 8, 11, 12)  # no question within the first token
+    assert part_boundaries(["a", "b"], 1, "a") == (0, 1, 2)
+    many = ["<s>", *["Yes", ". "] * (2 * CELLS + 1)]
+    bounds = part_boundaries(many, 1, "")
+    assert len(bounds) == 2 + -(-(2 * CELLS + 1) // 3)
+    assert {b - a for a, b in pairwise(bounds[1:-1])} == {6}  # three sentences together
 
 
 def test_the_band_is_a_statistic_like_any_other():
