@@ -43,4 +43,5 @@ def test_it_runs_and_shows_what_is_committed(path, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="pip install '.[docs]'")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not what its user has it do at each start
     assert kinds(executed(path, tmp_path)) == kinds(json.loads(path.read_text(encoding="utf-8")))
