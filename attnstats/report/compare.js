@@ -165,7 +165,7 @@ function drawChart() {
   const step = (width - CHART.left - CHART.right) / count;
   const x = (i) => CHART.left + (i + 0.5) * step;
   const bottom = CHART.top + 2 * CHART.height + CHART.gap;
-  const picture = draw("svg", { width, height: bottom + CHART.bottom, "aria-hidden": "true" });
+  const picture = drawing(width, bottom + CHART.bottom);
   const panel = (top, values, name) => {
     const { least, most, tick } = axis(values);
     const y = (value) => top + CHART.height * (1 - (Math.min(value, most) - least) / (most - least));

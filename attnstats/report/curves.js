@@ -100,7 +100,7 @@ function drawChart(chart, first, last) {
   const bottom = EDGE.top + keys.length * PANEL + (keys.length - 1) * GAP;
   const step = (width - EDGE.left - EDGE.right) / (last - first);
   const x = (i) => EDGE.left + (i - first + 0.5) * step;
-  const picture = draw("svg", { width, height: bottom + EDGE.bottom, "aria-hidden": "true" });
+  const picture = drawing(width, bottom + EDGE.bottom);
   Object.assign(chart, { first, last, width, bottom, step, x, picture });
   chart.panels = keys.map((key, row) => drawPanel(chart, key, EDGE.top + row * (PANEL + GAP)));
   drawAxis(chart);

@@ -49,9 +49,11 @@ function drawIndex(names) {
   }));
 }
 
-// Call `fit` of the views when the width changes, and `paint` when the colour scheme does.
+// Call `fit` of the views when the width changes, and `paint` when the colours do, as on paper.
 function followScreen() {
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => tell("paint"));
+  for (const media of ["(prefers-color-scheme: dark)", "print"]) {
+    matchMedia(media).addEventListener("change", () => tell("paint"));
+  }
   let width = byId("view").clientWidth;
   new ResizeObserver(() => {
     const now = byId("view").clientWidth;

@@ -96,7 +96,7 @@ def style() -> str:
     classes = "\n".join(f".s{i} {{ background: var(--s{i}); color: var(--i{i}); }}" for i in range(SHADES))
     return (
         f":root {{ {variables(LIGHT)} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}\n{classes}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}\n{classes}\n"
     )
 
 

@@ -707,6 +707,28 @@ def test_a_prompt_is_opened_by_its_address(visit):
     assert visit("many", anchor="#prompt-71").inner_text("#question") == "Question 0?"
 
 
+@pytest.mark.parametrize("name", ["many", "two"])
+def test_on_paper_the_text_is_whole_and_light_and_has_no_controls(visit, name):
+    text = "#tokens" if name == "many" else "#tokens-A"
+    shades = f"[...document.querySelectorAll('{text} > span')].map(s => getComputedStyle(s).backgroundColor)"
+    light = visit(name, reduced_motion="reduce").evaluate(shades)
+    page = visit(name, dark=True, reduced_motion="reduce")
+    dark = page.evaluate(shades)
+    page.emulate_media(media="print", color_scheme="dark")
+    page.set_viewport_size({"width": 720, "height": 1000})
+    assert page.evaluate(shades) == light != dark
+    box = page.evaluate(f"(e => [e.clientHeight, e.scrollHeight])(document.querySelector('{text}'))")
+    assert box[0] == box[1]
+    for control in ("#columns", "#search", "#index", "#inview", "#keys", "#link", ".arcs"):
+        assert page.locator(control).count() == 0 or page.is_hidden(control)
+    assert page.evaluate("document.documentElement.scrollWidth") == 720
+    for picture in page.locator("#curves svg, canvas").all():
+        box = picture.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 720
+    assert page.pdf().count(b"/Type /Page\n") > 1
+
+
 def test_a_sample_keeps_the_numbers_of_its_prompts(visit, folder, monkeypatch):
     monkeypatch.setattr(data, "MAX_PROMPTS", 3)
     prompts = [synthetic_analysis(WORDS, question=f"Question {i + 1}?") for i in range(10)]
