@@ -126,14 +126,20 @@ def test_scores_are_those_of_eager_maps(loaded):
     texts = [torch.randint(3, 40, (length,), generator=draw) for length in (30, 47, 60)]
     for text in texts:
         text[5::5] = NEWLINE
-    scores = heads.find(loaded, iter(texts))
+    # A needle, asked for: only what repeats in the answer counts.
+    needle = "w1 w5 w2 w7 w3 w1 w9"
+    asked = f"how many {needle} are left"
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": needle}]
+    as_read = torch.tensor(loaded.tokenizer(f"user {asked} so {needle}")["input_ids"])
+    scores = heads.find(loaded, iter([*texts, chat]))
     assert scores.kinds == tuple(KINDS)
+    starts = [*((ids, 1) for ids in texts), (as_read, len(as_read) - 7)]
     expected = {}
-    for ids in texts:
+    for ids, start in starts:
         output = run_with(loaded.model, "eager", input_ids=ids[None])
         maps = torch.cat(output.attentions).double()
         pieces = [loaded.tokenizer.decode([token]) for token in ids.tolist()]
-        found = by_definition(maps, ids.tolist(), 1, segments.boundaries(pieces, start=1))
+        found = by_definition(maps, ids.tolist(), start, segments.boundaries(pieces, start=start))
         for name, of_heads in found.items():
             for head, values in of_heads.items():
                 expected.setdefault(name, {}).setdefault(head, []).extend(values)
@@ -142,8 +148,8 @@ def test_scores_are_those_of_eager_maps(loaded):
     for name, of_heads in expected.items():
         for head, values in of_heads.items():
             assert frame.loc[head, name] == pytest.approx(sum(values) / len(values), rel=2e-4, abs=1e-5), (name, head)
-    assert scores.texts == 3
-    assert scores.tokens == 137
+    assert scores.texts == 4
+    assert scores.tokens == 137 + 20
 
 
 def test_sums_of_texts_add_up(loaded):
@@ -220,6 +226,7 @@ def test_texts_and_pictures_are_of_a_few_lines_and_a_panel_per_kind(known):
     assert [axis.get_title(loc="left") for axis in pictures] == [KINDS[kind].title for kind in known.kinds]
     (picture,) = (axis for axis in known.plot("sink").axes if axis.images)
     assert picture.images[0].get_array().shape == (2, 4)
+    assert known.plot("sink")._repr_png_().startswith(b"\x89PNG")
 
 
 def test_the_command_prints_and_writes_what_the_function_returns(folder, tmp_path, capsys):
