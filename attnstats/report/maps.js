@@ -10,7 +10,7 @@ const HEAD = 17; // over the whole map, for the names of its parts
 let figures = []; // { name, whole, lens, reading }, both canvases with their pictures
 let lensRows = LENSES[0];
 let lens = { row: 0, key: 0 }; // its first token of the answer, and the position of its first column
-let pinned = null; // { index, row, key }: a place of the whole map that was clicked stays while the cursor does
+let pinned = null; // { index, row, key }: a place that was clicked stays until another token is selected
 let colours = null; // of each byte of attention, packed for an image
 let tones = {}; // of the style sheet
 let spot = null; // { name, row, key, text } under the pointer
@@ -62,9 +62,9 @@ const mapsView = {
   },
   move(source) {
     if (!figures.length) return;
-    if (pinned?.index !== cursor()) pinned = null;
+    if (pinned?.index !== state.selected) pinned = null;
     if (source === "whole") lookAt(cursor() - lensRows / 2, spot.key - lensRows);
-    else if (pinned && source !== "lens") lookAt(pinned.row, pinned.key);
+    else if (pinned && state.hovered === null && source !== "lens") lookAt(pinned.row, pinned.key);
     else if (source !== "lens") lookAtDiagonal();
     if (source !== "lens" && source !== "whole") spot = null;
     this.fit();

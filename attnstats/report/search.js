@@ -17,8 +17,7 @@ function find() {
     }
     const tokenAt = (place) => starts.findLastIndex((start) => start <= place);
     for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, at + wanted.length)) {
-      const from = at + wanted.length - wanted.trimStart().length; // a blank before a word is of its token
-      matches.push([tokenAt(from), tokenAt(at + wanted.length - 1)]);
+      matches.push([tokenAt(at), tokenAt(at + wanted.length - 1)]);
     }
   }
   state.hits = new Set(matches.flatMap(([first, last]) =>

@@ -276,7 +276,8 @@ def test_the_lens_reaches_any_pair_and_says_what_it_shows(visit):
     for query, key in ((390, 2), (390, 200), (390, 330), (200, 140), (70, 40), (31, 30)):
         row, column = (query - 2) // 2, key // 2
         whole.click(position={"x": (column + 0.5) * size, "y": 17 + (row + 0.5) * size})
-        page.mouse.move(5, 5)  # a click keeps the place
+        whole.hover(position={"x": 100.5 * size, "y": 17 + 3.5 * size})  # looks elsewhere, but a click keeps the place
+        page.mouse.move(5, 5)
         numbers = list(map(int, re.findall(r"\d+", page.inner_text("figure.global .hint"))))
         first, last, left, right = numbers
         assert first <= query - 1 <= last
@@ -366,6 +367,7 @@ def test_numbers_on_an_axis_differ(visit, folder):
     for lower in (False, True):
         numbers = [text for text, is_lower in texts if is_lower == lower]
         assert len(numbers) == len(set(numbers)) > 2
+    assert "↑" not in page.inner_text("#curves")  # nor is one of two values above the axis
 
 
 @pytest.mark.parametrize("place", ["#tokens", "#curves"])
