@@ -41,6 +41,7 @@ const boxes = LETTERS.map((letter, which) => {
   on("pointermove", (index) => move({ side: which, index }, false));
   on("click", (index) => move({ side: which, index }, true));
   box.addEventListener("pointerleave", () => move(null, false));
+  box.addEventListener("scroll", () => fadeEdges(box));
   box.addEventListener("keydown", (event) => {
     const at = indices()[which] ?? 0;
     const to = { ArrowLeft: at - 1, ArrowRight: at + 1, ArrowUp: at - 10, ArrowDown: at + 10, Home: 0, End: Infinity }[
@@ -88,11 +89,14 @@ views.push({
       for (const i of anchor) spans[i].classList.add("anchor");
     });
     const { title, unit, about } = column(state.column);
+    boxes.forEach(fadeEdges);
     byId("scale").replaceChildren(
       ramp(state.prompt.domains[state.column], `Scale of ${title}, ${unit}`),
       make("p", {}, make("b", {}, title), ` in ${unit}, on one scale for both. ${about}`),
     );
   },
+
+  fit: () => boxes.forEach(fadeEdges),
 
   move(source) {
     const at = indices();
@@ -210,13 +214,6 @@ const chartToken = (event) => {
 byId("curves").addEventListener("pointermove", (event) => move(chartToken(event), false, true));
 byId("curves").addEventListener("pointerleave", () => move(null, false));
 byId("curves").addEventListener("click", (event) => chartToken(event) && move(chartToken(event), true, true));
-
-function intoView(box, span) {
-  const [at, frame] = [span.getBoundingClientRect(), box.getBoundingClientRect()];
-  const room = 24;
-  if (at.top < frame.top + room) box.scrollTop -= frame.top + room - at.top;
-  else if (at.bottom > frame.bottom - room) box.scrollTop += at.bottom - frame.bottom + room;
-}
 
 // Both runs' heads and their change as tables of layers x heads, and the heads that change most.
 function drawHeads() {

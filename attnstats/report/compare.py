@@ -27,7 +27,7 @@ from attnstats.study.text import shortened, token_text, visible
 
 SCRIPTS = ("page.js", "index.js", "compare.js")
 CHANGED = 10  # heads whose distance changes most, that are named
-EXHAUSTIVE = 4_000_000  # pairs of tokens up to which every token may start a common run of tokens
+EXHAUSTIVE = 25_000_000  # pairs of tokens up to which every token may start a common run of tokens
 
 
 @dataclass(frozen=True)

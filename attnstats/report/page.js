@@ -174,6 +174,23 @@ function choice(id, name, options, chosen, act) {
   }
 }
 
+// Scroll a text in its box until a token is in view.
+function intoView(text, span) {
+  const [box, frame] = [span.getBoundingClientRect(), text.getBoundingClientRect()];
+  const room = 24;
+  if (box.top < frame.top + room) text.scrollTop -= frame.top + room - box.top;
+  else if (box.bottom > frame.bottom - room) text.scrollTop += box.bottom - frame.bottom + room;
+}
+
+// Fade the edges beyond which a text goes on; true if it scrolls.
+function fadeEdges(text) {
+  const { scrollTop, clientHeight, scrollHeight } = text;
+  const scrolls = scrollHeight > clientHeight + 1;
+  text.parentElement.classList.toggle("above", scrolls && scrollTop > 1);
+  text.parentElement.classList.toggle("below", scrolls && scrollTop + clientHeight < scrollHeight - 1);
+  return scrolls;
+}
+
 // Where labels and titles are in a picture, with a little room around them.
 const textsIn = (picture) => [...picture.querySelectorAll(".label, .title")].map((text) => {
   const { x, y, width, height } = text.getBBox();

@@ -54,7 +54,7 @@ views.push({
     lit.classList.add("on");
     lit.setAttribute("aria-selected", "true");
     tokens.setAttribute("aria-activedescendant", lit.id);
-    if (source && source !== "tokens") intoView(lit);
+    if (source && source !== "tokens") intoView(tokens, lit);
     drawReadout();
     drawBox();
   },
@@ -110,10 +110,8 @@ function drawArcs() {
 
 // A long answer scrolls in a box of its own, so that the curves stay in view. Below it is said which tokens it shows.
 function drawBox() {
-  const { scrollTop, clientHeight, scrollHeight } = tokens;
-  const scrolls = scrollHeight > clientHeight + 1;
-  byId("box").classList.toggle("above", scrolls && scrollTop > 1);
-  byId("box").classList.toggle("below", scrolls && scrollTop + clientHeight < scrollHeight - 1);
+  const { scrollTop, clientHeight } = tokens;
+  const scrolls = fadeEdges(tokens);
   byId("inview").hidden = !scrolls;
   const from = scrolls ? firstBelow(scrollTop) : 0;
   const to = scrolls ? Math.max(from, firstBelow(scrollTop + clientHeight - spans[0].offsetHeight) - 1) : spans.length - 1;
@@ -122,7 +120,7 @@ function drawBox() {
   if (before !== state.inView?.[0] || after !== state.inView?.[1]) tell("scrolled");
   if (!scrolls) return;
   const back = make("button", { type: "button" }, `show token ${cursor() + 1}, at the cursor`);
-  back.addEventListener("click", () => intoView(spans[cursor()]));
+  back.addEventListener("click", () => intoView(tokens, spans[cursor()]));
   const isOut = cursor() < from || cursor() > to;
   byId("inview").replaceChildren(`Tokens ${from + 1} to ${to + 1} of ${length()} are in view; the text scrolls. `,
     ...(isOut ? [back] : []));
@@ -200,13 +198,6 @@ function lookingBack(i) {
 }
 
 const ends = (left, right) => make("p", { class: "axis" }, make("span", {}, left), make("span", {}, right));
-
-function intoView(span) {
-  const [box, frame] = [span.getBoundingClientRect(), tokens.getBoundingClientRect()];
-  const room = 24;
-  if (box.top < frame.top + room) tokens.scrollTop -= frame.top + room - box.top;
-  else if (box.bottom > frame.bottom - room) tokens.scrollTop += box.bottom - frame.bottom + room;
-}
 
 const noValue = (key) => (key === "fai" ? `no token is ${page.lo} further on` : "not known");
 

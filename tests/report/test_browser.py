@@ -551,14 +551,14 @@ def test_a_long_answer_scrolls_with_the_cursor_and_says_what_it_shows(visit):
     assert first == 0
     assert is_in_view(page, last)
     assert not is_in_view(page, last + 40)
-    assert page.get_attribute("#box", "class") == "below"
+    assert page.get_attribute(".box", "class") == "box below"
     page.evaluate("document.getElementById('tokens').scrollTop = 1e6")
-    page.wait_for_function("() => document.getElementById('box').className === 'above'")
+    page.wait_for_function("() => document.querySelector('.box').className === 'box above'")
     assert in_view(page)[1] == 397
     assert page.locator("#curves .inview[d^='M0']").count() == 0
     assert "show token 1," in page.inner_text("#inview")  # the cursor is where the text is not
     page.click("#inview button")
-    page.wait_for_function("() => document.getElementById('box').className === 'below'")
+    page.wait_for_function("() => document.querySelector('.box').className === 'box below'")
     assert is_in_view(page, 0)
     assert page.is_hidden("#inview button")
     assert visit("one", width=1600).is_hidden("#inview")
@@ -847,6 +847,18 @@ def test_linked_tokens_of_two_runs_are_lit_together(visit):
     assert lit(page) == ["A0", "B0"]
     page.keyboard.press("End")
     assert lit(page) == ["A77", "B69"]
+
+
+def test_texts_of_two_runs_scroll_to_linked_tokens(visit):
+    page = visit("two", width=375)
+    classes = "[...document.querySelectorAll('.box')].map(e => e.className)"
+    page.focus("#tokens-B")
+    page.keyboard.press("Home")
+    page.wait_for_function(f"() => {classes}.join() === 'box below,box below'")
+    page.focus("#tokens-A")
+    page.keyboard.press("End")
+    assert lit(page) == ["A77", "B69"]
+    page.wait_for_function(f"() => {classes}.join() === 'box above,box above'")
 
 
 def test_values_of_both_runs_and_their_difference_are_told(visit):
