@@ -25,6 +25,7 @@ class Strides(NamedTuple):
     d_query: Any = None
     d_key: Any = None
     d_value: Any = None
+    marks: Any = None
 
 
 class Sequences(NamedTuple):
@@ -138,6 +139,8 @@ class Softmax(NamedTuple):
     b_log: Any  # [rows, CHUNK] sum of a * log2(a)
     b_moment: Any  # [rows, CHUNK] sum of a * distance
     sums: Any  # [rows] per row statistic of the loop
+    b_marked: Any  # [rows, MARKS] sum of a times each key's marks
+    b_argmax: Any  # [rows] the key of the maximum, -1 where there is none
     b_max: Any  # [rows]
 
 
@@ -150,7 +153,7 @@ class QueryBlock(NamedTuple):
     b_factor: Any  # [BM]; None: 1
     b_delta: Any  # [BM]
     row_grads: Any  # [BM] per row statistic, and for the entropy
-    m_query: Any  # [BM] bool: counts in columns; None: every query
+    b_counts: Any  # [BM] as `load_counts`; None: every query counts
     o_position: Any  # [BM]
 
 
@@ -202,6 +205,8 @@ class Loop(NamedTuple):
     ENTROPY: Any
     FROM_LSE: Any  # rows from an lse: no value, no output
     CHUNK: Any  # columns in which row sums are kept
+    MARKS: Any  # numbers per key that rows of A are multiplied with
+    TOP: Any  # the key of the maximum is asked for
 
 
 class Weights(NamedTuple):

@@ -31,13 +31,14 @@ from .tiles import (
     FIELDS,
     LN2,
     LOG2_ZERO,
+    counted,
     dot,
     head_of,
     hide,
     kept,
     key_range,
     keys_present,
-    load_flags,
+    load_counts,
     load_pivot,
     load_tile,
     place_of,
@@ -86,7 +87,7 @@ def load_each(stack, o_place, m_place, COUNT: tl.constexpr):
 
 
 @triton.jit
-def of_columns(distance, m_query, column_grads, EDGE: tl.constexpr, WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr):
+def of_columns(distance, b_counts, column_grads, EDGE: tl.constexpr, WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The gradients that column statistics have for a tile of A."""
     N: tl.constexpr = len(WEIGHTS.COLUMNS) // FIELDS
     b_grad = tl.zeros(distance.shape, tl.float32)
@@ -95,8 +96,8 @@ def of_columns(distance, m_query, column_grads, EDGE: tl.constexpr, WEIGHTS: tl.
     if EDGE:
         for j in tl.static_range(len(WEIGHTS.NEAR_COLUMNS) // FIELDS):
             b_grad += of_keys(column_grads[N + j], TRANSPOSED) * weigh(distance, WEIGHTS.NEAR_COLUMNS, j)
-    if m_query is not None:
-        b_grad = tl.where(of_queries(m_query, TRANSPOSED), b_grad, 0.0)
+    if b_counts is not None:
+        b_grad = counted(b_grad, of_queries(b_counts, TRANSPOSED))
     return b_grad
 
 
@@ -152,7 +153,7 @@ def step(
         b_ln = LN2 * tl.maximum(b_log, LOG2_ZERO)
         b_da -= of_queries(row_grads[N_ROWS + N_NEAR], TRANSPOSED) * b_ln
     if len(WEIGHTS.COLUMNS) + (len(WEIGHTS.NEAR_COLUMNS) if EDGE else 0) > 0:
-        b_da += of_columns(distance, queries.m_query, keys.column_grads, EDGE, WEIGHTS, TRANSPOSED)
+        b_da += of_columns(distance, queries.b_counts, keys.column_grads, EDGE, WEIGHTS, TRANSPOSED)
     b_ds = b_a * (b_da - of_queries(queries.b_delta, TRANSPOSED))
     if score.cap2 is not None:
         b_ds *= softcap_slope(b_x, score)
@@ -161,7 +162,7 @@ def step(
 
 @triton.jit
 def column_delta(
-    b_delta, b_q, b_pivot, b_factor, m_query, o_position, keys, column_grads, first, last, sequence, visible, score,
+    b_delta, b_q, b_pivot, b_factor, b_counts, o_position, keys, column_grads, first, last, sequence, visible, score,
     WEIGHTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """b_delta [BM] and the row sums of A times the gradients of column statistics, over the keys first .. last."""
@@ -174,7 +175,7 @@ def column_delta(
         grads = load_each(column_grads, o_key, m_key, N_COLUMNS)
         _, b_log = log2_a(b_q, b_k, b_pivot, m_key, o_position, o_key, visible, score, True, False)
         distance = (o_position[:, None] - o_key[None, :]).to(tl.float32)
-        b_sum += tl.sum(tl.exp2(b_log) * of_columns(distance, m_query, grads, True, WEIGHTS, False), 1)
+        b_sum += tl.sum(tl.exp2(b_log) * of_columns(distance, b_counts, grads, True, WEIGHTS, False), 1)
     if b_factor is not None:
         b_sum *= b_factor
     return b_delta + b_sum
@@ -205,7 +206,7 @@ def over_keys(
 
 @triton.jit(do_not_specialize=Sizes._fields)
 def backward_queries(
-    query, key, value, output, d_output, d_query, pivot, factor, delta, grads, query_mask, sequences,
+    query, key, value, output, d_output, d_query, pivot, factor, delta, grads, query_counts, sequences,
     n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, near, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
@@ -256,9 +257,9 @@ def backward_queries(
     if grads.rows is not None:
         N_ROWS: tl.constexpr = (len(ROWS) + len(NEAR_ROWS)) // FIELDS + ENTROPY
         row_grads = load_each(stack_of(grads.rows, 0, 0, sizes.n_queries, sizes), o_flat, m_row, N_ROWS)
-    m_query = None
-    if query_mask is not None:
-        m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+    b_counts = None
+    if query_counts is not None:
+        b_counts = load_counts(query_counts + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
 
     position = sequence.offset + q_start
     first, whole, edge, end = key_range(position, 0, sequence.n_keys, visible, BM, BN)
@@ -271,14 +272,14 @@ def backward_queries(
             near_end = tl.minimum(end, position + BM + near.ahead)
         if near_first < near_end:
             b_delta = column_delta(
-                b_delta, b_q, b_pivot, b_factor, m_query, o_position, keys, column_grads, near_first, near_end,
+                b_delta, b_q, b_pivot, b_factor, b_counts, o_position, keys, column_grads, near_first, near_end,
                 sequence, visible, score, WEIGHTS, TILE,
             )  # fmt: skip
     tl.store(delta + o_flat, b_delta, mask=m_row)
     if near is not None:
         edge = tl.maximum(tl.minimum(edge, (position - near.behind) // BN * BN), whole)
 
-    queries = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, row_grads, m_query, o_position)
+    queries = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, row_grads, b_counts, o_position)
     b_dq = tl.zeros((BM, BLOCK_DIM), tl.float32)
     if visible.left is not None:
         # Guarded, here and below, for the reason that forward.py gives.
@@ -303,7 +304,7 @@ def backward_queries(
 
 @triton.jit
 def over_queries(
-    b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, p_pivot, p_factor, p_delta, row_grads, p_query_mask,
+    b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, p_pivot, p_factor, p_delta, row_grads, p_query_counts,
     i_flat_head, first, last, sequence, visible, score, dropout,
     OF_KEYS: tl.constexpr, OF_VALUES: tl.constexpr, WEIGHTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -325,10 +326,10 @@ def over_queries(
             b_factor = tl.load(p_factor + o_row, mask=m_row, other=1.0)
         b_delta = tl.load(p_delta + o_row, mask=m_row, other=0.0)
         grads = load_each(row_grads, o_row, m_row, N_ROWS)
-        m_query = None
-        if p_query_mask is not None:
-            m_query = load_flags(p_query_mask + o_row, m_row)
-        query_block = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, grads, m_query, sequence.offset + o_row)
+        b_counts = None
+        if p_query_counts is not None:
+            b_counts = load_counts(p_query_counts + o_row, m_row)
+        query_block = QueryBlock(b_q, b_do, b_pivot, b_factor, b_delta, grads, b_counts, sequence.offset + o_row)
         key_block = KeyBlock(b_k, b_v, column_grads, None, o_key)
         b_met, b_ds = step(query_block, key_block, i_flat_head, sequence, visible, score, dropout, True, WEIGHTS, True)
         if OF_VALUES:
@@ -340,7 +341,7 @@ def over_queries(
 
 @triton.jit(do_not_specialize=Sizes._fields)
 def backward_keys(
-    query, key, value, d_output, d_key, d_value, pivot, factor, delta, grads, query_mask, sequences,
+    query, key, value, d_output, d_key, d_value, pivot, factor, delta, grads, query_counts, sequences,
     n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, dropout, strides,
     ROWS: tl.constexpr, NEAR_ROWS: tl.constexpr, ENTROPY: tl.constexpr,
@@ -376,9 +377,9 @@ def backward_keys(
 
     b_dk = tl.zeros((BN, BLOCK_DIM), tl.float32)
     b_dv = tl.zeros((BN, BLOCK_VALUE_DIM), tl.float32)
-    p_query_mask = query_mask
-    if query_mask is not None:
-        p_query_mask = query_mask + wide(i_batch) * sizes.n_queries + q_begin
+    p_query_counts = query_counts
+    if query_counts is not None:
+        p_query_counts = query_counts + wide(i_batch) * sizes.n_queries + q_begin
     for i_member in range(sizes.group):
         i_head = i_key_head * sizes.group + i_member
         i_flat_head = i_batch * sizes.n_query_heads + i_head
@@ -401,7 +402,7 @@ def backward_keys(
         if first < last:
             b_dk, b_dv = over_queries(
                 b_dk, b_dv, b_k, b_v, column_grads, o_key, queries, d_out, pivot + o_head, p_factor, delta + o_head,
-                row_grads, p_query_mask, i_flat_head, first, last,
+                row_grads, p_query_counts, i_flat_head, first, last,
                 sequence, visible, score, dropout, d_key is not None, d_value is not None, WEIGHTS, TILE,
             )  # fmt: skip
     m_key = keys_present(visible.key_mask, i_batch, o_key, n_keys)[:, None]

@@ -20,7 +20,7 @@ from .tiles import (
     anew,
     band_sweep,
     head_of,
-    load_flags,
+    load_counts,
     load_packed,
     load_pivot,
     packed_rows,
@@ -33,7 +33,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=Sizes._fields)
 def band(
-    query, key, pivot, factor, rows, columns, query_mask, sinks, sequences, heads,
+    query, key, pivot, factor, rows, columns, query_counts, sinks, sequences, heads,
     n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, strides,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
@@ -73,11 +73,11 @@ def band(
     b_factor = None
     if factor is not None:
         b_factor = tl.load(factor + o_lse, mask=m_row, other=0.0)
-    m_query = None
-    if query_mask is not None:
-        m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+    b_counts = None
+    if query_counts is not None:
+        b_counts = load_counts(query_counts + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
     sums = band_sweep(
-        b_q, b_pivot, b_factor, m_query, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
+        b_q, b_pivot, b_factor, b_counts, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
         sequence.offset + i_block * BM, BEHIND,
         Slots(columns, i_place, n_packed, sizes.n_batch, n_heads, sizes.n_keys), visible, score,
         Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM),

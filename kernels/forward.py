@@ -14,6 +14,9 @@ statistics cost the loop nothing: after it the lse is known, and `tiles.band_swe
 When decoding (a few queries, many keys) the keys are cut into splits of SPLIT_KEYS: each program writes the normalised
 results of its split, combine.py adds them up, and there is no epilogue. SPLIT_KEYS = 0: no splits.
 
+MARKS are numbers of each key, [MARKS] of them, that rows of A are multiplied with in one more, narrow matmul: 1 where
+the key lies in a segment. TOP keeps the key of the maximum, whose A is 1 over the row's sum.
+
 MOMENT is MeanDistance under a causal mask: a first moment of the positions, one FMA per element. All row sums of the
 loop are kept in CHUNK columns and reduced after it.
 
@@ -21,7 +24,8 @@ With FROM_LSE there is no value, no maximum and no output: `pivot` is lse2. Else
 row's pivot, its maximum (+inf where it sees no key), and its factor, 1 over its sum: A = exp2(score - pivot) * factor
 has no error of the size of the lse's rounding, which is 1e-4 of A where the lse is in the thousands. A row whose scores
 are all -inf has A = 0 beside a sink, and is NaN without one; of a split its pivot is -inf.
-Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum; splits, B, Hq, Tq] float32.
+Row sums are stored as [mean distance, LOOP_ROWS, BAND_ROWS, entropy, maximum, A of TOP and its key; splits, B, Hq, Tq]
+float32, and what MARKS give as [splits, B, Hq, Tq, MARKS].
 """
 
 import triton
@@ -41,7 +45,7 @@ from .tiles import (
     kept,
     key_range,
     keys_present,
-    load_flags,
+    load_counts,
     load_packed,
     load_sinks,
     load_tile,
@@ -111,7 +115,7 @@ def add_moments(
 
 @triton.jit
 def visit(
-    state, b_q, q_rows, o_position, o_flat_head, keys, values, first, last, sequence, visible, score, dropout,
+    state, b_q, q_rows, o_position, o_flat_head, keys, values, marks, first, last, sequence, visible, score, dropout,
     EDGE: tl.constexpr, LOOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Stream the keys first .. last. EDGE: a key may not exist or may be hidden from a row."""
@@ -120,6 +124,7 @@ def visit(
     CHUNK: tl.constexpr = LOOP.CHUNK
     b_out, b_max = state.b_out, state.b_max
     b_sum, b_log, b_moment, sums = state.b_sum, state.b_log, state.b_moment, state.sums
+    b_marked, b_argmax = state.b_marked, state.b_argmax
     for start in range(first, last, BN):
         o_key = start + tl.arange(0, BN)
         b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
@@ -134,7 +139,13 @@ def visit(
         if LOOP.FROM_LSE:
             b_pivot = b_max
         else:
-            b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * unit)
+            if LOOP.TOP:
+                b_tile_max, i_tile_max = tl.max(b_score, 1, return_indices=True)  # of equal ones the first
+                b_tile_max *= unit
+                b_argmax = tl.where(b_tile_max > b_max, start + i_tile_max, b_argmax)
+            else:
+                b_tile_max = tl.max(b_score, 1) * unit
+            b_new_max = tl.maximum(b_max, b_tile_max)
             # A row that has seen no key yet keeps a finite pivot: (-inf) - (-inf) is NaN.
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_rescale = tl.exp2(b_max - b_pivot)
@@ -166,6 +177,11 @@ def visit(
             else:
                 updated = updated + (sums[j] * b_rescale + b_row,)
         sums = updated
+        if LOOP.MARKS > 0:
+            b_marks = load_tile(marks, start, sequence.n_keys, BN, LOOP.MARKS, LOOP.MARKS, EDGE)
+            if not LOOP.FROM_LSE:
+                b_marked *= b_rescale[:, None]
+            b_marked = dot(b_a.to(b_marks.dtype), b_marks, b_marked)
         if not LOOP.FROM_LSE:
             if dropout is not None:
                 o_query = (sequence.q_begin + q_rows.o_row)[:, None]
@@ -174,15 +190,16 @@ def visit(
             b_v = load_tile(values, start, sequence.n_keys, BN, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
-    return Softmax(b_out, b_sum, b_log, b_moment, sums, b_max)
+    return Softmax(b_out, b_sum, b_log, b_moment, sums, b_marked, b_argmax, b_max)
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
 def forward(
-    query, key, value, output, lse, pivot, factor, rows, columns, query_mask, sinks, sequences, reach,
+    query, key, value, output, lse, pivot, factor, rows, columns, marks, marked, query_counts, sinks, sequences, reach,
     n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, dropout, strides,
     MOMENT: tl.constexpr, LOOP_ROWS: tl.constexpr, ENTROPY: tl.constexpr, MAX_LOGIT: tl.constexpr,
+    MARKS: tl.constexpr, TOP: tl.constexpr,
     BAND_ROWS: tl.constexpr, BAND_COLUMNS: tl.constexpr,
     BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr, BAND_BOUND: tl.constexpr,
     FROM_LSE: tl.constexpr, SPLIT_KEYS: tl.constexpr, CHUNK: tl.constexpr,
@@ -191,7 +208,7 @@ def forward(
     DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     tl.static_assert(SPLIT_KEYS % BN == 0, "a split is whole tiles of keys")
-    LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK)
+    LOOP: tl.constexpr = Loop(LOOP_ROWS, MOMENT, ENTROPY, FROM_LSE, CHUNK, MARKS, TOP)
     TILE: tl.constexpr = Tile(HEADS, BM, BN, DIM, BLOCK_DIM, VALUE_DIM, BLOCK_VALUE_DIM)
     sizes = Sizes(
         n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
@@ -226,6 +243,10 @@ def forward(
     if not FROM_LSE:
         values = head_of(value, strides.value, i_batch, i_key_head, sequence.k_begin)
         values = streamed(values, n_keys, BN, VALUE_DIM, BLOCK_VALUE_DIM, DESCRIBED)
+    key_marks = keys  # not read without MARKS
+    if MARKS > 0:
+        key_marks = head_of(marks, strides.marks, i_batch, 0, sequence.k_begin)
+        key_marks = streamed(key_marks, n_keys, BN, MARKS, MARKS, DESCRIBED)
     if HEADS == 1:
         b_q = load_tile(queries, i_block * BM, sequence.n_queries, BM, DIM, BLOCK_DIM, True)
     else:
@@ -245,26 +266,31 @@ def forward(
     else:
         b_max = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     b_out = tl.zeros((HEADS * BM, BLOCK_VALUE_DIM), tl.float32)
-    state = Softmax(b_out, b_zero, b_zero, b_zero, zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,)), b_max)
+    b_marked = b_zero
+    if MARKS > 0:
+        b_marked = tl.zeros((HEADS * BM, MARKS), tl.float32)
+    b_argmax = tl.full((HEADS * BM,), -1, tl.int32)
+    sums = zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,))
+    state = Softmax(b_out, b_zero, b_zero, b_zero, sums, b_marked, b_argmax, b_max)
     if visible.left is not None:
         # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
             state = visit(
-                state, b_q, q_rows, o_position, o_flat_head, stream, values, first, whole,
+                state, b_q, q_rows, o_position, o_flat_head, stream, values, key_marks, first, whole,
                 sequence, visible, score, dropout, True, LOOP, TILE,
             )  # fmt: skip
     if whole < edge:
         state = visit(
-            state, b_q, q_rows, o_position, o_flat_head, stream, values, whole, edge,
+            state, b_q, q_rows, o_position, o_flat_head, stream, values, key_marks, whole, edge,
             sequence, visible, score, dropout, False, LOOP, TILE,
         )  # fmt: skip
     if edge < end:
         state = visit(
-            state, b_q, q_rows, o_position, o_flat_head, stream, values, edge, end,
+            state, b_q, q_rows, o_position, o_flat_head, stream, values, key_marks, edge, end,
             sequence, visible, score, dropout, True, LOOP, TILE,
         )  # fmt: skip
 
-    b_out, b_sum, b_log, b_moment, sums, b_max = state
+    b_out, b_sum, b_log, b_moment, sums, b_marked, b_argmax, b_max = state
     q_rows = packed_rows(anew(i_block), n_packed, sequence.n_queries, HEADS, BM)
     o_head, o_row, m_row = q_rows
     o_flat = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row  # [B, Hq, Tq]
@@ -339,17 +365,26 @@ def forward(
     if MAX_LOGIT:
         tl.store(p_rows + (N_LOOP + N_BAND + ENTROPY) * n_stored + o_flat, b_max * LN2, mask=m_row)
 
+    if TOP:
+        p_top = p_rows + (N_LOOP + N_BAND + ENTROPY + MAX_LOGIT) * n_stored + o_flat
+        b_argmax = tl.where(b_mass == b_mass, b_argmax, -1)  # none in a row of NaN
+        tl.store(p_top, tl.where(b_argmax >= 0, b_inverse, b_mass * 0.0), mask=m_row)
+        tl.store(p_top + n_stored, b_argmax.to(tl.float32), mask=m_row)
+    if MARKS > 0:
+        p_marked = marked + (i_split * n_flat + o_flat)[:, None] * MARKS + tl.arange(0, MARKS)[None, :]
+        tl.store(p_marked, b_marked * b_inverse[:, None], mask=m_row[:, None])
+
     if len(BAND_ROWS) + len(BAND_COLUMNS) > 0:
         tl.static_assert(SPLIT_KEYS == 0, "the epilogue needs a whole row")
         behind = BEHIND
         if reach is not None:  # of these heads; BEHIND is the largest of all
             o_place = tl.arange(0, HEADS)
             behind = tl.max(tl.load(reach + i_head + o_place, mask=o_place < n_packed, other=-1), 0)
-        m_query = None
-        if query_mask is not None:
-            m_query = load_flags(query_mask + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+        b_counts = None
+        if query_counts is not None:
+            b_counts = load_counts(query_counts + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
         near = band_sweep(
-            b_q, b_pivot, None if FROM_LSE else b_factor, m_query,
+            b_q, b_pivot, None if FROM_LSE else b_factor, b_counts,
             streamed(keys, n_keys, BAND_BN, DIM, BLOCK_DIM, DESCRIBED), sequence, position, behind,
             Slots(columns, i_head, n_packed, sizes.n_batch, sizes.n_query_heads, sizes.n_keys),
             Visibility(visible.left if BAND_BOUND else None, visible.right, visible.key_mask), score,

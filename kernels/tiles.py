@@ -171,9 +171,22 @@ def load_pivot(p_pivot, o_row, m_row, IS_LSE: tl.constexpr):
 
 
 @triton.jit
-def load_flags(pointers, m_row):
-    """Bools of a uint8 mask, such as the query mask."""
-    return tl.load(pointers, mask=m_row, other=0) != 0
+def load_counts(pointers, m_row):
+    """Whether each query counts in columns, from uint8, or how much, from float32."""
+    b_counts = tl.load(pointers, mask=m_row, other=0)
+    if b_counts.dtype == tl.uint8:
+        return b_counts != 0
+    else:
+        return b_counts
+
+
+@triton.jit
+def counted(b_x, b_counts):
+    """b_x as `load_counts` says; 0 for what doesn't count, also of NaN."""
+    if b_counts.dtype == tl.int1:
+        return tl.where(b_counts, b_x, 0.0)
+    else:
+        return tl.where(b_counts != 0.0, b_x * b_counts, 0.0)
 
 
 @triton.jit
@@ -331,7 +344,7 @@ def band_step(
     b_qt,  # [BLOCK_DIM, HEADS * BM], the rows of HEADS heads of one group
     b_pivot,  # [HEADS * BM], +inf for rows that don't exist
     b_factor,  # [HEADS * BM]; None: 1
-    m_query,  # [HEADS * BM] bool: counts in columns; None: every row
+    b_counts,  # [HEADS * BM] as `load_counts`; None: every row counts
     o_row,  # [HEADS * BM] float32, each row's place in its block of BM
     keys, sequence, slots, visible, score,
     EDGE: tl.constexpr, BAND: tl.constexpr, TILE: tl.constexpr,
@@ -368,8 +381,8 @@ def band_step(
     if len(BAND.COLUMNS) > 0:
         if b_factor is not None:
             b_a *= b_factor[None, :]
-        if m_query is not None:
-            b_a = tl.where(m_query[None, :], b_a, 0.0)
+        if b_counts is not None:
+            b_a = counted(b_a, b_counts[None, :])
         slot = SLOTS_AHEAD - ((relative + o_tile + BM * SLOTS) // BM - SLOTS)  # floor division of a signed number
         o_head = tl.arange(0, TILE.HEADS)
         m_store = (m_key & (slot >= 0) & (slot < SLOTS))[:, None] & (o_head < slots.n_packed)[None, :]
@@ -386,7 +399,7 @@ def band_step(
 
 @triton.jit
 def band_sweep(
-    b_q, b_pivot, b_factor, m_query, keys, sequence, block_start, behind, slots, visible, score,
+    b_q, b_pivot, b_factor, b_counts, keys, sequence, block_start, behind, slots, visible, score,
     BAND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Walk the keys at distance -AHEAD .. behind of a query block; return row sums, store column sums.
@@ -427,18 +440,18 @@ def band_sweep(
     if len(BAND.COLUMNS) > 0:
         for relative in range(inner, near, BN):
             band_step(
-                (), relative, block_start, b_qt, b_pivot, b_factor, m_query, o_row,
+                (), relative, block_start, b_qt, b_pivot, b_factor, b_counts, o_row,
                 keys, sequence, slots, visible, score, False, BAND, TILE,
             )  # fmt: skip
     for relative in range(near, LAST, BN):
         sums = band_step(
-            sums, relative, block_start, b_qt, b_pivot, b_factor, m_query, o_row,
+            sums, relative, block_start, b_qt, b_pivot, b_factor, b_counts, o_row,
             keys, sequence, slots, visible, score, False, BAND, TILE,
         )  # fmt: skip
     for i_tile in range(before + tl.cdiv(tl.maximum(last - LAST, 0), BN)):
         relative = tl.where(i_tile < before, first, LAST - before * BN) + i_tile * BN
         sums = band_step(
-            sums, relative, block_start, b_qt, b_pivot, b_factor, m_query, o_row,
+            sums, relative, block_start, b_qt, b_pivot, b_factor, b_counts, o_row,
             keys, sequence, slots, visible, score, True, BAND, TILE,
         )  # fmt: skip
     reduced = ()

@@ -7,6 +7,7 @@ own, as it has when statistics start from an lse. Runs on CUDA and ROCm, and on 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -18,13 +19,13 @@ from attnstats.core.autograd import Gradients, GradientsByStatistic, Residuals, 
 from attnstats.core.geometry import Evaluation, Geometry, needs_pivot
 from attnstats.core.passes import Pass
 from attnstats.core.scores import sink_gradient, sink_mass
-from attnstats.statistics import PooledMap, Statistic
+from attnstats.statistics import PooledMap, Statistic, TopKeys
 from attnstats.triton import launch, plan
 from attnstats.triton.configs import Config, Kernel, candidates, interpreted
 from attnstats.triton.plan import GradientPlan, Heads, Plan
 
 NAME = "triton"
-COMPUTES = frozenset({"weight", "row", "first_keys", "pooled", "lse"})
+COMPUTES = frozenset({"weight", "row", "first_keys", "segments", "top", "pooled", "lse"})
 MAX_HEAD_DIM = 256
 
 RunPass = Callable[[Tensor, Tensor, launch.RowLse, Geometry, Pass, Plan], dict[Statistic, Tensor]]
@@ -44,8 +45,6 @@ def unavailable(geometry: Geometry) -> str | None:
         return f"head_dim {max(geometry.head_dim, geometry.value_dim)} is over {MAX_HEAD_DIM}"
     if geometry.scale <= 0:
         return f"the online softmax needs scale > 0, got {geometry.scale}"
-    if geometry.query_weight is not None:
-        return "the kernels take no query_weight yet"
     for s in geometry.statistics:
         kind = type(s).__name__
         if s.method == "row" and type(s) not in plan.WHOLE_ROWS:
@@ -108,12 +107,42 @@ def gradients(
     if needs_pivot(geometry.dtype):
         assert residuals.pivot is not None
         row_lse = launch.RowLse(residuals.lse, residuals.pivot, residuals.factor)
-    of_map, excess = _map_gradients(row_lse, geometry, of_statistics)
-    *grads, delta = launch.backward(residuals, row_lse, grad_output, geometry, of_map)
+    of_segments = {s: x for s, x in of_statistics.items() if s.method == "segments"}
+    others = {s: x for s, x in of_statistics.items() if s not in of_segments}
+    of_map, excess = _map_gradients(row_lse, geometry, others)
+    grad_query, grad_key, grad_value, delta = launch.backward(residuals, row_lse, grad_output, geometry, of_map)
     if excess is not None:
         delta = delta - excess
+    if of_segments:
+        of_query, of_key, of_delta = _segment_gradients(residuals, row_lse, geometry, of_segments)
+        grad_query, grad_key, delta = grad_query + of_query, grad_key + of_key, delta + of_delta
     of_sinks = None if geometry.sinks is None else sink_gradient(row_lse.sink_share(geometry), delta, geometry)
-    return Gradients(grads[0], grads[1], grads[2], of_sinks)
+    return Gradients(grad_query, grad_key, grad_value, of_sinks)
+
+
+def _segment_gradients(
+    residuals: Residuals, row_lse: launch.RowLse, geometry: Geometry, of_segments: GradientsByStatistic
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK and delta of masses on segments, which are the output for values of 1 where a key lies in the segment."""
+    marks = launch.marks_of(geometry, tuple(of_segments))
+    assert marks is not None
+    outputs = [geometry.in_all_heads(s, x) for s, (x, _) in of_segments.items()]
+    grads = [geometry.gradient_of_sums(s, grad) for s, (_, grad) in of_segments.items()]
+    padding = 0, marks.shape[-1] - sum(x.shape[-1] for x in outputs)
+    output, grad = (torch.nn.functional.pad(torch.cat(x, -1), padding) for x in (outputs, grads))
+    parts = []
+    for columns in torch.arange(marks.shape[-1]).split(launch.MAX_MARKS):
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        value = marks[..., part][:, None].expand(geometry.batch, geometry.key_heads, -1, -1)
+        own = residuals._replace(value=value, output=output[..., part])
+        alone = dataclasses.replace(
+            geometry, value_dim=value.shape[-1], dropout_p=0.0, dropout_seed=None, sinks=None, memo={}
+        )
+        nothing = launch.MapGradients(GradientPlan.of(()), None, None, None)
+        of_query, of_key, _, delta = launch.backward(own, row_lse, grad[..., part].to(value.dtype), alone, nothing)
+        parts.append((of_query, of_key, delta))
+    of_query, of_key, delta = (sum(x) for x in zip(*parts, strict=True))
+    return of_query, of_key, delta
 
 
 def _map_gradients(
@@ -204,6 +233,21 @@ def _pooled(
     return {statistic: launch.pooled(query, key, row_lse, geometry, statistic, each.heads)}
 
 
+def _segments(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
+) -> dict[Statistic, Tensor]:
+    (statistic,) = each.statistics
+    return {statistic: launch.segments(*_subset(query, key, row_lse, geometry, each.heads), statistic)}
+
+
+def _top(
+    query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
+) -> dict[Statistic, Tensor]:
+    (statistic,) = each.statistics
+    assert isinstance(statistic, TopKeys)
+    return {statistic: launch.top(query, key, row_lse, geometry, statistic, each.heads)}
+
+
 def _first_keys(
     query: Tensor, key: Tensor, row_lse: launch.RowLse, geometry: Geometry, each: Pass, _: Plan
 ) -> dict[Statistic, Tensor]:
@@ -229,6 +273,8 @@ _RUN: dict[str, RunPass] = {
     "band": _band,
     "column": _columns,
     "pooled": _pooled,
+    "segments": _segments,
+    "top": _top,
     "first_keys": _first_keys,
     "lse": _lse,
 }
@@ -254,6 +300,14 @@ def cost(each: Pass, geometry: Geometry) -> tuple[str, int, int]:
         lse_copy = 4 * geometry.batch * geometry.query_heads * geometry.query_length
         return f"kernel column: {_tiles(_config(geometry, 'column'))}", matmul, lse_copy
     (statistic,) = each.statistics
+    if isinstance(statistic, TopKeys):
+        return f"kernel top: {_tiles(_config(geometry, 'top'))}", matmul, 0
+    if statistic.method == "segments":
+        segments = geometry.shape_of(statistic)[-1]
+        passes = -(-segments // launch.MAX_MARKS)
+        flops = passes * matmul + matmul // geometry.head_dim * segments
+        description = f"kernel forward, rows only: {_tiles(_config(geometry, 'forward_loop'))}"
+        return description, flops, 2 * geometry.key_length * segments
     if isinstance(statistic, PooledMap):
         config = _config(geometry, "pooled")
         segments = statistic.shape(geometry.query_length, geometry.key_length)[0]
@@ -271,6 +325,7 @@ def _forward_cost(each: Pass, geometry: Geometry, matmul: int) -> tuple[str, int
     flops, scratch = matmul if each.attends or lists.in_loop else 0, 0
     if each.attends:
         flops += matmul // geometry.head_dim * geometry.value_dim
+    flops += matmul // geometry.head_dim * sum(geometry.shape_of(s)[-1] for s in lists.segments)
     description = f"kernel forward{'' if each.attends else ', rows only'}: {_tiles(config, packed)}"
     if splits:
         description += f", {splits} splits of the keys" + (", kernel combine" if each.attends else "")
@@ -284,7 +339,11 @@ def _forward_cost(each: Pass, geometry: Geometry, matmul: int) -> tuple[str, int
 
 
 def _config(geometry: Geometry, kernel: Kernel) -> Config:
-    dim = geometry.head_dim if kernel in ("band", "column", "pooled") else max(geometry.head_dim, geometry.value_dim)
+    dim = (
+        geometry.head_dim
+        if kernel in ("band", "column", "pooled", "top")
+        else max(geometry.head_dim, geometry.value_dim)
+    )
     return next(candidates(kernel, geometry.device, geometry.dtype, launch.block_dim(dim)))
 
 

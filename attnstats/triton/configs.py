@@ -18,7 +18,7 @@ import torch
 
 T = TypeVar("T")
 Backward = Literal["backward_queries", "backward_keys", "weighted_queries", "weighted_keys"]
-Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band"] | Backward
+Kernel = Literal["forward", "forward_loop", "decode", "column", "pooled", "band", "top"] | Backward
 
 
 class Config(NamedTuple):
@@ -43,6 +43,7 @@ HALF: TileTable = {
     "column": {128: Config(64, 128, 4, 3), 256: Config(64, 128, 8, 2)},
     "pooled": {128: Config(64, 64, 4, 3), 256: Config(64, 64, 8, 2)},
     "band": {128: Config(128, 64, 4, 1), 256: Config(256, 64, 8, 2)},
+    "top": {128: Config(64, 64, 4, 2), 256: Config(64, 32, 4, 2)},
     "backward_queries": {128: Config(128, 64, 8, 2), 256: Config(128, 32, 8, 2)},
     "backward_keys": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 128, 8, 2)},
     "weighted_queries": {128: Config(128, 32, 8, 2), 256: Config(64, 16, 4, 2)},
@@ -56,6 +57,7 @@ FLOAT32: TileTable = {
     "column": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "pooled": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "band": {64: Config(32, 16, 8, 2), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    "top": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "backward_queries": {64: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "backward_keys": {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "weighted_queries": {64: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
@@ -99,6 +101,7 @@ _GFX942: TileTable = {  # 64 KB of shared memory, and waves of 64 threads
     "column": {128: Config(64, 128, 4, 1), 256: Config(64, 128, 8, 1)},
     "pooled": {128: Config(64, 64, 4, 1), 256: Config(64, 64, 8, 1)},
     "band": {256: Config(128, 64, 4, 1)},
+    "top": {256: Config(64, 32, 4, 1)},
     "backward_queries": {64: Config(128, 64, 8, 1), 128: Config(128, 32, 8, 1), 256: Config(64, 16, 8, 1)},
     "backward_keys": {64: Config(32, 128, 8, 1), 128: Config(16, 128, 8, 1), 256: Config(16, 64, 4, 1)},
     "weighted_queries": {64: Config(128, 16, 8, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 16, 8, 1)},

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from attnstats.core.geometry import Geometry
 from attnstats.core.passes import Pass
-from attnstats.statistics import Entropy, MaxLogit, MeanDistance, Statistic
+from attnstats.statistics import Entropy, MaxLogit, MeanDistance, Statistic, TopKeys
 
 Heads = tuple[int, ...] | None  # of a pass; None: all
 
@@ -17,19 +17,31 @@ Heads = tuple[int, ...] | None  # of a pass; None: all
 WHOLE_ROWS: dict[type[Statistic], str] = {Entropy: "ENTROPY", MaxLogit: "MAX_LOGIT"}
 
 
+RIDING_MARKS = (
+    16  # segments that fit into one narrow matmul of the forward kernel's loop; more have a pass of their own
+)
+
+
 def passes(geometry: Geometry, attends: bool, splits: int) -> tuple[Pass, ...]:
     """The launches of `attend`, or of `from_lse`, in order; splits: parts into which the keys are cut, 0 for none."""
     heads = tuple(map(geometry.heads.get, geometry.statistics))
-    return _passes(geometry.statistics, heads, attends, bool(splits))
+    segments = sum(geometry.shape_of(s)[-1] for s in geometry.statistics if s.method == "segments")
+    return _passes(geometry.statistics, heads, attends, bool(splits), segments <= RIDING_MARKS)
 
 
 @functools.lru_cache(maxsize=256)
 def _passes(
-    statistics: tuple[Statistic, ...], heads: tuple[Heads, ...], attends: bool, split: bool
+    statistics: tuple[Statistic, ...], heads: tuple[Heads, ...], attends: bool, split: bool, few_segments: bool
 ) -> tuple[Pass, ...]:
     of = dict(zip(statistics, heads, strict=True))
     bands = [s for s in statistics if s.is_banded]
     loop = [s for s in statistics if _is_loop_row(s) and (attends or s.from_lse)]
+    riding: list[Statistic] = []
+    if few_segments and not (attends and split):
+        riding += [s for s in statistics if s.method == "segments"]
+    if attends and not split:
+        riding += [s for s in statistics if isinstance(s, TopKeys) and s.k == 1]
+    loop += riding
     in_epilogue = bands if attends and not split else []
     planned = []
     if not in_epilogue:
@@ -46,7 +58,9 @@ def _passes(
     for last, of_column in dict.fromkeys((s.last_queries, of[s]) for s in columns):
         together = tuple(s for s in columns if (s.last_queries, of[s]) == (last, of_column))
         planned.append(Pass("column", together, of_column, last_queries=last))
-    planned += [Pass(str(s.method), (s,), of[s]) for s in statistics if s.method in ("pooled", "first_keys", "lse")]
+    apart = [s for s in statistics if s.method in ("segments", "top") and s not in riding]
+    apart += [s for s in statistics if s.method in ("pooled", "first_keys", "lse")]
+    planned += [Pass(str(s.method), (s,), of[s]) for s in apart]
     return tuple(planned)
 
 
@@ -64,6 +78,8 @@ class Plan:
     moment: tuple[Statistic, ...]  # forward's main loop; under a causal mask it is a first moment of the positions
     loop_rows: tuple[Statistic, ...]  # forward's main loop, any weight
     whole_rows: tuple[Statistic, ...]  # forward's main loop, in the order of WHOLE_ROWS
+    segments: tuple[Statistic, ...]  # forward's main loop
+    top: tuple[Statistic, ...]  # forward's main loop, where it attends: TopKeys(1) or nothing
     band_rows: tuple[Statistic, ...]  # forward's epilogue, or the band kernel
     band_columns: tuple[Statistic, ...]
 
@@ -75,6 +91,8 @@ class Plan:
             moment=moment,
             loop_rows=tuple(s for s in statistics if s.method == "weight" and _is_loop_row(s) and s not in moment),
             whole_rows=tuple(s for kind in WHOLE_ROWS for s in statistics if type(s) is kind),
+            segments=tuple(s for s in statistics if s.method == "segments"),
+            top=tuple(s for s in statistics if s.method == "top"),
             band_rows=tuple(s for s in statistics if s.is_banded and s.axis == "row"),
             band_columns=tuple(s for s in statistics if s.is_banded and s.axis == "column"),
         )
@@ -86,11 +104,12 @@ class Plan:
     @functools.cached_property
     def in_loop(self) -> tuple[Statistic, ...]:
         """The row statistics of the main loop that can be computed from an lse."""
-        return (*self.moment, *self.loop_rows, *(s for s in self.whole_rows if s.from_lse))
+        whole = (s for s in self.whole_rows if s.from_lse)
+        return (*self.moment, *self.loop_rows, *whole, *self.segments, *self.top)
 
     @functools.cached_property
     def in_rows(self) -> tuple[Statistic, ...]:
-        """The row statistics that the forward kernel stores, in its order."""
+        """The row statistics of one number that the forward kernel stores, in its order."""
         return (*self.moment, *self.loop_rows, *self.band_rows, *self.whole_rows)
 
     @property

@@ -128,6 +128,15 @@ def flags(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+def counts(geometry: Geometry) -> Tensor | None:
+    """(B, Tq) contiguous, how much each query counts in columns: uint8, or float32 with a query_weight; None: 1."""
+    if geometry.query_weight is None:
+        return flags(geometry.query_mask)
+    weights = geometry.query_counts()
+    assert weights is not None
+    return weights.float().contiguous()
+
+
 def longest(geometry: Geometry) -> tuple[int, int]:
     """Queries and keys of the longest sequence."""
     if geometry.packing is None:

@@ -121,7 +121,7 @@ def _shared_arguments(row_lse: RowLse, geometry: Geometry, of_map: MapGradients)
         "pivot": row_lse.pivot_or_lse.contiguous(),
         "factor": None if row_lse.factor is None else row_lse.factor.contiguous(),
         "grads": StatisticGradients(of_map.rows, of_map.columns, of_map.shift),
-        "query_mask": arguments.flags(geometry.query_mask) if of_map.plan.columns else None,
+        "query_counts": arguments.counts(geometry) if of_map.plan.columns else None,
         "dropout": arguments.dropout(geometry),
     }
 

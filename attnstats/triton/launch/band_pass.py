@@ -77,7 +77,7 @@ def _band(
         factor=row_lse.factor,
         rows=rows,
         columns=columns,
-        query_mask=arguments.flags(geometry.query_mask),
+        query_counts=arguments.counts(geometry),
         sinks=arguments.sinks(geometry),
         heads=arguments.on_device(heads, geometry.device),
         strides=Strides(query.stride(), key.stride()),

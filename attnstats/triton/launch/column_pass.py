@@ -77,10 +77,13 @@ def _column(
 ) -> None:
     """Fill `sums`."""
     query, key = arguments.as_input(query), arguments.as_input(key)
-    pivot, counted = row_lse.pivots(geometry), None
+    pivot, factor, counted = row_lse.pivots(geometry), row_lse.factor, None
     if query_mask is not None:
         counted = geometry.counted_rows(query_mask).int()
         pivot = pivot.masked_fill(~query_mask[:, None], torch.inf)
+    if geometry.query_weight is not None:
+        weight = geometry.query_weight.float()[:, None]
+        factor = weight.expand(pivot.shape).contiguous() if factor is None else factor * weight
     described = arguments.described(geometry, query)
     masked = query_mask is not None
     prepared = remembered(geometry, _prepare_column, config, statistics, heads, masked, described)
@@ -90,7 +93,7 @@ def _column(
         query=query,
         key=key,
         pivot=pivot,
-        factor=row_lse.factor,
+        factor=factor,
         columns=sums,
         counted=counted,
         heads=arguments.on_device(heads, geometry.device),

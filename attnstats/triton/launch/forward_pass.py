@@ -29,6 +29,7 @@ from attnstats.triton.launch.start import Launch, Prepared, fitting, prepare, re
 from attnstats.triton.plan import Plan
 
 COMBINE = Config(16, 0, 4, 2)
+MAX_MARKS = 64  # segments of a pass; more would take too many registers
 
 T = TypeVar("T")
 
@@ -81,11 +82,12 @@ def _attend(
     if parts or with_pivot:
         pivot, factor = (arguments.buffer(geometry, shape, fill) for fill in (torch.inf, 1.0))
     sinks = arguments.sinks(geometry)
-    in_rows, columns = _start(
+    in_rows, columns, marked = _start(
         geometry,
         plan,
         config,
         parts,
+        marks_of(geometry, plan.segments),
         query=query,
         key=key,
         value=value,
@@ -102,19 +104,74 @@ def _attend(
         output, row_lse, in_rows = _combine(output, pivot, factor, in_rows, sinks, plan, geometry, query.dtype)
     else:
         row_lse = RowLse(lse, pivot, factor)
-    return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns))
+    return Attended(output.to(dtype), row_lse, _results(plan, in_rows, columns, marked, geometry))
 
 
 def _rows(
     query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, plan: Plan, config: Config
 ) -> dict[Statistic, Tensor]:
+    marks = marks_of(geometry, plan.segments)
+    in_rows, columns, marked = _start_rows(query, key, row_lse, geometry, plan, config, marks)
+    return _results(plan, in_rows, columns, marked, geometry)
+
+
+def segments(query: Tensor, key: Tensor, row_lse: RowLse, geometry: Geometry, statistic: Statistic) -> Tensor:
+    """[B, Hq, Tq, S] in passes of their own, MAX_MARKS segments in each."""
+    marks, nothing = marks_of(geometry, (statistic,)), Plan.of((), geometry.is_causal)
+    assert marks is not None
+
+    def run(config: Config, marks: Tensor) -> Tensor:
+        _, _, marked = _start_rows(query, key, row_lse, geometry, nothing, config, marks)
+        assert marked is not None
+        return marked if row_lse.factor is None else marked * row_lse.factor[..., None]
+
+    dim = max(geometry.head_dim, geometry.value_dim)
+    kernel: Kernel = "decode" if splits(geometry) else "forward_loop"
+    parts = [
+        fitting(kernel, geometry, dim, lambda config, part=part: run(config, part))  # type: ignore[misc]
+        for part in marks.split(MAX_MARKS, -1)
+    ]
+    return torch.cat(parts, -1)[..., : geometry.shape_of(statistic)[-1]]
+
+
+def marks_of(geometry: Geometry, statistics: tuple[Statistic, ...]) -> Tensor | None:
+    """[B | 1, Tk, n] in the dtype of the inputs: 1 where a key lies in a segment, side by side for all statistics, and
+    zeros, so that n is what matmuls and the kernels' tiles take. None: there are no segments."""
+    if not statistics:
+        return None
+    key = "marks", statistics
+    marks: Tensor | None = geometry.memo.get(key)
+    if marks is None:
+        dtype = torch.float32 if interpreted() else geometry.dtype
+        members = [geometry.memberships(s) for s in statistics]
+        rows = max(map(len, members))
+        marks = torch.cat([x.expand(rows, -1, -1) for x in members], -1).to(dtype)
+        count = marks.shape[-1]
+        padded = arguments.block_dim(count) if count <= MAX_MARKS else -(-count // MAX_MARKS) * MAX_MARKS
+        marks = torch.nn.functional.pad(marks, (0, padded - count))
+        if geometry.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            geometry.memo[key] = marks
+    return marks
+
+
+def _start_rows(
+    query: Tensor,
+    key: Tensor,
+    row_lse: RowLse,
+    geometry: Geometry,
+    plan: Plan,
+    config: Config,
+    marks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_start` from an lse, the splits added up."""
     parts = splits(geometry)
     query, key = arguments.as_input(query), arguments.as_input(key)
-    in_rows, columns = _start(
+    in_rows, columns, marked = _start(
         geometry,
         plan,
         config,
         parts,
+        marks,
         query=query,
         key=key,
         value=None,
@@ -125,33 +182,57 @@ def _rows(
         sinks=None,
         strides=Strides(query.stride(), key.stride()),
     )
-    return _results(plan, in_rows.sum(1) if parts else in_rows, columns)
+    if parts:
+        in_rows, marked = in_rows.sum(1), None if marked is None else marked.sum(0)
+    return in_rows, columns, marked
 
 
-def _start(geometry: Geometry, plan: Plan, config: Config, parts: int, **tensors: Any) -> tuple[Tensor, Tensor]:
-    """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq] and its columns."""
+def _start(
+    geometry: Geometry, plan: Plan, config: Config, parts: int, marks: Tensor | None, **tensors: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Start the kernel with these tensors; return its rows [rows, (splits), B, Hq, Tq], its columns, and what marks
+    [B | 1, Tk, MARKS] give, [(splits), B, Hq, Tq, MARKS]."""
     from_lse = tensors["value"] is None
     streams = (tensors["key"],) if from_lse else (tensors["key"], tensors["value"])
     described = not parts and arguments.described(geometry, *streams)  # a split is soon over
-    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, described)
-    shape = (geometry.batch, geometry.query_heads, geometry.query_length)
-    in_rows = arguments.buffer(geometry, (len(plan.in_rows), *((parts,) if parts else ()), *shape))
+    width = 0 if marks is None else marks.shape[-1]
+    prepared = remembered(geometry, _prepare_forward, plan, config, from_lse, parts, described, width)
+    shape = (*((parts,) if parts else ()), geometry.batch, geometry.query_heads, geometry.query_length)
+    in_rows = arguments.buffer(geometry, (len(plan.in_rows) + 2 * len(plan.top), *shape))
+    marked = None
+    if marks is not None:
+        marks = marks.contiguous()[:, None]  # one head
+        tensors["strides"] = tensors["strides"]._replace(
+            marks=(marks.stride(0) * (len(marks) > 1), *marks.stride()[1:])
+        )
+        marked = torch.empty((*shape, width), dtype=torch.float32, device=geometry.device)
+        marked = arguments.filled(marked, geometry, -2)
     columns = column_slots(geometry, plan, prepared.slots, geometry.query_heads)
     start_prepared(
         prepared,
         geometry,
         rows=in_rows,
         columns=columns,
-        query_mask=arguments.flags(geometry.query_mask),
+        marks=marks,
+        marked=marked,
+        query_counts=arguments.counts(geometry),
         reach=arguments.on_device(prepared.reach, geometry.device),  # type: ignore[arg-type]
         dropout=arguments.dropout(geometry),
         **tensors,
     )
-    return in_rows, add_slots(columns, geometry)
+    return in_rows, add_slots(columns, geometry), marked
 
 
-def _results(plan: Plan, in_rows: Tensor, columns: Tensor) -> dict[Statistic, Tensor]:
-    return dict(zip((*plan.in_rows, *plan.band_columns), (*in_rows.unbind(), *columns.unbind()), strict=True))
+def _results(
+    plan: Plan, in_rows: Tensor, columns: Tensor, marked: Tensor | None, geometry: Geometry
+) -> dict[Statistic, Tensor]:
+    in_rows, top = in_rows[: len(plan.in_rows)], in_rows[len(plan.in_rows) :]
+    results = dict(zip((*plan.in_rows, *plan.band_columns), (*in_rows.unbind(), *columns.unbind()), strict=True))
+    if marked is not None:
+        widths = [geometry.shape_of(s)[-1] for s in plan.segments]
+        parts = marked[..., : sum(widths)].split(widths, -1)
+        results |= zip(plan.segments, parts, strict=True)
+    return results | dict.fromkeys(plan.top, top.movedim(0, -1)[..., None])
 
 
 def _output(geometry: Geometry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -178,7 +259,7 @@ def forward_tile(geometry: Geometry, config: Config) -> tuple[int, Config]:
 
 
 def _prepare_forward(
-    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, described: bool
+    geometry: Geometry, plan: Plan, config: Config, from_lse: bool, parts: int, described: bool, marks: int
 ) -> Prepared:
     from attnstats.kernels.forward import forward as kernel
 
@@ -189,6 +270,8 @@ def _prepare_forward(
         "MOMENT": len(plan.moment),
         "LOOP_ROWS": arguments.weights(plan.loop_rows),
         **plan.whole_row_constants,
+        "MARKS": marks,
+        "TOP": len(plan.top),
         "BAND_ROWS": arguments.weights(plan.band_rows, geometry.tail_of),
         "BAND_COLUMNS": arguments.weights(plan.band_columns),
         "BAND_BOUND": plan.bound(geometry, config.BM + band_keys),
