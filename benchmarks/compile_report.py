@@ -42,17 +42,29 @@ REQUESTS: dict[str, tuple[str, bool]] = {
     "attention + Entropy": ("Entropy()", True),
     "attention + MeanDistance": ("MeanDistance()", True),
     "attention + Entropy + MeanDistance + MaxLogit": ("Entropy(), MeanDistance(), MaxLogit()", True),
+    "attention + SegmentMass": ("SegmentMass((0, 64, 128, 192, 256, 320, 384, 448, None))", True),
+    "attention + TopKeys(1)": ("TopKeys()", True),
     "band WAAD + FAI": ("WAAD(10), FAI(10, 100)", False),
     "column Received": ("Received()", False),
     "column FAI(10, open)": ("FAI(10, None)", False),
     "rows Entropy + MeanDistance": ("Entropy(), MeanDistance()", False),
+    "rows SegmentMass": ("SegmentMass((0, 64, 128, 192, 256, 320, 384, 448, None))", False),
+    "top TopKeys(1)": ("TopKeys()", False),
+    "top TopKeys(8)": ("TopKeys(8)", False),
 }
 ALL = tuple(REQUESTS)
 BACKWARD = {  # statistics that have gradients
     "gradients": "",
     "gradients, of statistics too": "WAAD(10), FAI(10, 100), FAI(10, None), Entropy(), MeanDistance()",
 }
-MAIN = ("attention", "attention + WAAD + FAI", "attention + Entropy + MeanDistance + MaxLogit", *ALL[5:7])
+MAIN = (
+    "attention",
+    "attention + WAAD + FAI",
+    "attention + Entropy + MeanDistance + MaxLogit",
+    "band WAAD + FAI",
+    "column Received",
+)
+OF_KEYS = ("attention + SegmentMass", "attention + TopKeys(1)", "top TopKeys(8)")
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,8 @@ class Case:
 _PAPER, _, _BAND, _COLUMN = MAIN[1:]
 CASES = (
     *(Case("sm_90", 128, "bfloat16", request) for request in ALL),
-    *(Case("sm_90", dim, "bfloat16", request) for dim in (64, 256) for request in MAIN),
+    *(Case("sm_90", dim, "bfloat16", request) for dim in (64, 256) for request in (*MAIN, *OF_KEYS)),
+    *(Case("sm_90", 128, "bfloat16", request, "weighted queries") for request in (_PAPER, _BAND, _COLUMN)),
     *(Case("sm_90", 64, "float16", request, "full, padded") for request in (_PAPER, _COLUMN)),
     *(Case("sm_90", 128, "bfloat16", request, "window, softcap, sinks") for request in (_PAPER, _COLUMN)),
     *(Case("sm_90", 128, "bfloat16", request, "packed") for request in (_PAPER, _BAND, _COLUMN, *BACKWARD)),
@@ -84,8 +97,9 @@ CASES = (
         for target in CARDS
         if target != "sm_90"
         for dim in (64, 128, 256)
-        for request in (*MAIN[1:], *BACKWARD)
+        for request in (*MAIN[1:], *OF_KEYS, *BACKWARD)
     ),
+    *(Case("sm_90", dim, "float32", request) for dim in (64, 256) for request in OF_KEYS),
     *(Case("sm_90", 128, "bfloat16", request, "window, softcap, sinks") for request in BACKWARD),
     *(Case("sm_90", 64, "float16", request, "full, padded") for request in BACKWARD),
     *(Case("sm_90", 128, "bfloat16", request, "dropout") for request in ("attention", "gradients")),
@@ -117,6 +131,8 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
         options = {"is_causal": False, "key_padding_mask": torch.ones(2, keys, dtype=torch.bool)}
     elif case.layout == "window, softcap, sinks":
         options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
+    elif case.layout == "weighted queries":
+        options = {"query_weight": torch.ones(2, 512)}
     elif case.layout == "packed":
         query, key = (x.reshape(1, -1, 2 * x.shape[2], case.dim) for x in (query, key))
         options = {"cu_seqlens_q": torch.tensor([0, 512, 1024], dtype=torch.int32), "max_seqlen_q": 512}

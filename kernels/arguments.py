@@ -141,6 +141,7 @@ class Softmax(NamedTuple):
     sums: Any  # [rows] per row statistic of the loop
     b_marked: Any  # [rows, MARKS] sum of a times each key's marks
     b_argmax: Any  # [rows] the key of the maximum, -1 where there is none
+    b_rest: Any  # [rows] what b_max lacks of it, from rounding
     b_max: Any  # [rows]
 
 

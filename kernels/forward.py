@@ -124,7 +124,7 @@ def visit(
     CHUNK: tl.constexpr = LOOP.CHUNK
     b_out, b_max = state.b_out, state.b_max
     b_sum, b_log, b_moment, sums = state.b_sum, state.b_log, state.b_moment, state.sums
-    b_marked, b_argmax = state.b_marked, state.b_argmax
+    b_marked, b_argmax, b_rest = state.b_marked, state.b_argmax, state.b_rest
     for start in range(first, last, BN):
         o_key = start + tl.arange(0, BN)
         b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
@@ -139,13 +139,14 @@ def visit(
         if LOOP.FROM_LSE:
             b_pivot = b_max
         else:
+            b_largest = tl.max(b_score, 1)
+            b_new_max = tl.maximum(b_max, b_largest * unit)
             if LOOP.TOP:
-                b_tile_max, i_tile_max = tl.max(b_score, 1, return_indices=True)  # of equal ones the first
-                b_tile_max *= unit
-                b_argmax = tl.where(b_tile_max > b_max, start + i_tile_max, b_argmax)
-            else:
-                b_tile_max = tl.max(b_score, 1) * unit
-            b_new_max = tl.maximum(b_max, b_tile_max)
+                b_rounded = tl.fma(b_largest, unit, -(b_largest * unit))  # what the maximum lacks
+                m_new = (b_largest * unit > b_max) | ((b_largest * unit == b_max) & (b_rounded > b_rest))
+                i_first = tl.min(tl.where(b_score == b_largest[:, None], o_key[None, :], 2147483647), 1)
+                b_argmax = tl.where(m_new, i_first, b_argmax)
+                b_rest = tl.where(m_new, b_rounded, b_rest)
             # A row that has seen no key yet keeps a finite pivot: (-inf) - (-inf) is NaN.
             b_pivot = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
             b_rescale = tl.exp2(b_max - b_pivot)
@@ -190,7 +191,7 @@ def visit(
             b_v = load_tile(values, start, sequence.n_keys, BN, TILE.VALUE_DIM, TILE.BLOCK_VALUE_DIM, EDGE)
             b_out = dot(b_a.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
             b_max = b_new_max
-    return Softmax(b_out, b_sum, b_log, b_moment, sums, b_marked, b_argmax, b_max)
+    return Softmax(b_out, b_sum, b_log, b_moment, sums, b_marked, b_argmax, b_rest, b_max)
 
 
 @triton.jit(do_not_specialize=Sizes._fields)
@@ -270,8 +271,9 @@ def forward(
     if MARKS > 0:
         b_marked = tl.zeros((HEADS * BM, MARKS), tl.float32)
     b_argmax = tl.full((HEADS * BM,), -1, tl.int32)
+    b_rest = tl.full((HEADS * BM,), float("-inf"), tl.float32)
     sums = zeros_for(len(LOOP_ROWS) // FIELDS, (HEADS * BM,))
-    state = Softmax(b_out, b_zero, b_zero, b_zero, sums, b_marked, b_argmax, b_max)
+    state = Softmax(b_out, b_zero, b_zero, b_zero, sums, b_marked, b_argmax, b_rest, b_max)
     if visible.left is not None:
         # Guarded: a loop that may run no time at all makes ptxas wait for each of Hopper's matmuls on its own.
         if first < whole:
@@ -290,7 +292,7 @@ def forward(
             sequence, visible, score, dropout, True, LOOP, TILE,
         )  # fmt: skip
 
-    b_out, b_sum, b_log, b_moment, sums, b_marked, b_argmax, b_max = state
+    b_out, b_sum, b_log, b_moment, sums, b_marked, b_argmax, b_rest, b_max = state
     q_rows = packed_rows(anew(i_block), n_packed, sequence.n_queries, HEADS, BM)
     o_head, o_row, m_row = q_rows
     o_flat = (wide(i_batch) * sizes.n_query_heads + i_head + o_head) * sizes.n_queries + q_begin + o_row  # [B, Hq, Tq]
@@ -368,7 +370,7 @@ def forward(
     if TOP:
         p_top = p_rows + (N_LOOP + N_BAND + ENTROPY + MAX_LOGIT) * n_stored + o_flat
         b_argmax = tl.where(b_mass == b_mass, b_argmax, -1)  # none in a row of NaN
-        tl.store(p_top, tl.where(b_argmax >= 0, b_inverse, b_mass * 0.0), mask=m_row)
+        tl.store(p_top, tl.where(b_argmax >= 0, tl.exp2(b_rest) * b_inverse, b_mass * 0.0), mask=m_row)
         tl.store(p_top + n_stored, b_argmax.to(tl.float32), mask=m_row)
     if MARKS > 0:
         p_marked = marked + (i_split * n_flat + o_flat)[:, None] * MARKS + tl.arange(0, MARKS)[None, :]

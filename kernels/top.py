@@ -34,15 +34,21 @@ from .tiles import (
 
 
 @triton.jit
+def largest(b_score, o_key):
+    """The largest score of each row, and its key; of equal ones the first."""
+    b_largest = tl.max(b_score, 1)
+    return b_largest, tl.min(tl.where(b_score == b_largest[:, None], o_key[None, :], 2147483647), 1)
+
+
+@triton.jit
 def search(
     b_kept, b_keys, b_q, o_position, keys, first, last, sequence, visible, score,
     EDGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The list [BM, KEPT] of scores and keys after the keys first .. last. EDGE as in `forward.visit`."""
     BN: tl.constexpr = TILE.BN
-    o_column = tl.arange(0, BN)
     for start in range(first, last, BN):
-        o_key = start + o_column
+        o_key = start + tl.arange(0, BN)
         b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
         b_score, _ = softcapped(dot(b_q, tl.trans(b_k)), score)
         if EDGE or visible.key_mask is not None:
@@ -51,7 +57,7 @@ def search(
                 b_score = hide(b_score, m_key, o_position[:, None], o_key[None, :], visible)
             else:
                 b_score = tl.where(m_key, b_score, float("-inf"))
-        b_found, i_found = tl.max(b_score, 1, return_indices=True)  # of equal ones the first
+        b_found, i_found = largest(b_score, o_key)
         b_least = tl.min(b_kept, 1)
         m_larger = b_found > b_least
         while tl.max(m_larger.to(tl.int32), 0) > 0:
@@ -60,9 +66,9 @@ def search(
             b_last = tl.max(tl.where(m_least, b_keys, -2147483647), 1)
             m_place = m_least & (b_keys == b_last[:, None]) & m_larger[:, None]
             b_kept = tl.where(m_place, b_found[:, None], b_kept)
-            b_keys = tl.where(m_place, (start + i_found)[:, None], b_keys)
-            b_score = tl.where((o_column[None, :] == i_found[:, None]) & m_larger[:, None], float("-inf"), b_score)
-            b_found, i_found = tl.max(b_score, 1, return_indices=True)
+            b_keys = tl.where(m_place, i_found[:, None], b_keys)
+            b_score = tl.where((o_key[None, :] == i_found[:, None]) & m_larger[:, None], float("-inf"), b_score)
+            b_found, i_found = largest(b_score, o_key)
             b_least = tl.min(b_kept, 1)
             m_larger = b_found > b_least
     return b_kept, b_keys

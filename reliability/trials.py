@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received
+from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SegmentMass
 from attnstats.tiled import native
 from tests import families, verdicts
 from tests.cases import Case, check, computed_by
@@ -245,6 +245,7 @@ def drawn_case(draw: Draw, few_tiles: bool, is_packed: bool) -> Case:
         is_causal=is_causal,
         padding=padding,
         counted=draw.pick(("all", "all", "some", "none")),
+        weighted=draw.pick((False, False, True)),
         query_offset=query_offset,
         softcap=draw.pick((None, None, 0.5, 5.0)) if not bias and "inf" not in spoiled else None,
         window_size=window_size,
@@ -258,7 +259,7 @@ def drawn_case(draw: Draw, few_tiles: bool, is_packed: bool) -> Case:
         waad=draw.pick((10, 10, *WIDE)),
         spoiled=spoiled,
         seed=draw.integer(0, 2**16),
-        asked=tuple(sorted({draw.integer(0, 14) for _ in range(draw.integer(1, 3 if few_tiles else 5))})),
+        asked=tuple(sorted({draw.integer(0, 18) for _ in range(draw.integer(1, 3 if few_tiles else 5))})),
     )
 
 
@@ -318,14 +319,20 @@ def _call(case: Case, backend: str, device: Any, leaves: Sequence[Tensor], given
     return function(*case.views(leaves), **given | options)
 
 
+def _given(case: Case, device: Any) -> dict[str, Any]:
+    """The arguments of the case's call of its own statistics."""
+    bounds = {"segment_boundaries": case.boundaries().to(device)} if SegmentMass() in case.statistics() else {}
+    return case.arguments(device) | bounds
+
+
 def _gather(result: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Everything that a call returned or will compute when asked, gradients included."""
     output, stats = result
     loss = output.float().square().sum()
-    for s in stats:
-        if stats[s].requires_grad:
-            loss = loss + stats[s].masked_fill(~stats[s].isfinite(), 0.0).float().square().sum()
-    of_stats = [x for s in stats for x in (stats[s], stats.valid[s])]
+    for x in stats.tensors.values():
+        if x.requires_grad:
+            loss = loss + x.masked_fill(~x.isfinite(), 0.0).float().square().sum()
+    of_stats = [x for s, own in stats.tensors.items() for x in (own, stats.valid[s])]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     return [x.detach().clone() for x in (output, stats.lse, *of_stats, *stats.counts.values(), *gradients)]
 
@@ -351,6 +358,9 @@ def check_rewritten(case: Case, backend: str, device: Any, from_lse: bool) -> No
     leaves = _leaves(case, device)
 
     def rewrite(given: dict[str, Any]) -> None:
+        for name in ("key_padding_mask", "query_mask", "query_weight", "segment_boundaries"):
+            if given.get(name) is not None and given[name].dtype != torch.bool:
+                given[name].data.zero_()
         for name in ("key_padding_mask", "query_mask", "cu_seqlens_q", "cu_seqlens_k"):
             buffer = given.get(name)
             if buffer is not None and buffer.dtype == torch.bool:
@@ -358,12 +368,12 @@ def check_rewritten(case: Case, backend: str, device: Any, from_lse: bool) -> No
             elif buffer is not None:
                 buffer.data[1:] = buffer.data[-1].clone()
 
-    expected = _gather(_call(case, backend, device, leaves, case.arguments(device)), leaves)
-    given = case.arguments(device)
+    expected = _gather(_call(case, backend, device, leaves, _given(case, device)), leaves)
+    given = _given(case, device)
     result = _call(case, backend, device, leaves, given)
     rewrite(given)
     _assert_same_bits("rewritten after the call", _gather(result, leaves), expected)
-    fresh = case.arguments(device)
+    fresh = _given(case, device)
     rewrite(fresh)
     found, expected = (_gather(_call(case, backend, device, leaves, x), leaves) for x in (given, fresh))
     _assert_same_bits("rewritten between calls", found, expected)
@@ -371,7 +381,7 @@ def check_rewritten(case: Case, backend: str, device: Any, from_lse: bool) -> No
 
 def check_defaults(case: Case, backend: str, device: Any, from_lse: bool) -> None:
     """Another default device and dtype of torch's change no bit."""
-    leaves, given = _leaves(case, device), case.arguments(device)
+    leaves, given = _leaves(case, device), _given(case, device)
 
     def run() -> list[Tensor]:
         return _gather(_call(case, backend, device, leaves, given), leaves)
@@ -379,17 +389,29 @@ def check_defaults(case: Case, backend: str, device: Any, from_lse: bool) -> Non
     for other in (("meta", torch.bfloat16), ("cpu", torch.float64)):
         with defaults(*other):
             output, stats = _call(case, backend, device, leaves, given)
-            found = [output, stats.lse, *stats.values(), *(stats.valid[s] for s in stats), *stats.counts.values()]
+            found = [
+                output,
+                stats.lse,
+                *stats.tensors.values(),
+                *(stats.valid[s] for s in stats),
+                *stats.counts.values(),
+            ]
             found = [x.detach() for x in found]
         output, stats = _call(case, backend, device, leaves, given)
-        expected = [output, stats.lse, *stats.values(), *(stats.valid[s] for s in stats), *stats.counts.values()]
+        expected = [
+            output,
+            stats.lse,
+            *stats.tensors.values(),
+            *(stats.valid[s] for s in stats),
+            *stats.counts.values(),
+        ]
         _assert_same_bits(f"defaults {other}", found, [x.detach() for x in expected])
 
 
 def check_second(case: Case, backend: str, device: Any, from_lse: bool) -> None:
     """A loss on gradients raises as torch's does."""
     leaves = _leaves(case, device)
-    output, _ = _call(case, backend, device, leaves, case.arguments(device))
+    output, _ = _call(case, backend, device, leaves, _given(case, device))
     (grad,) = torch.autograd.grad(output.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="derivative of attention's gradients"):
         (output.sum() + grad.square().sum()).backward()

@@ -24,11 +24,13 @@ from attnstats import (
     MeanDistance,
     PooledMap,
     Received,
+    SegmentMass,
     SinkMass,
     Statistic,
+    TopKeys,
     reference,
 )
-from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted
+from attnstats.statistics import CATALOGUE, ColumnStatistic, DistanceWeighted, Top
 from attnstats.triton.plan import WHOLE_ROWS
 
 EVERY = (
@@ -62,6 +64,7 @@ class Case:
     is_causal: bool = True
     padding: str = "none"  # none, left, right, holes, all
     counted: str = "all"  # all, some, none
+    weighted: bool = False  # a query_weight, some of it 0
     query_offset: int | None = None
     softcap: float | None = None
     window_size: tuple[int, int] | None = None
@@ -95,7 +98,9 @@ class Case:
         distances = self.is_causal or self.query_length == self.key_length or self.query_offset is not None
         if self.packed and not self.is_causal:
             distances = all(queries == keys for queries, keys in self.packed)
-        every = (EVERY[0], WAAD(self.waad), *EVERY[2:], *maps)
+        few = min(3, *(keys for _, keys in self.packed)) if self.packed else min(3, self.key_length)
+        of_keys = (SegmentMass((0, few, None)), SegmentMass(), TopKeys(), TopKeys(5))
+        every = (EVERY[0], WAAD(self.waad), *EVERY[2:], *maps, *of_keys)
         return tuple(
             s for s in dict.fromkeys(every) if distances or not (isinstance(s, DistanceWeighted) and s.uses_distance)
         )
@@ -125,12 +130,23 @@ class Case:
     def call(self, module: Any, tensors: Sequence[Tensor], **changed: Any) -> Any:
         """The result of `attention`, or `varlen_attention` if packed, of a module: attnstats or its reference."""
         arguments = self.arguments(tensors[0].device) | changed
+        if SegmentMass() in tuple(arguments.get("statistics", ())):
+            arguments = {"segment_boundaries": self.boundaries().to(tensors[0].device)} | arguments
         function = module.varlen_attention if self.packed else module.attention
         return function(*self.views(tensors), **arguments)
 
     def views(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The tensors as a call takes them: packed ones without a batch, tokens first."""
         return [x[0].transpose(0, 1) if self.packed else x for x in tensors]
+
+    def boundaries(self) -> Tensor:
+        """(rows or sequences, 5): some segments are empty, and the last of the first row is open."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        lengths = [keys for _, keys in self.packed] or [self.key_length] * self.batch
+        rows = [torch.randint(0, n + 1, (5,), generator=generator).sort().values for n in lengths]
+        boundaries = torch.stack(rows)
+        boundaries[0, -1] = -1
+        return boundaries
 
     def _lay_out(self, x: Tensor) -> Tensor:
         if self.layout == "bthd":
@@ -180,6 +196,10 @@ class Case:
             "sinks": torch.randn(len(every), generator=generator).to(device) if self.sinks else None,
             "heads": heads,
         }
+        if self.weighted:
+            weight = torch.rand(self.batch, self.query_length, generator=generator, dtype=torch.float64)
+            weight = weight.masked_fill(weight < 0.2, 0.0).float().to(device)
+            arguments["query_weight"] = weight[0] if self.packed else weight
         if not self.packed:
             return arguments | {"key_padding_mask": padding, "query_offset": self.query_offset}
         if counted is not None:
@@ -260,6 +280,8 @@ def check(
     statistics = computed_by(backend, statistics or case.statistics(), from_lse)
     tensors = case.tensors(device)
     arguments = case.arguments(device) | {"statistics": statistics}
+    if SegmentMass() in statistics:
+        arguments["segment_boundaries"] = case.boundaries().to(device)
     if isinstance(arguments["heads"], dict):
         arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
     truth_output, truth = case.call(reference, [x.double() for x in tensors], **arguments)
@@ -283,8 +305,11 @@ def check(
         assert error <= limit, f"output: {error:.2e} > {limit:.2e}"
     _same_infinities("lse", found.lse, truth.lse, bool(case.spoiled))
     for statistic in statistics:
-        _same_infinities(statistic, found[statistic], truth[statistic], bool(case.spoiled))
-        result, expected, by_eager = (_finite(x[statistic]) for x in (found, truth, eager))
+        if isinstance(statistic, TopKeys):
+            _check_keys(statistic, case, found[statistic], truth, tensors)
+        ours, true, eagers = (_values(x[statistic]) for x in (found, truth, eager))
+        _same_infinities(statistic, ours, true, bool(case.spoiled))
+        result, expected, by_eager = map(_finite, (ours, true, eagers))
         assert result.shape == expected.shape, f"{statistic}: {tuple(result.shape)} for {tuple(expected.shape)}"
         error = float((result.double() - expected).abs().max())
         limit = allowed(statistic, case, backend, expected, by_eager, truth.lse, from_lse)
@@ -292,11 +317,14 @@ def check(
         valid = truth.valid[statistic]
         assert torch.equal(found.valid[statistic], valid), f"{statistic}: valid"
         if statistic in truth.counts:
-            assert torch.equal(found.counts[statistic], truth.counts[statistic]), f"{statistic}: counts"
+            counts, true_counts = found.counts[statistic], truth.counts[statistic]
+            assert torch.allclose(counts.double(), true_counts.double(), rtol=1e-6, atol=0), f"{statistic}: counts"
         rows = not isinstance(statistic, (ColumnStatistic, PooledMap))
-        if not isinstance(statistic, LSE) and not (rows and case.counted != "all"):  # rows that don't count have values
+        partly = case.counted != "all" or case.weighted
+        if not isinstance(statistic, LSE) and not (rows and partly):  # rows that don't count have values
             over_heads = valid.unsqueeze(0 if case.packed else 1)
-            assert not found[statistic].masked_fill(over_heads, 0.0).any(), f"{statistic}: placeholders must be 0"
+            over_heads = over_heads.reshape(*over_heads.shape, *[1] * (ours.dim() - over_heads.dim()))
+            assert not ours.masked_fill(over_heads, 0.0).any(), f"{statistic}: placeholders must be 0"
 
 
 def gradients(
@@ -343,6 +371,40 @@ def computed_by(backend: str, statistics: Iterable[Statistic], from_lse: bool = 
     if backend == "flash":
         computed = [s for s in computed if s.from_lse]
     return tuple(dict.fromkeys(computed))
+
+
+def _values(x: Any) -> Tensor:
+    """A statistic's numbers, without the keys that they belong to."""
+    return x.values if isinstance(x, Top) else x
+
+
+def _check_keys(statistic: TopKeys, case: Case, found: Top, truth: Any, tensors: Sequence[Tensor]) -> None:
+    """The keys differ from those of the reference only where these have as large an A, but for rounding."""
+    expected = truth[statistic]
+    absent = expected.indices < 0
+    assert torch.equal(found.indices < 0, absent), f"{statistic}: others have a key"
+    assert (found.indices.sort(-1).values.diff(dim=-1) != 0).logical_or(absent[..., 1:].flip(-1)).all(), "a key twice"
+    other = (found.indices != expected.indices) & ~absent
+    if not other.any():
+        return
+    assert not case.packed or case.dtype != "float64", f"{statistic}: other keys"
+    eps = torch.finfo(getattr(torch, case.dtype)).eps
+    every = case.call(reference, [x.double() for x in tensors], **_alone(case, tensors, TopKeys(16)))[1][TopKeys(16)]
+    # A of the keys that were found, where the reference has them among its first 16.
+    same = found.indices[..., None] == every.indices[..., None, :]
+    value = (every.values[..., None, :] * same).sum(-1)
+    size = 1.0 + float(truth.lse.abs()[truth.lse.isfinite()].max())
+    close = (value - expected.values).abs() <= 64 * max(eps, 1e-6) * size * expected.values + 1e-6
+    assert (close | ~other | ~same.any(-1)).all(), f"{statistic}: a key has another A than the reference's"
+
+
+def _alone(case: Case, tensors: Sequence[Tensor], statistic: Statistic) -> dict[str, Any]:
+    """The arguments of a call for one statistic, of the heads of the others."""
+    arguments = case.arguments(tensors[0].device) | {"statistics": [statistic]}
+    heads = arguments["heads"]
+    if isinstance(heads, dict):
+        arguments["heads"] = {statistic: next(of for s, of in heads.items() if isinstance(s, TopKeys))}
+    return arguments
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from attnstats import (
     MeanDistance,
     PooledMap,
     Received,
+    SegmentMass,
     SinkMass,
+    TopKeys,
     reference,
 )
 from attnstats.statistics import ColumnStatistic, RowStatistic
@@ -70,6 +72,7 @@ EVERY = (
     FAI(2, 9),
     FAI(3, None),
     Received(),
+    SegmentMass((0, 2, None)),
 )
 OWN = (Decay(), Ahead())
 NO_DISTANCE = (Entropy(), LSE(), Received())
@@ -253,6 +256,7 @@ def test_cross_attention(backend, where):
         (MaxLogit(), r"differentiable: MaxLogit\(\) carries no gradients; .*differentiable=False"),
         (SinkMass(2), "differentiable: SinkMass"),
         (PooledMap(2, 2), "differentiable: PooledMap"),
+        (TopKeys(), "differentiable: TopKeys"),
         (Received(last=3), r"differentiable: Received\(last=3\) of the last queries"),
     ],
     ids=str,

@@ -48,7 +48,8 @@ def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Co
     packed = 1 if heads is not None else min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
     if geometry.dtype == torch.float32 and not interpreted():
         packed = min(packed, max(1, config.BM // 16))  # more rows than the table says would spill
-    positions = max(16, config.BM // packed)
+    rows = config.BM if geometry.query_weight is None else config.BM // 2  # weights take registers, too
+    positions = max(16, rows // packed)
     return packed, config._replace(BM=positions)
 
 
