@@ -28,8 +28,10 @@ from attnstats import (
     MeanDistance,
     PooledMap,
     Received,
+    SegmentMass,
     SinkMass,
     Statistic,
+    TopKeys,
 )
 from benchmarks.contenders import Case
 from benchmarks.summary import in_turn, over, table
@@ -49,6 +51,9 @@ REQUESTS: tuple[tuple[Statistic, ...], ...] = (
     (Entropy(), MaxLogit()),
     (LSE(),),
     (SinkMass(),),
+    (SegmentMass((0, 100, 200, 300, 400, 500, 600, 700, None)),),
+    (TopKeys(),),
+    (TopKeys(16),),
     (FAI(0, None),),
     (Received(),),
     (Received(64),),

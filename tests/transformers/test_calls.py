@@ -258,7 +258,7 @@ def test_only_the_first_layer_of_packed_rows_waits_for_a_gpu(llama, monkeypatch)
 
 def test_chunks_have_no_first_and_last_tokens_of_the_sequence():
     model = tiny("llama4_text", attention_chunk_size=8, num_local_experts=2, num_hidden_layers=4)
-    for statistic in (attnstats.SinkMass(2), Received(last=4)):
+    for statistic in (attnstats.SinkMass(2), Received(last=4), attnstats.SegmentMass((0, 2)), attnstats.TopKeys()):
         with (
             torch.no_grad(),
             capture(model, statistics=[statistic], layers=[0]),

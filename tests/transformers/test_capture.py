@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import attnstats
-from attnstats import FAI, WAAD, MeanDistance, Received
+from attnstats import FAI, WAAD, MeanDistance, Received, SegmentMass, TopKeys
 from attnstats.transformers.capture import capture
 from tests.guards import Largest
 from tests.process import python
@@ -62,6 +62,69 @@ def test_statistics_are_those_of_the_eager_maps(model, side, masked):
     assert not run.valid[FAI(2, 7)][:, -2:].any()
 
 
+@pytest.mark.parametrize("side", [None, "left"])
+def test_segments_and_largest_keys_are_those_of_the_eager_maps(model, side):
+    """Positions count from the first key of the row, padding included; boundaries may differ by row."""
+    inputs = {"input_ids": tokens(), "attention_mask": padding(side)}
+    bounds = torch.tensor([[0, 5, -1], [9, 12, 20]])
+    asked = [TopKeys(), SegmentMass((0, 12, None)), SegmentMass()]
+    with torch.no_grad(), capture(model, statistics=asked, layers="all", segment_boundaries=bounds) as run:
+        model(**inputs)
+    maps = torch.stack(run_with(model, "eager", **inputs).attentions)
+    maps = maps * padding(side).bool()[None, :, None, :, None]  # a row of padding looks at itself there
+    values, indices = run["top_keys"]
+    torch.testing.assert_close(values[..., 0], maps.amax(-1), rtol=0, atol=WEIGHT_TOLERANCE)
+    picked = maps.gather(-1, indices.clamp(min=0))[..., 0]
+    torch.testing.assert_close(picked, maps.amax(-1), rtol=0, atol=WEIGHT_TOLERANCE)
+    found = run[asked[1]]
+    torch.testing.assert_close(found[..., 0], maps[..., :12].sum(-1), rtol=0, atol=8 * WEIGHT_TOLERANCE)
+    torch.testing.assert_close(found[..., 1], maps[..., 12:].sum(-1), rtol=0, atol=8 * WEIGHT_TOLERANCE)
+    torch.testing.assert_close(
+        run[asked[2]][:, 0, ..., 1], maps[:, 0, ..., 5:].sum(-1), rtol=0, atol=8 * WEIGHT_TOLERANCE
+    )
+    torch.testing.assert_close(
+        run[asked[2]][:, 1, ..., 0], maps[:, 1, ..., 9:12].sum(-1), rtol=0, atol=8 * WEIGHT_TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistics": [SegmentMass((0, 99))]}, "a boundary is past the end, 99 of 12 keys"),
+        ({"segment_boundaries": torch.tensor([[0, 13]])}, "a boundary is past the end, 13 of 12 keys"),
+        ({"query_weight": torch.ones(1, 9)}, r"query_weight must have shape \(1, 12\)"),
+    ],
+)
+def test_what_does_not_fit_the_pass_is_named(llama, arguments, message):
+    with (
+        torch.no_grad(),
+        capture(llama, **({"statistics": [SegmentMass()]} | arguments)),
+        pytest.raises(ValueError, match=message),
+    ):
+        llama(tokens(1, 12))
+
+
+def test_of_packed_rows_positions_are_those_of_each_sequence(llama):
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
+    inputs = {"input_ids": tokens(1, 12), "position_ids": positions, "use_cache": False}
+    asked = [TopKeys(), SegmentMass((0, 2, None))]
+    with torch.no_grad(), capture(llama, statistics=asked, layers=[0]) as run:
+        llama(**inputs)
+    for begin, end in ((0, 5), (5, 8), (8, 12)):
+        with torch.no_grad(), capture(llama, statistics=asked, layers=[0]) as alone:
+            llama(inputs["input_ids"][:, begin:end])
+        torch.testing.assert_close(
+            run["segment_mass"][..., begin:end, :], alone["segment_mass"], rtol=0, atol=WEIGHT_TOLERANCE
+        )
+        assert torch.equal(run["top_keys"].indices[..., begin:end, :], alone["top_keys"].indices)
+    with (
+        torch.no_grad(),
+        capture(llama, statistics=[SegmentMass()], segment_boundaries=torch.tensor([[0, 2, 4]])),
+        pytest.raises(ValueError, match=r"segment_boundaries: .* has packed rows"),
+    ):
+        llama(**inputs)
+
+
 def test_statistics_of_the_real_model_are_those_of_its_eager_maps(capsys):
     from attnstats.study import models
 
@@ -107,6 +170,8 @@ def test_statistics_of_the_real_model_are_those_of_its_eager_maps(capsys):
         ({"reduce": "sum"}, ValueError, "reduce must be"),
         ({"query_mask": torch.ones(2, 3)}, TypeError, "query_mask must be a bool"),
         ({"query_mask": [[True]]}, TypeError, "query_mask must be a bool"),
+        ({"query_weight": torch.ones(2, 3, dtype=torch.long)}, TypeError, "query_weight must be a float tensor"),
+        ({"statistics": ["top_keys"], "reduce": "heads"}, ValueError, r"TopKeys\(k=1\) names keys, of which there is no mean"),
         ({"query_mask": torch.ones(2, 3).bool().to_sparse()}, TypeError, "query_mask must be a plain dense tensor"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SinkMass
+from attnstats import FAI, WAAD, Entropy, LocalMass, MeanDistance, Received, SegmentMass, SinkMass, TopKeys
 from attnstats.study.verify import float64
 from attnstats.transformers.capture import capture
 from attnstats.transformers.live import UNDOABLE_ROWS
@@ -460,13 +460,58 @@ def test_more_than_the_last_tokens_cannot_be_taken_back(llama):
             cache.crop(-90)
 
 
-def test_sinks_of_a_sliding_cache_are_gone():
+@pytest.mark.parametrize("statistic", [SinkMass(2), SegmentMass((0, 2, None)), TopKeys()], ids=str)
+def test_what_counts_from_the_first_key_is_refused_where_a_sliding_cache_dropped_it(statistic):
     model = tiny("mistral", sliding_window=8)
     with (
-        capture(model, statistics=[SinkMass(2)], layers=[1], live=True),
-        pytest.raises(ValueError, match="sliding cache that has dropped the first keys"),
+        capture(model, statistics=[statistic], layers=[1], live=True),
+        pytest.raises(ValueError, match=f"dropped the first keys, from which {type(statistic).__name__} counts"),
     ):
         model.generate(**prompt(), max_new_tokens=5)
+
+
+OF_KEYS = (TopKeys(), TopKeys(3), SegmentMass((0, 4, None)))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("side", [None, "left"])
+def test_segments_and_largest_keys_equal_teacher_forcing(llama, side, options):
+    check_live(llama, prompt(side), 6, OF_KEYS, **options)
+
+
+def test_segments_by_row_and_weights_while_generating(llama):
+    """Those of the prompt; later tokens have the weight 1."""
+    ids, new = prompt()["input_ids"], 5
+    length = ids.shape[1]
+    weight, bounds = torch.rand(len(ids), length), torch.tensor([[0, 2, -1], [3, 5, 9]])[: len(ids)]
+    asked = {"statistics": [SegmentMass(), FAI(1, 4), FAI(0, None), Received()], "layers": "all"}
+    with (
+        torch.no_grad(),
+        capture(llama, **asked, live=True, query_weight=weight, segment_boundaries=bounds) as run,
+    ):
+        llama.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        seen = run.tokens
+    later = torch.ones(len(ids), new - 1)
+    with torch.no_grad(), capture(llama, **asked, segment_boundaries=bounds) as forced:
+        forced.query_weight = torch.cat([weight, later], 1)
+        llama(seen)
+    for s in run.statistics:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=1e-4 if s == Received() else 3e-5)
+        assert torch.equal(run.valid[s], forced.valid[s])
+
+
+def test_rejected_tokens_are_taken_back_by_their_weight(llama):
+    ids, weight = tokens(1, 14), torch.rand(1, 14)
+    asked = {"statistics": [FAI(1, 4), Received(), TopKeys(2), SegmentMass((0, 4, None))], "layers": "all"}
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad(), capture(llama, **asked, live=True, query_weight=weight) as run:
+        llama(ids, past_key_values=cache)
+        cache.crop(-3)
+        found = {s: run[s] for s in run.statistics}
+    with torch.no_grad(), capture(llama, **asked, query_weight=weight[:, :11]) as short:
+        llama(ids[:, :11])
+    for s, x in found.items():
+        torch.testing.assert_close(x, short[s], rtol=0, atol=3e-5)
 
 
 def test_a_sliding_window_of_one_needs_a_static_cache():
