@@ -253,9 +253,9 @@ ROWS = torch.tensor([[0, 3, 9], [0, 3, 9]])
         (lambda: SegmentMass((3, 1)), "boundaries must not decrease and begin at 0 or later, got (3, 1)"),
         (lambda: SegmentMass((-1, 1)), "boundaries must not decrease and begin at 0"),
         (lambda: SegmentMass((0,)), "a tuple of two positions or more, got (0,)"),
-        (lambda: SegmentMass(4), "a tuple of two positions or more, got 4"),
+        (lambda: SegmentMass(4), "a tuple of two positions or more, got 4"),  # type: ignore[arg-type]
         (lambda: SegmentMass((0, None, 4)), "must hold integers, and the last may be None"),
-        (lambda: SegmentMass((0, 2.5)), "must hold integers"),
+        (lambda: SegmentMass((0, 2.5)), "must hold integers"),  # type: ignore[arg-type]
         (lambda: TopKeys(17), "TopKeys: k must be at most 16, got 17"),
         (lambda: TopKeys(0), "TopKeys: k must be an integer >= 1"),
     ],
