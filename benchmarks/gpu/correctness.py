@@ -31,8 +31,8 @@ from benchmarks.gpu.measure import peak_mib
 from benchmarks.gpu.part import Part, device_of
 from tests.cases import Case, check, check_gradients
 
-# One of each kind of pass of tests.cases: bands and loops of rows and columns, the free ones, a pooled map, segments and
-# largest keys, in attention's loop and in a pass of their own.
+# One of each kind of pass of tests.cases: bands and loops of rows and columns, the free ones, a pooled map, segments
+# and largest keys, in attention's loop and in a pass of their own.
 KINDS = (1, 3, 4, 5, 9, 12, 14, 16, 17, 18)
 LENGTH = 333  # three blocks of 128 rows and five of 64 keys or more, none of them whole
 FEATURES: dict[str, dict[str, Any]] = {
