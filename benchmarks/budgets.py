@@ -17,6 +17,7 @@ ENTROPY, MEAN_DISTANCE = HOPPER + "attention + Entropy", HOPPER + "attention + M
 # Operations per second of the fastest attention on an H100, FlashAttention 3's: forward, D 128, causal, 16 bits (Shah
 # et al., arXiv 2407.08608); at 32k that of 16k.
 FASTEST = {2048: 521e12, 8192: 602e12, 32768: 616e12}
+SEGMENTS, TOP = HOPPER + "attention + SegmentMass", HOPPER + "attention + TopKeys(1)"
 COLUMN, BAND = HOPPER + "column Received", HOPPER + "band WAAD + FAI"
 
 
@@ -85,6 +86,10 @@ def _beside(length: int) -> Callable[[Document], float]:
     """The band's modelled time over the published one of attention."""
     seconds = 4 * length**2 / 2 * 128 * 32 / FASTEST[length]
     return lambda document: _time(document, BAND, length) / (1e6 * seconds)
+
+
+def _more_time(case: str, length: int) -> Callable[[Document], float]:
+    return lambda document: _time(document, case, length) / _time(document, BARE, length) - 1
 
 
 def _over_floor(length: int) -> Callable[[Document], float]:
@@ -186,6 +191,25 @@ BUDGETS: tuple[Budget, ...] = (
             bound="1 per element and the 0.06 that rescale the sums when the maximum moves, once per tile.",
         )
         for name, case in (("Entropy", ENTROPY), ("MeanDistance", MEAN_DISTANCE))
+    ),
+    *(
+        Budget(
+            f"forward, {name}: modelled time more than attention alone at {length}",
+            0.10,
+            "modelled",
+            _more_time(case, length),
+            (case, BARE),
+            tried=tried,
+        )
+        for name, case, tried in (
+            ("8 segments", SEGMENTS, "Sums by segment of a tile's columns take 2 instructions per score and segment."),
+            (
+                "TopKeys(1)",
+                TOP,
+                "tl.max(return_indices=True) takes an instruction per score less, but in one chain: 0.085 at 8192.",
+            ),
+        )
+        for length in (2048, 8192)
     ),
     Budget(
         "column, main loop: instructions per element",

@@ -54,10 +54,8 @@ def better_fused(geometry: Geometry) -> str | None:
         return "few queries, whose keys are split in the same way whatever the batch"
     if geometry.prefers:
         return None
-    for s in geometry.statistics:
-        if s.axis == "row" and (s.method == "row" or (s.method == "weight" and not s.is_banded)):
-            return f"{s} comes out of the same pass"
-    return None
+    in_loop = [s for s in triton.passes(geometry, True)[0].statistics if not s.is_banded]
+    return f"{in_loop[0]} comes out of the same pass" if in_loop else None
 
 
 def provider_of(geometry: Geometry) -> Provider:
