@@ -31,6 +31,8 @@ WIDTH = 90  # characters of a line
 
 def load(folder: str | PathLike[str]) -> FinishedRun:
     """`attnstats.load`."""
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(f"folder: must be the path of a run, got {type(folder).__name__}")
     return FinishedRun(Path(folder))
 
 
@@ -67,6 +69,8 @@ class FinishedRun(Sequence[Analysis]):
     def __getitem__(self, place: slice) -> list[Analysis]: ...
 
     def __getitem__(self, place: int | slice) -> Analysis | list[Analysis]:
+        if not isinstance(place, (int, slice)):
+            raise TypeError(f"run[{place!r}]: analyses are numbered by prompt, from 0; run.prompts has their texts")
         try:
             return self._analyses[place]
         except IndexError:
@@ -140,9 +144,17 @@ class FinishedRun(Sequence[Analysis]):
         return report.render(self._analyses, self.settings, self.summary, self._couplings)
 
     def report(self, out: str | Path | None = None) -> Path:
-        """Draw the report again; out: another file than the folder's report.html. Returns the file."""
+        """Draw the report again; out: another file than the folder's report.html. Returns the file.
+
+        Raises:
+            InputError: a file that can't be written.
+        """
         path = self.folder / outputs.REPORT if out is None else Path(out)
-        path.write_text(self.page(), encoding="utf-8")
+        page = self.page()
+        try:
+            path.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"out {path}: {error.strerror}; name a file that can be written") from error
         return path
 
     def __repr__(self) -> str:
@@ -153,8 +165,9 @@ class FinishedRun(Sequence[Analysis]):
 
     def _lines(self) -> list[str]:
         model, outlines = self.summary["model"], list(islice(self._analyses.outlines(), SHOWN))
+        prompts = f"{len(self)} prompt{'' if len(self) == 1 else 's'}"
         lines = [
-            f"Run {self.folder}: {len(self)} prompts, {visible(str(model.get('name', '')))}",
+            f"Run {self.folder}: {prompts}, {visible(str(model.get('name', '')))}",
             f"  layers {', '.join(map(str, outlines[0].layers))}; {outlines[0].distance.shape[1]} heads each",
         ]
         for index, outline in enumerate(outlines):
@@ -168,5 +181,5 @@ class FinishedRun(Sequence[Analysis]):
         path = self.folder / f"{name}.parquet"
         try:
             return pandas.read_parquet(path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # pyarrow's, of a file that is damaged
             raise InputError(f"{path}: {error}; `attnstats analyze` writes it") from error

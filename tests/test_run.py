@@ -141,12 +141,45 @@ def test_a_run_shows_its_first_response_in_a_notebook(run):
         (lambda run: run.plot("rhythm", tokens=(3, 9999)), "the response has tokens 1 to"),
         (lambda run: run.plot(prompt=9), "has prompts 0 to 3"),
         (lambda run: run.show(0, "colour"), "color_by colour: no such column"),
+        (lambda run: run["a"], "analyses are numbered by prompt"),
+        (lambda run: run.report(run.folder), "Is a directory; name a file"),
+        (lambda run: run.report(run.folder / "no" / "x.html"), "No such file or directory; name a file"),
+        (lambda _: attnstats.load(None), "folder: must be the path of a run, got NoneType"),  # type: ignore[arg-type]
     ],
-    ids=["prompt", "figure", "tokens-of-maps", "tokens", "prompt-of-figure", "column"],
+    ids=[
+        "prompt",
+        "figure",
+        "tokens-of-maps",
+        "tokens",
+        "prompt-of-figure",
+        "column",
+        "name",
+        "folder",
+        "nowhere",
+        "none",
+    ],
 )
 def test_bad_input_is_named(run, call, told):
-    with pytest.raises((InputError, IndexError), match=told):
+    with pytest.raises((InputError, IndexError, TypeError), match=told):
         call(run)
+
+
+def test_a_damaged_table_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "out")
+    file = tmp_path / "out" / "tokens.parquet"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"tokens\.parquet: .*`attnstats analyze` writes it"):
+        attnstats.load(tmp_path / "out").tokens  # noqa: B018
+
+
+def test_the_function_prints_nothing_unless_asked_to(tmp_path, capsys):
+    model, options = save_tiny_model(tmp_path / "model"), {"prompts": ["left"], "max_tokens": 5, "layers": [1]}
+    assert repr(attnstats.analyze(model, out=tmp_path / "one", **options)).startswith(
+        f"Run {tmp_path / 'one'}: 1 prompt,"
+    )
+    assert capsys.readouterr().out == ""
+    attnstats.analyze(model, out=tmp_path / "two", quiet=False, **options)
+    assert "left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

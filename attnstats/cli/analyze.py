@@ -113,6 +113,7 @@ def analyze(
     text: str | PathLike[str] | Sequence[int] | Any = None,
     messages: str | PathLike[str] | Sequence[dict[str, Any]] | None = None,
     out: str | PathLike[str] = "out/analysis",
+    quiet: bool = True,
     **options: Any,
 ) -> FinishedRun:
     """`attnstats.analyze`."""
@@ -123,7 +124,7 @@ def analyze(
         raise InputError("prompts, text and messages: give one of them")
     if unknown := sorted(options.keys() - vars(chosen).keys()):
         raise InputError(f"{unknown[0]}: no such option; there are {', '.join(sorted(vars(chosen)))}")
-    given: dict[str, Any] = {"model": None if model is None else str(model), "out": Path(out)}
+    given: dict[str, Any] = {"model": None if model is None else str(model), "out": Path(out), "quiet": quiet}
     if isinstance(prompts, (str, PathLike)):
         given["prompts"] = Path(prompts)
     elif prompts is not None:

@@ -47,6 +47,7 @@ def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int
 def add_machine(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--quiet", action="store_true", help="print errors alone")
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:

@@ -219,7 +219,11 @@ def _show(options: argparse.Namespace, job: Job, tables: CorpusTables, tests: di
     from attnstats.cli.tables import render
     from attnstats.report.terminal import PlainConsole
 
-    console = job.terminal.console if job.terminal.console.is_terminal else PlainConsole(width=WIDTH, highlight=False)
+    console = (
+        job.terminal.console
+        if job.terminal.console.is_terminal
+        else PlainConsole(width=WIDTH, highlight=False, quiet=options.quiet)
+    )
     for part in render(tables, tests):
         console.print()
         console.print(part)

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.study import models
     from attnstats.study.corpus import task
 
-    terminal = Terminal()
+    terminal = Terminal(quiet=options.quiet)
     terminal.say("Loading the model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
     with task(terminal, f"{len(texts)} text{'' if len(texts) == 1 else 's'}", len(texts)):
         scores: HeadScores = heads.find(loaded, shown(), options.kinds, layers=layers)
-    for line in scores.lines(options.top):
+    for line in () if options.quiet else scores.lines(options.top):
         print(line)
     for file in options.out:
         arguments.write_file(file, _content(scores, file.suffix.lower()))

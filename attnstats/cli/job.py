@@ -84,7 +84,7 @@ def load(options: argparse.Namespace, dtype: str, prepare: Callable[[Description
     `prepare` makes the token ids of the prompts: one that the model can't take is refused before the weights are read.
     """
     shard = from_environment()
-    terminal = Terminal(quiet=not shard.is_first)
+    terminal = Terminal(quiet=options.quiet or not shard.is_first)
     terminal.say("Loading the model")
     # Progress bars and advice of transformers would stand between our lines; its errors are still printed.
     logging.set_verbosity_error()
