@@ -139,7 +139,8 @@ def _segment_gradients(
             geometry, value_dim=value.shape[-1], dropout_p=0.0, dropout_seed=None, sinks=None, memo={}
         )
         nothing = launch.MapGradients(GradientPlan.of(()), None, None, None)
-        of_query, of_key, _, delta = launch.backward(own, row_lse, grad[..., part].to(value.dtype), alone, nothing)
+        d_output = grad[..., part].to(value.dtype)
+        of_query, of_key, _, delta = launch.backward(own, row_lse, d_output, alone, nothing, of_values=False)
         parts.append((of_query, of_key, delta))
     of_query, of_key, delta = (sum(x) for x in zip(*parts, strict=True))
     return of_query, of_key, delta

@@ -34,9 +34,15 @@ def backward_kernels(geometry: Geometry, plan: GradientPlan) -> tuple[Kernel, Ke
 
 
 def backward(
-    residuals: Residuals, row_lse: RowLse, grad_output: Tensor, geometry: Geometry, of_map: MapGradients
+    residuals: Residuals,
+    row_lse: RowLse,
+    grad_output: Tensor,
+    geometry: Geometry,
+    of_map: MapGradients,
+    of_values: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value, and delta [B, Hq, Tq]: row sums of A times its own, and the shift."""
+    """Gradients for query, key and, if of_values, value, and delta [B, Hq, Tq]: row sums of A times its own, and the
+    shift."""
     dim = max(geometry.head_dim, geometry.value_dim)
     inputs = (residuals.query, residuals.key, residuals.value, residuals.output, grad_output)
     by_queries, by_keys = backward_kernels(geometry, of_map.plan)
@@ -44,7 +50,7 @@ def backward(
         by_queries, geometry, dim, lambda config: _queries(inputs, row_lse, geometry, of_map, config)
     )
     grad_key, grad_value = fitting(
-        by_keys, geometry, dim, lambda config: _keys(inputs, row_lse, delta, geometry, of_map, config)
+        by_keys, geometry, dim, lambda config: _keys(inputs, row_lse, delta, geometry, of_map, of_values, config)
     )
     return grad_query, grad_key, grad_value, delta
 
@@ -80,6 +86,7 @@ def _keys(
     delta: Tensor,
     geometry: Geometry,
     of_map: MapGradients,
+    of_values: bool,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     dtype = inputs[0].dtype
@@ -87,11 +94,14 @@ def _keys(
     grad_key, grad_value = (_like(x, geometry, of_keys=True) for x in (key, value))
     described = arguments.described(geometry, query, grad_output)
     prepared = remembered(geometry, _prepare_backward, of_map.plan, config, True, described)
-    together = [(grad_key, grad_value)]
-    apart = [(grad_key, None), (None, grad_value)]
     dim = max(geometry.head_dim, geometry.value_dim)
+    launches: list[tuple[Tensor | None, Tensor | None]] = [(grad_key, grad_value)]
+    if not of_values:
+        launches = [(grad_key, None)]
+    elif keys_apart(geometry.dtype, arguments.block_dim(dim)):
+        launches = [(grad_key, None), (None, grad_value)]
     shared = _shared_arguments(row_lse, geometry, of_map)
-    for d_key, d_value in apart if keys_apart(geometry.dtype, arguments.block_dim(dim)) else together:
+    for d_key, d_value in launches:
         start_prepared(
             prepared,
             geometry,
