@@ -18,7 +18,7 @@ from attnstats.report import notebook
 from attnstats.report.columns import find
 from attnstats.study import outputs, tables
 from attnstats.study.analysis import Analysis, Settings
-from attnstats.study.text import shortened, visible
+from attnstats.study.text import counted, shortened, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,9 +165,9 @@ class FinishedRun(Sequence[Analysis]):
 
     def _lines(self) -> list[str]:
         model, outlines = self.summary["model"], list(islice(self._analyses.outlines(), SHOWN))
-        prompts = f"{len(self)} prompt{'' if len(self) == 1 else 's'}"
+        subject = str(self.summary.get("subject", "prompt"))
         lines = [
-            f"Run {self.folder}: {prompts}, {visible(str(model.get('name', '')))}",
+            f"Run {self.folder}: {visible(counted(len(self), subject))}, {visible(str(model.get('name', '')))}",
             f"  layers {', '.join(map(str, outlines[0].layers))}; {outlines[0].distance.shape[1]} heads each",
         ]
         for index, outline in enumerate(outlines):

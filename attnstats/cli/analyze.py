@@ -20,6 +20,7 @@ from attnstats.presets import PRESETS, paper_v2
 from attnstats.run import FinishedRun, load
 from attnstats.study.chat import brief
 from attnstats.study.prompts import QUESTIONS, read_prompts
+from attnstats.study.text import counted
 
 if TYPE_CHECKING:
     from attnstats.chance import Coupling
@@ -196,12 +197,15 @@ def run(options: argparse.Namespace) -> int:
         return [each.prompt for each in responses]
 
     responses: list[given.Given] = []
+    subject = _subject(options)
     job = jobs.load(options, "float32" if options.verify else options.dtype, prepare)
     pipeline.check_model(settings, job.loaded)
     profile = _profile(options, settings, job)
     identity, total = _identity(job, settings, profile), len(questions)
     if responses:
         identity["responses"] = digest([each.response for each in responses])
+    for left_out in _left_out(responses):
+        job.terminal.say(f"left out: {left_out}")
     if options.resume and outputs.is_finished(options.out, identity, total):
         job.terminal.say(f"{options.out} is finished; attnstats report {options.out} shows it and draws its page again")
         return 0
@@ -209,10 +213,10 @@ def run(options: argparse.Namespace) -> int:
         for index, each in enumerate(responses):
             if not store.has_response(index):
                 store.write_response(index, each.prompt, each.response)
-        job.run(pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store)
+        job.run(pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store, subject)
         if not job.shard.is_first:
             return 0
-        analyses, errors = _conclude(options, settings, job, store, total)
+        analyses, errors = _conclude(options, settings, job, store, total, responses)
     files = [options.out / name for name in outputs.FILES]
     job.terminal.show(analyses, files, total, color_by=options.color_by)
     if not errors:
@@ -247,6 +251,27 @@ def _existing(options: argparse.Namespace) -> Callable[[Any], list[Given]] | Non
     ]
 
 
+def _subject(options: argparse.Namespace) -> str:
+    """What a run calls one of what it analyses; only a prompt is answered."""
+    return "text" if options.text is not None else "chat" if options.messages is not None else "prompt"
+
+
+def _left_out(responses: Sequence[Given]) -> list[str]:
+    """What is not read of responses that exist already, in words."""
+    return [each.left_out for each in responses if each.left_out]
+
+
+def _used(settings: Settings, responses: Sequence[Given]) -> dict[str, Any]:
+    """The settings that decide the numbers of a run: those of sampling don't where responses exist already.
+
+    A temperature other than 0 does, as entropies are those at it.
+    """
+    unused = {"max_tokens", "seed"} if responses else set()
+    unused |= {"temperature"} if responses and not settings.temperature else set()
+    unused |= {"system"} if responses and not any(each.takes_system for each in responses) else set()
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in unused}
+
+
 def _profile(options: argparse.Namespace, settings: Settings, job: Job) -> HeadProfile | None:
     """The profile of --head-profile, checked for the model and the captured layers. Raises InputError."""
     if options.head_profile is None:
@@ -277,7 +302,7 @@ def _identity(job: Job, settings: Settings, profile: HeadProfile | None) -> dict
 
 
 def _conclude(
-    options: argparse.Namespace, settings: Settings, job: Job, store: Store, total: int
+    options: argparse.Namespace, settings: Settings, job: Job, store: Store, total: int, responses: Sequence[Given]
 ) -> tuple[list[Analysis], dict[str, Error]]:
     """Write tables, report and summary of a full store and rename it to --out.
 
@@ -298,11 +323,11 @@ def _conclude(
     with arguments.writing(options.out, "make room and go on with --resume"):
         with (
             stage(job.timings, "tables"),
-            task(job.terminal, f"Tables of {total} prompt{'' if total == 1 else 's'}", total),
+            task(job.terminal, f"Tables of {counted(total, _subject(options))}", total),
         ):
             profile = findings.profile(analyses.head_summaries(), job.model)
             couplings = findings.tabulate(store.folder, analyses.outlines(), profile, advance=job.terminal.advance)
-        summary = _summary(options, settings, job, profile, couplings, largest)
+        summary = _summary(options, settings, job, profile, couplings, largest, responses)
         page = report.render(analyses, settings, summary, couplings)
         outputs.write_summary(store.folder, summary)
         profile.save(store.folder / outputs.PROFILE)
@@ -319,6 +344,7 @@ def _summary(
     profile: HeadProfile,
     couplings: Sequence[Coupling],
     errors: Mapping[str, Error],
+    responses: Sequence[Given],
 ) -> dict[str, Any]:
     """summary.json."""
     from attnstats.study.outputs import FILES, coupling_record, peak_memory, versions
@@ -330,7 +356,9 @@ def _summary(
     }
     return {
         "model": {"name": loaded.name, "dtype": loaded.dtype, "device": str(loaded.device)},
-        "settings": {"preset": options.preset, **dataclasses.asdict(settings)},
+        "subject": _subject(options),
+        **({"left_out": left_out} if (left_out := _left_out(responses)) else {}),
+        "settings": {"preset": options.preset, **_used(settings, responses)},
         "versions": versions(),
         "timings_seconds": job.timings,
         "peak_memory_bytes": peak_memory(),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attnstats.cli import arguments
 from attnstats.errors import InputError
 from attnstats.study.measures import KINDS
+from attnstats.study.text import counted
 
 if TYPE_CHECKING:
     from attnstats.finding import HeadScores
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
             yield text
             terminal.advance()
 
-    with task(terminal, f"{len(texts)} text{'' if len(texts) == 1 else 's'}", len(texts)):
+    with task(terminal, counted(len(texts), "text"), len(texts)):
         scores: HeadScores = heads.find(loaded, shown(), options.kinds, layers=layers)
     for line in () if options.quiet else scores.lines(options.top):
         print(line)

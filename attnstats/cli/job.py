@@ -69,11 +69,11 @@ class Job:
         finally:
             store.close()
 
-    def run(self, measure: Measure, sampling: Sampling, store: Store) -> None:
+    def run(self, measure: Measure, sampling: Sampling, store: Store, subject: str = "prompt") -> None:
         """Fill the store with this process's share of the results, and wait for the other processes."""
         corpus.run(
             self.loaded, self.prompts, measure, sampling,
-            store=store, progress=self.terminal, shard=self.shard, timings=self.timings,
+            store=store, progress=self.terminal, shard=self.shard, timings=self.timings, subject=subject,
         )  # fmt: skip
         self.shard.wait()
 

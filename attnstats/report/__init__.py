@@ -18,6 +18,7 @@ from attnstats.report.marks import SHARE
 from attnstats.study.analysis import Analysis, Settings
 from attnstats.study.text import shortened, visible
 
+READ = ("text", "chat")  # subjects that the model reads, whose responses exist already; it answers prompts
 SCRIPTS = ("page.js", "index.js", "tokens.js", "curves.js", "maps.js", "heads.js", "parts.js", "search.js", "start.js")
 
 
@@ -28,7 +29,8 @@ def render(
 
     Args:
         analyses: one or more; a sample of many is shown.
-        summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them.
+        summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them, and
+            `subject` and `left_out` of responses that were not generated.
         couplings: objects with the fields of attnstats.rhythm.Coupling, none if no head is a receiver. None: no such
             part of the page.
 
@@ -47,6 +49,8 @@ def render(
         maps=shown.maps,
         plain=shown.plain,
         left_out=shown.left_out,
+        subject=summary.get("subject") if summary.get("subject") in READ else None,
+        unread=[template.fact(each) for each in summary.get("left_out", ())],
         couplings=None if couplings is None else [_coupling(coupling) for coupling in couplings],
         shaped=SHAPED,
         settings=settings,

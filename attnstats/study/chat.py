@@ -33,6 +33,11 @@ class Conversation:
         of_user = [message for message in self.messages if message["role"] == "user" and _text(message)]
         return _text((of_user or self.messages)[-1])
 
+    @property
+    def has_system(self) -> bool:
+        """Whether it opens with a system text of its own."""
+        return self.messages[0]["role"] in SYSTEM_ROLES
+
 
 Prompt = str | Conversation
 
@@ -176,7 +181,7 @@ def formatted(tokenizer: Any, prompt: Conversation, system: str) -> str:
             return apply([{**first, "content": f"{text}\n\n{_text(first)}"}, *rest], prompt.tools)
 
     messages = prompt.messages
-    has_system = messages[0]["role"] in SYSTEM_ROLES
+    has_system = prompt.has_system
     try:
         plain, without_tools = (apply(messages, tools) for tools in (prompt.tools, None))
         text = opened(system) if system and not has_system else plain

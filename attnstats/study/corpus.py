@@ -17,6 +17,7 @@ from attnstats.study.generation import Sampling, check_lengths, generate
 from attnstats.study.models import Description, LoadedModel
 from attnstats.study.shards import Shard
 from attnstats.study.store import Item, Store
+from attnstats.study.text import counted
 
 Measure = Callable[[int, list[int], list[int]], Item]  # (index, prompt, response) to the item to store
 
@@ -73,13 +74,15 @@ def run(
     progress: Progress,
     shard: Shard = Shard(),  # noqa: B008 frozen
     timings: dict[str, float] | None = None,
+    subject: str = "prompt",
 ) -> None:
-    """Fill `store` with the results of this process's share of the prompts.
+    """Fill `store` with the results of this process's share of the prompts. Responses that it has are not generated.
 
     Args:
         prompts: token ids, as `rendered` returns them.
         sampling: checked.
         timings: gets the seconds of "generate" and "statistics".
+        subject: what progress calls a prompt.
 
     Raises:
         InputError: the store cannot be read or written.
@@ -87,13 +90,15 @@ def run(
     timings = {} if timings is None else timings
     batches = shard.of([range(start, min(start + BATCH, len(prompts))) for start in range(0, len(prompts), BATCH)])
     unfinished = [batch for batch in batches if not all(map(store.has, batch))]
+    unanswered = {batch for batch in unfinished if not all(map(store.has_response, batch))}
     count, most = sum(map(len, unfinished)), sampling.max_tokens
-    what = f"{count} prompt{'' if count == 1 else 's'}, up to {most} tokens each"
-    with task(progress, what, sum(most + MEASURING * len(batch) for batch in unfinished)):
+    what = counted(count, subject) + (f", up to {most} tokens each" if unanswered else "")
+    with task(progress, what, most * len(unanswered) + MEASURING * count):
         for batch in unfinished:
-            with stage(timings, "generate"):
-                steps = _generate(loaded, prompts, batch, sampling, store, progress)
-            progress.advance(most - steps)
+            if batch in unanswered:
+                with stage(timings, "generate"):
+                    steps = _generate(loaded, prompts, batch, sampling, store, progress)
+                progress.advance(most - steps)
             with stage(timings, "statistics"):
                 for index in batch:
                     if not store.has(index):
@@ -109,9 +114,7 @@ def _generate(
     store: Store,
     progress: Progress,
 ) -> int:
-    """Generate the responses of a batch if the store does not have all of them; the number of steps that took."""
-    if all(map(store.has_response, batch)):
-        return 0
+    """Generate the responses of a batch; the number of steps that took."""
 
     def keep(row: int, response: list[int]) -> None:
         index = batch[row]

@@ -12,7 +12,7 @@ from attnstats.study.chat import ANSWERING, Conversation, brief, conversation, f
 from attnstats.study.generation import positions_of
 from attnstats.study.models import Description, LoadedModel
 from attnstats.study.prompts import JSON_LINES, lines_of, parsed, text_of
-from attnstats.study.text import shortened
+from attnstats.study.text import counted, shortened
 
 QUESTION = 200  # characters of what comes before a response that name it
 
@@ -30,11 +30,18 @@ class Chat(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Token ids of what comes before a response and of the response, at least one each, and the text that names it."""
+    """Token ids of what comes before a response and of the response, at least one each, and the text that names it.
+
+    Attributes:
+        left_out: what of the text after the response is not read; "": nothing.
+        takes_system: it has no system text of its own, and so gets that of the settings.
+    """
 
     question: str
     prompt: list[int]
     response: list[int]
+    left_out: str = ""
+    takes_system: bool = False
 
 
 def read_text(file: Path, option: str = "--text") -> str:
@@ -154,7 +161,21 @@ def of_text(tokenizer: Any, text: str, start: str | None, where: str) -> Given:
     if not 0 < first < len(ids):
         raise InputError(f"{where}: needs a token before the response and one in it; the text has {len(ids)} tokens")
     before = text[:place].strip() or text
-    return Given(shortened(before, QUESTION), ids[:first], ids[first:])
+    return Given(shortened(before, QUESTION), ids[:first], ids[first:], _left_out(text[end:], start))
+
+
+def _left_out(rest: str, start: str | None) -> str:
+    """What is not read of a text from the tag on that ends its response."""
+    if start is None or not rest:
+        return ""
+    closing = _closing(start)
+    after = rest.removeprefix(closing).strip()
+    again = f", with another {start} in them" if start in after else ""
+    return f"{counted(len(after), 'character')} after {closing}{again}" if after else ""
+
+
+def _closing(tag: str) -> str:
+    return f"</{tag[1:]}"
 
 
 def _tokens(tokenizer: Any, text: str, place: int, where: str, **options: Any) -> tuple[list[int], int]:
@@ -182,7 +203,7 @@ def _place(text: str, start: str | None, where: str) -> tuple[int, int]:
     if start not in text:
         raise InputError(f"{where}: has no {start!r}, which --response-from must be, or a number of characters")
     place = text.index(start) + len(start)
-    end = text.find(f"</{start[1:]}", place) if start.startswith("<") else -1
+    end = text.find(_closing(start), place) if start.startswith("<") else -1
     return place, len(text) if end < 0 else end
 
 
@@ -209,7 +230,7 @@ def of_chat(tokenizer: Any, chat: Chat, system: str, where: str) -> Given:
         prompt, response = ids[:first], ids[first:]
     if not prompt or not response:
         raise InputError(f'{where}: its message of the role "{chat.role}" has no token, or none is before it')
-    return Given(chat.messages.question, prompt, response)
+    return Given(chat.messages.question, prompt, response, takes_system=not chat.messages.has_system)
 
 
 def check(given: Sequence[Given], model: LoadedModel | Description, where: str = "a text") -> None:

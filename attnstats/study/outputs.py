@@ -140,6 +140,8 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Couplin
             raise TypeError("seconds and bytes must be numbers")
         if count < 1:
             raise ValueError("there must be a prompt")
+        if not isinstance(summary.get("left_out", []), list):
+            raise TypeError("left_out must be a list")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise corrupt(folder / SUMMARY, f"no settings, prompts and timings in it: {error}") from error
     return Analyses(Store(folder), count), settings, summary, couplings

@@ -61,6 +61,16 @@ def shortened(text: str, most: int = LONGEST) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "prompt"), counted(2000, "text")
+        ('1 prompt', '2,000 texts')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def token_text(token: str) -> str:
     """The text of a token on one line, at most LONGEST characters of it; PART if it is empty.
 

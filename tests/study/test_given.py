@@ -1,5 +1,6 @@
 """Responses that exist already: where they start and end, and that they are read as generated ones are."""
 
+import html
 import json
 
 import pytest
@@ -124,6 +125,63 @@ def test_a_text_is_read_as_a_generated_response_is(model, tmp_path):
         loaded.model(analysis.token_ids[None])
     torch.testing.assert_close(analysis.head_waad, captured[statistic][:, 0])
     assert run.settings.layers == [1, 3]
+
+
+UNUSED = {"max_tokens", "temperature", "seed", "system"}  # by what is read
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "unused"),
+    [
+        ({"text": TEXT}, "read 1 text.", UNUSED),
+        ({"text": TEXT, "temperature": 2.0}, "read 1 text.", UNUSED - {"temperature"}),  # entropies are those at it
+        ({"messages": [{"messages": ROLES[1:3]}] * 2, "system": "so"}, "read 2 chats.", UNUSED - {"system"}),
+        ({"messages": ROLES[:3], "system": "so"}, "read 1 chat.", UNUSED),
+        ({"prompts": ["left"], "max_tokens": 5}, "answered 1 prompt.", set()),
+    ],
+    ids=["text", "temperature", "chats", "system", "prompt"],
+)
+def test_a_text_that_was_read_is_not_called_answered(model, tmp_path, capsys, options, said, unused):
+    run = attnstats.analyze(model, layers=[1, 3], out=tmp_path / "out", quiet=False, **options)
+    page = run.page()
+    assert f"while it {said}".replace(".", "") in page
+    assert UNUSED - run.summary["settings"].keys() == unused
+    for name in UNUSED:
+        assert (f"<dt>{name.replace('_', ' ')}</dt>" in page) == (name not in unused)
+    printed = capsys.readouterr().out
+    thing = said.split(maxsplit=1)[1][:-1]
+    assert f"Tables of {thing}" in printed
+    assert f"{thing}, up to 5 tokens each" in printed if not unused else "tokens each" not in printed
+    assert repr(run).splitlines()[0].endswith(f"{thing}, model")
+    assert attnstats.load(tmp_path / "out").settings == run.settings
+
+
+def test_two_texts_that_were_read_are_compared_without_settings_of_sampling(model, tmp_path):
+    for name in ("one", "two"):
+        attnstats.analyze(model, text=TEXT, layers=[1, 3], out=tmp_path / name)
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    page = (tmp_path / "one" / "comparison.html").read_text(encoding="utf-8")
+    assert '<th scope="row">window</th>' in page
+    assert not [name for name in ("max tokens", "temperature", "seed", "system") if f">{name}</th>" in page]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (TEXT, "6 characters after </think>"),
+        (f"{TEXT} <think> w3 </think>", "26 characters after </think>, with another <think> in them"),
+        (TEXT[: TEXT.index(" w9")], ""),
+        (TEXT[: TEXT.index(" </think>")], ""),
+    ],
+    ids=["answer", "second", "nothing", "open"],
+)
+def test_what_is_behind_the_closing_tag_is_said_to_be_left_out(model, tmp_path, capsys, text, told):
+    run = attnstats.analyze(model, text=text, response_from="<think>", layers=[1, 3], out=tmp_path / "out", quiet=False)
+    assert ("left out: " in (printed := capsys.readouterr().out)) == bool(told)
+    assert told in printed
+    assert run.summary.get("left_out", []) == ([told] if told else [])
+    assert ("Not read: " in run.page()) == bool(told)
+    assert html.escape(told) in run.page()
 
 
 def test_prompts_files_and_lists_as_of_the_command(model, tmp_path):
