@@ -16,7 +16,7 @@ QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 def is_command_line(arguments: Sequence[str], command: Sequence[str]) -> bool:
-    """True if the process is `attnstats` or `python -m attnstats.cli`.
+    """True if the process is `attnstats` or `python -m attnstats`.
 
     Args:
         arguments: `sys.argv`, whose first entry is `-m` while Python looks for the module.
@@ -25,14 +25,14 @@ def is_command_line(arguments: Sequence[str], command: Sequence[str]) -> bool:
     Example:
         >>> is_command_line(["/usr/bin/attnstats", "analyze"], ["python", "/usr/bin/attnstats", "analyze"])
         True
-        >>> is_command_line(["-m", "report", "out"], ["python", "-u", "-m", "attnstats.cli", "report", "out"])
+        >>> is_command_line(["-m", "report", "out"], ["python", "-u", "-m", "attnstats", "report", "out"])
         True
         >>> is_command_line(["train.py", "attnstats"], ["python", "train.py", "attnstats"])
         False
     """
     program = arguments[0] if arguments else ""
     if program == "-m" and "-m" in command:
-        return command[command.index("-m") + 1 :][:1] == ["attnstats.cli"]
+        return command[command.index("-m") + 1 :][:1] == ["attnstats"]
     return Path(program).stem == "attnstats"
 
 

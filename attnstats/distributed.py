@@ -226,10 +226,12 @@ def _joined(
 ) -> Statistics:
     """Statistics with these columns, and with rows that are those of the parts one after the other."""
 
-    def join(tensors: list[Tensor]) -> Tensor:
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
+    def join(tensors: list[Tensor], tokens: int = -1) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, tokens)
 
-    tensors = {s: values[s] if s in values else join([part[s] for part in parts]) for s in parts[0]}
+    tensors = {
+        s: values[s] if s in values else join([part.tensors[s] for part in parts], -1 - s.per_query) for s in parts[0]
+    }
     return Statistics(
         tensors,
         lambda s: valid[s] if s in valid else join([part.valid[s] for part in parts]),

@@ -80,6 +80,13 @@ class HeadScores:
         places = [place for place in order.tolist() if values[place] == values[place]]
         return [HeadScore(self.layers[i // heads], i % heads, float(values[i])) for i in places[:count]]
 
+    def chosen(self, kind: str, count: int = 10) -> dict[int, list[int]]:
+        """`top` as `capture` takes it, `layers=list(chosen), heads=chosen`: the heads of each layer that has some."""
+        found: dict[int, list[int]] = {}
+        for layer, head, _ in sorted(self.top(kind, count)):
+            found.setdefault(layer, []).append(head)
+        return found
+
     def to_frame(self) -> DataFrame:
         """One row per head, by layer and head; a column per measure, such as mean_distance of local and global."""
         import pandas

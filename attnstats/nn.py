@@ -31,7 +31,7 @@ from attnstats.core.patterns import (
 )
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
-from attnstats.statistics import Statistic, resolve
+from attnstats.statistics import Statistic, refuse_boundaries_of_the_call, resolve
 from attnstats.tensors import check_plain
 from attnstats.wrappers import refuse_replica, refuse_replicas, unwrap
 
@@ -139,7 +139,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError, ValueError: naming the argument, what came and what would work.
         """
         self.statistics = None
-        requested = self.requested if statistics is None else resolve(statistics)
+        requested = self.requested if statistics is None else _resolved(statistics)
         if requested:
             refuse_replica(self)
             refuse_trace()
@@ -417,7 +417,13 @@ def replace_attention(
 
 def _settings(statistics: Iterable[Statistic | str], **settings: Any) -> dict[str, Any]:
     """The attributes of a `MultiheadAttention` that torch's module does not have."""
-    return {"requested": resolve(statistics), "statistics": None, **settings}
+    return {"requested": _resolved(statistics), "statistics": None, **settings}
+
+
+def _resolved(statistics: Iterable[Statistic | str]) -> tuple[Statistic, ...]:
+    resolved = resolve(statistics)
+    refuse_boundaries_of_the_call(resolved, "MultiheadAttention")
+    return resolved
 
 
 def _no_fast_path(module: torch.nn.Module, args: Any, output: Any) -> None:

@@ -251,6 +251,8 @@ def _evaluate(statistic: Statistic, weights: Tensor, scores: Tensor, lse: Tensor
     if statistic.from_lse:  # else a function of the scores alone
         row = without_rows(statistic, row, weights.isnan().any(-1), torch.nan)
     live = _visible(geometry).any(-1)
+    if statistic in geometry.heads and live.shape[1] > 1:
+        live = live[:, list(geometry.heads[statistic])]
     if geometry.real_queries is not None:
         live = live & geometry.real_queries[:, None]
     return without_rows(statistic, row, ~live)

@@ -27,7 +27,7 @@ from attnstats.core.options import Heads, Options
 from attnstats.core.patterns import CAUSAL, MaskPattern, allow_whole_map, is_causal_bias, read_causal_bias, recognise
 from attnstats.functional import Backend, attend
 from attnstats.results import Statistics
-from attnstats.statistics import PooledMap, Statistic, resolve
+from attnstats.statistics import PooledMap, Statistic, refuse_boundaries_of_the_call, resolve
 from attnstats.tensors import check_plain
 
 Calls = Iterable[int] | Callable[[Tensor, Tensor], bool]
@@ -126,6 +126,7 @@ def patch_sdpa(
     statistics = resolve(statistics)
     if not statistics:
         raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
+    refuse_boundaries_of_the_call(statistics, "patch_sdpa")
     for s in (s for s in statistics if reduce is not None and not s.averages):
         raise ValueError(f"reduce={reduce!r}: {s} names keys, of which there is no mean; record it without reduce")
     if reduce not in (None, "heads"):

@@ -462,6 +462,13 @@ class SegmentMass(Statistic):
         return query_length, segments if self.boundaries is None else len(self.boundaries) - 1
 
 
+def refuse_boundaries_of_the_call(statistics: Iterable[Statistic], caller: str) -> None:
+    """Raise ValueError for a SegmentMass without boundaries, where calls have no argument for them."""
+    for s in statistics:
+        if isinstance(s, SegmentMass) and s.boundaries is None:
+            raise ValueError(f"statistics: {caller} has no segment_boundaries; give SegmentMass((0, n, None)) its own")
+
+
 class Top(NamedTuple):
     """The result of `TopKeys(k)`, as torch.topk names it."""
 
@@ -471,7 +478,7 @@ class Top(NamedTuple):
 
 @dataclass(frozen=True)
 class TopKeys(Statistic):
-    """The k largest A[t, s] of a row and their keys' positions, ties to the lower position: a `Top`.
+    """The k largest A[t, s] of a row, 16 at most, and their keys' positions, ties to the lower position: a `Top`.
 
     How often the first is the token that is generated next finds retrieval and copying heads (arXiv 2404.15574).
     """

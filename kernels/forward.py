@@ -60,6 +60,8 @@ from .tiles import (
     zeros_for,
 )
 
+UNIT = tl.constexpr(4096.0)  # A of 1 where it is rounded to float16, which ends at 65504
+
 
 @triton.jit
 def halves(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -182,7 +184,10 @@ def visit(
             b_marks = load_tile(marks, start, sequence.n_keys, BN, LOOP.MARKS, LOOP.MARKS, EDGE)
             if not LOOP.FROM_LSE:
                 b_marked *= b_rescale[:, None]
-            b_marked = dot(b_a.to(b_marks.dtype), b_marks, b_marked)
+            if LOOP.FROM_LSE:  # A is divided by its row's sum already: far from the subnormal numbers of float16
+                b_marked = dot((b_a * UNIT).to(b_marks.dtype), b_marks, b_marked)
+            else:
+                b_marked = dot(b_a.to(b_marks.dtype), b_marks, b_marked)
         if not LOOP.FROM_LSE:
             if dropout is not None:
                 o_query = (sequence.q_begin + q_rows.o_row)[:, None]
@@ -374,7 +379,11 @@ def forward(
         tl.store(p_top + n_stored, b_argmax.to(tl.float32), mask=m_row)
     if MARKS > 0:
         p_marked = marked + (i_split * n_flat + o_flat)[:, None] * MARKS + tl.arange(0, MARKS)[None, :]
-        tl.store(p_marked, b_marked * b_inverse[:, None], mask=m_row[:, None])
+        if FROM_LSE:
+            b_marked *= 1.0 / UNIT
+        else:
+            b_marked *= b_inverse[:, None]
+        tl.store(p_marked, b_marked, mask=m_row[:, None])
 
     if len(BAND_ROWS) + len(BAND_COLUMNS) > 0:
         tl.static_assert(SPLIT_KEYS == 0, "the epilogue needs a whole row")

@@ -132,7 +132,7 @@ def test_commands_are_taken(page):
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in commands(page):
         words = shlex.split(line)
-        ours = line.split("-m attnstats.cli ")[-1] if "-m attnstats.cli " in line else line
+        ours = line.split("-m attnstats ")[-1] if "-m attnstats " in line else line
         if ours != line or words[0] in ("attnstats", ".venv/bin/attnstats"):
             parser().parse_args(shlex.split(ours)[ours == line :])
         elif words[0] == "make":

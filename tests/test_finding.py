@@ -227,6 +227,13 @@ def test_texts_and_pictures_are_of_a_few_lines_and_a_panel_per_kind(known):
     (picture,) = (axis for axis in known.plot("sink").axes if axis.images)
     assert picture.images[0].get_array().shape == (2, 4)
     assert known.plot("sink")._repr_png_().startswith(b"\x89PNG")
+    assert picture.images[0].norm.vmax == known["sink"].max()  # the highest head has a shade of its own
+
+
+def test_heads_of_a_kind_go_into_a_capture(known):
+    chosen = known.chosen("sink", 3)
+    assert {(layer, head) for layer, of in chosen.items() for head in of} == {x[:2] for x in known.top("sink", 3)}
+    assert list(chosen) == sorted(chosen)
 
 
 def test_the_command_prints_and_writes_what_the_function_returns(folder, tmp_path, capsys):

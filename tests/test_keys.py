@@ -8,6 +8,7 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, PooledMap, Received, SegmentMass, SinkMass, TopKeys, reference
+from attnstats.core.merging import merge_columns
 from attnstats.tiled import native
 from tests.cases import Case, check
 
@@ -223,6 +224,12 @@ def test_from_sdpa_and_the_module():
     module(query[:, 0], query[:, 0], query[:, 0], need_weights=False)
     assert module.statistics["top_keys"].values.shape == (2, 2, 9, 2)
     assert module.statistics["segment_mass"].shape == (2, 2, 9, 2)
+    for make in (
+        lambda: attnstats.patch_sdpa(statistics=[SegmentMass()]).__enter__(),
+        lambda: attnstats.nn.MultiheadAttention(8, 2, statistics=[SegmentMass()]),
+    ):
+        with pytest.raises(ValueError, match="has no segment_boundaries"):
+            make()
     with pytest.raises(ValueError, match=r"reduce='heads': TopKeys\(k=2\) names keys"):
         attnstats.patch_sdpa(statistics=asked, reduce="heads").__enter__()
 
@@ -241,6 +248,61 @@ def test_shards_of_the_queries_add_up_with_weights():
         counts = counts + part.counts["fai"]
     torch.testing.assert_close(counts, whole.counts["fai"])
     torch.testing.assert_close(sums / counts.clamp(min=1e-30)[:, None], whole["fai"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_parts_of_the_queries_are_merged_with_their_weights(scale):
+    """Sums of weights below 1 divide, too."""
+    query, weight = torch.randn(1, 2, 20, 8), scale * torch.rand(1, 20)
+    asked = [FAI(1, 4), SegmentMass((0, 5, None)), TopKeys(2)]
+    whole = attnstats.attention(query, query, query, statistics=asked, query_weight=weight).statistics
+    parts = [
+        attnstats.attention(
+            query[:, :, start : start + 10], query, query, statistics=asked,
+            query_weight=weight[:, start : start + 10], query_offset=start,
+        ).statistics
+        for start in (0, 10)
+    ]  # fmt: skip
+    value, count = merge_columns([(part["fai"], part.counts["fai"]) for part in parts])
+    torch.testing.assert_close(value, whole["fai"])
+    torch.testing.assert_close(count, whole.counts["fai"])
+
+
+def test_shards_on_one_rank_are_joined_along_the_queries(one_rank):
+    query, weight = torch.randn(1, 2, 20, 8), 0.01 * torch.rand(1, 20)
+    asked = [FAI(1, 4), SegmentMass((0, 5, None)), TopKeys(2)]
+    whole = attnstats.attention(query, query, query, statistics=asked, query_weight=weight).statistics
+    parts = [
+        attnstats.attention(
+            query[:, :, start : start + 10], query, query, statistics=asked,
+            query_weight=weight[:, start : start + 10], query_offset=start,
+        ).statistics
+        for start in (0, 10)
+    ]  # fmt: skip
+    found = attnstats.distributed.reduce_columns(parts)
+    for s in asked:
+        torch.testing.assert_close(found[s], whole[s])
+        assert torch.equal(found.valid[s], whole.valid[s])
+
+
+def test_a_mean_does_not_depend_on_weights_far_away():
+    query, weight = torch.randn(1, 1, 12, 8), torch.ones(1, 12)
+    plain = attnstats.attention(query, query, query, statistics=[FAI(1, 4)]).statistics
+    weight[0, 0] = 1e6
+    found = attnstats.attention(query, query, query, statistics=[FAI(1, 4)], query_weight=weight).statistics
+    torch.testing.assert_close(found["fai"], plain["fai"])
+    assert torch.equal(found.valid["fai"], plain.valid["fai"])
+
+
+def test_heads_of_a_mask_per_head():
+    query, mask = torch.randn(1, 3, 8, 8), torch.rand(1, 3, 8, 8) > 0.3
+    asked = [SegmentMass((0, 3)), TopKeys(2), WAAD(3)]
+    arguments = {"statistics": asked, "is_causal": False, "attn_mask": mask, "backend": "reference"}
+    every = attnstats.attention(query, query, query, **arguments).statistics
+    for heads in ([0, 2], [1]):
+        some = attnstats.attention(query, query, query, heads=heads, **arguments).statistics
+        for s in asked:
+            assert torch.equal(some.tensors[s], every.tensors[s][:, heads])
 
 
 QUERY = torch.zeros(2, 1, 9, 8)
@@ -275,7 +337,7 @@ def test_boundaries_may_be_a_list():
         ([SegmentMass((0, 10))], {}, ValueError, "has a boundary past the end, 10 of 9 keys"),
         ([SegmentMass()], {}, ValueError, "takes them from the call"),
         ([SegmentMass((0, 3))], {"segment_boundaries": ROWS}, ValueError, "no statistic takes them"),
-        ([SegmentMass()], {"segment_boundaries": ROWS.float()}, TypeError, "must be an int64 tensor"),
+        ([SegmentMass()], {"segment_boundaries": ROWS.float()}, TypeError, "must be an int32 or int64 tensor"),
         ([SegmentMass()], {"segment_boundaries": [0, 3]}, TypeError, "segment_boundaries"),
         ([SegmentMass()], {"segment_boundaries": ROWS[:1]}, ValueError, "must have shape (2, S + 1)"),
         ([SegmentMass()], {"segment_boundaries": ROWS.flip(1)}, ValueError, "must not decrease"),
@@ -284,7 +346,19 @@ def test_boundaries_may_be_a_list():
         (["fai"], {"query_weight": torch.ones(2, 8)}, ValueError, "query_weight must have shape (2, 9)"),
         (["fai"], {"query_weight": torch.ones(2, 9, dtype=torch.bool)}, TypeError, "a bool one is a query_mask"),
         (["fai"], {"query_weight": -torch.ones(2, 9)}, ValueError, "must be >= 0 where a mean divides by its sum"),
-        (["received"], {"query_weight": torch.full((2, 9), torch.nan)}, ValueError, "must be finite"),
+        (
+            ["received"],
+            {"query_weight": torch.full((2, 9), torch.nan)},
+            ValueError,
+            "must be finite, and so must its sum",
+        ),
+        (
+            ["fai"],
+            {"query_weight": torch.full((2, 9), 1e39, dtype=torch.float64)},
+            ValueError,
+            "in torch.float32; got inf",
+        ),
+        (["fai"], {"query_weight": torch.full((2, 9), 2e38)}, ValueError, "its sum in torch.float32; got 2"),
         (
             ["received"],
             {"query_weight": torch.ones(2, 9, requires_grad=True)},

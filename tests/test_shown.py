@@ -109,14 +109,19 @@ def test_before_a_pass_there_is_nothing_to_read(model):
         assert "nothing to read" in run._repr_html_()
 
 
-def test_what_has_several_numbers_per_query_is_described_and_no_column(model):
+def test_what_has_several_numbers_per_query_has_several_columns(model):
     statistics = [SegmentMass((0, 5, None)), TopKeys(2), "entropy"]
     with torch.no_grad(), attnstats.capture(model, statistics=statistics, layers=[1]) as run:
         model(tokens())
     _, mass, top, _ = repr(run).splitlines()
     assert re.search(r"\(1, 2, 3, 23, 2\), highest 1.*query \d+, segment 0$", mass)
     assert top.endswith("values (1, 2, 3, 23, 2), indices (1, 2, 3, 23, 2)")
-    assert run.to_frame().columns.tolist() == ["entropy"]
+    frame = run.to_frame()
+    parts = [f"top_keys_{kind}_{i}" for i in range(2) for kind in ("value", "index")]
+    assert frame.columns.tolist() == ["segment_mass_0", "segment_mass_1", *parts, "entropy"]
+    one = frame.loc[1, 0, 2, 20]
+    assert one.segment_mass_1 == pytest.approx(float(run["segment_mass"][0, 0, 2, 20, 1]))
+    assert one.top_keys_index_1 == int(run["top_keys"].indices[0, 0, 2, 20, 1])
     assert Tags(run._repr_html_()).seen.count("path") == 1
 
 

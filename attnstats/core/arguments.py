@@ -187,7 +187,8 @@ def _check_differentiable(statistics: tuple[Statistic, ...], differentiable: boo
             raise ValueError(f"differentiable: {s} of the last queries carries no gradients; Received() does")
         if not s.differentiable:
             raise ValueError(
-                f"differentiable: {s} carries no gradients; distance-weighted statistics, Entropy and LSE do. "
+                f"differentiable: {s} carries no gradients; distance-weighted statistics, Entropy, LSE and SegmentMass "
+                "do. "
                 "Ask for it in a call with differentiable=False"
             )
 
@@ -259,14 +260,22 @@ def _weight(
         raise ValueError(f"query_weight must be on query's device {query.device}, got {query_weight.device}")
     if query_weight.requires_grad:
         raise ValueError("query_weight carries no gradient; pass query_weight.detach()")
+    weight = query_weight.to(torch.float64 if query.dtype == torch.float64 else torch.float32, copy=True)
     if query_weight.device.type == "cpu":  # on a GPU a look at them would wait for it
-        if not query_weight.isfinite().all():
-            raise ValueError("query_weight must be finite, got NaN or inf")
+        if not weight.sum(-1).isfinite().all():
+            raise ValueError(
+                f"query_weight must be finite, and so must its sum in {weight.dtype}; got {_largest(weight)}"
+            )
         means = [s for s in statistics if s.is_mean]
         if means and (query_weight < 0).any():
             lowest = float(query_weight.min())
             raise ValueError(f"query_weight must be >= 0 where a mean divides by its sum, as {means[0]}; got {lowest}")
-    return query_weight.to(torch.float64 if query.dtype == torch.float64 else torch.float32, copy=True)
+    return weight
+
+
+def _largest(weight: Tensor) -> float:
+    """The number that stands out: NaN, or the largest."""
+    return float(weight[weight.isnan()][0] if weight.isnan().any() else weight.abs().max())
 
 
 def _counted(query_mask: Tensor | None, query_weight: Tensor | None) -> Tensor | None:
@@ -303,7 +312,7 @@ def _segment_ends(
         raise ValueError("segment_boundaries: no statistic takes them; ask for SegmentMass() without boundaries")
     if not isinstance(boundaries, Tensor) or boundaries.dtype not in (torch.int32, torch.int64):
         got = boundaries.dtype if isinstance(boundaries, Tensor) else type(boundaries).__name__
-        raise TypeError(f"segment_boundaries must be an int64 tensor, got {got}")
+        raise TypeError(f"segment_boundaries must be an int32 or int64 tensor, got {got}")
     if boundaries.dim() != 2 or len(boundaries) != sequences or boundaries.shape[1] < 2:
         raise ValueError(
             f"segment_boundaries must have shape ({sequences}, S + 1) with S >= 1, got {tuple(boundaries.shape)}"

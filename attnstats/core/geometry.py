@@ -183,10 +183,21 @@ class Geometry:
         return (position >= bounds[..., :-1]) & (position < bounds[..., 1:])
 
     def queries_at_distance(self, lo: int, hi: int | None) -> Tensor:
-        """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10).
+        """(B, Tk) int64, |T(s)|: counted queries t with `lo <= t - s <= hi` (the denominator of Eq. 10)."""
+        return self._over_horizon(lo, hi, self.query_mask)
 
-        With a query_weight the sum of these, in float64.
-        """
+    def weight_at_distance(self, lo: int, hi: int | None) -> Tensor:
+        """(B, Tk) what means are divided by: `queries_at_distance`, or the sum of their weights, exactly 0 where none
+        counts."""
+        counts = self.queries_at_distance(lo, hi)
+        if self.query_weight is None:
+            return counts
+        weights = self.query_counts()
+        assert weights is not None
+        return self._over_horizon(lo, hi, weights.double()).masked_fill(counts == 0, 0.0).to(self.accumulator)
+
+    def _over_horizon(self, lo: int, hi: int | None, of_queries: Tensor | None) -> Tensor:
+        """(B, Tk) the sum of (B, Tq) numbers over the queries t of each key with `lo <= t - s <= hi`; None: 1 each."""
         position, _, begin, length = self._along_keys()
         first = torch.minimum((position + lo).clamp(min=0), length)
         end = length
@@ -194,18 +205,18 @@ class Geometry:
             hi = min(hi, abs(self.offset) + self.query_length + self.key_length)  # int64 holds position + hi
             end = torch.minimum((position + hi + 1).clamp(min=0), length)
         end = torch.maximum(first, end)
-        if self.query_mask is None:
+        if of_queries is None:
             return (end - first).expand(self.batch, -1)
-        counts = self.query_counts()
-        assert counts is not None
-        before = rows_before(counts if counts.dtype == torch.bool else counts.double())
+        before = rows_before(of_queries)
         return (before[:, begin + end] - before[:, begin + first]).expand(self.batch, -1)
 
     def validity(self, statistic: Statistic) -> Tensor:
         """False for placeholders: (B, Tq) bool for rows, (B, Tk) for columns, (B, I, J) for a map."""
         real_keys = self._real_keys()
         if statistic.axis == "column":
-            return real_keys if statistic.horizon is None else self.counts(statistic) > 0
+            if statistic.horizon is None:
+                return real_keys
+            return (self.queries_at_distance(*statistic.horizon) > 0) & real_keys
         rows = self.live() if self.query_mask is None else self.live() & self.query_mask
         if not isinstance(statistic, PooledMap):
             return rows
@@ -216,8 +227,7 @@ class Geometry:
         """(B, Tk) the counted queries behind each mean of a statistic with a horizon, 0 for padding: int64, or with a
         query_weight the sum of these in the statistics' dtype."""
         assert statistic.horizon is not None
-        counts = self.queries_at_distance(*statistic.horizon) * self._real_keys()
-        return counts if self.query_weight is None else counts.to(self.accumulator)
+        return self.weight_at_distance(*statistic.horizon) * self._real_keys()
 
     def shape_of(self, statistic: Statistic) -> tuple[int, ...]:
         """The shape of a statistic's tensor."""
@@ -245,7 +255,7 @@ class Geometry:
                 return tensor
             counts = self.memo.get(horizon)
             if counts is None:
-                counts = _divisors(self.queries_at_distance(*horizon))[:, None].to(self.accumulator)
+                counts = _divisors(self.weight_at_distance(*horizon))[:, None].to(self.accumulator)
                 # A tensor made while a CUDA graph is captured is only there when the graph runs.
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     self.memo[horizon] = counts
@@ -262,7 +272,7 @@ class Geometry:
             if self.key_mask is not None:
                 grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is not None:
-                grad = grad / _divisors(self.queries_at_distance(*statistic.horizon))[:, None].to(self.accumulator)
+                grad = grad / _divisors(self.weight_at_distance(*statistic.horizon))[:, None].to(self.accumulator)
         elif not self.all_live or self.real_queries is not None:
             rows = self.live()
             if self.real_queries is not None and statistic.method != "lse":  # padding has an lse

@@ -41,4 +41,4 @@ def as_sum(value: Tensor, count: Tensor | None) -> Tensor:
 
 def as_mean(total: Tensor, count: Tensor | None) -> Tensor:
     """The inverse of `as_sum`; 0 where nothing was counted."""
-    return total if count is None else total / count.clamp(min=1).unsqueeze(-2)
+    return total if count is None else total / count.masked_fill(count == 0, 1).unsqueeze(-2)

@@ -147,7 +147,7 @@ def head_scores(panels: Sequence[HeadPanel], layers: Sequence[int]) -> Figure:
     with _styled() as figure:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, panel in zip(axes, panels, strict=False):
-            domain = Domain.of(panel.values.flatten(), is_log=panel.is_log, pale=0.0)
+            domain = Domain.of(panel.values.flatten(), is_log=panel.is_log, pale=0.0, usual=1.0)
             colours = _colormap() if panel.highest else _colormap().reversed()
             colours = colours.with_extremes(bad="0.85")
             picture = axis.imshow(panel.values.numpy(), cmap=colours, norm=_norm(domain), aspect="auto")
@@ -176,7 +176,8 @@ def drawn(figure: Figure, kind: str, dpi: int = 300) -> bytes:
 
 @contextmanager
 def _styled() -> Iterator[Figure]:
-    """A figure in our style, made without pyplot, which would keep it in memory.
+    """A figure in our style, made without pyplot, which would keep it in memory; files that it saves have the style's
+    fonts.
 
     A notebook shows what has this method; figures as such it shows only after pyplot was imported.
     """
@@ -186,6 +187,7 @@ def _styled() -> Iterator[Figure]:
     with matplotlib.rc_context(STYLE):
         figure: Any = Figure(layout="constrained")
         figure._repr_png_ = partial(drawn, figure, ".png", NOTEBOOK_DPI)
+        figure.savefig = matplotlib.rc_context(STYLE)(figure.savefig)  # which reads the kind of font when it writes
         yield figure
 
 

@@ -109,12 +109,14 @@ class Domain:
     is_log: bool = False
 
     @staticmethod
-    def of(values: Tensor, *, is_log: bool = False, low: float | None = None, pale: float = PALE) -> Domain:
-        """The scale of the finite ones of `values`, (N,), from `low` or else from their quantile `pale`."""
+    def of(
+        values: Tensor, *, is_log: bool = False, low: float | None = None, pale: float = PALE, usual: float = USUAL
+    ) -> Domain:
+        """The scale of the finite `values`, (N,), from `low` or else their quantile `pale` to that of `usual`."""
         finite = values[values.isfinite()].double()
         if not len(finite):
             return Domain(0.0, 1.0)
-        high = float(finite.quantile(USUAL))
+        high = float(finite.quantile(usual))
         if is_log and high > 0:
             start = max(float(finite[finite > 0].quantile(pale)), high / 10**DECADES)
             return Domain(min(start, high / 2), high, is_log=True)

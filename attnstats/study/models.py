@@ -207,7 +207,7 @@ def _require_on_hub(name: str) -> None:
     except Exception as error:  # the HTTP library that huggingface_hub uses decides the class
         raise InputError(
             f"--model {name}: neither in the local hub cache nor on the hub: {_first_line(error)} "
-            "(give a local folder, or check the name and the network)"
+            "(give a local folder, or none for the default model, or check the name and the network)"
         ) from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnstats.errors import InputError
 from attnstats.results import highest, shapes
-from attnstats.statistics import Statistic
+from attnstats.statistics import Statistic, Top
 
 if TYPE_CHECKING:
     from pandas import DataFrame, MultiIndex
@@ -24,17 +24,27 @@ class Recorded(NamedTuple):
     """A statistic of a capture.
 
     Attributes:
-        values: (L, B, H, T), without L or H where they are reduced.
+        values: (L, B, H, T), without L or H where they are reduced; (.., S) of segments, and of `TopKeys` its `Top`.
         valid: (B, T) bool.
     """
 
-    values: Tensor
+    values: Any
     valid: Tensor
     heads: Heads
 
+    def numbers(self, dimensions: int) -> dict[str, Tensor]:
+        """The tensors of one number per token, by what their columns' names have behind the statistic's: of segments
+        and of largest keys one for each. A map has none."""
+        if isinstance(self.values, Top):
+            both = {"_value": self.values.values, "_index": self.values.indices}
+            return {f"{kind}_{i}": x[..., i] for i in range(both["_value"].shape[-1]) for kind, x in both.items()}
+        if self.values.dim() == dimensions:
+            return {"": self.values}
+        return {f"_{i}": self.values[..., i] for i in range(self.values.shape[-1])}
+
 
 def to_frame(results: Mapping[Statistic, Recorded], reduced: Collection[str], are_apart: bool) -> DataFrame:
-    """One row per layer, batch row, head and position, a column per statistic; NaN where it is not valid.
+    """One row per layer, batch row, head and position, a column per number; NaN where it is not valid.
 
     Args:
         reduced: "layers" and "heads" where the values have no such axis.
@@ -46,23 +56,23 @@ def to_frame(results: Mapping[Statistic, Recorded], reduced: Collection[str], ar
     import pandas
 
     dimensions = 4 - len(reduced)
-    tables = {s: of for s, of in results.items() if isinstance(of.values, Tensor) and of.values.dim() == dimensions}
-    tables = {s: of for s, of in tables.items() if s.axis != "map"}
+    tables = {s: of for s, of in results.items() if s.axis != "map"}
     if not tables:
         raise InputError(
             f"to_frame: no number per token in {', '.join(map(str, results))}; read them as run[statistic]"
         )
     if are_apart and len({s.axis for s in tables}) > 1:
         raise InputError("to_frame: queries and keys are of two sequences here; capture row or column statistics alone")
-    length = max(of.values.shape[-1] for of in tables.values())
+    length = max(of.valid.shape[-1] for of in tables.values())
     names = [s.name for s in tables]
     columns = []
-    for s, (values, valid, heads) in tables.items():
-        numbers = values.double().masked_fill(~valid if "heads" in reduced else ~valid[:, None], torch.nan)
-        # Queries are the last ones, where keys were cached before them.
-        index = _index(values, heads, reduced, range(length - values.shape[-1], length))
-        name = s.name if names.count(s.name) == 1 else str(s)
-        columns.append(pandas.Series(numbers.flatten().cpu().numpy(), index, name=name))
+    for s, of in tables.items():
+        name, absent = s.name if names.count(s.name) == 1 else str(s), ~of.valid
+        for part, values in of.numbers(dimensions).items():
+            numbers = values.double().masked_fill(absent if "heads" in reduced else absent[:, None], torch.nan)
+            # Queries are the last ones, where keys were cached before them.
+            index = _index(values, of.heads, reduced, range(length - values.shape[-1], length))
+            columns.append(pandas.Series(numbers.flatten().cpu().numpy(), index, name=name + part))
     return pandas.concat(columns, axis=1).sort_index()
 
 

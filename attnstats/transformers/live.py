@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnstats.errors import InputError
 from attnstats.statistics import Statistic
 from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.recording import Recording, Sums
@@ -98,6 +99,12 @@ class GenerationRecording(Recording):
             x = x.movedim(-1 - s.per_query, -1)  # tokens last, along which it grows
             if key not in of_layers:
                 of_layers[key] = GrowingTensor(x)
+            elif of_layers[key].values.shape[:-1] != x.shape[:-1]:
+                raise InputError(
+                    f"{s} had {tuple(of_layers[key].values.shape[:-1])} numbers per token in the steps before, and has "
+                    f"{tuple(x.shape[:-1])} now; run.segment_boundaries keeps its number of segments while a model "
+                    "generates"
+                )
             of_layers[key].add(call.first_key if s.axis == "column" else call.begin, x)
         self._begin = call.begin
         if self.length < call.end:
@@ -172,10 +179,12 @@ class GenerationRecording(Recording):
                 self._key_mask.add(0, ones.new_ones(batch, self.first) if earlier is None else earlier)
         query_mask, query_weight = request.query_mask, request.query_weight
         self._query_mask.add(call.begin, real if query_mask is None else real & query_mask.to(real.device))
-        if query_weight is not None:
-            if self._query_weight is None:
-                self._query_weight = GrowingTensor(query_weight)
-            self._query_weight.add(call.begin, query_weight)
+        if self._query_weight is None and query_weight is not None:
+            self._query_weight = GrowingTensor(query_weight)
+            self._query_weight.add(0, query_weight.new_ones(batch, call.begin))
+        if self._query_weight is not None:
+            weight = ones.to(self._query_weight.values.dtype) if query_weight is None else query_weight
+            self._query_weight.add(call.begin, weight)
         self._key_mask.add(call.begin, real)
         self.length = call.end
 

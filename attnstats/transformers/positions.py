@@ -326,6 +326,11 @@ class PlacedCall(AttentionCall):
                 raise InputError(
                     f"{self.where} has a cache that may have lost the first keys, which {s} looks at; leave it out"
                 )
+            if s.method in ("segments", "top") and not self.by_place:
+                raise InputError(
+                    f"{self.where} has cached keys whose positions are known among themselves alone, and {s} counts "
+                    "from the first key of the sequence; let the whole sequence run inside a capture with live=True"
+                )
         lse = results.lse.detach()
         with torch.no_grad():
             parts = self._parts(request.only(tuple(placed)), lse)

@@ -55,7 +55,7 @@ def _check_boundaries(statistics: tuple[Statistic, ...], bounds: Tensor | None, 
         last, keys = max((bound for bound in given if bound is not None), default=0), call.key.shape[2]
         if last > keys:
             raise InputError(
-                f"{s}: a boundary is past the end, {last} of {keys} keys; the last may be open, None or -1"
+                f"{s}: a boundary is past the end, {last} of {keys} keys; the last may be open, None, in a tensor -1"
             )
 
 
@@ -159,10 +159,11 @@ class Capture:
         return ByStatistic({s: self._recording.valid(s) for s in self.statistics})
 
     def to_frame(self) -> DataFrame:
-        """One row per layer, batch row, head and position, a column per statistic, NaN where it is not valid.
+        """One row per layer, batch row, head and position, a column per number, NaN where it is not valid.
 
-        Levels that are reduced are left out, and so are maps. `position` counts the tokens in the cache, too, where a
-        column statistic has them.
+        Levels that are reduced are left out, and so are maps. Of segments there is a column each, segment_mass_0 and so
+        on, of largest keys two, top_keys_value_0 and top_keys_index_0. `position` counts the tokens in the cache, too,
+        where a column statistic has them.
         """
         results = {s: frames.Recorded(self[s], self.valid[s], self.heads[s]) for s in self.statistics}
         return frames.to_frame(results, self._reduce, self.kind == "cross")
@@ -218,6 +219,12 @@ class Capture:
     @segment_boundaries.setter
     def segment_boundaries(self, boundaries: Tensor | None) -> None:
         check_plain(segment_boundaries=boundaries)
+        if boundaries is not None:
+            if not isinstance(boundaries, Tensor) or boundaries.is_floating_point() or boundaries.dim() != 2:
+                got = f"{boundaries.dtype} {tuple(boundaries.shape)}" if isinstance(boundaries, Tensor) else boundaries
+                raise TypeError(f"segment_boundaries must be an int64 tensor (B, S + 1), or None; got {got}")
+            if SegmentMass() not in self.statistics:
+                raise ValueError("segment_boundaries: no statistic takes them; record SegmentMass() without boundaries")
         self._segment_boundaries = boundaries
 
     @property

@@ -115,7 +115,8 @@ def gradients(
         delta = delta - excess
     if of_segments:
         of_query, of_key, of_delta = _segment_gradients(residuals, row_lse, geometry, of_segments)
-        grad_query, grad_key, delta = grad_query + of_query, grad_key + of_key, delta + of_delta
+        grad_query, grad_key = (grad_query + of_query).to(grad_query.dtype), (grad_key + of_key).to(grad_key.dtype)
+        delta = delta + of_delta
     of_sinks = None if geometry.sinks is None else sink_gradient(row_lse.sink_share(geometry), delta, geometry)
     return Gradients(grad_query, grad_key, grad_value, of_sinks)
 
@@ -139,9 +140,11 @@ def _segment_gradients(
             geometry, value_dim=value.shape[-1], dropout_p=0.0, dropout_seed=None, sinks=None, memo={}
         )
         nothing = launch.MapGradients(GradientPlan.of(()), None, None, None)
-        d_output = grad[..., part].to(value.dtype)
+        # Half precision ends at 65504: the gradient is passed with its largest number as 1.
+        size = grad[..., part].abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        d_output = (grad[..., part] / size).to(value.dtype)
         of_query, of_key, _, delta = launch.backward(own, row_lse, d_output, alone, nothing, of_values=False)
-        parts.append((of_query, of_key, delta))
+        parts.append((of_query * size, of_key * size, delta * size))
     of_query, of_key, delta = (sum(x) for x in zip(*parts, strict=True))
     return of_query, of_key, delta
 

@@ -104,6 +104,14 @@ def test_a_notebook_shows_it_without_pyplot(analysis, figure):
     assert figures.FIGURES[figure](analysis)._repr_png_().startswith(b"\x89PNG")
 
 
+def test_a_file_that_is_saved_has_the_fonts_that_journals_take(analysis, tmp_path):
+    """TrueType, which is Type 42, whatever matplotlib's default is."""
+    figures.rhythm(analysis).savefig(tmp_path / "one.pdf")
+    written = (tmp_path / "one.pdf").read_bytes()
+    assert b"/Type0" in written
+    assert b"/Type3" not in written
+
+
 def test_rhythm_draws_the_values_and_marks_the_highest(analysis):
     figure = figures.rhythm(analysis)
     for axis, values, ranks in zip(

@@ -187,7 +187,7 @@ def test_accelerate_launch_writes_the_data_set_of_one_process(tmp_path, folder, 
         port = free.getsockname()[1]
     # --multi_gpu is how it starts several processes of torch, with or without a GPU; --cpu would start one.
     how = "--multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
-    command = ["accelerate.commands.launch", *how.split(), f"--main_process_port={port}", "-m", "attnstats.cli"]
+    command = ["accelerate.commands.launch", *how.split(), f"--main_process_port={port}", "-m", "attnstats"]
     assert launch(*command, *arguments(folder, prompts, tmp_path / "two")).wait(200) == 0
     assert_same_data(out, tmp_path / "two")
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
@@ -198,7 +198,7 @@ def test_a_rank_that_dies_loses_only_what_it_was_computing(tmp_path, folder, who
     """SIGKILL of one of two ranks, then one process goes on: what was there is untouched, the results are the same."""
     prompts, out = whole
     run = arguments(folder, prompts, tmp_path / "cut")
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attnstats.cli"]
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attnstats"]
     process = launch(*command, *run)
     items = tmp_path / "cut.part" / "items"
     while len(list(items.glob("*.safetensors"))) < 3:

@@ -500,6 +500,38 @@ def test_segments_by_row_and_weights_while_generating(llama):
         assert torch.equal(run.valid[s], forced.valid[s])
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["set later", "cleared later"])
+def test_weights_may_change_between_passes(llama, first):
+    ids, weight = tokens(1, 14), torch.rand(1, 14)
+    asked = {"statistics": [FAI(1, 4), Received()], "layers": "all"}
+    cache = transformers.DynamicCache(config=llama.config)
+    with torch.no_grad(), capture(llama, **asked, live=True, query_weight=weight if first else None) as run:
+        llama(ids[:, :5], past_key_values=cache)
+        run.query_weight = None if first else weight
+        llama(ids[:, 5:], past_key_values=cache)
+    expected = torch.ones(1, 14)
+    part = slice(0, 5) if first else slice(5, 14)
+    expected[:, part] = weight[:, part]
+    with torch.no_grad(), capture(llama, **asked, query_weight=expected) as forced:
+        llama(ids)
+    for s in run.statistics:
+        torch.testing.assert_close(run[s], forced[s], rtol=0, atol=3e-5)
+        assert torch.equal(run.valid[s], forced.valid[s])
+
+
+def test_the_number_of_segments_stays_while_generating(llama):
+    cache = transformers.DynamicCache(config=llama.config)
+    bounds = torch.tensor([[0, 3, -1]])
+    with (
+        torch.no_grad(),
+        capture(llama, statistics=[SegmentMass()], live=True, segment_boundaries=bounds) as run,
+    ):
+        llama(tokens(1, 5), past_key_values=cache)
+        run.segment_boundaries = bounds[:, :2]
+        with pytest.raises(ValueError, match="keeps its number of segments"):
+            llama(tokens(1, 2), past_key_values=cache)
+
+
 def test_rejected_tokens_are_taken_back_by_their_weight(llama):
     ids, weight = tokens(1, 14), torch.rand(1, 14)
     asked = {"statistics": [FAI(1, 4), Received(), TopKeys(2), SegmentMass((0, 4, None))], "layers": "all"}

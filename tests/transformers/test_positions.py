@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, SinkMass
+from attnstats import FAI, WAAD, Entropy, MeanDistance, Received, SegmentMass, SinkMass, TopKeys
 from attnstats.transformers.capture import capture
 from attnstats.transformers.masks import MaskDescription
 from attnstats.transformers.positions import holds_every_key, text_positions
@@ -294,6 +294,13 @@ def test_statistics_without_positions_need_none(llama):
         with pytest.raises(ValueError, match=r"set run\.key_positions"):
             case.run()
         with pytest.raises(ValueError, match="may have lost the first keys, which SinkMass"):
+            case.run(run, case.key_positions())
+    for statistic in (TopKeys(), SegmentMass((0, 2, None))):  # places are known among the keys alone
+        with (
+            torch.no_grad(),
+            capture(llama, statistics=[statistic], layers="all") as run,
+            pytest.raises(ValueError, match="counts from the first key of the sequence"),
+        ):
             case.run(run, case.key_positions())
     with torch.no_grad(), capture(llama, statistics=[Entropy()], live=True), pytest.raises(ValueError, match="hold"):
         case.run()

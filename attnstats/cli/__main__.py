@@ -1,7 +1,0 @@
-"""`python -m attnstats.cli`, for launchers that take a module."""
-
-import sys
-
-from attnstats.cli.main import main
-
-sys.exit(main())
