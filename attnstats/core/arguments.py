@@ -264,7 +264,7 @@ def _weight(
     if query_weight.device.type == "cpu":  # on a GPU a look at them would wait for it
         if not weight.sum(-1).isfinite().all():
             raise ValueError(
-                f"query_weight must be finite, and so must its sum in {weight.dtype}; got {_largest(weight)}"
+                f"query_weight must be finite, and so must its sum in {weight.dtype}; got {_largest(weight):.3g}"
             )
         means = [s for s in statistics if s.is_mean]
         if means and (query_weight < 0).any():
