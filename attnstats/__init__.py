@@ -48,7 +48,7 @@ def analyze(model: str | PathLike[str] | None = None, **options: Any) -> Any:
         prompts: a list of questions, or a file of them. None: three questions of ours.
         text: a text that exists already, a Path to one, or token ids; nothing is generated.
         messages: chats that exist already, whose last answers are analysed: a list of messages, a list of objects with
-            `messages`, or a .json or .jsonl file of them.
+            `messages` or of lists of messages, or a .json or .jsonl file of them.
         out: the folder of the run, by default out/analysis.
         quiet: False prints progress and responses as the command does.
         options: the command's other options with `_` for `-`, such as max_tokens=100, layers="all", horizon=(10, None),

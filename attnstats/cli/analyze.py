@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +94,8 @@ def settings_from(options: argparse.Namespace) -> Settings:
     """The preset with the given options in its place. Raises InputError."""
     from attnstats.study.analysis import Settings
 
+    if options.preset not in PRESETS:
+        raise InputError(f"--preset {options.preset}: no such preset; there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
     lo, hi = (preset.fai_lo, preset.fai_hi) if options.horizon is None else arguments.parse_horizon(*options.horizon)
     return Settings(
@@ -112,7 +116,7 @@ def analyze(
     *,
     prompts: Sequence[str] | str | PathLike[str] | None = None,
     text: str | PathLike[str] | Sequence[int] | Any = None,
-    messages: str | PathLike[str] | Sequence[dict[str, Any]] | None = None,
+    messages: str | PathLike[str] | Sequence[Any] | None = None,
     out: str | PathLike[str] = "out/analysis",
     quiet: bool = True,
     **options: Any,
@@ -136,11 +140,31 @@ def analyze(
         options["response_from"] = str(options["response_from"])
     if not isinstance(options.get("layers", ""), str):
         options["layers"] = ",".join(map(str, options["layers"]))
+    if isinstance(text, str) and _names_a_file(text):
+        raise InputError(f"text: {text!r} is a file; write text=Path({text!r}) to read it")
     given["text"] = Path(text) if isinstance(text, PathLike) else text
     given["messages"] = Path(messages) if isinstance(messages, (str, PathLike)) else messages
     vars(chosen).update(options | given)
-    run(chosen)
+    try:
+        run(chosen)
+    except InputError as error:
+        raise InputError(_in_python(str(error), vars(chosen))) from error
     return load(chosen.out)
+
+
+def _names_a_file(text: str) -> bool:
+    """Whether a text is the name of a file that is there. No text with a blank is taken for one."""
+    return not any(map(str.isspace, text)) and os.path.isfile(text)  # noqa: PTH113 False for a name that no file has
+
+
+def _in_python(message: str, names: Container[str]) -> str:
+    """A message about the command's options with the names that the function has for them."""
+
+    def argument(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return {"prompt": "prompts", "resume": "resume=True"}.get(name, name) if name in names else option[0]
+
+    return re.sub(r"(?<![\w-])--([a-z][a-z-]*)", argument, message)
 
 
 def _questions(prompts: Sequence[str]) -> list[str]:
@@ -167,11 +191,11 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.study import outputs
 
     if options.field is not None and options.prompts is None:
-        raise InputError(f"--field {options.field}: is for --prompts FILE; give that, or leave it out")
+        raise InputError(f"--field {options.field}: is for a file of --prompts; give one, or leave it out")
     if options.response_from is not None and options.text is None:
-        raise InputError(f"--response-from {options.response_from}: is for --text FILE; give that, or leave it out")
+        raise InputError(f"--response-from {options.response_from}: is for --text; give that, or leave it out")
     if options.response_role is not None and options.messages is None:
-        raise InputError(f"--response-role {options.response_role}: is for --messages FILE; give that, or leave it out")
+        raise InputError(f"--response-role {options.response_role}: is for --messages; give that, or leave it out")
     existing = _existing(options)
     questions: list[Prompt] = options.prompt or list(QUESTIONS)
     if options.prompts:
@@ -226,19 +250,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _existing(options: argparse.Namespace) -> Callable[[Any], list[Given]] | None:
-    """A function that makes the responses of --text or --messages with a tokenizer; None: they are generated."""
+    """A function that makes the responses of --text or --messages with a tokenizer; None: they are generated.
+
+    What can be known to be wrong without the tokenizer is refused here. Raises InputError.
+    """
     from attnstats.study import given
 
     start = options.response_from
     if isinstance(options.text, (str, Path)):
         where = f"--text {options.text}" if isinstance(options.text, Path) else "text"
         text = given.read_text(options.text) if isinstance(options.text, Path) else options.text
+        given.response_span(text, start, where)
         return lambda tokenizer: [given.of_text(tokenizer, text, start, where)]
     if options.text is not None:
         ids = given.token_ids(options.text)
         if ids is None or not (start is None or start.isdecimal()):
             raise InputError("text: must be a text, a Path or token ids; of these response_from is a number of tokens")
-        return lambda _: [given.of_ids(ids, 1 if start is None else int(start), "text")]
+        of_ids = given.of_ids(ids, 1 if start is None else int(start), "text")
+        return lambda _: [of_ids]
     if options.messages is None:
         return None
     is_file = isinstance(options.messages, Path)

@@ -67,7 +67,7 @@ def chats(rows: Any, where: str, role: str | None = None) -> list[Chat]:
     """Conversations with the response of each.
 
     Args:
-        rows: a list of messages, an object with `messages`, or a list of such objects.
+        rows: a list of messages, an object with `messages`, or a list of either.
         role: the last message of this role is the response; what follows it is left out. None: the answer that ends
             the conversation.
 
@@ -78,8 +78,10 @@ def chats(rows: Any, where: str, role: str | None = None) -> list[Chat]:
         rows = [rows]
     elif isinstance(rows, list) and rows and all(isinstance(row, dict) and "role" in row for row in rows):
         rows = [{"messages": rows}]
+    if isinstance(rows, list):
+        rows = [{"messages": row} if isinstance(row, list) else row for row in rows]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "messages" in row for row in rows):
-        raise InputError(f'{where}: needs a list of messages, or objects with "messages"')
+        raise InputError(f'{where}: needs a list of messages, a list of such lists, or objects with "messages"')
     return [chat_of(row, f"{where}, chat {number}", role) for number, row in enumerate(rows, 1)]
 
 
@@ -155,7 +157,7 @@ def of_text(tokenizer: Any, text: str, start: str | None, where: str) -> Given:
     Raises:
         InputError: no such place, no token before or after it, or a tokenizer that doesn't say where its tokens are.
     """
-    place, end = _place(text, start, where)
+    place, end = response_span(text, start, where)
     ids, first = _tokens(tokenizer, text[:end], place, where)
     first = max(first, 1) if start is None else first
     if not 0 < first < len(ids):
@@ -192,8 +194,8 @@ def _tokens(tokenizer: Any, text: str, place: int, where: str, **options: Any) -
     return ids, next((i for i, (begin, stop) in enumerate(spans) if begin < stop and begin >= place), len(ids))
 
 
-def _place(text: str, start: str | None, where: str) -> tuple[int, int]:
-    """Where the response starts and ends, in characters."""
+def response_span(text: str, start: str | None, where: str) -> tuple[int, int]:
+    """Where the response of a text starts and ends, in characters. Raises InputError: no such place."""
     if start is None:
         return 0, len(text)
     if start.isdecimal():

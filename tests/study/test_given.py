@@ -94,7 +94,7 @@ def test_a_role_that_no_message_has_is_named_with_those_that_are_there(model, tm
     file = tmp_path / "chat.json"
     file.write_text(json.dumps(ROLES))
     told = r'has no message of the role "critic"; its roles are assistant, system, tool, user'
-    with pytest.raises(InputError, match=rf"--messages .*chat\.json, chat 1: {told}"):
+    with pytest.raises(InputError, match=rf"^messages .*chat\.json, chat 1: {told}"):
         attnstats.analyze(model, messages=file, response_role="critic", out=tmp_path / "out")
     with pytest.raises(InputError, match=rf"messages, chat 1: {told}"):
         attnstats.analyze(model, messages=ROLES, response_role="critic", out=tmp_path / "out")
@@ -233,10 +233,17 @@ def test_files_that_are_no_chats(content, told, tmp_path):
     ("options", "told"),
     [
         ({"text": TEXT, "response_from": "<plan>"}, "has no '<plan>'"),
-        ({"text": TEXT, "response_from": "1000"}, "past its"),
+        ({"text": TEXT, "response_from": "1000"}, "^text: response_from 1000 is past its"),
+        ({"text": TEXT, "window": 0}, "^window: "),
+        ({"text": TEXT, "head_share": 0.9}, r"^head_share must be in \(0, 0\.5\]"),
+        ({"text": TEXT, "preset": "v3"}, "^preset v3: no such preset; there are paper_v"),
+        ({"text": TEXT, "dtype": "int4", "verify": True}, "^dtype int4: verify compares in float32; leave dtype out"),
+        ({"text": __file__}, r"text: '.*test_given\.py' is a file; write text=Path\('.*test_given\.py'\)"),
+        ({"messages": [[]]}, "messages, chat 1: must end in a message"),
+        ({"messages": [[{"role": "user", "content": "how"}], 5]}, "a list of such lists"),
         ({"text": TEXT, "response_from": "w10"}, "one in it"),
         ({"text": "how"}, "one in it"),
-        ({"prompts": ["how"], "response_from": "3"}, "is for --text"),
+        ({"prompts": ["how"], "response_from": "3"}, "^response_from 3: is for text; give"),
         ({"prompts": ["how"], "text": TEXT}, "give one of them"),
         ({"prompts": ["how"], "colour": "red"}, "colour: no such option"),
         ({"prompts": []}, "prompts: is empty; give a question"),
@@ -248,13 +255,20 @@ def test_files_that_are_no_chats(content, told, tmp_path):
         ({"text": [3, 4, 5], "response_from": 3}, "3 are before it of 3"),
         ({"text": [3, 400]}, "token 400, and model has tokens 0 to 39"),
         ({"text": {"a": 1}}, "must be a text, a Path or token ids"),
-        ({"text": TEXT, "response_role": "user"}, "is for --messages"),
+        ({"text": TEXT, "response_role": "user"}, "^response_role user: is for messages; give"),
         ({"messages": 5}, "needs a list of messages"),
         ({"messages": [{"messages": 5}]}, "must end in a message"),
     ],
     ids=[
         "mark",
         "characters",
+        "window",
+        "two-words",
+        "preset",
+        "two-options",
+        "file",
+        "empty-chat",
+        "chat-and-number",
         "end",
         "one-token",
         "prompts",
@@ -277,6 +291,29 @@ def test_files_that_are_no_chats(content, told, tmp_path):
 def test_bad_input_is_named(model, options, told, tmp_path):
     with pytest.raises(InputError, match=told):
         attnstats.analyze(model, out=tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"text": TEXT, "response_from": "<plan>"}, "^text: has no '<plan>', which response_from must be"),
+        ({"text": [3, 4, 5], "response_from": 3}, "3 are before it of 3"),
+        ({"text": TEXT}, "^model .*nowhere: no such folder"),
+    ],
+    ids=["mark", "ids", "model"],
+)
+def test_where_a_response_starts_is_checked_before_the_model_is_read(tmp_path, options, told):
+    with pytest.raises(InputError, match=told):
+        attnstats.analyze(tmp_path / "nowhere", out=tmp_path / "out", **options)
+
+
+def test_a_list_of_chats_is_a_list_of_lists_of_messages(model, tmp_path):
+    chats = [ROLES[1:3], [*ROLES[1:3], ROLES[5], ROLES[2]]]
+    run = attnstats.analyze(model, messages=chats, layers=[1, 3], out=tmp_path / "out")
+    assert [each.question for each in run] == ["how many", "are left"]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(map(json.dumps, chats)))
+    assert [chat.messages.question for chat in given.chats(given.read_chats(file), "chats")] == ["how many", "are left"]
 
 
 def test_a_text_that_cannot_be_read(tmp_path):
