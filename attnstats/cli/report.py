@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnstats.cli import arguments
+from attnstats.errors import InputError
 
 if TYPE_CHECKING:
     from attnstats.report.compare import ComparedRun
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
     if options.other:
         from attnstats.report import compare
 
+        if options.other.resolve() == options.folder.resolve():
+            raise InputError(f"{options.folder} and {options.other}: are the same folder; name two runs, or one alone")
         first, second = read(options.folder), read(options.other)
         out = options.out or options.folder / outputs.COMPARISON
         arguments.write_file(out, compare.render(first, second).encode("utf-8"))

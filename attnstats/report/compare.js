@@ -198,7 +198,7 @@ function drawChart() {
     picture.append(draw("text", { x: x(number - 1), y: bottom + 16, "text-anchor": "middle" }, String(number)));
   }
   picture.append(draw("text", { x: (CHART.left + width) / 2, y: bottom + 31, "text-anchor": "middle" },
-    "token of the response; differences at the tokens of A that B has, too"));
+    "token of the response"));
   const dots = KINDS.map((kind) => draw("circle", { class: `dot ${kind}`, r: 0 }));
   chart = { step, x, y, bottom, dots, line: draw("path", { class: "cursor" }) };
   picture.append(chart.line, ...chart.dots);

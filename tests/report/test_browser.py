@@ -904,3 +904,10 @@ def test_two_runs_have_an_index_and_their_heads_compared(visit):
 def test_two_runs_fit_narrow_screens(visit, width, dark):
     page = visit("two", width=width, dark=dark)
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    for column in COLUMNS:
+        page.check(f"#columns [value={column}]", force=True)
+        beyond = """all => all.filter(text => {
+            const [inner, outer] = [text, text.ownerSVGElement].map(e => e.getBoundingClientRect());
+            return inner.left < outer.left || inner.right > outer.right;
+        }).map(text => text.textContent)"""
+        assert page.eval_on_selector_all("#curves text", beyond) == []

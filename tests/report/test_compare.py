@@ -137,5 +137,7 @@ def test_two_runs_on_the_command_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert runs[0] in error
     assert "have no prompt in common" in error
+    assert main(["report", runs[0], f"{runs[1]}/../a"]) == 2
+    assert "are the same folder; name two runs, or one alone" in capsys.readouterr().err
     # A folder with a comparison in it is still one that a run may replace.
     assert main([*arguments[:-1], runs[0], "--prompt", "how many rolls"]) == 0
