@@ -25,6 +25,7 @@ LAYERS = (
     ("report",),
     ("run", "finding"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEPARATE = {"reference", "tiled", "triton"}  # backends know nothing of each other
