@@ -7,6 +7,7 @@
 #   ROWS    of `make versions`, default all: oldest newest python3.12-torch2.12.1 ...
 #   TESTS   of `make versions`, instead of those whose result is noted
 #   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
+#   VERL    what `make engines` asks pip for beside TORCH, in .venv-engines
 #   PARTS   of `make gpu`, with options: "first --minutes 2"; default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
@@ -14,6 +15,7 @@ TORCH   ?= torch==2.13.0
 WORKERS ?= 2
 N       ?= 1000
 SEED    ?= 0
+VERL    ?= verl==0.9.1 ray==2.60.0
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -28,7 +30,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu fuzz faults versions lint docs release
+.PHONY: help demo test bench gpu fuzz faults versions lint docs release engines
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -61,6 +63,10 @@ versions: $(STAMP) ## the fast tests with other versions of Python, torch, Trito
 	@PYENV_VERSION="$$(pyenv versions --bare 2> /dev/null | grep '^3[.]1' | paste -sd:)" \
 		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(if $(ROWS),-s $(ROWS)) -- $(TESTS)
 
+engines: .venv-engines/.installed ## verl with the plug-in: main_ppo for a few steps on a CPU, in .venv-engines; 15 minutes
+	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -q -p no:cacheprovider \
+		tests/engines tests/integrations/test_verl.py tests/integrations/test_verl_engine.py
+
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -74,6 +80,16 @@ docs: $(STAMP) ## build the documentation into out/docs, and run every example i
 
 release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each installed afresh and called
 	@$(BIN)/python -m release --torch '$(TORCH)'
+
+# verl wants Python 3.10 to 3.12, and a transformers that the extra "transformers" doesn't.
+.venv-engines/.installed: pyproject.toml setup.py Makefile
+	@$(PYTHON) -m venv .venv-engines
+	@echo "[1/2] installing $(TORCH) (the largest download)"
+	@.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo "[2/2] installing $(VERL), and attnstats with its plug-in"
+	@.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VERL) --editable '.[verl]' \
+		hypothesis psutil pytest pytest-timeout
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

@@ -14,12 +14,13 @@ import os
 
 from setuptools import Extension, setup
 
+PARTS = ("integrations.verl", "triton.launch")
 FOLDERS = ("cli", "core", "flash", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
 PURE = os.environ.get("ATTNSTATS_PURE") == "1"
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 
 setup(
-    packages=["attnstats", "attnstats.triton.launch", *(f"attnstats.{folder}" for folder in FOLDERS)],
+    packages=["attnstats", *(f"attnstats.{folder}" for folder in FOLDERS + PARTS)],
     package_data={"attnstats": ["py.typed"], "attnstats.report": ["*.jinja", "*.css", "*.js"]},
     ext_modules=[]
     if PURE

@@ -25,16 +25,16 @@ def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
     return done.stdout
 
 
-def two_ranks(function: Callable[..., None], *arguments: Any) -> None:
-    """Run `function(rank, *arguments)` in two processes that torch.distributed finds by their environment."""
+def two_ranks(function: Callable[..., None], *arguments: Any, count: int = 2) -> None:
+    """Run `function(rank, *arguments)` in two processes, or more, that torch.distributed finds by their environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(_on_rank, (port, function, arguments), nprocs=2)
+    spawn(_on_rank, (count, port, function, arguments), nprocs=count)
 
 
-def _on_rank(rank: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _on_rank(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     torch.set_num_threads(1)
     function(rank, *arguments)

@@ -7,7 +7,6 @@ that ends at the last layer needed; never from the frozen reference model. docs/
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnstats import MeanDistance, capture, credit, heads
+from attnstats.integrations.reading import Stopwatch, attention_timed, heads_changed, read_classes, written_classes
 from attnstats.integrations.settings import RhythmCredit, Signals, logged
 from attnstats.statistics import Statistic
 from attnstats.transformers.run import Capture
@@ -59,32 +59,6 @@ class ScoredBatch(NamedTuple):
         for start in range(0, len(self.ids), self.rows_at_once):
             rows = slice(start, start + self.rows_at_once)
             yield self._replace(ids=self.ids[rows], attention_mask=self.attention_mask[rows])
-
-
-class Stopwatch:
-    """The sum of the time spent inside `with watch:`; nested blocks count once."""
-
-    def __init__(self, device: torch.device):
-        self.seconds = 0.0
-        self._device = device
-        self._depth = 0
-        self._started = 0.0
-
-    def __enter__(self) -> None:
-        if self._depth == 0:
-            self._started = self.now()
-        self._depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self.seconds += self.now() - self._started
-
-    def now(self) -> float:
-        """The time in seconds, after the device has finished all its work."""
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
 
 
 class RhythmGRPOTrainer(GRPOTrainer):
@@ -129,7 +103,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
     def head_classes(self) -> heads.HeadClasses | None:
         """The local and global heads of the layers that are read; None before they are classified, or not needed."""
         rows = self._saved_states.get(STATE, {}).get("classes")
-        return rows and _read_classes(rows)
+        return rows and read_classes(rows)
 
     @property
     def _saved_states(self) -> dict[str, Any]:
@@ -234,7 +208,7 @@ class RhythmGRPOTrainer(GRPOTrainer):
         with ExitStack() as stack:
             with self._watch:
                 run = stack.enter_context(self._capture(statistics.values(), **settings))
-                stack.enter_context(_attention_timed(run, self._watch))
+                stack.enter_context(attention_timed(run, self._watch))
             for (
                 chunk
             ) in batch.chunks():  # no query_mask: the queries that see a completion's token are the completion's
@@ -268,14 +242,13 @@ class RhythmGRPOTrainer(GRPOTrainer):
                 return before
             distance = (of_all_ranks[:-1] / of_all_ranks[-1]).view_as(total)
             classes = heads.classify(distance, share, self._layers)
-        written, earlier = _written_classes(classes), state["classes"]
+        written, earlier = written_classes(classes), state["classes"]
         state |= {"profiled_at": step, "classes": written}
         metrics = self._metrics["train"]
         metrics["rhythm/local_distance"].append(distance[classes.local].mean().item())
         metrics["rhythm/global_distance"].append(distance[classes.global_].mean().item())
         if earlier is not None:
-            changed = sum(a != b for layer in written for a, b in zip(written[layer], earlier[layer], strict=True))
-            metrics["rhythm/heads_changed"].append(changed)
+            metrics["rhythm/heads_changed"].append(heads_changed(written, earlier))
         return classes
 
     def _load_callback_state(self) -> None:
@@ -339,35 +312,3 @@ class RhythmGRPOTrainer(GRPOTrainer):
         totals = self.accelerator.reduce(torch.stack(sums), "sum").tolist()
         for name, (total, count) in zip(values, totals, strict=True):
             self._metrics["train"][f"rhythm/{name}"].append(total / count if count else float("nan"))
-
-
-@contextmanager
-def _attention_timed(run: Capture, watch: Stopwatch) -> Iterator[None]:
-    """Inside, the attention of the layers that are read adds to the time of the statistics: an upper bound of it."""
-    attend = run.attend
-
-    def timed(layer: int, call: Any) -> Tensor:
-        if layer not in run.layers:
-            return attend(layer, call)
-        with watch:
-            return attend(layer, call)
-
-    run.attend = timed  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del run.attend
-
-
-def _written_classes(classes: heads.HeadClasses) -> dict[str, str]:
-    """The class of each head by layer, as a letter: "l" local, "g" global, "m" middle."""
-    return {str(layer): classes.letters(layer) for layer in classes.layers}
-
-
-def _read_classes(written: dict[str, str]) -> heads.HeadClasses:
-    layers = sorted(map(int, written))
-    local, global_ = (
-        torch.tensor([[of == letter for of in written[str(layer)]] for layer in layers], dtype=torch.bool, device="cpu")
-        for letter in "lg"
-    )
-    return heads.HeadClasses(local, global_, tuple(layers))

@@ -26,6 +26,7 @@ from attnstats.errors import InputError
 from attnstats.functional import Backend
 from attnstats.tensors import check_plain
 from attnstats.transformers.calls import AttentionCall
+from attnstats.transformers.exchange import current_exchange
 from attnstats.transformers.masks import (
     MaskDescription,
     describe_mask,
@@ -320,6 +321,14 @@ def attend(
         return _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, observer, **settings, **kwargs)
     where = _where(module, site)
     _check_whole_sequences(where)
+    exchange = current_exchange()
+    if exchange is not None:
+        if s_aux is not None or position_bias is not None or not isinstance(attention_mask, MaskDescription):
+            raise InputError(
+                f"{where} has sinks, a position bias or a mask of its own, which Ulysses sequence parallelism does not "
+                "exchange; run it with a sequence-parallel size of 1"
+            )
+        query, key, value = map(exchange.to_heads, (query, key, value))
     if isinstance(attention_mask, MaskDescription):
         mask = attention_mask.placed()
     else:
@@ -361,7 +370,8 @@ def attend(
         output = observer.attend(site.layer, call)
     else:
         output = call.attend().output
-    return output.transpose(1, 2).contiguous(), None
+    output = output.transpose(1, 2).contiguous()
+    return output if exchange is None else exchange.to_rows(output), None
 
 
 def _as_sdpa(
@@ -392,7 +402,7 @@ def _as_sdpa(
 
 
 def _check_whole_sequences(where: str) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or current_exchange() is not None:
         return
     parallelism = sequence_parallelism()
     if parallelism is not None:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnstats.core import patterns
 from attnstats.core.visibility import within
 from attnstats.errors import InputError
+from attnstats.transformers.exchange import HeadExchange, current_exchange
 
 MaskFunction = Callable[..., Any]
 
@@ -219,6 +220,9 @@ def describe_mask(
         settings |= {"kv_offset": kv_offset, "attention_mask": attention_mask}
         return sdpa_mask(batch_size, q_length, kv_length, **settings)
     function = causal_mask_function if mask_function is None else mask_function
+    exchange = current_exchange()
+    if exchange is not None:
+        return _of_whole_row(function, attention_mask, exchange)
     # A cache counts its tokens in place, and may have gone on when the mask is read.
     query_offset = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
     key_offset = int(kv_offset) if isinstance(kv_offset, Tensor) else kv_offset
@@ -261,6 +265,18 @@ def describe_mask(
     # `generate` makes the mask of a static cache before it calls a compiled model. What it hides changes with every
     # step, and the graph would with it.
     return description if isinstance(query_offset, Tensor) else _simplified(description)
+
+
+def _of_whole_row(function: MaskFunction, attention_mask: Tensor | None, exchange: HeadExchange) -> MaskDescription:
+    """The mask of the row of which this rank has a part, for which transformers calls."""
+    facts = _facts(function)
+    if attention_mask is not None or "chunks" in facts or "unknown" in facts:
+        raise InputError(
+            "attention_mask: under Ulysses sequence parallelism only packed rows with causal or sliding-window "
+            f"attention can be read, this one is of {', '.join(_names(function))}; use a sequence-parallel size of 1"
+        )
+    length = exchange.length
+    return _simplified(MaskDescription(0, 0, length, length, **facts | {"segments": exchange.segments}))
 
 
 def describe_no_mask(query_length: int, key_length: int, is_causal: bool) -> MaskDescription:

@@ -20,6 +20,7 @@ from attnstats.statistics import LSE, MaxLogit, SegmentMass, Statistic
 from attnstats.tensors import check_plain
 from attnstats.transformers import caches, frames
 from attnstats.transformers.calls import AttentionCall, Request
+from attnstats.transformers.exchange import current_exchange
 from attnstats.transformers.live import GenerationRecording
 from attnstats.transformers.positions import CachedPositions
 from attnstats.transformers.recording import PassRecording, Ranks
@@ -307,7 +308,8 @@ class Capture:
             self._seen = self._recording.length
         self._ids = ids
         self._resumed = cache is None or self._is_current(cache)
-        self._positions.begin(position_ids, self._resumed)
+        exchange = current_exchange()
+        self._positions.begin(position_ids if exchange is None else exchange.position_ids, self._resumed)
         self._remember(cache)
         self._complete = False
         self._recorded, self._last_call = set(), None
@@ -506,7 +508,8 @@ class Capture:
         """The ranks that have the other heads, where fewer arrive than the model has."""
         if not torch.distributed.is_initialized():
             return None
-        group = tensor_parallel_group(unwrap(self._model))
+        exchange = current_exchange()
+        group = tensor_parallel_group(unwrap(self._model)) if exchange is None else exchange.group
         if group is None or torch.distributed.get_world_size(group) * count != self._head_count:
             return None
         return Ranks(group, count, self.heads)

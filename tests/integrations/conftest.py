@@ -1,5 +1,6 @@
-"""TRL needs Python 3.11; where it is not installed its tests can't be imported."""
+"""TRL needs Python 3.11, and verl an environment of its own; without one its tests can't be imported."""
 
 from importlib.util import find_spec
 
-collect_ignore = ["test_trl.py"] if find_spec("trl") is None else []
+NEEDS = {"test_trl.py": "trl", "test_verl_engine.py": "verl"}
+collect_ignore = [test for test, framework in NEEDS.items() if find_spec(framework) is None]

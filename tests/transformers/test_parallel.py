@@ -12,6 +12,7 @@ import attnstats
 from attnstats import FAI, WAAD
 from attnstats.errors import InputError
 from attnstats.transformers.capture import capture
+from attnstats.transformers.exchange import HeadExchange, set_exchange
 from tests.process import two_ranks
 from tests.test_wrappers import WRAPPERS, PeftModel, several_devices
 from tests.tiny import tiny, tokens
@@ -227,3 +228,62 @@ def test_a_module_that_holds_a_model_is_not_unwrapped():
     holder.model = small()
     with pytest.raises(TypeError, match="got Module; pass the model that it wraps"):
         capture(holder, statistics=STATISTICS)
+
+
+class AllToAll(torch.autograd.Function):
+    """Each rank's parts along one axis for the others' along another, as Ulysses does it; backward the other way."""
+
+    @staticmethod
+    def forward(ctx, x, cut, join):
+        ctx.axes = join, cut
+        parts = [part.contiguous() for part in x.chunk(dist.get_world_size(), cut)]
+        received = [torch.empty_like(part) for part in parts]
+        dist.all_to_all(received, parts)
+        return torch.cat(received, join)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return AllToAll.apply(grad.contiguous(), *ctx.axes), None, None
+
+
+def heads_exchanged(rank, selection):
+    """A rank has half of a packed row, and in attention half of the heads of the whole row."""
+    dist.init_process_group("gloo")
+    ids = tokens()[:1]
+    model, ids = small(), ids[:, : ids.shape[1] // 2 * 2]
+    positions = torch.cat([torch.arange(5), torch.arange(ids.shape[1] - 5)])[None]
+    half = slice(rank * ids.shape[1] // 2, (rank + 1) * ids.shape[1] // 2)
+    query_mask = positions > 2
+    settings = {"statistics": [*STATISTICS, "mean_distance"], "layers": [1, 2], "query_mask": query_mask} | selection
+    with capture(model, **settings) as one:
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    set_exchange(
+        HeadExchange(dist.group.WORLD, positions, lambda x: AllToAll.apply(x, 1, 2), lambda x: AllToAll.apply(x, 1, 2))
+    )
+    try:
+        model = small()
+        attnstats.attach(model)  # without one the layers that aren't captured would attend within their half
+        with capture(model, **settings) as run:
+            ours = model(input_ids=ids[:, half], position_ids=positions[:, half], use_cache=False).logits
+    finally:
+        set_exchange(None)
+    torch.testing.assert_close(ours, logits[:, half], rtol=1e-4, atol=1e-5)
+    for s in settings["statistics"]:
+        torch.testing.assert_close(run[s], one[s], rtol=1e-4, atol=1e-5)
+        assert torch.equal(run.valid[s], one.valid[s])
+
+
+@pytest.mark.parametrize("selection", SELECTIONS[:2] + SELECTIONS[4:], ids=str)
+def test_rows_that_ranks_exchange_for_heads(selection):
+    two_ranks(heads_exchanged, selection)
+
+
+def test_a_mask_of_its_own_is_not_exchanged():
+    ids = tokens()[:1]
+    model = small()
+    set_exchange(HeadExchange(None, torch.arange(ids.shape[1])[None], lambda x: x, lambda x: x))
+    try:
+        with capture(model, statistics=STATISTICS, layers=[1]), pytest.raises(InputError, match="only packed rows"):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        set_exchange(None)

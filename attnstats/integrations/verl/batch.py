@@ -1,15 +1,13 @@
 """Token credit on verl's batches, without verl: call `shape_advantages` after its own advantages are computed.
 
-The layout is that of verl 0.10.0.dev (commit 1dda039, read, not run). A padded batch has `prompts` (B, P), padded on
-the left, and `responses` (B, R), padded on the right; tensors of response tokens are (B, R), and `response_mask` is 0
-where the policy didn't write the token. In the V1 trainer the same are jagged nested tensors, (B, j).
+The layout is that of verl 0.9.1 and 0.10.0.dev. A padded batch has `prompts` (B, P), padded on the left, and
+`responses` (B, R), padded on the right; tensors of response tokens are (B, R), and `response_mask` is 0 where the
+policy didn't write the token. In the V1 trainer the same are jagged nested tensors, (B, j).
 
 Where the model gets packed rows, masks can be padded all the same, and then end with columns that belong to no token:
-`query_mask` puts a micro-batch's mask into the layout of its `input_ids`. Under Ulysses sequence parallelism, where a
-rank has a part of each row, a captured model raises (attnstats.transformers).
+`query_mask` puts a micro-batch's mask into the layout of its `input_ids`.
 
-`register_adv_est` can't be used: an estimator gets rewards and masks, not the batch. docs/trainers.md says where the
-calls go.
+`register_adv_est` can't be used: an estimator gets rewards and masks, not the batch.
 """
 
 from __future__ import annotations
