@@ -38,7 +38,7 @@ def prompts_of(out):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "attnstats.cli", *(a if isinstance(a, bytes) else str(a) for a in arguments)]
+    return [sys.executable, "-m", "attnstats", *(a if isinstance(a, bytes) else str(a) for a in arguments)]
 
 
 @pytest.mark.slow
