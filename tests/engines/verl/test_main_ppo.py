@@ -44,11 +44,11 @@ def model(tmp_path_factory):
     return folder
 
 
-def start(model, records, *settings):
+def start(model, records, *settings, module="verl.trainer.main_ppo"):
     """A run of main_ppo as a process of its own; its output goes to log.txt in the folder of the records."""
     records.mkdir(parents=True, exist_ok=True)
     command = [
-        *(sys.executable, "-W", "ignore", "-m", "verl.trainer.main_ppo"),
+        *(sys.executable, "-W", "ignore", "-m", module),
         *(f"data.{split}_files={model}/train.parquet" for split in ("train", "val")),
         *("data.train_batch_size=4", "data.max_prompt_length=32", "data.max_response_length=32"),
         *("data.dataloader_num_workers=0", "data.shuffle=False"),
@@ -95,9 +95,9 @@ def log_of(records):
     return (records / "log.txt").read_text(errors="replace")
 
 
-def run(model, records, *settings):
+def run(model, records, *settings, **how):
     """The records of a run that has to succeed, by step."""
-    process = start(model, records, *settings)
+    process = start(model, records, *settings, **how)
     try:
         status = process.wait(LIMIT)
     except subprocess.TimeoutExpired:
@@ -228,8 +228,11 @@ def test_an_amplification_of_1_is_stock_verl(model, tmp_path):
             stock, other = rows_of(runs["stock"][step]), rows_of(runs[name][step])
             assert stock.keys() == other.keys(), (name, step)
             for key, row in stock.items():
-                for field in ("advantages", "returns", "old_log_probs"):
+                for field in ("advantages", "returns"):
                     assert torch.equal(row[field], other[key][field]), (name, step, field)
+                # Layers that are read attend through our kernels, which round in their own way.
+                tolerance = 0 if name == "again" else 1e-5
+                torch.testing.assert_close(other[key]["old_log_probs"], row["old_log_probs"], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("sequence_parallel", [1, 2])
