@@ -51,7 +51,7 @@ REQUESTS: tuple[tuple[Statistic, ...], ...] = (
     (Entropy(), MaxLogit()),
     (LSE(),),
     (SinkMass(),),
-    (SegmentMass((0, 100, 200, 300, 400, 500, 600, 700, None)),),
+    (SegmentMass((0, 2, 4, 6, 8, 10, 12, 14, None)),),
     (TopKeys(),),
     (TopKeys(16),),
     (FAI(0, None),),

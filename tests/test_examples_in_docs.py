@@ -46,8 +46,8 @@ def indented(page):
 
 def commands(page):
     """Each line of a block that runs a program, without its variables and comments."""
-    lines = [line for block in indented(page) for line in block.splitlines()]
-    lines += [line for _, language, code in fenced(page) if language in SHELL for line in code.splitlines()]
+    blocks = [*indented(page), *(code for _, language, code in fenced(page) if language in SHELL)]
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
     plain = [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", re.sub(r"(^|\s)#.*", "", line)).strip() for line in lines]
     return [line for line in plain if re.match(r"\S*(?:attnstats|python3?|make|torchrun|accelerate|pytest) ", line)]
 
@@ -138,6 +138,8 @@ def test_commands_are_taken(page):
         elif words[0] == "make":
             assert words[1] in targets, line
         elif script := SCRIPT.search(line):
+            if (script[1] or "").partition(".")[0] == "verl":  # tests/engines runs it
+                continue
             path = ROOT / (script[2] or script[1].replace(".", "/"))
             files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
             sources = "".join(file.read_text() for file in files)
