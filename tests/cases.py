@@ -90,10 +90,12 @@ class Case:
                 object.__setattr__(self, name, total)
 
     def statistics(self) -> tuple[Statistic, ...]:
-        every = self._every()
-        return tuple(every[i % len(every)] for i in sorted(set(self.asked))) or every
+        """Those that the case asks for; of all, those of one number per token or pair of segments."""
+        every = self.every()
+        asked = tuple(every[i % len(every)] for i in sorted(set(self.asked)))
+        return asked or tuple(s for s in every if not s.per_query)
 
-    def _every(self) -> tuple[Statistic, ...]:
+    def every(self) -> tuple[Statistic, ...]:
         maps = () if self.packed else (PooledMap(min(3, self.query_length), min(4, self.key_length)),)
         distances = self.is_causal or self.query_length == self.key_length or self.query_offset is not None
         if self.packed and not self.is_causal:
@@ -138,6 +140,11 @@ class Case:
     def views(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The tensors as a call takes them: packed ones without a batch, tokens first."""
         return [x[0].transpose(0, 1) if self.packed else x for x in tensors]
+
+    def split(self, statistics: Iterable[Statistic]) -> dict[Statistic, list[int]]:
+        """Rows of some heads, and columns of others."""
+        heads = list(range(self.key_heads * self.group))
+        return {s: heads[isinstance(s, ColumnStatistic) :: 2] or [0] for s in statistics}
 
     def boundaries(self) -> Tensor:
         """(rows or sequences, 5): some segments are empty, and the last of the first row is open."""
@@ -185,7 +192,7 @@ class Case:
         if self.heads == "some":
             heads = list(every)[::2][::-1]
         elif self.heads == "split":
-            heads = {s: list(every)[isinstance(s, ColumnStatistic) :: 2] or [0] for s in self.statistics()}
+            heads = self.split(self.statistics())
         arguments = {
             "is_causal": self.is_causal,
             "enable_gqa": self.group > 1,
@@ -277,13 +284,13 @@ def check(
 
     The statistics are the case's unless others are given. NaN and inf must be where the reference has them.
     """
-    statistics = computed_by(backend, statistics or case.statistics(), from_lse)
+    statistics = computed_by(backend, statistics or (case.statistics() if case.asked else case.every()), from_lse)
     tensors = case.tensors(device)
     arguments = case.arguments(device) | {"statistics": statistics}
     if SegmentMass() in statistics:
         arguments["segment_boundaries"] = case.boundaries().to(device)
     if isinstance(arguments["heads"], dict):
-        arguments["heads"] = {s: arguments["heads"][s] for s in statistics}
+        arguments["heads"] = case.split(statistics)
     truth_output, truth = case.call(reference, [x.double() for x in tensors], **arguments)
     eager_output, eager = case.call(reference, tensors, **arguments)
     if from_lse:
@@ -401,9 +408,8 @@ def _check_keys(statistic: TopKeys, case: Case, found: Top, truth: Any, tensors:
 def _alone(case: Case, tensors: Sequence[Tensor], statistic: Statistic) -> dict[str, Any]:
     """The arguments of a call for one statistic, of the heads of the others."""
     arguments = case.arguments(tensors[0].device) | {"statistics": [statistic]}
-    heads = arguments["heads"]
-    if isinstance(heads, dict):
-        arguments["heads"] = {statistic: next(of for s, of in heads.items() if isinstance(s, TopKeys))}
+    if isinstance(arguments["heads"], dict):
+        arguments["heads"] = case.split([statistic])
     return arguments
 
 

@@ -191,7 +191,7 @@ def links(one: Sequence[str], other: Sequence[str]) -> list[int | None]:
         >>> links(["so", " 2", "2", "."], ["so", " 22", "."])
         [0, 1, 1, 2]
         >>> links(["so", " it", " is", "."], ["so", " is", " it", "."])
-        [0, None, 1, 3]
+        [0, 2, None, 3]
     """
     if "".join(one) == "".join(other):
         starts = [0, *accumulate(map(len, other))][: len(other)]

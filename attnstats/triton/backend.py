@@ -132,8 +132,8 @@ def _segment_gradients(
     padding = 0, marks.shape[-1] - sum(x.shape[-1] for x in outputs)
     output, grad = (torch.nn.functional.pad(torch.cat(x, -1), padding) for x in (outputs, grads))
     parts = []
-    for columns in torch.arange(marks.shape[-1]).split(launch.MAX_MARKS):
-        part = slice(int(columns[0]), int(columns[-1]) + 1)
+    for start in range(0, marks.shape[-1], launch.MAX_MARKS):
+        part = slice(start, start + launch.MAX_MARKS)
         value = marks[..., part][:, None].expand(geometry.batch, geometry.key_heads, -1, -1)
         own = residuals._replace(value=value, output=output[..., part])
         alone = dataclasses.replace(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 import attnstats
-from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received, SinkMass
+from attnstats import FAI, WAAD, Entropy, MaxLogit, MeanDistance, PooledMap, Received, SinkMass, TopKeys
 from tests.cases import Case
 from tests.process import ROOT
 from tests.sanitizer import Sanitizer
@@ -97,7 +97,7 @@ STATISTICS = (
 
 def everything(case):
     """Results of attention, then all from its lse and with gradients, those of statistics included; and the inputs."""
-    statistics = [s for s in case.statistics() if s in STATISTICS or isinstance(s, PooledMap)]
+    statistics = [s for s in case.every() if s in STATISTICS or isinstance(s, PooledMap | TopKeys)]
     inputs = case.views([x.requires_grad_() for x in case.tensors()])
     query, key, _ = inputs
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def everything(case):
     def arguments(chosen, **options):
         arguments = case.arguments() | {"backend": "triton", "statistics": chosen}
         if isinstance(arguments["heads"], dict):
-            arguments["heads"] = {s: heads for s, heads in arguments["heads"].items() if s in chosen}
+            arguments["heads"] = case.split(chosen)
         return arguments | options
 
     function = attnstats.varlen_attention if case.packed else attnstats.attention
@@ -114,8 +114,8 @@ def everything(case):
         beside = attnstats.statistics_from_lse(
             query, key, plain.lse, **arguments([s for s in statistics if s.from_lse])
         )
-    results = [output, plain.lse, *plain.values()]
-    others = list(beside.values())
+    results = [output, plain.lse, *plain.tensors.values()]
+    others = list(beside.tensors.values())
     for options in ({"dropout_p": 0.3}, {"differentiable": True}):
         carried = [s for s in statistics if s.differentiable] if "differentiable" in options else []
         output, stats = function(*inputs, **arguments(carried, **options))

@@ -55,8 +55,8 @@ class RhythmEngine(FSDPEngineWithLMHead):
         self._profiled_at = 0
         self._run: Capture | None = None  # of the pass that is being read
         self._real = self._counted = torch.empty(
-            0, device="cpu"
-        )  # (B, T) bool of that pass: no padding; response tokens
+            0, dtype=torch.bool, device="cpu"
+        )  # (B, T) of that pass: no padding; response tokens
         self._distance: list[tuple[Tensor, Tensor]] | None = None  # of each micro-batch, while heads are profiled
         self._watch = Stopwatch(torch.device(get_device_name()))
         self._metrics: dict[str, float] = {}
@@ -113,7 +113,7 @@ class RhythmEngine(FSDPEngineWithLMHead):
             lengths = micro_batch["input_ids"].offsets().diff()
             if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
                 lengths = lengths.sum()[None]  # of the packed row, which may be padded at its end
-            self._real = torch.arange(length, device=lengths.device) < lengths[:, None]
+            self._real = torch.arange(length, dtype=torch.int64, device=lengths.device) < lengths[:, None]
             counted = torch.zeros_like(self._real)
             counted[self._real] = query_mask(micro_batch)[0].to(counted.device)
             self._run.query_mask = self._counted = counted
