@@ -239,15 +239,22 @@ def test_shards_of_the_queries_add_up_with_weights():
     weight = torch.rand(1, 20)
     whole = attnstats.attention(query, query, query, statistics=[FAI(1, 4)], query_weight=weight).statistics
     sums, counts = 0, 0
-    for start in (0, 10):
-        part = attnstats.attention(
-            query[:, :, start : start + 10], query, query, statistics=[FAI(1, 4)],
-            query_weight=weight[:, start : start + 10], query_offset=start,
-        ).statistics  # fmt: skip
+    for part in halves(query, weight, [FAI(1, 4)]):
         sums = sums + part["fai"] * part.counts["fai"][:, None]
         counts = counts + part.counts["fai"]
     torch.testing.assert_close(counts, whole.counts["fai"])
     torch.testing.assert_close(sums / counts.clamp(min=1e-30)[:, None], whole["fai"])
+
+
+def halves(query, weight, asked):
+    """The statistics of the first ten and of the last ten queries."""
+    return [
+        attnstats.attention(
+            query[:, :, start : start + 10], query, query, statistics=asked,
+            query_weight=weight[:, start : start + 10], query_offset=start,
+        ).statistics
+        for start in (0, 10)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
@@ -256,13 +263,7 @@ def test_parts_of_the_queries_are_merged_with_their_weights(scale):
     query, weight = torch.randn(1, 2, 20, 8), scale * torch.rand(1, 20)
     asked = [FAI(1, 4), SegmentMass((0, 5, None)), TopKeys(2)]
     whole = attnstats.attention(query, query, query, statistics=asked, query_weight=weight).statistics
-    parts = [
-        attnstats.attention(
-            query[:, :, start : start + 10], query, query, statistics=asked,
-            query_weight=weight[:, start : start + 10], query_offset=start,
-        ).statistics
-        for start in (0, 10)
-    ]  # fmt: skip
+    parts = halves(query, weight, asked)
     value, count = merge_columns([(part["fai"], part.counts["fai"]) for part in parts])
     torch.testing.assert_close(value, whole["fai"])
     torch.testing.assert_close(count, whole.counts["fai"])
@@ -272,13 +273,7 @@ def test_shards_on_one_rank_are_joined_along_the_queries(one_rank):
     query, weight = torch.randn(1, 2, 20, 8), 0.01 * torch.rand(1, 20)
     asked = [FAI(1, 4), SegmentMass((0, 5, None)), TopKeys(2)]
     whole = attnstats.attention(query, query, query, statistics=asked, query_weight=weight).statistics
-    parts = [
-        attnstats.attention(
-            query[:, :, start : start + 10], query, query, statistics=asked,
-            query_weight=weight[:, start : start + 10], query_offset=start,
-        ).statistics
-        for start in (0, 10)
-    ]  # fmt: skip
+    parts = halves(query, weight, asked)
     found = attnstats.distributed.reduce_columns(parts)
     for s in asked:
         torch.testing.assert_close(found[s], whole[s])

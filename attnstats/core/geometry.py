@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnstats.core.merging import divisors
 from attnstats.core.packing import Line, Packing
 from attnstats.core.visibility import seen_keys
 from attnstats.results import AttentionResult, Statistics
@@ -175,8 +176,7 @@ class Geometry:
             keys = self.packing.keys.long()
             sequence = torch.searchsorted(keys[1:], index, right=True).clamp(max=self.packing.count - 1)
             position = (index - keys[sequence])[None]
-            bounds = bounds[sequence] if len(bounds) > 1 else bounds
-            bounds = bounds[None] if bounds.shape[0] == self.key_length else bounds[:, None]
+            bounds = bounds.expand(self.packing.count, -1)[sequence][None]
         else:
             bounds = bounds[:, None]
         position = position[..., None]
@@ -255,7 +255,7 @@ class Geometry:
                 return tensor
             counts = self.memo.get(horizon)
             if counts is None:
-                counts = _divisors(self.weight_at_distance(*horizon))[:, None].to(self.accumulator)
+                counts = divisors(self.weight_at_distance(*horizon))[:, None].to(self.accumulator)
                 # A tensor made while a CUDA graph is captured is only there when the graph runs.
                 if self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
                     self.memo[horizon] = counts
@@ -272,7 +272,7 @@ class Geometry:
             if self.key_mask is not None:
                 grad = grad.masked_fill(~self.key_mask[:, None], 0.0)
             if statistic.horizon is not None:
-                grad = grad / _divisors(self.weight_at_distance(*statistic.horizon))[:, None].to(self.accumulator)
+                grad = grad / divisors(self.weight_at_distance(*statistic.horizon))[:, None].to(self.accumulator)
         elif not self.all_live or self.real_queries is not None:
             rows = self.live()
             if self.real_queries is not None and statistic.method != "lse":  # padding has an lse
@@ -413,11 +413,6 @@ def without_rows(statistic: Statistic, tensor: Tensor, rows: Tensor, value: floa
     if statistic.method == "top":
         tensor[..., 1, :].masked_fill_(rows[..., None], -1.0)
     return tensor
-
-
-def _divisors(counts: Tensor) -> Tensor:
-    """The counts with 1 where there is none."""
-    return counts.masked_fill(counts == 0, 1)
 
 
 class Evaluation(NamedTuple):

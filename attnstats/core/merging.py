@@ -41,4 +41,9 @@ def as_sum(value: Tensor, count: Tensor | None) -> Tensor:
 
 def as_mean(total: Tensor, count: Tensor | None) -> Tensor:
     """The inverse of `as_sum`; 0 where nothing was counted."""
-    return total if count is None else total / count.masked_fill(count == 0, 1).unsqueeze(-2)
+    return total if count is None else total / divisors(count).unsqueeze(-2)
+
+
+def divisors(count: Tensor) -> Tensor:
+    """The counts, or sums of weights, with 1 where nothing was counted."""
+    return count.masked_fill(count == 0, 1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnstats import functional
+from attnstats.core.merging import as_mean
 from attnstats.core.options import Options
 from attnstats.errors import InputError
 from attnstats.results import AttentionResult, Statistics
@@ -285,8 +286,7 @@ class AttentionCall:
         validity, counting = functional.placeholders(self.query, self._used()[0], results.lse, options)
         tensors = {s: results.tensors[s.summed] for s in request.statistics}
         for s in (s for s in tensors if s.is_mean):
-            counts = counting(s)
-            tensors[s] = tensors[s] / counts.masked_fill(counts == 0, 1)[:, None]
+            tensors[s] = as_mean(tensors[s], counting(s))
         return AttentionResult(output, Statistics(tensors, validity, counting, results.lse))
 
     def _boundaries(self) -> tuple[Tensor, Tensor, int | None, int | None]:

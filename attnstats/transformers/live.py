@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnstats.core.merging import divisors
 from attnstats.errors import InputError
 from attnstats.statistics import Statistic
 from attnstats.transformers.calls import AttentionCall, Request
@@ -140,8 +141,7 @@ class GenerationRecording(Recording):
         }
         mean = self.mean(statistic, self.over_ranks(statistic, sums))
         if statistic.is_mean:
-            count = self._counts(statistic)
-            count = count.masked_fill(count == 0, 1).to(mean.dtype)
+            count = divisors(self._counts(statistic)).to(mean.dtype)
             mean = mean / (count if self.over_heads else count[:, None])
         return mean if self.device is None else mean.to(self.device)
 
