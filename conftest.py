@@ -1,6 +1,11 @@
-"""Modules of the verl plug-in can't be collected for their doctests where verl is not installed."""
+"""Modules of a plug-in can't be collected for their doctests where its framework is not installed."""
 
 from importlib.util import find_spec
 
-MODULES = ("engine", "plugin", "trainer", "ulysses", "workers")
-collect_ignore = [f"attnstats/integrations/verl/{name}.py" for name in MODULES] if find_spec("verl") is None else []
+MODULES = {"verl": ("engine", "plugin", "trainer", "ulysses", "workers"), "vllm": ("cpu", "worker")}
+collect_ignore = [
+    f"attnstats/integrations/{framework}/{name}.py"
+    for framework, names in MODULES.items()
+    if find_spec(framework) is None
+    for name in names
+]

@@ -18,8 +18,16 @@ from attnstats.functional import Backend
 from attnstats.statistics import Statistic, resolve
 from attnstats.transformers.attach import attachment_of, observed
 from attnstats.transformers.passes import OutsideGraphs
-from attnstats.transformers.run import Capture, Reduce
-from attnstats.transformers.selection import HeadSelection, Layers, check_heads, resolve_heads, resolve_layers
+from attnstats.transformers.run import Capture
+from attnstats.transformers.selection import (
+    HeadSelection,
+    Layers,
+    Reduce,
+    check_heads,
+    resolve_heads,
+    resolve_layers,
+    resolve_reduce,
+)
 from attnstats.transformers.sites import AttentionKind, attention_modules, head_count, transformers_model
 from attnstats.wrappers import refuse_replicas
 
@@ -132,7 +140,7 @@ def capture(
     refuse_replicas(model)
     wrapped, model = model, transformers_model(model)
     statistics = resolve(statistics)
-    over = _reduce(reduce)
+    over = resolve_reduce(reduce)
     _check_settings(statistics, attention, live, on_token, stop_after_last_layer)
     for s in (s for s in statistics if over and not s.averages):
         raise ValueError(f"reduce={reduce!r}: {s} names keys, of which there is no mean; capture it without reduce")
@@ -160,13 +168,6 @@ def _observing(model: Any, run: Capture, live: bool, backend: Backend, allow_den
             yield run
         finally:
             run.release()
-
-
-def _reduce(reduce: Reduce | Iterable[Reduce] | None) -> tuple[Reduce, ...]:
-    chosen: Any = (reduce,) if isinstance(reduce, str) else () if reduce is None else reduce
-    if not isinstance(chosen, Iterable) or not set(chosen := tuple(chosen)) <= {"heads", "layers"}:
-        raise ValueError(f"reduce must be None, 'heads', 'layers' or both, ('layers', 'heads'); got {reduce!r}")
-    return tuple(name for name in ("layers", "heads") if name in chosen)
 
 
 def _check_settings(

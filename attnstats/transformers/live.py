@@ -71,67 +71,62 @@ class LastStep(NamedTuple):
     request: Request  # for column statistics
 
 
-class GenerationRecording(Recording):
-    """All steps since the sequence began, at position 0 or behind a prefix that was cached before.
+class PlacedRecording(Recording):
+    """Sums that are placed by position, of one sequence per batch row, in whatever parts its queries come.
 
     Attributes:
         first: position of the first token that went through the model, which is the number of keys cached before it.
-        length: `first` and the tokens that went through the model since.
-        tokens: (B, length - first) their ids; None: the model was called without ids.
+        length: one past the last token that went through the model.
     """
 
     def __init__(self, reduce: tuple[str, ...], device: torch.device | None, first: int = 0):
         super().__init__(reduce, device)
         self.first = self.length = first
-        self.tokens: GrowingTensor | None = None
         self._sums: dict[Statistic, dict[int | None, GrowingTensor]] = {}
         self._query_mask: GrowingTensor | None = None  # (B, T) bool
         self._query_weight: GrowingTensor | None = None  # (B, T)
         self._key_mask: GrowingTensor | None = None
-        self._last_steps: dict[int, LastStep] = {}  # by layer
-        self._begin = 0
 
-    def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
-        """The output of the call, whose statistics are recorded."""
-        output, results = call.attend(request.summed())
+    def add(self, statistic: Statistic, layer: int, start: int, x: Tensor) -> None:
+        """Add a part of a layer's sums, as `addends` gives them, whose first query or key is at `start`."""
         key = None if self.over_layers else layer
-        for s, x in self.addends(layer, {s: results.tensors[s.summed] for s in request.statistics}).items():
-            of_layers = self._sums.setdefault(s, {})
-            x = x.movedim(-1 - s.per_query, -1)  # tokens last, along which it grows
-            if key not in of_layers:
-                of_layers[key] = GrowingTensor(x)
-            elif of_layers[key].values.shape[:-1] != x.shape[:-1]:
-                raise InputError(
-                    f"{s} had {tuple(of_layers[key].values.shape[:-1])} numbers per token in the steps before, and has "
-                    f"{tuple(x.shape[:-1])} now; run.segment_boundaries keeps its number of segments while a model "
-                    "generates"
-                )
-            of_layers[key].add(call.first_key if s.axis == "column" else call.begin, x)
-        self._begin = call.begin
-        if self.length < call.end:
-            self._add_masks(call, request)
-        self._remember(layer, call, request)
-        return output
+        of_layers = self._sums.setdefault(statistic, {})
+        x = x.movedim(-1 - statistic.per_query, -1)  # tokens last, along which it grows
+        if key not in of_layers:
+            of_layers[key] = GrowingTensor(x)
+        elif of_layers[key].values.shape[:-1] != x.shape[:-1]:
+            raise InputError(
+                f"{statistic} had {tuple(of_layers[key].values.shape[:-1])} numbers per token in the steps before, and "
+                f"has {tuple(x.shape[:-1])} now; run.segment_boundaries keeps its number of segments while a model "
+                "generates"
+            )
+        of_layers[key].add(start, x)
 
-    def add_tokens(self, start: int, ids: Tensor | None) -> None:
-        """Record the ids of this step's tokens; None: the model was called with embeddings."""
-        if ids is None or (self.tokens is None and start > self.first):
-            self.tokens = None
-            return
-        if self.tokens is None:
-            self.tokens = GrowingTensor(ids)
-        self.tokens.add(start - self.first, ids)
+    def add_tokens_seen(
+        self, begin: int, real: Tensor, counted: Tensor, weight: Tensor | None, earlier_keys: Tensor | None = None
+    ) -> None:
+        """Record, once per step, which of its queries count and which of its tokens are real.
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy or a pickle: no token can be taken back."""
-        return super().__getstate__() | {"_last_steps": {}}
-
-    def release(self) -> None:
-        """Drop the last step's tensors, among them the cache: no token can be taken back any more."""
-        self._last_steps.clear()
-
-    def finish(self) -> None:
-        """The forward pass came to its end."""
+        Args:
+            begin: position of the first query.
+            real, counted: (B, Tq) bool.
+            weight: (B, Tq) how much each query counts; None: 1.
+            earlier_keys: (B, first) bool, the real ones among the keys that were cached before; None: all.
+        """
+        batch, device = len(real), real.device
+        if self._query_mask is None or self._key_mask is None:
+            self._query_mask, self._key_mask = GrowingTensor(real), GrowingTensor(real)
+            if self.first:
+                self._key_mask.add(0, real.new_ones(batch, self.first) if earlier_keys is None else earlier_keys)
+        self._query_mask.add(begin, counted)
+        if self._query_weight is None and weight is not None:
+            self._query_weight = GrowingTensor(weight)
+            self._query_weight.add(0, weight.new_ones(batch, begin))
+        if self._query_weight is not None:
+            ones = torch.ones(real.shape, dtype=self._query_weight.values.dtype, device=device)
+            self._query_weight.add(begin, ones if weight is None else weight)
+        self._key_mask.add(begin, real)
+        self.length = begin + real.shape[1]
 
     def read(self, statistic: Statistic) -> Tensor:
         first = 0 if statistic.axis == "column" else self.first
@@ -167,26 +162,57 @@ class GenerationRecording(Recording):
         end = torch.full_like(first, self.length) if hi is None else (position + hi + 1).clamp(max=self.length)
         return before[:, torch.maximum(first, end)] - before[:, first]
 
+
+class GenerationRecording(PlacedRecording):
+    """All steps since the sequence began, at position 0 or behind a prefix that was cached before.
+
+    Attributes:
+        tokens: (B, length - first) their ids; None: the model was called without ids.
+    """
+
+    def __init__(self, reduce: tuple[str, ...], device: torch.device | None, first: int = 0):
+        super().__init__(reduce, device, first)
+        self.tokens: GrowingTensor | None = None
+        self._last_steps: dict[int, LastStep] = {}  # by layer
+        self._begin = 0
+
+    def attend(self, layer: int, call: AttentionCall, request: Request) -> Tensor:
+        """The output of the call, whose statistics are recorded."""
+        output, results = call.attend(request.summed())
+        for s, x in self.addends(layer, {s: results.tensors[s.summed] for s in request.statistics}).items():
+            self.add(s, layer, call.first_key if s.axis == "column" else call.begin, x)
+        self._begin = call.begin
+        if self.length < call.end:
+            self._add_masks(call, request)
+        self._remember(layer, call, request)
+        return output
+
     def _add_masks(self, call: AttentionCall, request: Request) -> None:
-        """Record, once per step, which of its queries count and which of its tokens are real."""
-        batch = call.query.shape[0]
-        ones = torch.ones(batch, call.end - call.begin, dtype=torch.bool, device=call.query.device)
+        ones = torch.ones(call.query.shape[0], call.query.shape[2], dtype=torch.bool, device=call.query.device)
         real = ones if call.mask.real_queries is None else call.mask.real_queries.to(ones.device)
-        if self._query_mask is None or self._key_mask is None:
-            self._query_mask, self._key_mask = GrowingTensor(ones), GrowingTensor(ones)
-            if self.first:
-                earlier = call.earlier_keys
-                self._key_mask.add(0, ones.new_ones(batch, self.first) if earlier is None else earlier)
-        query_mask, query_weight = request.query_mask, request.query_weight
-        self._query_mask.add(call.begin, real if query_mask is None else real & query_mask.to(real.device))
-        if self._query_weight is None and query_weight is not None:
-            self._query_weight = GrowingTensor(query_weight)
-            self._query_weight.add(0, query_weight.new_ones(batch, call.begin))
-        if self._query_weight is not None:
-            weight = ones.to(self._query_weight.values.dtype) if query_weight is None else query_weight
-            self._query_weight.add(call.begin, weight)
-        self._key_mask.add(call.begin, real)
-        self.length = call.end
+        query_mask = request.query_mask
+        counted = real if query_mask is None else real & query_mask.to(real.device)
+        self.add_tokens_seen(call.begin, real, counted, request.query_weight, call.earlier_keys)
+
+    def add_tokens(self, start: int, ids: Tensor | None) -> None:
+        """Record the ids of this step's tokens; None: the model was called with embeddings."""
+        if ids is None or (self.tokens is None and start > self.first):
+            self.tokens = None
+            return
+        if self.tokens is None:
+            self.tokens = GrowingTensor(ids)
+        self.tokens.add(start - self.first, ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: no token can be taken back."""
+        return super().__getstate__() | {"_last_steps": {}}
+
+    def release(self) -> None:
+        """Drop the last step's tensors, among them the cache: no token can be taken back any more."""
+        self._last_steps.clear()
+
+    def finish(self) -> None:
+        """The forward pass came to its end."""
 
     # Batch rows that are reordered, tokens that are taken back
 
@@ -236,6 +262,5 @@ class GenerationRecording(Recording):
             rejected = rejected & request.query_mask.to(rejected.device)
         with torch.no_grad():
             results = call.attend(request.summed()._replace(query_mask=rejected)).statistics
-        key = None if self.over_layers else layer
         for s, x in self.addends(layer, {s: results.tensors[s.summed] for s in request.statistics}).items():
-            self._sums[s][key].add(call.first_key, -x)
+            self.add(s, layer, call.first_key, -x)

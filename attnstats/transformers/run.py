@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,14 +24,12 @@ from attnstats.transformers.exchange import current_exchange
 from attnstats.transformers.live import GenerationRecording
 from attnstats.transformers.positions import CachedPositions
 from attnstats.transformers.recording import PassRecording, Ranks
-from attnstats.transformers.selection import ChosenHeads
+from attnstats.transformers.selection import ChosenHeads, Reduce
 from attnstats.transformers.sites import AttentionKind, head_count
 from attnstats.wrappers import is_sharded, unwrap
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-Reduce = Literal["heads", "layers"]
 
 
 def _in_backward() -> bool:

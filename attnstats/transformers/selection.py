@@ -15,6 +15,7 @@ from torch import Tensor
 from attnstats.statistics import Statistic
 
 Layers = Literal["middle-third", "all"] | slice | Iterable[int]
+Reduce = Literal["heads", "layers"]
 HeadSelection = Iterable[int] | Mapping[int, Iterable[int]] | Tensor
 # The chosen heads of each captured layer; None: all that the layer has.
 ChosenHeads = dict[Statistic, dict[int, tuple[int, ...] | None]]
@@ -111,6 +112,14 @@ def check_heads(choice: ChosenHeads, layers: tuple[int, ...], reduce: tuple[str,
                 f"heads: layers choose different numbers of heads for {statistic}, {dict(sorted(counts.items()))}, "
                 "which fill no tensor; choose equally many in each of them, or pass reduce=('layers', 'heads')"
             )
+
+
+def resolve_reduce(reduce: Reduce | Iterable[Reduce] | None) -> tuple[Reduce, ...]:
+    """The axes that `reduce` takes means over. Raises ValueError."""
+    chosen: Any = (reduce,) if isinstance(reduce, str) else () if reduce is None else reduce
+    if not isinstance(chosen, Iterable) or not set(chosen := tuple(chosen)) <= {"heads", "layers"}:
+        raise ValueError(f"reduce must be None, 'heads', 'layers' or both, ('layers', 'heads'); got {reduce!r}")
+    return tuple(name for name in ("layers", "heads") if name in chosen)
 
 
 def integers(values: Any, name: str, forms: str) -> list[int]:

@@ -1,6 +1,14 @@
-"""Runs of whole frameworks, which `make engines` installs in an environment of their own."""
+"""Runs of whole frameworks, each of which `make engines` installs in an environment of its own."""
 
+import os
 from importlib.util import find_spec
 
-HELPERS = ["verl/cpu.py", "verl/recorded.py", "verl/tiny.py"]  # have no doctests, and register themselves once
-collect_ignore_glob = ["verl/*"] if find_spec("verl") is None else HELPERS
+# Helpers have no doctests, and register themselves once.
+HELPERS = {"verl": ["verl/cpu.py", "verl/recorded.py", "verl/tiny.py"], "vllm": ["vllm/tiny.py"]}
+collect_ignore_glob = [
+    pattern
+    for framework, helpers in HELPERS.items()
+    for pattern in (helpers if find_spec(framework) else [f"{framework}/*"])
+]
+if find_spec("vllm"):
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}

@@ -5,9 +5,10 @@ from types import ModuleType
 
 import pytest
 
+from attnstats.integrations.hooks import Hook
 from attnstats.integrations.settings import RhythmCredit
 from attnstats.integrations.verl import configuration
-from attnstats.integrations.verl.configuration import Hook, check_hooks, credit_of
+from attnstats.integrations.verl.configuration import check_hooks, credit_of
 
 
 def config(rhythm=None, actor=None, algorithm=None, **model):

@@ -5,42 +5,17 @@ Called once, at the start, in verl's own process of the trainer; nothing is impo
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
+from attnstats.integrations.hooks import Hook, faults_of
 from attnstats.integrations.settings import RhythmCredit
 
 KEY = "algorithm.rhythm"
 STEP = "rhythm_step"  # in a batch: the number of the training step whose pass is to be read
 STRATEGIES = ("fsdp", "fsdp2")
-
-
-class Hook(NamedTuple):
-    """A method of verl that the plug-in overrides, and the parameters that it must have."""
-
-    module: str
-    cls: str
-    method: str
-    parameters: tuple[str, ...] = ()
-
-    def fault(self) -> str | None:
-        """What is not as the plug-in needs it; None: nothing."""
-        where = f"{self.module}.{self.cls}"
-        try:
-            cls = getattr(importlib.import_module(self.module), self.cls)
-        except (ImportError, AttributeError) as error:
-            return f"{where} can't be imported ({error})"
-        if not hasattr(cls, self.method):
-            return f"{where} has no {self.method}"
-        if self.parameters:
-            actual = tuple(inspect.signature(getattr(cls, self.method)).parameters)[1:]
-            if actual[: len(self.parameters)] != self.parameters:
-                return f"{where}.{self.method} takes ({', '.join(actual)}), not ({', '.join(self.parameters)})"
-        return None
 
 
 ENGINE = "verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead"
@@ -65,8 +40,7 @@ TRAINER_HOOKS = (
 
 def check_hooks(hooks: tuple[Hook, ...]) -> None:
     """Raise RuntimeError if this version of verl has moved what the plug-in overrides."""
-    faults = [fault for hook in hooks if (fault := hook.fault())]
-    if faults:
+    if faults := faults_of(hooks):
         raise RuntimeError(
             f"attnstats can't read the attention of a policy in verl {version('verl')}: {'; '.join(faults)}. "
             "docs/verl.md has the versions that it ran with"

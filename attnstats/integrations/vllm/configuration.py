@@ -1,0 +1,248 @@
+"""The settings of a vLLM engine, its `additional_config["attnstats"]`, and what can't be recorded, refused by name.
+
+`RequestSettings.of` reads what a command line or JSON holds; `engine_arguments` is the same from Python, checked before
+an engine starts. Nothing here imports vLLM but `check_vllm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from attnstats.heads import HeadProfile
+from attnstats.integrations.hooks import Hook, faults_of
+from attnstats.statistics import CATALOGUE, SegmentMass, Statistic, resolve
+from attnstats.transformers.selection import (
+    ChosenHeads,
+    HeadSelection,
+    Reduce,
+    check_heads,
+    resolve_heads,
+    resolve_layers,
+    resolve_reduce,
+)
+
+KEY = "attnstats"  # in additional_config, and in the extra_args of a request's SamplingParams
+WORKER = "attnstats.integrations.vllm.worker.StatisticsWorker"
+HEADS_OF = {"waad": "local", "fai": "global_"}  # the classes of the paper (Sec. 4.1)
+
+RUNNER = "vllm.v1.worker.gpu_model_runner", "GPUModelRunner"
+HOOKS = (
+    Hook("vllm.v1.worker.gpu_worker", "Worker", "load_model"),
+    Hook("vllm.v1.worker.gpu_worker", "Worker", "execute_model", ("scheduler_output",)),
+    Hook(*RUNNER, "execute_model", ("scheduler_output",)),
+    Hook(*RUNNER, "_update_states", ("scheduler_output",)),
+    Hook(
+        "vllm.v1.attention.backend",
+        "AttentionImpl",
+        "forward",
+        ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """What an engine records of every request.
+
+    Attributes:
+        statistics: those of `attnstats.capture(live=True)`.
+        layers, heads, reduce: as for `attnstats.capture`, layers no slice. heads may also be {"profile": FILE, "share":
+            0.3}: WAAD of the local heads of a head profile, FAI of the global ones, other statistics of all heads.
+        keep_mb: the memory in each worker for the results of finished requests that nobody has fetched yet; the oldest
+            go first.
+    """
+
+    statistics: tuple[Statistic, ...]
+    layers: Literal["middle-third", "all"] | Iterable[int] = "middle-third"
+    heads: Any = None
+    reduce: tuple[Reduce, ...] = ("layers", "heads")
+    keep_mb: float = 256
+
+    @classmethod
+    def of(cls, given: Any) -> RequestSettings:
+        """The settings that a dict holds.
+
+        Raises:
+            TypeError, ValueError: naming the key, what came and what would work.
+
+        Example:
+            >>> RequestSettings.of({"statistics": ["waad", {"fai": {"lo": 10, "hi": 50}}], "layers": [2]}).statistics
+            (WAAD(window=10), FAI(lo=10, hi=50))
+            >>> RequestSettings.of({"statistic": ["waad"]})
+            Traceback (most recent call last):
+            ValueError: attnstats has no setting statistic; it has statistics, layers, heads, reduce, keep_mb
+        """
+        if not isinstance(given, Mapping):
+            raise TypeError(f'{KEY}: must have settings by name, such as {{"statistics": ["waad"]}}; got {given!r}')
+        names = [field.name for field in dataclasses.fields(cls)]
+        if wrong := [str(name) for name in given if name not in names]:
+            raise ValueError(f"{KEY} has no setting {', '.join(wrong)}; it has {', '.join(names)}")
+        if "statistics" not in given:
+            raise ValueError(f'{KEY}.statistics is missing; name what to record, such as ["waad", "fai"]')
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{KEY}: {error}") from error
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", _statistics(self.statistics))
+        object.__setattr__(self, "reduce", resolve_reduce(self.reduce))
+        if not self.statistics:
+            raise ValueError("statistics is empty; name what to record, such as ['waad', 'fai']")
+        for s in self.statistics:
+            if not s.grows:
+                raise ValueError(f"statistics: {s} depends on where the sequence ends, so it cannot be kept up to date")
+            if s == SegmentMass():
+                raise ValueError("statistics: SegmentMass needs boundaries here, the same ones for every request")
+            if self.reduce and not s.averages:
+                raise ValueError(f"reduce: {s} names keys, of which there is no mean; set reduce=[]")
+        if isinstance(self.layers, slice):
+            raise TypeError(f"layers must be 'middle-third', 'all' or a list of layer numbers, got {self.layers}")
+        if not isinstance(self.keep_mb, (int, float)) or isinstance(self.keep_mb, bool) or self.keep_mb < 0:
+            raise ValueError(f"keep_mb must be a number of megabytes, 0 or more; got {self.keep_mb!r}")
+
+    def chosen(self, present: tuple[int, ...], count: int | None) -> tuple[tuple[int, ...], ChosenHeads]:
+        """The layers, among those present, and the heads, of `count` in a layer, that are recorded.
+
+        Raises TypeError, ValueError.
+        """
+        try:
+            layers = resolve_layers(self.layers, present)
+            heads = resolve_heads(self._head_selection(layers), self.statistics, layers, count)
+            check_heads(heads, layers, self.reduce)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{KEY}: {error}") from error
+        return layers, heads
+
+    def to_json(self) -> dict[str, Any]:
+        """What `of` reads the same settings from."""
+        return {
+            "statistics": [described(s) for s in self.statistics],
+            "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
+            "heads": self.heads,
+            "reduce": list(self.reduce),
+            "keep_mb": self.keep_mb,
+        }
+
+    def _head_selection(self, layers: tuple[int, ...]) -> HeadSelection | Mapping[Any, HeadSelection] | None:
+        heads = self.heads
+        if not isinstance(heads, Mapping):
+            return heads
+        if "profile" not in heads:
+            return {name: _by_layer(chosen) for name, chosen in _by_layer(heads).items()}
+        if wrong := set(heads) - {"profile", "share"}:
+            raise ValueError(f"heads: a profile takes a share, not {', '.join(map(str, wrong))}")
+        classes = HeadProfile.load(Path(heads["profile"])).classes(heads.get("share", 0.30), layers).of(layers)
+        chosen = {s.name: getattr(classes, HEADS_OF[s.name]) for s in self.statistics if s.name in HEADS_OF}
+        if not chosen:
+            raise ValueError("heads: a profile says which heads WAAD and FAI are of, and neither is recorded")
+        return chosen
+
+
+def engine_arguments(
+    statistics: Iterable[Statistic | str],
+    *,
+    layers: Literal["middle-third", "all"] | Iterable[int] = "middle-third",
+    heads: Any = None,
+    reduce: Reduce | Iterable[Reduce] | None = ("layers", "heads"),
+    keep_mb: float = 256,
+) -> dict[str, Any]:
+    """The keyword arguments of `vllm.LLM`, and of its `EngineArgs`, that record statistics of every request.
+
+    Args:
+        statistics: as for `attnstats.capture(live=True)`, whose layers, heads and reduce these are, too; heads may also
+            be {"profile": FILE, "share": 0.3}. By default one mean over all chosen heads is kept.
+        keep_mb: the memory in each worker for the results of finished requests that nobody has fetched yet.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what would work.
+
+    Example:
+        >>> engine_arguments(["waad"], layers=[2, 3])["additional_config"]["attnstats"]["statistics"]
+        [{'waad': {'window': 10}}]
+    """
+    settings = RequestSettings(_statistics(statistics), layers, heads, resolve_reduce(reduce), keep_mb)
+    return {"worker_cls": WORKER, "additional_config": {KEY: settings.to_json()}}
+
+
+def requested(vllm_config: Any) -> Any:
+    """What an engine's configuration says of statistics; None: nothing."""
+    given = vllm_config.additional_config
+    return given.get(KEY) if isinstance(given, Mapping) else None
+
+
+def described(statistic: Statistic) -> dict[str, dict[str, Any]]:
+    """A statistic of the catalogue by name, with its settings, as JSON takes it."""
+    if CATALOGUE.get(statistic.name) is not type(statistic):
+        raise ValueError(f"statistics: {statistic} is not of the catalogue, and workers know only that")
+    return {statistic.name: dataclasses.asdict(statistic)}
+
+
+def check_vllm() -> None:
+    """Raise RuntimeError if this version of vLLM has moved what the plug-in overrides or reads."""
+    if faults := faults_of(HOOKS):
+        import vllm
+
+        raise RuntimeError(
+            f"attnstats can't record the attention of requests in vLLM {vllm.__version__}: {'; '.join(faults)}. "
+            "docs/vllm.md has the versions that it ran with"
+        )
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise ValueError for a setting of the engine with which its attention can't be recorded."""
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    attention = "that of the attention backend alone can be recorded"
+    refused = {
+        f"runner={model.runner_type!r}": (model.runner_type != "generate", "only models that generate are recorded"),
+        "a model of multi-head latent attention (MLA)": (model.use_mla, attention),
+        "an encoder-decoder model": (model.is_encoder_decoder, attention),
+        f"kv_cache_dtype={cache.cache_dtype!r}": (
+            cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            "quantized keys can't be read; leave it at 'auto'",
+        ),
+        "pipeline_parallel_size > 1": (parallel.pipeline_parallel_size > 1, "use tensor_parallel_size"),
+        "tensor_parallel_size > 1": (parallel.tensor_parallel_size > 1, "ranks are not put together yet; use 1"),
+        "data_parallel_size > 1": (parallel.data_parallel_size > 1, "start an engine for each"),
+        "decode_context_parallel_size > 1": (parallel.decode_context_parallel_size > 1, "use 1"),
+        "prefill_context_parallel_size > 1": (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "use 1"),
+        "speculative_config": (
+            vllm_config.speculative_config is not None,
+            "drafts that are rejected can't be taken back; leave it out",
+        ),
+        "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, "leave it out"),
+        "model runner V2": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"),
+    }
+    faults = [f"{what}: {remedy}" for what, (is_so, remedy) in refused.items() if is_so]
+    if faults:
+        raise ValueError(f"additional_config['{KEY}'] can't be used with {'; '.join(faults)}")
+
+
+def _statistics(given: Any) -> tuple[Statistic, ...]:
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise TypeError(f'statistics must be a list, such as ["waad", {{"fai": {{"hi": 50}}}}], got {given!r}')
+    return resolve([_statistic(item) if isinstance(item, Mapping) else item for item in given])
+
+
+def _statistic(given: Mapping[str, Any]) -> Statistic:
+    if len(given) != 1 or not isinstance(arguments := next(iter(given.values())), Mapping):
+        raise ValueError(f'statistics: one of them with settings is {{"fai": {{"lo": 10, "hi": 50}}}}, got {given!r}')
+    (name,) = given
+    if name not in CATALOGUE:
+        raise ValueError(f"statistics: unknown name {name!r}; the catalogue has {', '.join(CATALOGUE)}")
+    kind = CATALOGUE[name]
+    names = [field.name for field in dataclasses.fields(kind)]
+    if wrong := [str(each) for each in arguments if each not in names]:
+        raise ValueError(f"statistics: {name} has no setting {', '.join(wrong)}; it has {', '.join(names) or 'none'}")
+    return kind(**{each: tuple(x) if isinstance(x, list) else x for each, x in arguments.items()})
+
+
+def _by_layer(chosen: Any) -> Any:
+    """The same mapping with numbers for layers that JSON has as text."""
+    if not isinstance(chosen, Mapping):
+        return chosen
+    return {int(key) if isinstance(key, str) and key.isdigit() else key: value for key, value in chosen.items()}

@@ -1,0 +1,147 @@
+"""The record of one request as bytes, which go from a worker to whoever asks for it, or into a file.
+
+It is a safetensors file: a value and a validity for each statistic, the tokens, and the settings in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from attnstats import cells
+from attnstats.integrations.vllm.configuration import RequestSettings, described
+from attnstats.results import ByStatistic, find
+from attnstats.statistics import Statistic
+from attnstats.transformers import frames
+from attnstats.transformers.live import PlacedRecording
+from attnstats.transformers.selection import ChosenHeads, Reduce
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+FORMAT = "attnstats vllm request 1"
+Heads = Mapping[int, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RequestStatistics(Mapping[Statistic, Any]):
+    """The statistics of one request, as `attnstats.capture` gives those of one pass over its tokens, with B = 1.
+
+    `result["waad"]` or `result[WAAD(10)]` is (L, 1, H, T), one slice per layer and chosen head; without L where layers
+    are reduced, without H where heads are.
+
+    Attributes:
+        tokens: (1, T) int64, those that went through the model: the prompt and the output but for its last token.
+            Where a text ends the output, the engine may have gone on for some tokens, which are here, too.
+        cached: how many of the first tokens were found in the cache of prefixes. They made no queries: as rows they are
+            not valid, and as keys they have what later queries gave them.
+        valid: per statistic (1, T) bool, False where a value is a placeholder.
+        layers: numbers of the recorded layers.
+        heads: per statistic and layer the heads, None for all.
+        reduce: the axes that values are means over.
+    """
+
+    tokens: Tensor
+    cached: int
+    valid: ByStatistic
+    layers: tuple[int, ...]
+    heads: ChosenHeads
+    reduce: tuple[Reduce, ...]
+    _tensors: Mapping[Statistic, Tensor]
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return tuple(self._tensors)
+
+    def __getitem__(self, key: Statistic | str) -> Any:
+        statistic = find(key, self._tensors, "recorded")
+        return statistic.returned(self._tensors[statistic])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors or any(statistic.name == key for statistic in self._tensors)
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def to_frame(self) -> DataFrame:
+        """One row per layer, batch row, head and position, as `Capture.to_frame`."""
+        results = {s: frames.Recorded(self[s], self.valid[s], self.heads[s]) for s in self.statistics}
+        return frames.to_frame(results, self.reduce, are_apart=False)
+
+    def __repr__(self) -> str:
+        over = f", means over {' and '.join(self.reduce)}" if self.reduce else ""
+        cached = f", the first {self.cached} of them cached" if self.cached else ""
+        lines = [f"Request of {self.tokens.shape[1]} tokens{cached}: layers {', '.join(map(str, self.layers))}{over}"]
+        lines += [f"  {frames.described(s, self[s], self.heads[s], self.reduce)}" for s in self.statistics]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return cells.text(repr(self)) + cells.curves(frames.curves(self._tensors, self.reduce))
+
+
+def encode(
+    settings: RequestSettings,
+    layers: tuple[int, ...],
+    heads: ChosenHeads,
+    recording: PlacedRecording,
+    tokens: list[int],
+) -> bytes:
+    """The record of a request."""
+    tensors = {"tokens": torch.tensor([tokens[: recording.length]], dtype=torch.int64, device="cpu")}
+    for i, s in enumerate(settings.statistics):
+        values, valid = recording.read(s), recording.valid(s)
+        if s.axis != "column":  # queries of cached tokens
+            behind = [0] * 2 * s.per_query
+            values = torch.nn.functional.pad(values, (*behind, recording.first, 0))
+            valid = torch.nn.functional.pad(valid, (recording.first, 0))
+        tensors |= {f"{i}": values.contiguous(), f"{i}.valid": valid.contiguous()}
+    content = {
+        "statistics": [described(s) for s in settings.statistics],
+        "layers": layers,
+        "heads": [list(heads[s].items()) for s in settings.statistics],
+        "reduce": settings.reduce,
+        "cached": recording.first,
+    }
+    return save(tensors, {"format": FORMAT, "content": json.dumps(content)})
+
+
+def failure(reason: str) -> bytes:
+    """What stands for the record of a request that has none."""
+    return save({}, {"format": FORMAT, "failure": reason})
+
+
+def decode(record: bytes) -> RequestStatistics:
+    """The statistics of a record. Raises RuntimeError for that of a request that has none."""
+    metadata = _metadata(record)
+    if "failure" in metadata:
+        raise RuntimeError(metadata["failure"])
+    content, tensors = json.loads(metadata["content"]), load(record)
+    statistics = RequestSettings.of({"statistics": content["statistics"], "reduce": content["reduce"]}).statistics
+    heads: ChosenHeads = {
+        s: {layer: None if chosen is None else tuple(chosen) for layer, chosen in of_statistic}
+        for s, of_statistic in zip(statistics, content["heads"], strict=True)
+    }
+    return RequestStatistics(
+        tokens=tensors["tokens"],
+        cached=content["cached"],
+        valid=ByStatistic({s: tensors[f"{i}.valid"] for i, s in enumerate(statistics)}),
+        layers=tuple(content["layers"]),
+        heads=heads,
+        reduce=tuple(content["reduce"]),
+        _tensors={s: tensors[f"{i}"] for i, s in enumerate(statistics)},
+    )
+
+
+def _metadata(record: bytes) -> dict[str, str]:
+    length = int.from_bytes(record[:8], "little")
+    metadata: dict[str, str] = json.loads(record[8 : 8 + length])["__metadata__"]
+    return metadata

@@ -1,0 +1,64 @@
+"""vLLM's worker, whose engine records attention statistics: `worker_cls` of an engine with settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from attnstats.integrations.vllm.configuration import KEY, RequestSettings, check_engine, check_vllm, requested
+from attnstats.integrations.vllm.recorder import Recorder
+
+# As each platform chooses for worker_cls="auto".
+WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker"}
+Worker: Any = resolve_obj_by_qualname(WORKERS.get(current_platform.device_type, "vllm.v1.worker.gpu_worker.Worker"))
+
+
+class StatisticsWorker(Worker):
+    """The platform's worker, which tells its recorder of each step."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
+        check_vllm()
+        given = requested(vllm_config)
+        if given is None:
+            raise ValueError(
+                f"worker_cls: this worker needs additional_config[{KEY!r}]; leave both out, or see "
+                "attnstats.integrations.vllm.engine_arguments"
+            )
+        self._settings = RequestSettings.of(given)
+        check_engine(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+        self._recorder: Recorder | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        present = attention_layers(self.vllm_config)
+        (count,) = {layer.impl.num_heads for layer in present.values()} if len(present) else (0,)
+        layers, heads = self._settings.chosen(tuple(sorted(present)), count)
+        watched = {number: present[number] for number in layers}
+        self._recorder = Recorder(self._settings, watched, heads, self.model_runner)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        assert self._recorder is not None
+        self._recorder.begin(scheduler_output)
+        try:
+            return super().execute_model(scheduler_output)
+        finally:
+            self._recorder.end()
+
+    def attnstats_fetch(self, request_id: str, index: int, count: int) -> bytes:
+        """For `collective_rpc`: the record of a request."""
+        assert self._recorder is not None
+        return self._recorder.fetch(request_id, index, count)
+
+
+def attention_layers(vllm_config: Any) -> dict[int, Any]:
+    """The layers of the model whose attention can be recorded, by number."""
+    layers = {}
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if type(layer) is Attention and hasattr(layer.impl, "watch"):
+            layers[extract_layer_index(name)] = layer
+    return layers
