@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnstats import _threads, distributed, heads, presets, reference, statistics  # noqa: F401 _threads before torch
 from attnstats.functional import attention, explain, statistics_from_lse, varlen_attention
+from attnstats.paged import PagedStatistics, paged_statistics
 from attnstats.results import AttentionResult, Explanation, Statistics
 from attnstats.statistics import *  # noqa: F403
 from attnstats.transformers.attach import attach, detach
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionResult",
     "Explanation",
+    "PagedStatistics",
     "Statistics",
     "analyze",
     "attach",
@@ -31,6 +33,7 @@ __all__ = [
     "heads",
     "load",
     "nn",
+    "paged_statistics",
     "patch_sdpa",
     "presets",
     "reference",

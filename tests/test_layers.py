@@ -17,7 +17,7 @@ LAYERS = (
     ("flash",),
     ("_dispatch",),
     ("_operators",),
-    ("functional",),
+    ("functional", "paged"),
     ("nn", "sdpa", "transformers"),
     ("",),  # attnstats itself, which imports what users import by name
     ("segments",),

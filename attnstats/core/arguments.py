@@ -61,7 +61,7 @@ def resolve(query: Tensor, key: Tensor, value: Tensor | None, options: Options) 
         scale=_scale(options.scale, query.shape[3]),
         softcap=_softcap(options.softcap),
         sinks=_sinks(options.sinks, query),
-        heads=_heads(options.heads, statistics, query.shape[1]),
+        heads=heads_by_statistic(options.heads, statistics, query.shape[1]),
         dropout_p=_dropout(options.dropout_p),
         differentiable=options.differentiable,
         prefers=options.prefers,
@@ -168,7 +168,7 @@ def check_traced(statistics: tuple[Statistic, ...], options: Options) -> None:
         check_integer(name, getattr(options, name))
     _scale(options.scale, 1)
     _softcap(options.softcap)
-    _window(options.window_size, options.is_causal)
+    window_sides(options.window_size, options.is_causal)
     _dropout(options.dropout_p)
     _check_differentiable(statistics, options.differentiable)
 
@@ -202,7 +202,7 @@ def _positions(query: Tensor, key: Tensor, statistics: tuple[Statistic, ...], op
     """The fields of a dense call's geometry that say which keys a query sees and which queries count."""
     batch, query_length, key_length = query.shape[0], query.shape[2], key.shape[2]
     window_size, is_causal, query_offset = options.window_size, options.is_causal, options.query_offset
-    left, right = _window(window_size, is_causal)
+    left, right = window_sides(window_size, is_causal)
     if query_offset is None:
         if is_causal and query_length > key_length:
             raise ValueError(
@@ -348,7 +348,7 @@ def _packed_positions(
     """`_positions` of packed sequences."""
     sequences, shared = packing.read(options, query.shape[2], key.shape[2], query.device)
     window_size, query_mask = options.window_size, options.query_mask
-    left, right = _window(window_size, options.is_causal)
+    left, right = window_sides(window_size, options.is_causal)
     if not (options.is_causal or shared):
         across = "cu_seqlens_k that differ from cu_seqlens_q with is_causal=False are taken as cross-attention"
         refuse_distances(statistics, across)
@@ -364,7 +364,7 @@ def _packed_positions(
     if isinstance(query_weight, Tensor):
         query_weight = query_weight[None]
     query_weight = _weight(query_weight, (1, query.shape[2]), statistics, query)
-    ends = None if query.device.type != "cpu" else sequences.keys.diff().tolist()
+    ends = None if query.device.type != "cpu" or options.grows else sequences.keys.diff().tolist()
     return {
         "query_offset": 0,
         "left": left,
@@ -399,7 +399,7 @@ def _softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
-def _window(window_size: Window | None, is_causal: bool) -> Window:
+def window_sides(window_size: Window | None, is_causal: bool) -> Window:
     """`left` and `right`, how far behind and ahead of itself a query sees; None: no limit."""
     if window_size is None:
         return None, 0 if is_causal else None
@@ -430,7 +430,7 @@ def _sinks(sinks: Tensor | None, query: Tensor) -> Tensor | None:
     return sinks if sinks.requires_grad else sinks.clone()
 
 
-def _heads(
+def heads_by_statistic(
     heads: Heads | None, statistics: tuple[Statistic, ...], query_heads: int
 ) -> dict[Statistic, tuple[int, ...]]:
     """The heads of each statistic that is computed for some heads only."""

@@ -16,12 +16,13 @@ Heads = Sequence[int] | Mapping[Any, Sequence[int]]  # by Statistic or name
 class Options(NamedTuple):
     """The arguments of `attention`, `varlen_attention` and `statistics_from_lse` beside their tensors, unvalidated.
 
-    A call with `cu_seqlens_q` is packed. The public functions document each argument; the last four are internal:
+    A call with `cu_seqlens_q` is packed. The public functions document each argument; the last five are internal:
 
     Attributes:
         position: () int64, the query_offset of a traced call that is only known when its graph runs; None: it has none.
         dropout_seed: (1,) int64, the seed that a traced call has drawn; None: one is drawn where dropout needs it.
         prefers: the attention kernel of the backend "flash" that comes first, by name; "": the fastest.
+        grows: packed sequences go on behind their last key, so boundaries of segments may lie there.
         refusal: the error of a traced call, which can only be raised when the graph runs; "": none.
     """
 
@@ -52,6 +53,7 @@ class Options(NamedTuple):
     position: Tensor | None = None
     dropout_seed: Tensor | None = None
     prefers: str = ""
+    grows: bool = False
     refusal: str = ""
 
 

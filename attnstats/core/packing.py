@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,32 @@ def check_integer(name: str, length: int | None) -> None:
         raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
+def check_integers(name: str, x: Any, shape: str, dims: int, device: torch.device) -> None:
+    """Raise for what isn't an int32 or int64 tensor of so many dimensions on the device."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64) or x.dim() != dims:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor of shape {shape}, got {got}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on query's device {device}, got {x.device}")
+
+
+def check_boundaries(name: str, cu_seqlens: Any, device: torch.device) -> None:
+    """Raise for what isn't a tensor of boundaries on the device."""
+    check_integers(name, cu_seqlens, "(sequences + 1,)", 1, device)
+    if len(cu_seqlens) < 2:
+        raise TypeError(f"{name} must have two boundaries or more, of shape (sequences + 1,); got {len(cu_seqlens)}")
+
+
+def read_boundaries(name: str, cu_seqlens: Tensor, length: int) -> list[int]:
+    """The boundaries as numbers; waits for the device. Raises ValueError for what doesn't lie within the length."""
+    values: list[int] = cu_seqlens.tolist()
+    decreases = any(b < a for a, b in pairwise(values))
+    if values[0] != 0 or decreases or values[-1] > length:
+        fault = "start at 0" if values[0] else "not decrease" if decreases else f"end at most at {length}"
+        raise ValueError(f"{name} must {fault}, got {_short(values)}")
+    return values
+
+
 def read(options: Options, query_length: int, key_length: int, device: torch.device) -> tuple[Packing, bool]:
     """The packing of a call, and True if queries and keys have the same sequences.
 
@@ -114,19 +140,12 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
     sides = (("q", cu_seqlens_q, max_seqlen_q, query_length), ("k", cu_seqlens_k, max_seqlen_k, key_length))
     for side, cu, max_seqlen, length in sides:
         name = f"cu_seqlens_{side}"
-        if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) < 2:
-            got = f"{cu.dtype} {tuple(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
-            raise TypeError(f"{name} must be an int32 or int64 tensor of shape (sequences + 1,), got {got}")
-        if cu.device != device:
-            raise ValueError(f"{name} must be on query's device {device}, got {cu.device}")
-        if max_seqlen is not None and _believes(device):
+        check_boundaries(name, cu, device)
+        if max_seqlen is not None and believes(device):
             longest.append(min(max_seqlen, length))
             continue
-        values = cu.tolist()
+        values = read_boundaries(name, cu, length)
         steps = [b - a for a, b in pairwise(values)]
-        if values[0] != 0 or min(steps) < 0 or values[-1] > length:
-            fault = "start at 0" if values[0] else "not decrease" if min(steps) < 0 else f"end at most at {length}"
-            raise ValueError(f"{name} must {fault}, got {_short(values)}")
         if max_seqlen is not None and max_seqlen < max(steps):
             raise ValueError(f"max_seqlen_{side} must be at least the longest sequence, {max(steps)}; got {max_seqlen}")
         boundaries.append(values)
@@ -142,7 +161,7 @@ def read(options: Options, query_length: int, key_length: int, device: torch.dev
     return Packing(queries, keys, max_queries, max_keys, believed=len(boundaries) < 2), shared
 
 
-def _believes(device: torch.device) -> bool:
+def believes(device: torch.device) -> bool:
     """True where a look at the boundaries would wait for the device."""
     return device.type != "cpu"
 
