@@ -28,7 +28,7 @@ setup(
         Extension(
             "attnstats.tiled._native",
             sources=["csrc/native.cpp"],
-            depends=["csrc/call.h", "csrc/mask.h", "csrc/tile.h"],
+            depends=["csrc/call.h", "csrc/mask.h", "csrc/step.h", "csrc/tile.h"],
             extra_compile_args=FLAGS,
             extra_link_args=["-fopenmp"],
             py_limited_api=True,

@@ -104,6 +104,7 @@ struct Room {
 #define GROUP 12
 namespace lanes16 {
 #include "tile.h"
+#include "step.h"
 }  // namespace
 #undef LANES
 #undef GROUP
@@ -115,6 +116,7 @@ namespace lanes16 {
 #define GROUP 6
 namespace lanes8 {
 #include "tile.h"
+#include "step.h"
 }  // namespace
 #undef LANES
 #undef GROUP
@@ -125,22 +127,30 @@ namespace lanes8 {
 #define GROUP 6
 namespace lanes4 {
 #include "tile.h"
+#include "step.h"
 }  // namespace
 #undef LANES
 #undef GROUP
 
 using Run = int64_t (*)(const Call&, const Plan&, const Task&, const Room&);
 
-static Run best(int64_t lanes) {
+using RunStep = void (*)(const Step&, int64_t, int64_t, float*);
+
+struct Runs {
+    Run call;
+    RunStep step;
+};
+
+static Runs best(int64_t lanes) {
 #ifdef WIDER_SETS
     bool all = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (all && (lanes == 0 || lanes >= 16)) return lanes16::run;
+    if (all && (lanes == 0 || lanes >= 16)) return {lanes16::run, lanes16::run_step};
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (lanes == 0 || lanes >= 8))
-        return lanes8::run;
+        return {lanes8::run, lanes8::run_step};
 #endif
     (void)lanes;
-    return lanes4::run;
+    return {lanes4::run, lanes4::run_step};
 }
 
 // Of a row: a TOP_KEYS has scores, which become values of A, and positions.
@@ -307,7 +317,7 @@ struct Schedule {
 
 // The number of scores that it took.
 static int64_t evaluate(const Call& call) {
-    const Run run = best(call.lanes);
+    const Run run = best(call.lanes).call;
     Schedule schedule(call);
     const Plan& plan = schedule.plan;
     std::vector<Task>& tasks = schedule.tasks;
@@ -340,12 +350,32 @@ static int64_t evaluate(const Call& call) {
     return scores;
 }
 
+// A task is one request in the heads that share a key head: no two write to the same place.
+static void evaluate(const Step& step) {
+    const RunStep run = best(step.lanes).step;
+    int64_t longest = 0;
+    for (int64_t r = 0; r < step.requests; ++r) longest = larger(longest, step.lengths[r]);
+    const int64_t panel = 2 * LINE;  // the widest
+    const int64_t room = round_up((ALIGNMENT + panel) * step.dim + LINE + ALIGNMENT * round_up(longest, panel), LINE);
+    const Memory rooms(step.threads * room);
+    const int64_t key_heads = step.heads / step.group, count = step.requests * key_heads;
+#pragma omp parallel num_threads(step.threads)
+    {
+        int64_t thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t t = 0; t < count; ++t) run(step, t / key_heads, t % key_heads, rooms.data() + thread * room);
+    }
+}
+
 #ifdef __GNUC__
 #pragma GCC visibility push(default)
 #endif
 extern "C" {
 
-int64_t attnstats_version() { return 4; }
+int64_t attnstats_version() { return 5; }
 
 int64_t attnstats_first_difference(const Mask* mask) { return first_difference(*mask); }
 
@@ -359,6 +389,16 @@ int64_t attnstats_scratch_bytes(const Call* call) {
 int64_t attnstats_evaluate(const Call* call) {
     try {
         return evaluate(*call);
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+// 0, or -1 where memory ran out.
+int64_t attnstats_step(const Step* step) {
+    try {
+        evaluate(*step);
+        return 0;
     } catch (const std::bad_alloc&) {
         return -1;
     }

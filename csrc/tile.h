@@ -110,10 +110,10 @@ static float dot(const float* a, const float* b, int64_t dim) {
     return sum(total) + rest;
 }
 
-// scores[ROWS][PANEL] = rows x one panel of keys * scale. The scale comes last, as in eager attention: a score has that
+// scores[ROWS][PANEL], rows `stride` apart, = rows x one panel of keys * scale. The scale comes last, as in eager attention: a score has that
 // one rounding more than its product, however large the keys' common part is.
 template <int ROWS>
-static void multiply(const float* rows, const float* panel, int64_t dim, float scale, float* scores) {
+static void multiply(const float* rows, const float* panel, int64_t dim, float scale, float* scores, int64_t stride) {
     Float low[ROWS] = {}, high[ROWS] = {};
     for (int64_t d = 0; d < dim; ++d) {
         Float first = load(panel), second = load(panel + LANES);
@@ -127,8 +127,8 @@ static void multiply(const float* rows, const float* panel, int64_t dim, float s
     }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-        store(scores + i * KEYS, low[i] * scale);
-        store(scores + i * KEYS + LANES, high[i] * scale);
+        store(scores + i * stride, low[i] * scale);
+        store(scores + i * stride + LANES, high[i] * scale);
     }
 }
 
@@ -376,9 +376,9 @@ static int64_t run(const Call& call, const Plan& plan, const Task& task, const R
             for (int64_t j = tile.begin; !few && j < tile.end; j += PANEL) {
                 const float* rows = room.rows + i * dim;
                 const float* panel = room.keys + j * dim;
-                if (tile.rows > GROUP / 2) multiply<GROUP>(rows, panel, dim, call.scale, tile.scores + j);
-                else if (tile.rows > 1) multiply<GROUP / 2>(rows, panel, dim, call.scale, tile.scores + j);
-                else multiply<1>(rows, panel, dim, call.scale, tile.scores + j);
+                if (tile.rows > GROUP / 2) multiply<GROUP>(rows, panel, dim, call.scale, tile.scores + j, KEYS);
+                else if (tile.rows > 1) multiply<GROUP / 2>(rows, panel, dim, call.scale, tile.scores + j, KEYS);
+                else multiply<1>(rows, panel, dim, call.scale, tile.scores + j, KEYS);
             }
             if (call.softcap > 0) cap(tile, call.softcap);
             spoil(tile, room.lse + i);

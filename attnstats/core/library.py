@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 4  # of the interface; a library of another version is not used
+VERSION = 5  # of the interface; a library of another version is not used
 FOLDER = Path(__file__).parent.parent / "tiled"  # nowhere else, as another installation's may differ from this one's
 UNBOUNDED = 2**40  # larger than any distance
 ALONE = 2**18  # bytes that one thread compares in less time than others take to start

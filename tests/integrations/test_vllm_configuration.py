@@ -101,6 +101,7 @@ def test_a_vllm_whose_hooks_moved_is_refused_by_its_version(monkeypatch):
 def config(**changes):
     """What check_engine reads of an engine that it takes."""
     flat = {
+        "device_type": "cpu",
         "runner_type": "generate",
         "use_mla": False,
         "is_encoder_decoder": False,
@@ -116,6 +117,7 @@ def config(**changes):
     }
     part = SimpleNamespace(**flat | changes)
     return SimpleNamespace(
+        device_config=part,
         model_config=part,
         cache_config=part,
         parallel_config=part,
@@ -127,6 +129,7 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
+        ({"device_type": "cuda"}, "device 'cuda'"),
         ({"runner_type": "pooling"}, "runner='pooling'"),
         ({"use_mla": True}, "multi-head latent attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),

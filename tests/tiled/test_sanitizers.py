@@ -79,8 +79,8 @@ def run(folder, *arguments, fault=None):
 
 
 def test_no_access_outside_and_nothing_undefined(tmp_path):
-    chosen = "instruction_sets or many_chunks or bands_of_any_reach or nan_and_inf or mask or query"
-    done = run(tmp_path, CASES, "tests/core/test_patterns.py", "-k", chosen)
+    chosen = "instruction_sets or many_chunks or bands_of_any_reach or nan_and_inf or mask or query or as_alone"
+    done = run(tmp_path, CASES, "tests/tiled/test_steps.py", "tests/core/test_patterns.py", "-k", chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

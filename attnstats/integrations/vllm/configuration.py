@@ -198,6 +198,10 @@ def check_engine(vllm_config: Any) -> None:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     attention = "that of the attention backend alone can be recorded"
     refused = {
+        f"device {vllm_config.device_config.device_type!r}": (
+            vllm_config.device_config.device_type != "cpu",
+            "only vLLM's attention for CPUs can be watched so far",
+        ),
         f"runner={model.runner_type!r}": (model.runner_type != "generate", "only models that generate are recorded"),
         "a model of multi-head latent attention (MLA)": (model.use_mla, attention),
         "an encoder-decoder model": (model.is_encoder_decoder, attention),

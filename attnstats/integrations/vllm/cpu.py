@@ -16,7 +16,8 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from attnstats.integrations.vllm.configuration import KEY, WORKER, requested
-from attnstats.integrations.vllm.recorder import KeyCache, Watch
+from attnstats.integrations.vllm.recorder import Watch
+from attnstats.integrations.vllm.sums import KeyCache
 
 
 class WatchedBackend(CPUAttentionBackend):
@@ -55,7 +56,7 @@ class WatchedImpl(CPUAttentionBackendImpl):
     ) -> Tensor:
         output = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if self.watch is not None and attn_metadata is not None:
-            self.watch(query, KeyCache(kv_cache.shape[2], functools.partial(_keys, layer.isa, kv_cache)), attn_metadata)
+            self.watch(query, _key_cache(layer.isa, kv_cache), attn_metadata)
         return output
 
     @property
@@ -64,11 +65,29 @@ class WatchedImpl(CPUAttentionBackendImpl):
         return None if self.sliding_window < 0 else self.sliding_window - 1
 
 
-def _keys(isa: str, kv_cache: Tensor, blocks: Tensor) -> Tensor:
-    """(blocks, block size, key heads, D) the keys of some blocks of the cache."""
-    size, dim = kv_cache.shape[2], kv_cache.shape[3] // 2
-    keys = kv_cache[blocks].flatten(2)[..., : size * dim]
-    return keys[..., places(isa, size, dim, kv_cache.dtype)].unflatten(-1, (size, dim)).transpose(1, 2)
+def _key_cache(isa: str, kv_cache: Tensor) -> KeyCache:
+    count, heads, size, both = kv_cache.shape
+    dim = both // 2
+    place = places(isa, size, dim, kv_cache.dtype)
+    strides = affine(isa, size, dim, kv_cache.dtype)
+    if strides is None:
+        return KeyCache(size, lambda blocks: _read(kv_cache[blocks].flatten(2), place, size, dim), None)
+    of_block, of_head = kv_cache.stride()[:2]
+    pages = kv_cache.as_strided((count, size, heads, dim), (of_block, strides[0], of_head, strides[1]))
+    return KeyCache(size, pages.__getitem__, pages)
+
+
+def _read(blocks: Tensor, place: Tensor, size: int, dim: int) -> Tensor:
+    return blocks[..., place].unflatten(-1, (size, dim)).transpose(1, 2)
+
+
+@functools.cache
+def affine(isa: str, size: int, dim: int, dtype: torch.dtype) -> tuple[int, int] | None:
+    """The strides of tokens and of numbers in a head's part of a block; None: it has none."""
+    place = places(isa, size, dim, dtype).view(size, dim)
+    of_row, of_element = int(place[1, 0]), int(place[0, 1])
+    row, element = (torch.arange(n, dtype=torch.int64, device="cpu") for n in (size, dim))
+    return (of_row, of_element) if torch.equal(place, row[:, None] * of_row + element * of_element) else None
 
 
 @functools.cache

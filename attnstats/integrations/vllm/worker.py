@@ -36,7 +36,8 @@ class StatisticsWorker(Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         present = attention_layers(self.vllm_config)
-        (count,) = {layer.impl.num_heads for layer in present.values()} if len(present) else (0,)
+        counts = {layer.impl.num_heads for layer in present.values()}
+        count = counts.pop() if len(counts) == 1 else None
         layers, heads = self._settings.chosen(tuple(sorted(present)), count)
         watched = {number: present[number] for number in layers}
         self._recorder = Recorder(self._settings, watched, heads, self.model_runner)
@@ -56,9 +57,13 @@ class StatisticsWorker(Worker):
 
 
 def attention_layers(vllm_config: Any) -> dict[int, Any]:
-    """The layers of the model whose attention can be recorded, by number."""
+    """The layers of the model whose attention can be recorded, by number. Raises ValueError where there is none."""
     layers = {}
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if type(layer) is Attention and hasattr(layer.impl, "watch"):
+            if layer.impl.alibi_slopes is not None:
+                raise ValueError(f"{KEY}: {name} has position biases (ALiBi), of which statistics can't be computed")
             layers[extract_layer_index(name)] = layer
+    if not layers:
+        raise ValueError(f"{KEY}: {vllm_config.model_config.architecture} has no attention that can be recorded")
     return layers

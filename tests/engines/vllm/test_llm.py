@@ -111,3 +111,223 @@ def test_a_result_is_fetched_once(served):
     (output, _), llm = served[0][0], served[1]
     with pytest.raises(RuntimeError, match=r"request '0': nothing is kept of it\. It was fetched before"):
         statistics_of(llm, output)
+
+
+# What vLLM does to requests
+
+
+def test_tokens_of_a_cached_prefix_have_no_rows(llama):
+    prompt = tiny.prompt(100, 7)
+    with engine(llama, **engine_arguments(STATISTICS, reduce=None), block_size=32, enable_prefix_caching=True) as llm:
+        first, second = (generate(llm, [prompt], [20])[0] for _ in range(2))
+        whole, part = statistics_of(llm, first), statistics_of(llm, second)
+    assert (whole.cached, part.cached) == (0, 96)
+    run = assert_teacher_forced(whole, llama)
+    for s in STATISTICS:
+        assert part[s].shape == run[s].shape
+    assert part.valid["waad"][0].tolist() == [False] * 96 + [True] * 23
+    torch.testing.assert_close(part["waad"][..., 96:], run["waad"][..., 96:], **NEAR)
+    assert not part["waad"][..., :96].any()
+    # Columns are means over the queries that there were, as those of a pass in which no other query counts.
+    assert_teacher_forced_columns(part, llama, first=96)
+
+
+def assert_teacher_forced_columns(result, folder, first):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    counted = torch.arange(result.tokens.shape[1])[None] >= first
+    with torch.no_grad(), attnstats.capture(model, statistics=result.statistics, query_mask=counted) as run:
+        model(result.tokens)
+    for s in (s for s in result.statistics if s.axis == "column"):
+        assert torch.equal(result.valid[s], run.valid[s])
+        torch.testing.assert_close(result[s], run[s], **NEAR)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_a_preempted_request_is_counted_once(llama, prefix_caching):
+    """Ten blocks of 32 tokens are too few for four requests of up to 140: some lose their blocks and start again."""
+    settings = {"block_size": 32, "num_gpu_blocks_override": 11, "enable_prefix_caching": prefix_caching}
+    with engine(llama, **engine_arguments(STATISTICS, reduce=None), max_model_len=160, **settings) as llm:
+        preempted = watched_preemptions(llm)
+        outputs = generate(llm, [tiny.prompt(40, i) for i in range(4)], [100] * 4)
+        results = [statistics_of(llm, output) for output in outputs]
+    assert preempted
+    for result in results:
+        assert result.cached == 0
+        assert_teacher_forced(result, llama)
+
+
+def watched_preemptions(llm):
+    """The list of the requests that are going to be preempted."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted, preempt = [], scheduler._preempt_request
+    scheduler._preempt_request = lambda request, *args, **kwargs: (
+        preempted.append(request.request_id),
+        preempt(request, *args, **kwargs),
+    )
+    return preempted
+
+
+def test_every_completion_has_its_own(llama):
+    with engine(llama, **engine_arguments(STATISTICS), enable_prefix_caching=True, block_size=32) as llm:
+        (output,) = generate(llm, [tiny.prompt(70, 1)], [15], n=3, temperature=1.0)
+        results = [statistics_of(llm, output, i) for i in range(3)]
+        with pytest.raises(ValueError, match="completion must be one of the 3 of the output, got 3"):
+            statistics_of(llm, output, 3)
+    assert len({tuple(result.tokens[0].tolist()) for result in results}) == 3
+    for result in results:
+        if result.cached == 0:
+            assert_teacher_forced(result, llama, reduce=("layers", "heads"))
+        else:  # the prompt of the completions is the same
+            assert result.cached == 64
+    assert [result.cached for result in results].count(0) >= 1
+
+
+def test_an_aborted_request_leaves_the_others_alone(llama):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, detokenize=False)
+    with engine(llama, **engine_arguments(STATISTICS, reduce=None)) as llm:
+        for i in range(3):
+            llm.llm_engine.add_request(f"r{i}", {"prompt_token_ids": tiny.prompt(20 + i, i)}, sampling)
+        outputs = {}
+        for step in range(100):
+            if step == 8:
+                llm.llm_engine.abort_request(["r1"])
+            outputs |= {output.request_id: output for output in llm.llm_engine.step() if output.finished}
+            if not llm.llm_engine.has_unfinished_requests():
+                break
+        assert set(outputs) == {"r0", "r2"}
+        for output in outputs.values():
+            assert_teacher_forced(statistics_of(llm, output), llama)
+
+
+def test_a_request_can_be_left_out(llama):
+    with engine(llama, **engine_arguments(STATISTICS, reduce=None)) as llm:
+        prompts = [tiny.prompt(20, i) for i in range(3)]
+        from vllm import SamplingParams
+
+        on = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False)
+        off = SamplingParams(
+            max_tokens=8, temperature=0.0, ignore_eos=True, detokenize=False, extra_args={"attnstats": False}
+        )
+        given = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(given, [on, off, on], use_tqdm=False)
+        assert_teacher_forced(statistics_of(llm, outputs[0]), llama)
+        assert_teacher_forced(statistics_of(llm, outputs[2]), llama)
+        with pytest.raises(RuntimeError, match="nothing is kept of it"):
+            statistics_of(llm, outputs[1])
+
+
+def test_results_that_nobody_fetches_go_when_there_are_too_many(llama):
+    with engine(llama, **engine_arguments(STATISTICS, keep_mb=0.0012)) as llm:
+        outputs = generate(llm, [tiny.prompt(60, i) for i in range(5)], [4] * 5)
+        generate(llm, [tiny.prompt(5)], [2])
+        assert statistics_of(llm, outputs[-1])["waad"].shape == (1, 63)
+        with pytest.raises(
+            RuntimeError, match=r"request '0': nothing is kept of it.*results were dropped, raise keep_mb"
+        ):
+            statistics_of(llm, outputs[0])
+
+
+# Models
+
+FAMILIES = {
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 24},
+    "gemma2": {
+        "tie_word_embeddings": True,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 20.0,
+        "query_pre_attn_scalar": 32,
+    },
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "sliding_window": 24,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family, tmp_path):
+    folder = tiny.save(tmp_path, family, **FAMILIES[family])
+    chosen = [[0, 1], [2, 3], [0, 3], [1, 2], [0, 2], [1, 3]]
+    heads = {"waad": dict(enumerate(chosen)), "fai": [1, 2]}
+    arguments = engine_arguments(STATISTICS, layers="all", heads=heads, reduce=["heads"])
+    with engine(folder, **arguments) as llm:
+        outputs = generate(llm, [tiny.prompt(n, n) for n in (50, 90, 10)], [20, 30, 40])
+        results = [statistics_of(llm, output) for output in outputs]
+    for result in results:
+        assert_teacher_forced(result, folder, layers="all", heads=heads, reduce="heads")
+
+
+# Refusals
+
+
+def test_settings_without_the_worker_are_an_error(llama):
+    arguments = engine_arguments(STATISTICS)
+    del arguments["worker_cls"]
+    with (
+        pytest.raises(Exception, match=r"needs worker_cls='attnstats\.integrations\.vllm\.worker\.StatisticsWorker'"),
+        engine(llama, **arguments),
+    ):
+        pass
+
+
+def test_the_worker_without_settings_is_an_error(llama):
+    with (
+        pytest.raises(Exception, match=r"this worker needs additional_config\['attnstats'\]"),
+        engine(llama, worker_cls=engine_arguments(STATISTICS)["worker_cls"]),
+    ):
+        pass
+
+
+def test_layers_that_are_not_there_are_named(llama):
+    with (
+        pytest.raises(Exception, match=r"attnstats: layers: the model has 6 layers"),
+        engine(llama, **engine_arguments(STATISTICS, layers=[7])),
+    ):
+        pass
+
+
+def test_an_engine_without_settings_has_layers_of_vllms_own(llama):
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    with engine(llama) as llm:
+        kinds = llm.apply_model(lambda model: {type(layer.self_attn.attn.impl) for layer in model.model.layers})
+    assert kinds == [{CPUAttentionBackendImpl}]
+
+
+def test_attention_that_python_does_not_see_is_found_out(llama, monkeypatch):
+    """As when a CUDA graph is replayed: the step's requests have an error in the place of results."""
+    from attnstats.integrations.vllm.cpu import WatchedImpl
+
+    with engine(llama, **engine_arguments(STATISTICS)) as llm:
+        stock = WatchedImpl.__mro__[1].forward
+        monkeypatch.setattr(WatchedImpl, "forward", stock)
+        (output,) = generate(llm, [tiny.prompt(20)], [4])
+        with pytest.raises(RuntimeError, match="captured layers 2, 3, 4 was not seen in a step: CUDA graphs or"):
+            statistics_of(llm, output)
+
+
+def test_a_fault_costs_statistics_and_no_answer(llama, monkeypatch):
+    from attnstats.integrations.vllm.sums import CompiledSums
+
+    with engine(llama, **engine_arguments(STATISTICS)) as llm:
+        (expected,) = generate(llm, [tiny.prompt(20)], [6])
+
+        def failing(*_):
+            raise MemoryError("no more")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CompiledSums, "add", failing)
+            (output,) = generate(llm, [tiny.prompt(20)], [6])
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        with pytest.raises(RuntimeError, match="request '1' has no statistics: layer 2: MemoryError: no more"):
+            statistics_of(llm, output)
+        (output,) = generate(llm, [tiny.prompt(20)], [6])
+        assert_teacher_forced(statistics_of(llm, output), llama, reduce=("layers", "heads"))
