@@ -126,6 +126,7 @@ class PlacedRecording(Recording):
             ones = torch.ones(real.shape, dtype=self._query_weight.values.dtype, device=device)
             self._query_weight.add(begin, ones if weight is None else weight)
         self._key_mask.add(begin, real)
+        self.first = min(self.first, begin)  # of what was cached before, some may be computed after all
         self.length = max(self.length, begin + real.shape[1])
 
     def read(self, statistic: Statistic) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,8 @@ class RequestSettings:
             0.3}: WAAD of the local heads of a head profile, FAI of the global ones, other statistics of all heads.
         keep_mb: the memory in each worker for the results of finished requests that nobody has fetched yet; the oldest
             go first.
+        folder: where finished requests are written, too, as a `RequestStore` reads them; None: nowhere.
+        quota_mb: how large the folder may become.
     """
 
     statistics: tuple[Statistic, ...]
@@ -61,6 +64,8 @@ class RequestSettings:
     heads: Any = None
     reduce: tuple[Reduce, ...] = ("layers", "heads")
     keep_mb: float = 256
+    folder: str | None = None
+    quota_mb: float = 1000
 
     @classmethod
     def of(cls, given: Any) -> RequestSettings:
@@ -74,7 +79,8 @@ class RequestSettings:
             (WAAD(window=10), FAI(lo=10, hi=50))
             >>> RequestSettings.of({"statistic": ["waad"]})
             Traceback (most recent call last):
-            ValueError: attnstats has no setting statistic; it has statistics, layers, heads, reduce, keep_mb
+            ValueError: attnstats has no setting statistic; it has statistics, layers, heads, reduce, keep_mb,
+            folder, quota_mb
         """
         if not isinstance(given, Mapping):
             raise TypeError(f'{KEY}: must have settings by name, such as {{"statistics": ["waad"]}}; got {given!r}')
@@ -102,8 +108,11 @@ class RequestSettings:
                 raise ValueError(f"reduce: {s} names keys, of which there is no mean; set reduce=[]")
         if isinstance(self.layers, slice):
             raise TypeError(f"layers must be 'middle-third', 'all' or a list of layer numbers, got {self.layers}")
-        if not isinstance(self.keep_mb, (int, float)) or isinstance(self.keep_mb, bool) or self.keep_mb < 0:
-            raise ValueError(f"keep_mb must be a number of megabytes, 0 or more; got {self.keep_mb!r}")
+        for name, size in (("keep_mb", self.keep_mb), ("quota_mb", self.quota_mb)):
+            if not isinstance(size, (int, float)) or isinstance(size, bool) or size < 0:
+                raise ValueError(f"{name} must be a number of megabytes, 0 or more; got {size!r}")
+        if self.folder is not None and not isinstance(self.folder, str):
+            raise TypeError(f"folder must be a path as text, or None; got {self.folder!r}")
 
     def chosen(self, present: tuple[int, ...], count: int | None) -> tuple[tuple[int, ...], ChosenHeads]:
         """The layers, among those present, and the heads, of `count` in a layer, that are recorded.
@@ -126,6 +135,8 @@ class RequestSettings:
             "heads": self.heads,
             "reduce": list(self.reduce),
             "keep_mb": self.keep_mb,
+            "folder": self.folder,
+            "quota_mb": self.quota_mb,
         }
 
     def _head_selection(self, layers: tuple[int, ...]) -> HeadSelection | Mapping[Any, HeadSelection] | None:
@@ -150,6 +161,8 @@ def engine_arguments(
     heads: Any = None,
     reduce: Reduce | Iterable[Reduce] | None = ("layers", "heads"),
     keep_mb: float = 256,
+    folder: str | PathLike[str] | None = None,
+    quota_mb: float = 1000,
 ) -> dict[str, Any]:
     """The keyword arguments of `vllm.LLM`, and of its `EngineArgs`, that record statistics of every request.
 
@@ -157,6 +170,7 @@ def engine_arguments(
         statistics: as for `attnstats.capture(live=True)`, whose layers, heads and reduce these are, too; heads may also
             be {"profile": FILE, "share": 0.3}. By default one mean over all chosen heads is kept.
         keep_mb: the memory in each worker for the results of finished requests that nobody has fetched yet.
+        folder: where finished requests are written, too, for a `RequestStore` to read; it grows to quota_mb.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
@@ -165,7 +179,8 @@ def engine_arguments(
         >>> engine_arguments(["waad"], layers=[2, 3])["additional_config"]["attnstats"]["statistics"]
         [{'waad': {'window': 10}}]
     """
-    settings = RequestSettings(_statistics(statistics), layers, heads, resolve_reduce(reduce), keep_mb)
+    path = None if folder is None else str(Path(folder).absolute())
+    settings = RequestSettings(_statistics(statistics), layers, heads, resolve_reduce(reduce), keep_mb, path, quota_mb)
     return {"worker_cls": WORKER, "additional_config": {KEY: settings.to_json()}}
 
 

@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from attnstats.core.options import Options
 from attnstats.integrations.vllm import records
 from attnstats.integrations.vllm.configuration import KEY, RequestSettings
+from attnstats.integrations.vllm.store import RequestWriter
 from attnstats.integrations.vllm.sums import (
     CompiledSums,
     GatheredSums,
@@ -43,6 +45,8 @@ BYPASSED = (
 
 
 Watch = Callable[[Tensor, KeyCache, Any], None]  # gets a layer's queries, its cache and the step's metadata
+
+NO_TOKEN = "no token of it went through the model"
 
 
 class RequestRecording(PlacedRecording):
@@ -109,6 +113,7 @@ class Recorder:
         self._runner = runner
         self._running: dict[str, RequestRecording] = {}
         self._finished: OrderedDict[str, RequestRecording] = OrderedDict()
+        self._store = None if settings.folder is None else RequestWriter(Path(settings.folder), settings.quota_mb)
         self._step: Step | None = None
         self._warned = False
         self._is_compiled = steps.computes(settings.statistics)
@@ -213,9 +218,13 @@ class Recorder:
 
     def _finish(self, request_id: str) -> None:
         recording = self._running.pop(request_id, None)
-        if recording is None or recording.fetched:
+        if recording is None:
             return
         recording.tokens = self._tokens(request_id)
+        if self._store is not None:
+            self._write(self._store, request_id, recording)
+        if recording.fetched:
+            return
         self._finished[request_id] = recording
         held = sum(each.bytes for each in self._finished.values())
         while self._finished and held > self.settings.keep_mb * 1e6:
@@ -226,6 +235,18 @@ class Recorder:
     def _tokens(self, request_id: str) -> list[int]:
         state = self._runner.requests[request_id]
         return [*(state.prompt_token_ids or ()), *state.output_token_ids]
+
+    def _write(self, store: RequestWriter, request_id: str, recording: RequestRecording) -> None:
+        if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
+            store.lose(fault)
+            return
+        try:
+            store.write(request_id, self._record(recording))
+        except Exception as error:
+            store.lose(f"{type(error).__name__}: {error}")
+
+    def _record(self, recording: RequestRecording) -> bytes:
+        return records.encode(self.settings, self.layers, self.heads, recording, recording.tokens)
 
     def fetch(self, external_id: str, index: int, count: int) -> bytes:
         """The record of a request, which is forgotten.
@@ -251,9 +272,9 @@ class Recorder:
         else:  # the worker hears that a request is finished with the next step
             recording = self._running[request_id]
             recording.tokens, recording.fetched = self._tokens(request_id), True
-        if recording.fault is not None:
-            return records.failure(f"request {external_id!r} has no statistics: {recording.fault}")
-        return records.encode(self.settings, self.layers, self.heads, recording, recording.tokens)
+        if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
+            return records.failure(f"request {external_id!r} has no statistics: {fault}")
+        return self._record(recording)
 
     def _watch(self, number: int, layer: Any) -> None:
         """Have a captured layer call `_observe`."""
@@ -276,5 +297,5 @@ class Recorder:
 
 
 def _is_wanted(sampling: Any) -> bool:
-    """True unless a request's extra_args say {"attnstats": False}."""
-    return sampling is not None and (sampling.extra_args or {}).get(KEY, True) is not False
+    """True unless a request's extra_args say {"attnstats": False}, or over HTTP 0, as vLLM takes no booleans there."""
+    return sampling is not None and (sampling.extra_args or {}).get(KEY, True) not in (False, "0", "false", "False")

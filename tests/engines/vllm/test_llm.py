@@ -184,6 +184,15 @@ def test_every_completion_has_its_own(llama):
     assert [result.cached for result in results].count(0) >= 1
 
 
+def test_a_compiled_model_is_recorded(llama, monkeypatch):
+    """torch.compile leaves attention to Python; here with Dynamo alone, as in vLLM's own tests on CPUs."""
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    with engine(llama, **engine_arguments(STATISTICS, reduce=None), enforce_eager=False) as llm:
+        outputs = generate(llm, [tiny.prompt(n, n) for n in (40, 70)], [10, 20])
+        for output in outputs:
+            assert_teacher_forced(statistics_of(llm, output), llama)
+
+
 def test_an_aborted_request_leaves_the_others_alone(llama):
     from vllm import SamplingParams
 

@@ -40,6 +40,17 @@ def save(folder: Path, family: str = "llama", **sizes: Any) -> Path:
     return folder
 
 
+def save_tokenizer(folder: Path) -> None:
+    """A token for each letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *map(chr, range(32, 127))]
+    letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()

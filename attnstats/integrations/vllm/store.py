@@ -1,0 +1,117 @@
+"""A folder of finished requests, one file each, which a worker writes and anybody reads, also while it is written.
+
+A full disk or a full quota costs records, which are counted and logged, and nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from attnstats.integrations.vllm import records
+from attnstats.integrations.vllm.records import RequestStatistics
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+LOCK = ".lock"
+
+
+class RequestWriter:
+    """The one writer of a folder.
+
+    Attributes:
+        bytes: those of all records in the folder.
+        lost: how many requests could not be written.
+    """
+
+    def __init__(self, folder: Path, quota_mb: float):
+        """Raises ValueError: the folder can't be written, or another engine writes into it."""
+        self.folder = folder
+        self.lost = 0
+        self._quota = quota_mb * 1e6
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"folder {folder}: another engine writes its requests there; name another") from error
+        except OSError as error:
+            raise ValueError(f"folder {folder}: {error.strerror}; name one that can be written") from error
+        for unfinished in folder.glob("*.part"):
+            unfinished.unlink()
+        self.bytes = sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
+
+    def write(self, request_id: str, record: bytes) -> None:
+        """Write a record whole, or count it as lost."""
+        target = self.folder / (urllib.parse.quote(request_id, safe="") + SUFFIX)
+        beside = target.with_suffix(".part")
+        if self.bytes + len(record) > self._quota:
+            self.lose(f"the folder holds {self.bytes / 1e6:.1f} MB of its quota_mb of {self._quota / 1e6:g}")
+            return
+        try:
+            beside.write_bytes(record)
+            beside.replace(target)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            self.lose(f"{error.strerror}")
+            return
+        self.bytes += len(record)
+
+    def lose(self, reason: str) -> None:
+        """Count a request that is not written; the first, the tenth, the hundredth and so on are logged."""
+        self.lost += 1
+        if str(self.lost).strip("0") == "1":
+            log.error("attnstats: %d requests are not in %s, the last because: %s", self.lost, self.folder, reason)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+class RequestStore(Mapping[str, RequestStatistics]):
+    """The requests in a folder that a server writes, by id, in the order in which they finished.
+
+    Each is read when it is asked for. Ids are vLLM's inner ones: that of the user's with eight letters behind it, and
+    of several completions the number of each before it, as in `0_chatcmpl-17-1a2b3c4d`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Raises ValueError: no such folder."""
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"folder {self.folder}: there is none; an engine's setting `folder` names it")
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+    def __getitem__(self, request_id: str) -> RequestStatistics:
+        file = self.folder / (urllib.parse.quote(request_id, safe="") + SUFFIX)
+        try:
+            return records.decode(file.read_bytes())
+        except FileNotFoundError:
+            raise KeyError(request_id) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (urllib.parse.unquote(file.name.removesuffix(SUFFIX)) for file in self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def of(self, external_id: str) -> list[RequestStatistics]:
+        """The completions of the request with this id of the user's, such as a server's answer has."""
+        numbered = {}
+        for request_id in self:
+            inner = request_id[: -len("-1a2b3c4d")]
+            number, _, rest = inner.partition("_")
+            if external_id in (inner, request_id):
+                numbered[0] = request_id
+            elif rest == external_id and number.isdigit():
+                numbered[int(number)] = request_id
+        return [self[request_id] for _, request_id in sorted(numbered.items())]
+
+    def __repr__(self) -> str:
+        return f"RequestStore of {len(self)} requests in {self.folder}"
