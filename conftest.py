@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-MODULES = {"verl": ("engine", "plugin", "trainer", "ulysses", "workers"), "vllm": ("cpu", "worker")}
+MODULES = {"verl": ("engine", "legacy", "plugin", "trainer", "ulysses", "workers"), "vllm": ("cpu", "worker")}
 collect_ignore = [
     f"attnstats/integrations/{framework}/{name}.py"
     for framework, names in MODULES.items()

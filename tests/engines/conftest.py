@@ -4,7 +4,7 @@ import os
 from importlib.util import find_spec
 
 # Helpers have no doctests, and register themselves once.
-HELPERS = {"verl": ["verl/cpu.py", "verl/recorded.py", "verl/tiny.py"], "vllm": ["vllm/tiny.py"]}
+HELPERS = {"verl": ["verl/cpu.py", "verl/older.py", "verl/recorded.py", "verl/tiny.py"], "vllm": ["vllm/tiny.py"]}
 collect_ignore_glob = [
     pattern
     for framework, helpers in HELPERS.items()

@@ -36,6 +36,11 @@ TRAINER_HOOKS = (
     Hook(*TRAINER, "_compute_advantage", ("batch", "metrics")),
     Hook(*TRAINER, "_compute_metrics", ("batch", "metrics", "timing_raw")),
 )
+LEGACY = "verl.trainer.ppo.ray_trainer", "RayPPOTrainer"
+LEGACY_HOOKS = (
+    Hook(*LEGACY, "_compute_old_log_prob", ("batch",)),
+    Hook(*LEGACY, "_update_actor", ("batch",)),
+)
 
 
 def check_hooks(hooks: tuple[Hook, ...]) -> None:

@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ OURS = (
     "+algorithm.rhythm.reprofile_every=3",
 )
 STOCK = ("trainer.v1.trainer_mode=recorded_sync",)
+TWO_RANKS = ("trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=2", "ray_kwargs.ray_init.num_cpus=10")
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
@@ -230,3 +233,41 @@ def test_an_amplification_of_1_is_stock_verl(model, tmp_path):
                 # Layers that are read attend through our kernels, which round in their own way.
                 tolerance = 0 if name == "again" else 1e-5
                 torch.testing.assert_close(other[key]["old_log_probs"], row["old_log_probs"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("sequence_parallel", [1, 2])
+def test_on_two_ranks(model, tmp_path, sequence_parallel):
+    records = run(
+        model, tmp_path / "run", *OURS, *TWO_RANKS, f"{ACTOR}.ulysses_sequence_parallel_size={sequence_parallel}"
+    )
+    assert_curves_are_eager(model, records[1])
+    for record in records.values():
+        assert_advantages_are_scaled(record)
+
+
+def test_the_older_trainer(model, tmp_path):
+    how = {"module": "tests.engines.verl.older"}
+    records = run(model, tmp_path / "run", *OURS[1:], "trainer.use_v1=False", **how)
+    assert sorted(records) == [1, 2]
+    assert_curves_are_eager(model, records[1])
+    for record in records.values():
+        assert_advantages_are_scaled(record)
+    assert log_of(tmp_path / "run").count("rhythm/gamma") == 2
+
+
+def test_a_worker_that_dies_ends_the_run(model, tmp_path):
+    """The error is verl's own, and nothing waits for the dead."""
+    records = tmp_path / "run"
+    process = start(model, records, *OURS, "trainer.total_training_steps=16")
+    deadline = time.monotonic() + LIMIT
+    while not (records / "1.pt").exists():
+        assert process.poll() is None, log_of(records)[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    of_run = [
+        p for p in psutil.process_iter(["environ", "cmdline"]) if "WorkerDict" in " ".join(p.info["cmdline"] or [])
+    ]
+    (worker,) = [p for p in of_run if (p.info["environ"] or {}).get("RECORDS") == str(records)]
+    worker.kill()
+    assert process.wait(120) != 0
+    assert "ActorDiedError" in log_of(records)
