@@ -228,8 +228,15 @@ def test_an_update_is_stock_verls(folder, rank):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def gradients(engine, tokens=128):
-    batch = batch_of(*rows(), engine, True, step=None, tokens=tokens)
+def test_an_update_is_not_read(folder, rank):
+    engine = engine_of(folder)
+    gradients(engine, step=1)
+    assert engine.passes_read == 0
+    assert engine.head_classes is None
+
+
+def gradients(engine, tokens=128, step=None):
+    batch = batch_of(*rows(), engine, True, step=step, tokens=tokens)
     with engine.train_mode():
         engine.optimizer_zero_grad()
         engine.forward_backward_batch(batch, _loss)

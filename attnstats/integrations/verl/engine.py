@@ -92,7 +92,7 @@ class RhythmEngine(FSDPEngineWithLMHead):
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         step = tu.get_non_tensor_data(data=data, key=STEP, default=None)
         try:
-            if step is None or not self.credit.statistics:
+            if step is None or not forward_only or not self.credit.statistics:
                 return super().forward_backward_batch(data, loss_function, forward_only)
             with self._watch:
                 self._classify_if_due(data, step)
