@@ -48,6 +48,7 @@ def engine_of(folder, credit=CREDIT, **changes):
         path=str(folder),
         use_remove_padding=settings["use_remove_padding"],
         override_config={"attn_implementation": "sdpa"},
+        **settings.get("model", {}),
     )
     precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
     config = FSDPEngineConfig(
@@ -215,6 +216,23 @@ def test_heads_are_classified_anew_when_due_and_restored(folder, rank, tmp_path,
         engine_of(folder, RhythmCredit(head_share=0.5, layers=[1, 2, 4])).load_checkpoint(str(tmp_path))
     with pytest.warns(UserWarning, match="the checkpoint holds no classes of heads"):
         engine_of(folder).load_checkpoint(str(tmp_path / "elsewhere"))
+
+
+def test_adapters_are_read_with_and_not_without(folder, rank):
+    """LoRA: curves are those of the policy; the reference's pass, without adapters, is another's and isn't read."""
+    engine = engine_of(folder, model={"lora_rank": 4, "lora_alpha": 8})
+    output = infer(engine, batch_of(*rows(), engine, True))
+    assert_curves_are_eager(folder, engine, output)  # adapters start at nothing
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    adapted = infer(engine, batch_of(*rows(), engine, True))
+    assert (adapted["waad"].values() - output["waad"].values()).abs().max() > 0.01
+    with engine.disable_adapter():
+        reference = infer(engine, batch_of(*rows(), engine, True, step=None))
+    assert set(reference) == {"log_probs", "entropy"}
+    torch.testing.assert_close(reference["log_probs"].values(), output["log_probs"].values())
 
 
 def test_an_update_is_stock_verls(folder, rank):

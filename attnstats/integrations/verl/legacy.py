@@ -1,7 +1,7 @@
 """verl's older trainer, `RayPPOTrainer`, with token credit.
 
-`python -m attnstats.integrations.verl.legacy` takes the place of `python -m verl.trainer.main_ppo
-trainer.use_v1=False`, with its settings. Its batches are padded.
+`python -m attnstats.integrations.verl.legacy` is `python -m verl.trainer.main_ppo trainer.use_v1=False` with it. Its
+batches are padded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from verl.trainer import main_ppo_v0
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.trainer.ppo.utils import Role
+from verl.utils.device import auto_set_device
 
 from attnstats.integrations.settings import WITH_ENTROPY
 from attnstats.integrations.verl.batch import shape_advantages
@@ -104,6 +105,8 @@ class RhythmTaskRunner(main_ppo_v0.BaseTaskRunner):
 def main(config: Any) -> None:
     from attnstats.integrations.verl.legacy import RhythmTaskRunner  # by its name, which `python -m` hides
 
+    auto_set_device(config)
+    config.trainer.use_v1 = False
     run_ppo(config, task_runner_class=ray.remote(RhythmTaskRunner))
 
 

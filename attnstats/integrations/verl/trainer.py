@@ -28,7 +28,7 @@ MODE = "rhythm_sync"
 
 
 def generator_of(config: Any, *drawn_from: int) -> torch.Generator:
-    """For kind="random": independent of the sampling of responses, and the same in a resumed run."""
+    """For kind="random": independent of the sampling of responses. Rows draw in their order, which is Ray's."""
     seed = config.actor_rollout_ref.actor.data_loader_seed or 0
     return torch.Generator("cpu").manual_seed(
         np.random.SeedSequence((seed, *drawn_from)).generate_state(1, np.uint64).item()

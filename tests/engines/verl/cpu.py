@@ -110,10 +110,14 @@ class PlatformCPU(PlatformBase):
 
 # verl's own engines, as they are: for stock runs, references and critics. Imported once there is a platform.
 from verl.workers.engine import EngineRegistry  # noqa: E402
+from verl.workers.engine.fsdp import transformer_impl  # noqa: E402
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead  # noqa: E402
 
 for _model, _engine in (("language_model", FSDPEngineWithLMHead), ("value_model", FSDPEngineWithValueHead)):
     EngineRegistry.register(model_type=_model, backend=["fsdp", "fsdp2"], device="cpu")(_engine)
+
+# A reference's parameters are offloaded to pinned memory, which a machine without a GPU doesn't have.
+transformer_impl.CPUOffloadPolicy = lambda pin_memory: torch.distributed.fsdp.CPUOffloadPolicy(pin_memory=False)
 
 _initialise = torch.distributed.init_process_group
 

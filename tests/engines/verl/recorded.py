@@ -13,16 +13,18 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from attnstats.integrations.verl.trainer import RhythmTrainerSync
 
-FIELDS = ("prompts", "responses", "response_mask", "advantages", "returns", "old_log_probs", "waad", "fai", "fai_valid")
+FIELDS = ("prompts", "responses", "response_mask", "advantages", "returns", "old_log_probs")
 
 
 class Recorded:
     global_steps: int
+    use_critic: bool
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        ours = isinstance(self, RhythmTrainerSync)
-        fields = FIELDS if ours else FIELDS[:6]
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
+        fields = [*FIELDS, "entropy", *(["values"] if self.use_critic else [])]
+        if isinstance(self, RhythmTrainerSync):
+            fields += self._curves
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         batch = super()._update_actor(batch, metrics)  # type: ignore[misc]
         rows = {name: [x.clone() for x in data[name].unbind()] for name in fields}
         plain = {name: float(x) for name, x in metrics.items() if isinstance(x, (int, float))}

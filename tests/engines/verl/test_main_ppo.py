@@ -17,8 +17,8 @@ import psutil
 import pytest
 import torch
 
-from attnstats import credit, heads
-from attnstats.integrations.settings import RhythmCredit
+from attnstats import heads
+from attnstats.integrations.settings import RhythmCredit, Signals
 from tests.engines.verl import tiny
 from tests.process import ROOT
 
@@ -156,12 +156,18 @@ def assert_curves_are_eager(model, record, layers=(2, 3, 4)):
         torch.testing.assert_close(row["fai"].double()[valid], fai[valid], rtol=0, atol=1e-5)
 
 
-def assert_advantages_are_scaled(record):
-    for row in rows_of(record).values():
-        mask = row["response_mask"].bool()[None]
-        curves = row["waad"][None], row["fai"][None]
-        gamma = credit.coupled_rhythm(*curves, mask, valid=row["fai_valid"][None])
-        torch.testing.assert_close(row["advantages"], (row["returns"] * gamma[0]), rtol=0, atol=1e-6)
+def assert_advantages_are_scaled(record, rhythm=RHYTHM, unscaled=lambda record: record["rows"]["returns"]):
+    rows = record["rows"]
+    for i, advantages in enumerate(unscaled(record)):
+        curves = {name: rows[name][i][None] for name in Signals._fields if name in rows}
+        gamma = rhythm.gamma(Signals(**curves), rows["response_mask"][i].bool()[None])
+        torch.testing.assert_close(rows["advantages"][i], advantages * gamma[0], rtol=0, atol=1e-6)
+
+
+def whitened(values):
+    """By the mean and deviation over all response tokens, as verl does: in these runs no token is masked."""
+    tokens = torch.cat(values)
+    return [(row - tokens.mean()) * torch.rsqrt(tokens.var() + 1e-8) for row in values]
 
 
 @pytest.fixture(scope="session")
@@ -245,9 +251,41 @@ def test_on_two_ranks(model, tmp_path, sequence_parallel):
         assert_advantages_are_scaled(record)
 
 
+def test_a_value_function_a_reference_and_a_credit_by_entropy(model, tmp_path):
+    """GAE: the value function learns from returns that are not scaled; no pass is read."""
+    settings = (
+        *("algorithm.adv_estimator=gae", f"{ACTOR}.use_kl_loss=True", "critic.strategy=fsdp2"),
+        *(f"critic.model.path={model}", f"critic.model.tokenizer_path={model}", "critic.ppo_max_token_len_per_gpu=400"),
+        "critic.fsdp.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        *("trainer.v1.trainer_mode=recorded_rhythm", "+algorithm.rhythm.kind=entropy"),
+    )
+    records = run(model, tmp_path / "run", *settings)
+
+    def unscaled(record):
+        rows = record["rows"]
+        return whitened([r - v for r, v in zip(rows["returns"], rows["values"], strict=True)])
+
+    for record in records.values():
+        assert_advantages_are_scaled(record, RhythmCredit("entropy"), unscaled)
+        assert "actor/kl_loss" in record["metrics"]
+        assert "rhythm/seconds" not in record["metrics"]
+
+
+def test_adapters_with_their_base_as_the_reference(model, tmp_path):
+    """LoRA: the reference's pass goes through the actor's engine without adapters, and isn't read."""
+    settings = (
+        *("algorithm.adv_estimator=reinforce_plus_plus", f"{ACTOR}.use_kl_loss=True"),
+        *("actor_rollout_ref.model.lora_rank=4", "actor_rollout_ref.model.lora_alpha=8"),
+    )
+    records = run(model, tmp_path / "run", *OURS, *settings)
+    assert_curves_are_eager(model, records[1])  # adapters start at nothing
+    for record in records.values():
+        assert_advantages_are_scaled(record, unscaled=lambda record: whitened(record["rows"]["returns"]))
+
+
 def test_the_older_trainer(model, tmp_path):
     how = {"module": "tests.engines.verl.older"}
-    records = run(model, tmp_path / "run", *OURS[1:], "trainer.use_v1=False", **how)
+    records = run(model, tmp_path / "run", *OURS[1:], "algorithm.adv_estimator=rloo", **how)
     assert sorted(records) == [1, 2]
     assert_curves_are_eager(model, records[1])
     for record in records.values():
