@@ -161,7 +161,7 @@ def assert_advantages_are_scaled(record, rhythm=RHYTHM, unscaled=lambda record: 
     for i, advantages in enumerate(unscaled(record)):
         curves = {name: rows[name][i][None] for name in Signals._fields if name in rows}
         gamma = rhythm.gamma(Signals(**curves), rows["response_mask"][i].bool()[None])
-        torch.testing.assert_close(rows["advantages"][i], advantages * gamma[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(rows["advantages"][i], advantages * gamma[0], rtol=0, atol=1e-5)
 
 
 def whitened(values):
@@ -224,10 +224,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, trained, tmp_path):
 
 
 def test_an_amplification_of_1_is_stock_verl(model, tmp_path):
+    """Each row has a pass of its own: how rows are packed, in the order of Ray's answers, changes the last bits."""
+    alone = f"{ROLLOUT}.log_prob_use_dynamic_bsz=False", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=1"
     runs = {
-        "stock": run(model, tmp_path / "stock", *STOCK),
-        "again": run(model, tmp_path / "again", *STOCK),
-        "ours": run(model, tmp_path / "ours", *OURS, "+algorithm.rhythm.amp=1"),
+        "stock": run(model, tmp_path / "stock", *STOCK, *alone),
+        "again": run(model, tmp_path / "again", *STOCK, *alone),
+        "ours": run(model, tmp_path / "ours", *OURS, "+algorithm.rhythm.amp=1", *alone),
     }
     for name in ("again", "ours"):
         for step in (1, 2):
@@ -236,8 +238,8 @@ def test_an_amplification_of_1_is_stock_verl(model, tmp_path):
             for key, row in stock.items():
                 for field in ("advantages", "returns"):
                     assert torch.equal(row[field], other[key][field]), (name, step, field)
-                # Layers that are read attend through our kernels, which round in their own way.
-                tolerance = 0 if name == "again" else 1e-5
+                # Gradients of the first update are added up in the order of the rows.
+                tolerance = 0 if step == 1 else 1e-5
                 torch.testing.assert_close(other[key]["old_log_probs"], row["old_log_probs"], rtol=0, atol=tolerance)
 
 
@@ -256,7 +258,8 @@ def test_a_value_function_a_reference_and_a_credit_by_entropy(model, tmp_path):
     settings = (
         *("algorithm.adv_estimator=gae", f"{ACTOR}.use_kl_loss=True", "critic.strategy=fsdp2"),
         *(f"critic.model.path={model}", f"critic.model.tokenizer_path={model}", "critic.ppo_max_token_len_per_gpu=400"),
-        "critic.fsdp.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        "+critic.model.override_config.attn_implementation=sdpa",
+        "+critic.fsdp.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
         *("trainer.v1.trainer_mode=recorded_rhythm", "+algorithm.rhythm.kind=entropy"),
     )
     records = run(model, tmp_path / "run", *settings)
