@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from transformers import AutoModelForTokenClassification
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 from verl.workers.rollout import base
 from verl.workers.rollout.base import BaseRollout
@@ -118,6 +119,12 @@ for _model, _engine in (("language_model", FSDPEngineWithLMHead), ("value_model"
 
 # A reference's parameters are offloaded to pinned memory, which a machine without a GPU doesn't have.
 transformer_impl.CPUOffloadPolicy = lambda pin_memory: torch.distributed.fsdp.CPUOffloadPolicy(pin_memory=False)
+
+# A value function's model is loaded with FlashAttention 2, whatever its settings say.
+_load = AutoModelForTokenClassification.from_pretrained
+AutoModelForTokenClassification.from_pretrained = lambda *args, **kwargs: _load(
+    *args, **kwargs | {"attn_implementation": "sdpa"}
+)
 
 _initialise = torch.distributed.init_process_group
 

@@ -225,7 +225,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(model, trained, tmp_path):
 
 def test_an_amplification_of_1_is_stock_verl(model, tmp_path):
     """Each row has a pass of its own: how rows are packed, in the order of Ray's answers, changes the last bits."""
-    alone = f"{ROLLOUT}.log_prob_use_dynamic_bsz=False", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=1"
+    alone = (
+        *(f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=1"),
+        *(f"{ROLLOUT}.log_prob_use_dynamic_bsz=False", f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=1"),
+    )
     runs = {
         "stock": run(model, tmp_path / "stock", *STOCK, *alone),
         "again": run(model, tmp_path / "again", *STOCK, *alone),
