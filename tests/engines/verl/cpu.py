@@ -122,8 +122,10 @@ transformer_impl.CPUOffloadPolicy = lambda pin_memory: torch.distributed.fsdp.CP
 
 # A value function's model is loaded with FlashAttention 2, whatever its settings say.
 _load = AutoModelForTokenClassification.from_pretrained
-AutoModelForTokenClassification.from_pretrained = lambda *args, **kwargs: _load(
-    *args, **kwargs | {"attn_implementation": "sdpa"}
+setattr(  # noqa: B010
+    AutoModelForTokenClassification,
+    "from_pretrained",
+    lambda *args, **kwargs: _load(*args, **kwargs | {"attn_implementation": "sdpa"}),
 )
 
 _initialise = torch.distributed.init_process_group

@@ -35,5 +35,5 @@ class RecordedTaskRunner(legacy.RhythmTaskRunner):
 if __name__ == "__main__":
     from tests.engines.verl.older import RecordedTaskRunner as ByName
 
-    legacy.RhythmTaskRunner = ByName  # type: ignore[assignment,misc]
+    legacy.RhythmTaskRunner = ByName  # type: ignore[misc]
     legacy.main()
