@@ -215,7 +215,7 @@ def test_tokens_of_packed_sequences_that_no_program_reaches(monkeypatch):
 
     written = providers.Provider("written", lambda *_: iter(()), forward, backward)
     monkeypatch.setattr(providers, "CPU", written)
-    monkeypatch.setattr("attnstats.core.packing._believes", lambda device: True)
+    monkeypatch.setattr("attnstats.core.packing.believes", lambda device: True)
     for longest, longer in ((7, slice(0, 0)), (5, slice(5, 12))):
         output, stats = attnstats.varlen_attention(
             query, key, value, statistics=["waad"], cu_seqlens_q=boundaries, max_seqlen_q=longest, backend="flash"

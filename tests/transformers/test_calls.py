@@ -250,7 +250,7 @@ def test_only_the_first_layer_of_packed_rows_waits_for_a_gpu(llama, monkeypatch)
         llama(tokens(1), **inputs)
         expected = {s: run[s] for s in STATISTICS}
         monkeypatch.setattr(packing, "read", reading)
-        monkeypatch.setattr(packing, "_believes", lambda device: True)
+        monkeypatch.setattr(packing, "believes", lambda device: True)
         llama(tokens(1), **inputs)
         assert all(torch.equal(run[s], expected[s]) for s in STATISTICS)
     assert believed == [True] * LAYERS

@@ -78,7 +78,7 @@ def test_all_of_a_sequence_longer_than_the_call_says_is_nan(name, from_lse, monk
     given = {x: y[:-1] for x, y in case.arguments(device).items() if "cu_seqlens" in x} | {"statistics": asked}
     given |= {"enable_gqa": True}
     output, expected = attnstats.varlen_attention(rows, key, value, backend="tiled", **given)
-    monkeypatch.setattr("attnstats.core.packing._believes", lambda device: True)
+    monkeypatch.setattr("attnstats.core.packing.believes", lambda device: True)
     given |= {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "backend": "triton"}
     if from_lse:
         stats = attnstats.statistics_from_lse(rows, key, expected.lse, check=False, **given)
@@ -116,7 +116,7 @@ def test_packed_sequences_of_any_lengths_are_right(name, monkeypatch, device):
     check_gradients(case, "triton", device)
     read = case.call(attnstats, case.tensors(device), statistics=asked, backend="triton")
     longest = dict(zip(("max_seqlen_q", "max_seqlen_k"), map(max, zip(*SKEWED[name], strict=True)), strict=True))
-    monkeypatch.setattr("attnstats.core.packing._believes", lambda device: True)
+    monkeypatch.setattr("attnstats.core.packing.believes", lambda device: True)
     believed = case.call(attnstats, case.tensors(device), statistics=asked, backend="triton", **longest)
     assert torch.equal(believed.output, read.output)
     for s in asked:
