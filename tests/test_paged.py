@@ -346,7 +346,10 @@ WRONG = [
     ({"seqused_k": [17, 32]}, "seqused_k must be an int32 or int64 tensor .* got list"),
     ({"seqused_k": torch.tensor([17])}, "seqused_k must have a row for each of .* 2 requests"),
     ({"cu_seqlens_q": torch.tensor([0, 1, 4])}, "cu_seqlens_q must end at most at 3"),
-    ({"cu_seqlens_q": torch.tensor([0])}, "cu_seqlens_q must have two boundaries"),
+    (
+        {"cu_seqlens_q": torch.tensor([0])},
+        r"cu_seqlens_q must be an int32 or int64 tensor of shape \(sequences \+ 1,\), got .*\(1,\)",
+    ),
     ({"max_seqlen_q": 1}, "max_seqlen_q must be at least the longest sequence, 2"),
     ({"statistics": [Received(last=4)]}, r"statistics: Received\(last=4\) depends on the end"),
     ({"statistics": [PooledMap(2, 2)]}, "statistics: PooledMap.* depends on the end"),

@@ -90,9 +90,9 @@ def check_integer(name: str, length: int | None) -> None:
         raise ValueError(f"{name} must be an integer >= 0, got {length!r}")
 
 
-def check_integers(name: str, x: Any, shape: str, dims: int, device: torch.device) -> None:
-    """Raise for what isn't an int32 or int64 tensor of so many dimensions on the device."""
-    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64) or x.dim() != dims:
+def check_integers(name: str, x: Any, shape: str, dims: int, device: torch.device, least: int = 0) -> None:
+    """Raise for what isn't an int32 or int64 tensor of so many dimensions, and at least so many rows, on the device."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64) or x.dim() != dims or len(x) < least:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be an int32 or int64 tensor of shape {shape}, got {got}")
     if x.device != device:
@@ -101,9 +101,7 @@ def check_integers(name: str, x: Any, shape: str, dims: int, device: torch.devic
 
 def check_boundaries(name: str, cu_seqlens: Any, device: torch.device) -> None:
     """Raise for what isn't a tensor of boundaries on the device."""
-    check_integers(name, cu_seqlens, "(sequences + 1,)", 1, device)
-    if len(cu_seqlens) < 2:
-        raise TypeError(f"{name} must have two boundaries or more, of shape (sequences + 1,); got {len(cu_seqlens)}")
+    check_integers(name, cu_seqlens, "(sequences + 1,)", 1, device, least=2)
 
 
 def read_boundaries(name: str, cu_seqlens: Tensor, length: int) -> list[int]:
