@@ -2,9 +2,15 @@
 
 from importlib.util import find_spec
 
-MODULES = {"verl": ("engine", "legacy", "plugin", "trainer", "ulysses", "workers"), "vllm": ("cpu", "worker")}
+MODULES = {
+    "areal": ("areal",),
+    "openrlhf": ("openrlhf",),
+    "roll": ("roll_worker",),
+    "verl": tuple(f"verl/{name}" for name in ("engine", "legacy", "plugin", "trainer", "ulysses", "workers")),
+    "vllm": ("vllm/cpu", "vllm/worker"),
+}
 collect_ignore = [
-    f"attnstats/integrations/{framework}/{name}.py"
+    f"attnstats/integrations/{name}.py"
     for framework, names in MODULES.items()
     if find_spec(framework) is None
     for name in names

@@ -1,7 +1,7 @@
-"""Token credit on a trainer's batch of named tensors, shared by verl.py and roll.py.
+"""Token credit on a trainer's batch of named tensors, in the two layouts that trainers have.
 
-A batch is anything with names, a `dict` or a `TensorDict`; no framework is imported. The two modules say which tensors
-stand for the same tokens; the trainer's own worker writes the curves into the batch.
+A batch is anything with names, a `dict` or a `TensorDict`; no framework is imported. The trainer's own worker writes
+the curves into the batch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,12 @@ class Batch(Protocol):
     def keys(self) -> Iterable[str]: ...
     def __getitem__(self, name: str, /) -> Tensor: ...
     def __setitem__(self, name: str, value: Tensor, /) -> None: ...
+
+
+def generator_of(device: torch.device | str, *drawn_from: int) -> torch.Generator:
+    """For kind="random": independent of the sampling of responses, and the same for the same numbers."""
+    seed = np.random.SeedSequence(drawn_from).generate_state(1, np.uint64).item()
+    return torch.Generator(device).manual_seed(seed)
 
 
 def signals_of(batch: Batch, settings: RhythmCredit) -> Signals:
@@ -69,3 +76,30 @@ def scale_advantages(
     return {
         f"rhythm/{name}": of_tokens[counted].double().mean().item() for name, (of_tokens, counted) in values.items()
     }
+
+
+def scale_shifted_advantages(
+    batch: Batch, settings: RhythmCredit, generator: torch.Generator | None
+) -> dict[str, float]:
+    """`scale_advantages` for whole rows of T tokens, where entry j of what comes from logits belongs to token j + 1.
+
+    Args:
+        batch: "advantages" (B, T - 1); "response_mask" (B, T), 0 and 1; and those of "waad", "fai", "fai_valid" (B, T)
+            and "entropy" (B, T - 1) that the credit needs. "gamma" gets the shape of the advantages.
+        generator: for kind="random".
+
+    Raises:
+        ValueError, TypeError: a field is missing or has a wrong shape or dtype.
+    """
+    signals, mask = signals_of(batch, settings), batch["response_mask"]
+    cut = {}
+    for name, curve in zip(signals._fields, signals, strict=True):
+        if curve is None:
+            continue
+        length = mask.shape[1] - (name == "entropy")
+        if curve.shape != (len(mask), length):
+            raise ValueError(
+                f"{name} must be (B, {length}) beside response_mask {tuple(mask.shape)}, got {tuple(curve.shape)}"
+            )
+        cut[name] = curve if name == "entropy" else curve[:, 1:]
+    return scale_advantages(batch, settings, signals._replace(**cut), mask[:, 1:].bool(), generator)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from attnstats.integrations.batches import Batch, scale_advantages, signals_of
+from attnstats.integrations.batches import Batch, scale_shifted_advantages
 from attnstats.integrations.settings import RhythmCredit
 
 
@@ -33,16 +33,4 @@ def shape_advantages(
     Raises:
         ValueError, TypeError: a field is missing or has a wrong shape or dtype.
     """
-    settings = RhythmCredit() if settings is None else settings
-    signals, mask = signals_of(batch, settings), batch["response_mask"]
-    cut = {}
-    for name, curve in zip(signals._fields, signals, strict=True):
-        if curve is None:
-            continue
-        length = mask.shape[1] - (name == "entropy")
-        if curve.shape != (len(mask), length):
-            raise ValueError(
-                f"{name} must be (B, {length}) beside response_mask {tuple(mask.shape)}, got {tuple(curve.shape)}"
-            )
-        cut[name] = curve if name == "entropy" else curve[:, 1:]
-    return scale_advantages(batch, settings, signals._replace(**cut), mask[:, 1:].bool(), generator)
+    return scale_shifted_advantages(batch, RhythmCredit() if settings is None else settings, generator)

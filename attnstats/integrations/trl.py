@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attnstats import MeanDistance, capture, credit, heads
+from attnstats.integrations.batches import generator_of
 from attnstats.integrations.reading import Stopwatch, attention_timed, heads_changed, read_classes, written_classes
 from attnstats.integrations.settings import RhythmCredit, Signals, logged
 from attnstats.statistics import Statistic
@@ -131,9 +131,8 @@ class RhythmGRPOTrainer(GRPOTrainer):
             return torch.ones_like(mask, dtype=torch.float32)  # every response so far is masked, on all ranks
         generator = None
         if self.credit.kind == "random":  # independent of the sampling of responses, and the same in a resumed run
-            drawn_from = (self.args.seed, *self._batch_of_step, self.accelerator.process_index)
-            seed = np.random.SeedSequence(drawn_from).generate_state(1, np.uint64).item()
-            generator = torch.Generator(mask.device).manual_seed(seed)
+            drawn_from = self.args.seed, *self._batch_of_step, self.accelerator.process_index
+            generator = generator_of(mask.device, *drawn_from)
         return self.credit.gamma(signals, mask, generator)
 
     # Reading the policy

@@ -3,8 +3,15 @@
 import os
 from importlib.util import find_spec
 
-# Helpers have no doctests, and register themselves once.
-HELPERS = {"verl": ["verl/cpu.py", "verl/older.py", "verl/recorded.py", "verl/tiny.py"], "vllm": ["vllm/tiny.py"]}
+# Helpers have no doctests, and some register themselves once.
+HELPERS = {
+    "areal": [],
+    "openrlhf": ["openrlhf/cpu.py"],
+    "roll": [],
+    "verl": ["verl/cpu.py", "verl/older.py", "verl/recorded.py", "verl/tiny.py"],
+    "vllm": ["vllm/tiny.py"],
+}
+collect_ignore = ["maps.py"]
 collect_ignore_glob = [
     pattern
     for framework, helpers in HELPERS.items()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,13 @@ from verl.utils.device import get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from attnstats import MeanDistance, attach, capture, heads
-from attnstats.integrations.reading import Stopwatch, attention_timed, heads_changed, read_classes, written_classes
+from attnstats import attach, heads
+from attnstats.integrations.reading import CurveReader
 from attnstats.integrations.settings import RhythmCredit
 from attnstats.integrations.verl import query_mask
 from attnstats.integrations.verl.configuration import STEP
 from attnstats.integrations.verl.ulysses import exchange_of
 from attnstats.transformers.exchange import set_exchange
-from attnstats.transformers.run import Capture
 
 PREFIX = "rhythm_"
 FILE = "rhythm.json"  # in the actor's folder of a checkpoint
@@ -50,21 +47,13 @@ class RhythmEngine(FSDPEngineWithLMHead):
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
         self.credit = RhythmCredit()
         self.passes_read = 0
-        self._layers: tuple[int, ...] = ()
-        self._classes: dict[str, str] | None = None
-        self._profiled_at = 0
-        self._run: Capture | None = None  # of the pass that is being read
-        self._real = self._counted = torch.empty(
-            0, dtype=torch.bool, device="cpu"
-        )  # (B, T) of that pass: no padding; response tokens
-        self._distance: list[tuple[Tensor, Tensor]] | None = None  # of each micro-batch, while heads are profiled
-        self._watch = Stopwatch(torch.device(get_device_name()))
-        self._metrics: dict[str, float] = {}
+        self._reader: CurveReader
+        self._real: Tensor  # (B, T) bool, the tokens of the pass that is being read that are no padding
 
     @property
     def head_classes(self) -> heads.HeadClasses | None:
         """The local and global heads of the layers that are read; None before they are classified, or not needed."""
-        return None if self._classes is None else read_classes(self._classes)
+        return self._reader.head_classes
 
     def initialize(self) -> None:
         super().initialize()
@@ -77,29 +66,24 @@ class RhythmEngine(FSDPEngineWithLMHead):
                 )
             if not str(config._attn_implementation).startswith("flash_attention"):
                 attach(self.module)  # verl exchanges in FlashAttention alone
-        if self.credit.statistics:
-            with self._capture([MeanDistance()]) as run:  # refuses a model that can't be read
-                self._layers = run.layers
+        device, group = torch.device(get_device_name()), self.get_data_parallel_group()
+        self._reader = CurveReader(self.module, self.credit, device, group)
 
     def report(self) -> dict[str, float]:
         """What the last pass that was read has to log, and its seconds; empty after it."""
-        report = {**self._metrics, "rhythm/seconds": self._watch.seconds}
-        self._metrics, self._watch.seconds = {}, 0.0
-        return report
+        return self._reader.report()
 
     # Reading
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         step = tu.get_non_tensor_data(data=data, key=STEP, default=None)
+        passes = super().forward_backward_batch
         try:
-            if step is None or not forward_only or not self.credit.statistics:
-                return super().forward_backward_batch(data, loss_function, forward_only)
-            with self._watch:
-                self._classify_if_due(data, step)
-            with self._curves_captured() as self._run:
-                return super().forward_backward_batch(data, loss_function, forward_only)
+            if step is None or not forward_only:
+                return passes(data, loss_function, forward_only)
+            with self._reader.reading(step, lambda: passes(data, None, forward_only=True)):
+                return passes(data, loss_function, forward_only)
         finally:
-            self._run = None
             set_exchange(None)
 
     def prepare_model_inputs(self, micro_batch: Any) -> Any:
@@ -109,91 +93,41 @@ class RhythmEngine(FSDPEngineWithLMHead):
             exchange = exchange_of(inputs["position_ids"])
             length = exchange.length
             set_exchange(exchange)
-        if self._run is not None:
+        if self._reader.is_reading:
             lengths = micro_batch["input_ids"].offsets().diff()
             if tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
                 lengths = lengths.sum()[None]  # of the packed row, which may be padded at its end
             self._real = torch.arange(length, dtype=torch.int64, device=lengths.device) < lengths[:, None]
             counted = torch.zeros_like(self._real)
             counted[self._real] = query_mask(micro_batch)[0].to(counted.device)
-            self._run.query_mask = self._counted = counted
+            self._reader.expect(counted)
         return inputs, arguments
 
     def prepare_model_outputs(self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any) -> Any:
         outputs = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        if self._run is None:
-            return outputs
-        with self._watch:
-            if self._distance is not None:
-                counted = self._counted
-                rows = self._run["mean_distance"].double() * counted[:, None]  # (L, B, H, T)
-                self._distance.append((rows.sum((1, 3)), counted.sum()))
-                return outputs
-            curves = {name: self._run[name] for name in self.credit.statistics}
-            if "fai" in curves:
-                curves["fai_valid"] = self._run.valid["fai"]
-            offsets = micro_batch["input_ids"].offsets()
-            for name, curve in curves.items():
-                outputs[name] = torch.nested.nested_tensor_from_jagged(curve[self._real], offsets)
-        self.passes_read += 1
+        curves = self._reader.take()
+        for name, curve in curves.items():
+            outputs[name] = torch.nested.nested_tensor_from_jagged(
+                curve[self._real], micro_batch["input_ids"].offsets()
+            )
+        self.passes_read += bool(curves)
         return outputs
-
-    def _capture(self, statistics: Any, **settings: Any) -> AbstractContextManager[Capture]:
-        return capture(self.module, statistics=statistics, layers=self.credit.layers, **settings)
-
-    @contextmanager
-    def _curves_captured(self) -> Iterator[Capture]:
-        """Inside, passes have the curves of the credit. Before any response has a token they are of all heads."""
-        classes, statistics = self.head_classes, self.credit.statistics
-        of_heads = None if classes is None else {"waad": classes.local, "fai": classes.global_}
-        chosen = of_heads and {name: of_heads[name] for name in statistics}
-        with (
-            self._capture(statistics.values(), reduce=("layers", "heads"), heads=chosen) as run,
-            attention_timed(run, self._watch),
-        ):
-            yield run
-
-    def _classify_if_due(self, data: Any, step: int) -> None:
-        """Classify the heads by their mean distance over the responses of all ranks, where that is due."""
-        share, before = self.credit.head_share, self._classes
-        if share is None or (before is not None and step - self._profiled_at < self.credit.reprofile_every):
-            return
-        self._distance = []
-        try:
-            with self._capture([MeanDistance()]) as self._run:
-                super().forward_backward_batch(data, None, forward_only=True)
-            total, count = (torch.stack(parts).sum(0) for parts in zip(*self._distance, strict=True))
-        finally:
-            self._run = self._distance = None
-        of_ranks = torch.cat([total.flatten(), count[None].double()])
-        torch.distributed.all_reduce(of_ranks, group=self.get_data_parallel_group())
-        if of_ranks[-1] == 0:
-            return
-        distance = (of_ranks[:-1] / of_ranks[-1]).view_as(total)
-        classes = heads.classify(distance, share, self._layers)
-        self._classes, self._profiled_at = written_classes(classes), step
-        self._metrics = {
-            "rhythm/local_distance": distance[classes.local].mean().item(),
-            "rhythm/global_distance": distance[classes.global_].mean().item(),
-        }
-        if before is not None:
-            self._metrics["rhythm/heads_changed"] = heads_changed(self._classes, before)
 
     # Checkpoints
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self._classes is not None and self.rank == 0:
+        if self._reader.classes is not None and self.rank == 0:
             state = {
                 "head_share": self.credit.head_share,
-                "profiled_at": self._profiled_at,
-                "classes": self._classes,
+                "profiled_at": self._reader.profiled_at,
+                "classes": self._reader.classes,
             }
             Path(local_path, FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         state = [None]
-        if self._layers and self.credit.head_share is not None:
+        if self._reader.layers and self.credit.head_share is not None:
             if self.rank == 0:  # the file is on its machine, if not on all
                 path = Path(local_path, FILE)
                 state = [json.loads(path.read_text(encoding="utf-8")) if path.exists() else None]
@@ -202,7 +136,7 @@ class RhythmEngine(FSDPEngineWithLMHead):
         super().load_checkpoint(local_path, *args, **kwargs)
 
     def _restore(self, state: dict[str, Any] | None) -> None:
-        layers, share, fault = [str(layer) for layer in self._layers], self.credit.head_share, None
+        layers, share, fault = [str(layer) for layer in self._reader.layers], self.credit.head_share, None
         if state is None:
             fault = "holds no classes of heads: it was written by another trainer, or with a credit that needs none"
         elif state["head_share"] != share or sorted(state["classes"], key=int) != layers:
@@ -212,7 +146,7 @@ class RhythmEngine(FSDPEngineWithLMHead):
                 f"{', '.join(layers)}"
             )
         else:
-            self._classes, self._profiled_at = state["classes"], state["profiled_at"]
+            self._reader.classes, self._reader.profiled_at = state["classes"], state["profiled_at"]
         if fault is not None and self.rank == 0:
             warnings.warn(
                 f"the checkpoint {fault}. The heads are classified at the first batch and every "

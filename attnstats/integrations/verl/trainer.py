@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import transfer_queue as tq
@@ -20,6 +19,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.utils.padding import response_to_nested
 
+from attnstats.integrations import batches
 from attnstats.integrations.settings import WITH_ENTROPY, RhythmCredit
 from attnstats.integrations.verl.batch import response_part, shape_advantages
 from attnstats.integrations.verl.configuration import STEP, TRAINER_HOOKS, WORKER_HOOKS, check_hooks, credit_of
@@ -30,9 +30,7 @@ MODE = "rhythm_sync"
 def generator_of(config: Any, *drawn_from: int) -> torch.Generator:
     """For kind="random": independent of the sampling of responses. Rows draw in their order, which is Ray's."""
     seed = config.actor_rollout_ref.actor.data_loader_seed or 0
-    return torch.Generator("cpu").manual_seed(
-        np.random.SeedSequence((seed, *drawn_from)).generate_state(1, np.uint64).item()
-    )
+    return batches.generator_of("cpu", seed, *drawn_from)
 
 
 def curves_of(credit: RhythmCredit) -> list[str]:

@@ -11,14 +11,14 @@ import torch
 PROMPTS = ("aab", "bba", "ab ab", "b")
 
 
-def save(folder: Path, **sizes: Any) -> None:
+def save(folder: Path, family: str = "Llama", **sizes: Any) -> None:
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127)), "\n"]
     letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
@@ -33,7 +33,8 @@ def save(folder: Path, **sizes: Any) -> None:
         "max_position_embeddings": 2048,
     }
     special: dict[str, Any] = {"vocab_size": len(words), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(**special, **default | sizes))
+    config = getattr(transformers, f"{family}Config")(**special, **default | sizes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():  # attention of a fresh model is nearly uniform
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(4)
