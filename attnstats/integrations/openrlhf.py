@@ -42,7 +42,7 @@ def with_credit(credit: RhythmCredit) -> tuple[Any, Any]:
     return ray.remote(num_gpus=1)(actor), ray.remote(trainer)
 
 
-class RhythmPolicy(PolicyModelActor.__ray_actor_class__):  # type: ignore[name-defined]
+class RhythmPolicy(PolicyModelActor.__ray_actor_class__):
     """OpenRLHF's PolicyModelActor that keeps the curves of each batch that it computes log-probabilities of.
 
     Attributes:
@@ -119,7 +119,11 @@ class RhythmExperienceMaker(RemoteExperienceMaker):
         experiences = super().compute_advantages_and_returns(experiences)
         generator = generator_of("cpu", self._step)
         for experience, curves in zip(experiences, self._curves, strict=True):
-            batch = {"response_mask": pad(experience.action_mask, (1, 0)), "advantages": experience.advantages, **curves}
+            batch = {
+                "response_mask": pad(experience.action_mask, (1, 0)),
+                "advantages": experience.advantages,
+                **curves,
+            }
             metrics = scale_shifted_advantages(batch, self.credit, generator)
             experience.advantages = batch["advantages"]
             rows = len(experience.advantages)
@@ -128,7 +132,7 @@ class RhythmExperienceMaker(RemoteExperienceMaker):
         return experiences
 
 
-class RhythmPPOTrainer(PPOTrainer.__ray_actor_class__):  # type: ignore[name-defined]
+class RhythmPPOTrainer(PPOTrainer.__ray_actor_class__):
     """OpenRLHF's PPOTrainer with a `RhythmExperienceMaker`.
 
     Attributes:
@@ -136,6 +140,7 @@ class RhythmPPOTrainer(PPOTrainer.__ray_actor_class__):  # type: ignore[name-def
     """
 
     credit: RhythmCredit
+    experience_maker: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -149,11 +149,13 @@ class CurveReader:
         """
         if self._run is None:
             return {}
+        counted, self._counted = self._counted, None
+        if counted is None:
+            raise RuntimeError("a pass of the policy is read, and nothing said which of its tokens are the response's")
         with self._watch:
             if self._distance is not None:
-                assert self._counted is not None
-                rows = self._run["mean_distance"].double() * self._counted[:, None]  # (L, B, H, T)
-                self._distance.append((rows.sum((1, 3)), self._counted.sum()))
+                rows = self._run["mean_distance"].double() * counted[:, None]  # (L, B, H, T)
+                self._distance.append((rows.sum((1, 3)), counted.sum()))
                 return {}
             curves = {name: self._run[name] for name in self._credit.statistics}
             if "fai" in curves:

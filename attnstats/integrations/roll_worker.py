@@ -1,4 +1,4 @@
-"""Token credit in ROLL: a worker for `actor_train.worker_cls` whose attention is read in its pass for log-probabilities.
+"""Token credit in ROLL: a worker for `actor_train.worker_cls` that reads its attention where it computes log-probs.
 
 `compute_log_probs` returns the curves of the credit beside `log_probs` and `entropy`, and `train_step` scales the
 advantages of a batch that has them. In between they have to be fields of ROLL's batch (docs/trainers.md). Read in
@@ -50,7 +50,9 @@ class RhythmActorWorker(ActorWorker):
                 f"actor_train.strategy_args: strategy_name={strategy!r} with ulysses_size={ranks.cp_size} can't be "
                 "read; use strategy_name='fsdp2_train' and model_args.ulysses_size=1"
             )
-        self._reader = CurveReader(self.strategy.unwrap_model(), self.credit, torch.device(current_platform.device_type))
+        self._reader = CurveReader(
+            self.strategy.unwrap_model(), self.credit, torch.device(current_platform.device_type)
+        )
         self._step = 0
         self._masks: list[Tensor] = []  # of the micro-batches that are still to come
         self._curves: list[dict[str, Tensor]] = []

@@ -19,3 +19,5 @@ collect_ignore_glob = [
 ]
 if find_spec("vllm"):
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+if find_spec("roll"):
+    os.environ["ROLL_LOG_DIR"] = "out/roll"

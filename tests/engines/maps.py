@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnstats import heads
-from attnstats.integrations.settings import RhythmCredit
 
 
 class Row(NamedTuple):
@@ -27,7 +26,8 @@ class Expected(NamedTuple):
     logps: list[Tensor]
 
 
-def expected(folder: Path, credit: RhythmCredit, rows: list[Row]) -> Expected:
+def expected(folder: Path | str, credit: Any, rows: list[Row]) -> Expected:
+    """Out of the maps of the layers that a RhythmCredit with a list of layers and a finite horizon reads."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

@@ -1,7 +1,7 @@
 """What OpenRLHF imports or asks of CUDA, on a CPU, and its policy without DeepSpeed.
 
-flash_attn is packed rows' indexing here, vllm a name. `PolicyModelActor.forward` asks for the current CUDA device, which
-is the CPU.
+flash_attn is packed rows' indexing here, vllm a name. `PolicyModelActor.forward` asks for the current CUDA device,
+which is the CPU.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ if find_spec("vllm") is None:
 torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
 torch.cuda.synchronize = lambda *_: None
 
-from openrlhf.models import Actor
-from transformers import AutoModelForCausalLM
+from openrlhf.models import Actor  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
-from attnstats.integrations.openrlhf import RhythmPolicy
-from attnstats.integrations.settings import RhythmCredit
+from attnstats.integrations.openrlhf import RhythmPolicy  # noqa: E402
+from attnstats.integrations.settings import RhythmCredit  # noqa: E402
 
 
 class Policy(RhythmPolicy):

@@ -12,15 +12,9 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-
 from torch.nn.functional import pad
 
-from tests.engines import maps
-from tests.engines.openrlhf import cpu
-from tests.engines.verl import tiny
-from tests.process import ROOT
-
-# isort: split
+from tests.engines.openrlhf import cpu  # isort: skip
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ray.launcher import RayActorGroup
@@ -30,6 +24,9 @@ from attnstats import credit
 from attnstats.integrations.openrlhf import RhythmExperienceMaker, RhythmPPOTrainer, with_credit
 from attnstats.integrations.reading import read_classes
 from attnstats.integrations.settings import RhythmCredit
+from tests.engines import maps
+from tests.engines.verl import tiny
+from tests.process import ROOT
 
 CREDIT = cpu.Policy.credit
 LENGTHS, PROMPTS = (50, 33, 44, 20, 38, 27), (10, 4, 21, 8, 30, 5)

@@ -17,7 +17,9 @@ from roll.configs import ModelArguments
 from roll.configs.worker_config import StrategyArguments, WorkerConfig
 from roll.distributed.executor.worker import RankInfo
 from roll.distributed.scheduler.protocol import DataProto
+from roll.distributed.strategy import fsdp2_strategy
 from roll.distributed.strategy.factory import create_strategy
+from roll.models import model_providers
 from roll.models.model_providers import default_actor_model_provider
 from roll.pipeline import base_worker
 from roll.pipeline.rlvr.actor_worker import ActorWorker
@@ -65,7 +67,10 @@ def worker(folder, tmp_path_factory):
     worker.cluster_name = worker.worker_name = "actor_train"
     worker.rank_info = RankInfo()
     worker.strategy = create_strategy(worker=worker)
-    worker.strategy.initialize(model_provider=default_actor_model_provider)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fsdp2_strategy, model_providers):  # finds a model through Ray
+            patch.setattr(module, "download_model", str)
+        worker.strategy.initialize(model_provider=default_actor_model_provider)
     worker.prepare_reading()
     yield worker
     torch.distributed.destroy_process_group()
