@@ -29,7 +29,7 @@ from tests.engines.verl import tiny
 from tests.process import ROOT
 
 CREDIT = cpu.Policy.credit
-LENGTHS, PROMPTS = (50, 33, 44, 20, 38, 27), (10, 4, 21, 8, 30, 5)
+LENGTHS, PROMPTS = (50, 33, 44, 20, 38, 27), (10, 4, 21, 8, 15, 5)
 pytestmark = pytest.mark.timeout(900)
 
 
