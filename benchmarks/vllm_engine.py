@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.vllm_engine MODEL [--rounds 5] [--prompt 512] [--tokens 64]
 
-Both engines live in this process, whose CPU time is taken, so that other work on the machine does not count.
+Both engines live in this process, whose CPU time is taken, so that other work on the machine does not count. As that
+still varies more than recording costs, the time inside of the recorder is measured, too.
 """
 
 from __future__ import annotations
@@ -18,13 +19,33 @@ import torch
 BATCH = 8
 
 
-def cpu_seconds(llm: Any, prompts: list[list[int]], tokens: int) -> float:
+class Clock:
+    """The CPU time inside of some methods."""
+
+    def __init__(self, cls: Any, names: tuple[str, ...]):
+        self.seconds = 0.0
+        for name in names:
+            setattr(cls, name, self._timed(getattr(cls, name)))
+
+    def _timed(self, method: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - started
+
+        return timed
+
+
+def cpu_seconds(llm: Any, prompts: list[list[int]], tokens: int, clock: Clock) -> torch.Tensor:
+    """In all, and in the recorder."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
-    started = time.process_time()
+    started, clock.seconds = time.process_time(), 0.0
     llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-    return time.process_time() - started
+    return torch.tensor([time.process_time() - started, clock.seconds], dtype=torch.float64, device="cpu")
 
 
 def main() -> None:
@@ -42,7 +63,9 @@ def main() -> None:
 
     from attnstats import FAI, WAAD
     from attnstats.integrations.vllm import engine_arguments
+    from attnstats.integrations.vllm.recorder import Recorder
 
+    clock = Clock(Recorder, ("begin", "_observe", "end"))
     common: dict[str, Any] = {
         "dtype": arguments.dtype,
         "enforce_eager": True,
@@ -52,7 +75,7 @@ def main() -> None:
         "disable_log_stats": True,
         "skip_tokenizer_init": True,
     }
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "without": {},
         "WAAD and FAI, middle third, reduced": engine_arguments([WAAD(10), FAI(10, 100)]),
     }
@@ -60,19 +83,22 @@ def main() -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     size = (BATCH, length)
     prompts = torch.randint(100, 1000, size, generator=generator, dtype=torch.int64, device="cpu").tolist()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    times: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     for _ in range(arguments.rounds + 1):  # the first one warms up
         for name, llm in engines.items():
-            prefill = cpu_seconds(llm, prompts, 1)
-            times[name].append((prefill, cpu_seconds(llm, prompts, tokens) - prefill))
+            prefill = cpu_seconds(llm, prompts, 1, clock)
+            times[name].append(torch.stack([prefill, cpu_seconds(llm, prompts, tokens, clock) - prefill]))
     print(f"{BATCH} requests of {length} tokens, {tokens} more each; {arguments.dtype}; medians of {arguments.rounds}")
-    base = [stats.median(part) for part in zip(*times["without"][1:], strict=True)]
+    base = torch.stack(times["without"][1:]).median(0).values[:, 0]
     for name, measured in times.items():
-        prefill, decode = (stats.median(part) for part in zip(*measured[1:], strict=True))
-        print(
-            f"{name:40}prefill {prefill:6.2f} s ({prefill / base[0] - 1:+.1%})   decode "
-            f"{1e3 * decode / (tokens - 1):6.1f} ms a step ({decode / base[1] - 1:+.1%})"
-        )
+        middle = torch.stack(measured[1:]).median(0).values
+        for part, (whole, inside), of_base in zip(("prefill", "decode"), middle.tolist(), base.tolist(), strict=True):
+            print(
+                f"{name:40}{part:8} {whole:7.3f} s ({whole / of_base - 1:+.1%}), in the recorder {inside:6.4f} s "
+                f"({inside / max(whole - inside, 1e-9):.2%})"
+            )
+    print(f"a step of decoding: {1e3 * base[1].item() / (tokens - 1):.1f} ms; spread of rounds", end=" ")
+    print(f"{stats.pstdev(x[1, 0].item() for x in times['without'][1:]) / base[1].item():.1%}")
 
 
 if __name__ == "__main__":

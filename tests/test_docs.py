@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 MODULES = (
     *("credit", "distributed", "errors", "finding", "heads", "identity", "nn", "presets", "reference", "results"),
     *("rhythm", "segments", "study.analysis", "study.models", "study.outputs", "report.figures"),
-    *("integrations.roll", "integrations.settings", "integrations.trl", "integrations.verl"),
+    *("integrations.roll", "integrations.settings", "integrations.trl", "integrations.verl", "integrations.vllm"),
 )
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(#[^)\s]*)?\)")
 FOLDERS = ("attnstats", "benchmarks", "csrc", "docs", "examples", "kernels", "release", "reliability", "tests")
@@ -32,8 +32,10 @@ def exists(name):
     """True for a dotted name of a module of attnstats, or of a class, function or attribute in one."""
     try:
         pkgutil.resolve_name(name)
-    except (ImportError, AttributeError):
-        return False
+    except (ImportError, AttributeError):  # or of a plug-in whose framework is not installed
+        module, _, attribute = name.rpartition(".")
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        return file.is_file() and f"\nclass {attribute}(" in file.read_text()
     return True
 
 

@@ -17,6 +17,7 @@ import attnstats
 from attnstats import FAI, WAAD
 from attnstats.integrations.vllm import RequestStore, engine_arguments
 from tests.engines.vllm import tiny
+from tests.engines.vllm.test_page import block
 from tests.process import ROOT
 
 pytestmark = pytest.mark.timeout(900)
@@ -32,7 +33,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
+    folder = tmp_path_factory.mktemp("store") / "requests"
+    folder.mkdir()
     arguments = engine_arguments([WAAD(10), FAI(10, 40)], folder=folder)
     options = {
         "model": model,
@@ -109,6 +111,19 @@ def test_every_request_of_a_server_is_in_its_folder(store, model):
             torch.testing.assert_close(result[s], run[s], atol=1e-5, rtol=1e-5)
     assert len(store) == 4
     assert store.of(f"{left_out['id']}-0") == []
+
+
+def test_the_page_reads_an_answer(store, monkeypatch):
+    """docs/vllm.md."""
+    monkeypatch.chdir(store.folder.parent)
+    answer = complete("one more")
+    for _ in range(100):
+        if store.of(f"{answer['id']}-0"):
+            break
+        time.sleep(0.2)
+    scope = {"answer": answer}
+    exec(block("vllm_store"), scope)
+    assert scope["result"].tokens.shape == (1, len("one more") + 19)
 
 
 def test_a_second_server_can_not_write_the_same_folder(store):

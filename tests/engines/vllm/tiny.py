@@ -48,7 +48,37 @@ def save_tokenizer(folder: Path) -> None:
     words = ["<pad>", "<eos>", *map(chr, range(32, 127))]
     letters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+
+
+def save_adapter(folder: Path, model: Path, merged: Path) -> Path:
+    """A LoRA adapter of the query and key projections, and the model with it in its weights."""
+    import json
+
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(1)
+    tensors: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for i, layer in enumerate(whole.model.layers):
+            for name in ("q_proj", "k_proj"):
+                weight = getattr(layer.self_attn, name).weight
+                a, b = (torch.randn(*shape, generator=generator) for shape in ((8, weight.shape[1]), (len(weight), 8)))
+                tensors |= {
+                    f"base_model.model.model.layers.{i}.self_attn.{name}.lora_{part}.weight": x / 4
+                    for part, x in (("A", a), ("B", b))
+                }
+                weight += 2 * (b / 4) @ (a / 4)
+    whole.save_pretrained(merged)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(model)}))
+    return folder
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
