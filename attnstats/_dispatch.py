@@ -1,7 +1,8 @@
 """The choice of a backend, and the way into it: arguments validated, the backend called in full precision.
 
 A backend is a module with `attend`, `from_lse`, `passes` and `cost`, with `COMPUTES`, the methods of statistics that it
-knows, and, but for `reference`, which autograd differentiates, with `gradients`.
+knows, `READS_PAGES`, the passes from an lse that read keys in pages, and, but for `reference`, which autograd
+differentiates, with `gradients`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from attnstats.core.autograd import GradientsByStatistic, Residuals
 from attnstats.core.geometry import Evaluation, Geometry, full_precision
 from attnstats.core.lse import check_lse, check_values, natural_lse
 from attnstats.core.options import Options, is_packed
+from attnstats.core.paging import PagedKeys
 from attnstats.flash.providers import settings
 from attnstats.results import Explanation, PassCost
 from attnstats.statistics import Statistic
@@ -41,19 +43,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple
 
 
 def from_lse(
-    query: Tensor, key: Tensor, lse: Tensor, options: Options
+    query: Tensor, key: Tensor | PagedKeys, lse: Tensor, options: Options
 ) -> tuple[dict[Statistic, Tensor], Tensor, Geometry]:
-    """The statistics and the lse in natural logarithm, with a batch dimension."""
+    """The statistics and the lse in natural logarithm, with a batch dimension. Pages are copied for passes that can't
+    read them."""
+    paged, key = (key, key.stand_in()) if isinstance(key, PagedKeys) else (None, key)
     query, key, _, geometry = _batched(query, key, None, options)
     _check_from_lse(geometry)
     check_lse(options.lse_base, options.lse_layout)
     lse = natural_lse(lse, options.lse_base, options.lse_layout, geometry)
+    backend = choose(options.backend, geometry, attends=False)
+    if paged:
+        key, geometry = _from_pages(paged, geometry, backend, options.check)
     with torch.no_grad(), full_precision(geometry.device):
         if options.check:
             check_values(query, key, lse, geometry, options.lse_base)
         lse = geometry.nan_without_softmax(lse)
-        results = choose(options.backend, geometry, attends=False).from_lse(query, key, lse, geometry)
+        results = backend.from_lse(query, key, lse, geometry)
     return results, lse, geometry
+
+
+def _from_pages(paged: PagedKeys, geometry: Geometry, backend: ModuleType, check: bool) -> tuple[Tensor, Geometry]:
+    """The key of a call and its geometry: the cache where all passes read pages, else a copy of what they need."""
+    runs = {each.run for each in backend.passes(geometry, False)}
+    if check or not runs or not runs <= backend.READS_PAGES:
+        (key,) = arguments.batch_of_one(key=paged.copied())
+        return key, geometry
+    return paged.cache.transpose(1, 2), dataclasses.replace(geometry, paged=paged, memo={})
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> Explanation:

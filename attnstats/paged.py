@@ -78,7 +78,8 @@ def paged_statistics(
     With an lse, WAAD and LocalMass read `window` keys before the new tokens and FAI `hi`. So a token that is decoded
     reads `(hi + 1) * Hkv * D` numbers, however long its request is: 103 KB with FAI(10, 100), 4 key heads of 128 and
     bfloat16. Every other statistic, and every one without an lse, reads all keys of the request, or those that
-    window_size leaves: 1 KB for each. Keys that are read are copied out of their pages.
+    window_size leaves: 1 KB for each. Kernels on a GPU read the former from their
+    pages; otherwise keys are copied out of them, which on a GPU waits for the device.
 
     Args:
         query: (total_q, Hq, D) the new tokens, packed by request, strides as they come.
@@ -146,7 +147,8 @@ def paged_statistics(
     attends = lse is None or not all(s.from_lse for s in statistics)
     whole_rows = attends or check or backend == "reference"
     changed_before = _changed_before(statistics, left)
-    read = pages.layout(_read_before(statistics, left, whole_rows, changed_before))
+    read_before = _read_before(statistics, left, whole_rows, changed_before)
+    read = pages.layout(read_before)
     options = Options(
         statistics=tuple(s.summed for s in statistics),
         cu_seqlens_q=cu_seqlens_q,
@@ -175,14 +177,20 @@ def paged_statistics(
         evaluation, geometry = _dispatch.attend(query.detach(), key, key, options)
         results, lse = evaluation.tensors, evaluation.lse
     else:
-        results, lse, geometry = _dispatch.from_lse(query, keys.copied(), lse, options)
+        results, lse, geometry = _dispatch.from_lse(query, keys, lse, options)
     rows = {s: results[s][0] for s in statistics if s.axis == "row"}
-    changed = pages.layout(changed_before)
-    place = changed.places_in(read)
+    columns = {s: results[s.summed][0] for s in statistics if s.axis == "column"}
+    counts = {s: geometry.counts(s)[0] for s in columns if s.is_mean}
+    changed = read
+    if changed_before != read_before:
+        changed = pages.layout(changed_before)
+        place = changed.places_in(read)
+        columns = {s: x[:, place] for s, x in columns.items()}
+        counts = {s: x[place] for s, x in counts.items()}
     return PagedStatistics(
         Statistics(rows, lambda s: geometry.validity(s)[0], lambda s: geometry.counts(s)[0], lse[0]),
-        ByStatistic({s: results[s.summed][0][:, place] for s in statistics if s.axis == "column"}),
-        ByStatistic({s: geometry.counts(s)[0][place] for s in statistics if s.is_mean}),
+        ByStatistic(columns),
+        ByStatistic(counts),
         changed.first_key,
         changed.cu_seqlens,
     )

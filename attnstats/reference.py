@@ -24,6 +24,7 @@ from attnstats.statistics import PooledMap, SinkMass, Statistic, TopKeys
 
 NAME = "reference"
 COMPUTES = frozenset({"weight", "row", "first_keys", "segments", "top", "pooled", "lse"})
+READS_PAGES: frozenset[str] = frozenset()
 
 
 def attention(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -88,6 +89,12 @@ CASES = (
     *(Case("sm_90", 64, "float16", request, "full, padded") for request in (_PAPER, _COLUMN)),
     *(Case("sm_90", 128, "bfloat16", request, "window, softcap, sinks") for request in (_PAPER, _COLUMN)),
     *(Case("sm_90", 128, "bfloat16", request, "packed") for request in (_PAPER, _BAND, _COLUMN, *BACKWARD)),
+    *(
+        Case(target, dim, "float16" if target == "gfx942" else "bfloat16", _BAND, "pages")
+        for target in CARDS
+        for dim in (64, 128, 256)
+    ),
+    Case("sm_90", 128, "float32", _BAND, "pages"),
     Case("sm_90", 128, "bfloat16", "attention", "decode"),
     Case("sm_90", 128, "bfloat16", "attention", "tiles of forward_loop"),
     *(Case("sm_90", dim, "float32", request) for dim in (64, 128, 256) for request in (_PAPER, _BAND, _COLUMN)),
@@ -115,6 +122,7 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
     from attnstats.core.arguments import resolve, with_dropout_seed
     from attnstats.core.autograd import Residuals
     from attnstats.core.options import Options
+    from attnstats.core.paging import PagedKeys, Pages
     from attnstats.kernels.tiles import FIELDS
     from attnstats.triton import backend
     from attnstats.triton.configs import candidates, configured, targeting
@@ -133,12 +141,21 @@ def compiled_case(case: Case) -> list[dict[str, Any]]:
         options = {"window_size": (255, 0), "softcap": 30.0, "sinks": torch.zeros(8)}
     elif case.layout == "weighted queries":
         options = {"query_weight": torch.ones(2, 512)}
-    elif case.layout == "packed":
+    elif case.layout in ("packed", "pages"):
         query, key = (x.reshape(1, -1, 2 * x.shape[2], case.dim) for x in (query, key))
         options = {"cu_seqlens_q": torch.tensor([0, 512, 1024], dtype=torch.int32), "max_seqlen_q": 512}
+    paged = None
+    if case.layout == "pages":
+        table, boundaries = torch.zeros(2, 64, dtype=torch.int32), options["cu_seqlens_q"]
+        pages = Pages(table, boundaries, torch.tensor([1000, 1000], dtype=torch.int32), 1024)
+        paged = PagedKeys(torch.empty(256, 16, 2, case.dim, dtype=dtype), pages, pages.layout(100))
+        key = paged.stand_in().transpose(0, 1)[None]
+        options |= {"cu_seqlens_k": paged.layout.cu_seqlens, "max_seqlen_k": paged.layout.total}
     dropout_p = 0.1 if case.layout == "dropout" else 0.0
     call = Options(statistics=statistics, enable_gqa=True, dropout_p=dropout_p, **options)
     geometry = with_dropout_seed(resolve(query, key, key, call))
+    if paged:
+        key, geometry = paged.cache.transpose(1, 2), dataclasses.replace(geometry, paged=paged, memo={})
     rows = torch.zeros(query.shape[:3])
     tiles: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if case.layout == "tiles of forward_loop":

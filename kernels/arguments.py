@@ -1,6 +1,6 @@
 """Kernel arguments and device values that belong together, as NamedTuples.
 
-The first eight are filled by the launcher. Triton passes the fields one by one: a field, or a whole group, that is None
+The first nine are filled by the launcher. Triton passes the fields one by one: a field, or a whole group, that is None
 switches its feature off when the kernel is compiled. Of a number in a group it compiles in whether it is 1 and whether
 16 divides it, as loads of several elements need to know of strides. `Sizes` alone is made in the kernel, of arguments
 of its own: of these nothing is compiled in, so that every length and offset runs the same machine code. The others are
@@ -38,6 +38,15 @@ class Sequences(NamedTuple):
     cu_seqlens_k: Any = None
     max_queries: Any = None  # a sequence with more of either is left out; None: there is none
     max_keys: Any = None
+
+
+class Pages(NamedTuple):
+    """Where in a paged cache the keys of packed sequences are, whose strides are (blocks, heads, rows, head size). All
+    None: they lie one after the other."""
+
+    block_table: Any = None  # (sequences, pages)
+    first_key: Any = None  # (sequences,) int32, the place in its pages of each sequence's key 0
+    n_pages: Any = None  # the row stride of block_table
 
 
 class Sizes(NamedTuple):
@@ -104,6 +113,15 @@ class Head(NamedTuple):
 
     pointer: Any
     strides: Any
+
+
+class PagedHead(NamedTuple):
+    """One head of one sequence whose keys lie in pages."""
+
+    pointer: Any  # of the head in block 0
+    strides: Any
+    block_table: Any  # the sequence's row
+    first_key: Any
 
 
 class Stream(NamedTuple):
@@ -196,6 +214,7 @@ class Tile(NamedTuple):
     BLOCK_DIM: Any  # DIM rounded up to a power of two
     VALUE_DIM: Any = None
     BLOCK_VALUE_DIM: Any = None
+    PAGE: Any = 0  # keys per page; 0: they aren't in pages
 
 
 class Loop(NamedTuple):

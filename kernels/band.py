@@ -9,12 +9,15 @@ One program owns BM positions of HEADS query heads that share a key head: their 
 a key tile is read once for all of them. With a subset of heads HEADS is 1. In registers stay the query tile and one
 accumulator per row statistic, stored at the end as [ROWS, B, heads, Tq] float32; columns go to their slots as they come
 (tiles.band_sweep). Q is read once, K 1 + (BEHIND + AHEAD) / BM times, from L2 but for the first.
+
+With PAGE keys per page `key` is a paged cache, and the keys of a sequence are the last of an inference engine's
+request: those that the band of its new tokens needs. Columns have these keys alone.
 """
 
 import triton
 import triton.language as tl
 
-from .arguments import Band, Sizes, Slots, Strides, Tile
+from .arguments import Band, Pages, Sizes, Slots, Strides, Tile
 from .tiles import (
     FIELDS,
     anew,
@@ -24,6 +27,7 @@ from .tiles import (
     load_packed,
     load_pivot,
     packed_rows,
+    paged_head_of,
     place_of,
     row_mass,
     sequence_of,
@@ -33,11 +37,12 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=Sizes._fields)
 def band(
-    query, key, pivot, factor, rows, columns, query_counts, sinks, sequences, heads,
+    query, key, pivot, factor, rows, columns, query_counts, sinks, sequences, pages, heads,
     n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even,
     visible, score, strides,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BEHIND: tl.constexpr, ROWS_BEHIND: tl.constexpr, AHEAD: tl.constexpr,
     HEADS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     sizes = Sizes(
         n_batch, n_sequences, n_query_heads, n_heads, group, query_offset, n_queries, n_keys, n_blocks, n_even
@@ -76,11 +81,14 @@ def band(
     b_counts = None
     if query_counts is not None:
         b_counts = load_counts(query_counts + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
+    if PAGE > 0:
+        keys = paged_head_of(key, strides.key, i_sequence, i_key_head, Pages(*pages))
+    else:
+        keys = head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin)
     sums = band_sweep(
-        b_q, b_pivot, b_factor, b_counts, head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin), sequence,
-        sequence.offset + i_block * BM, BEHIND,
+        b_q, b_pivot, b_factor, b_counts, keys, sequence, sequence.offset + i_block * BM, BEHIND,
         Slots(columns, i_place, n_packed, sizes.n_batch, n_heads, sizes.n_keys), visible, score,
-        Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM),
+        Band(ROWS, COLUMNS, BEHIND, ROWS_BEHIND, AHEAD), Tile(HEADS, BM, BN, DIM, BLOCK_DIM, None, None, PAGE),
     )  # fmt: skip
     q_rows = packed_rows(anew(i_block), n_packed, sequence.n_queries, HEADS, BM)
     o_head, o_row, m_row = q_rows

@@ -12,7 +12,7 @@ the function's source.
 import triton
 import triton.language as tl
 
-from .arguments import Head, Rows, Sequence, Stream
+from .arguments import Head, PagedHead, Rows, Sequence, Stream
 
 FIELDS = tl.constexpr(5)
 FAR = tl.constexpr(1.0e9)  # further than any key
@@ -100,6 +100,13 @@ def head_of(p_tensor, strides, i_batch, i_head, begin):
 
 
 @triton.jit
+def paged_head_of(p_cache, strides, i_sequence, i_head, pages):
+    """The PagedHead of a sequence."""
+    p_table = pages.block_table + wide(i_sequence) * pages.n_pages
+    return PagedHead(p_cache + wide(i_head) * strides[1], strides, p_table, tl.load(pages.first_key + i_sequence))
+
+
+@triton.jit
 def streamed(head, n_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DESCRIBED: tl.constexpr):
     """The Stream of a head's first n_rows rows if DESCRIBED, else the Head.
 
@@ -147,6 +154,28 @@ def load_tile(
         if DIM < BLOCK_DIM:
             return tl.load(pointers, mask=(o_dim < DIM)[None, :], other=0.0)
         return tl.load(pointers)
+
+
+@triton.jit
+def load_paged(
+    head, start, n_rows, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PAGE: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """As `load_tile`, of a PagedHead. A tile may begin in the middle of a page and span several."""
+    o_row, o_dim = start + tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    o_key = head.first_key + o_row
+    m_row = (o_row >= 0) & (o_row < n_rows)
+    if CHECKED:
+        b_block = tl.load(head.block_table + o_key // PAGE, mask=m_row, other=0)
+    else:
+        b_block = tl.load(head.block_table + o_key // PAGE)
+    o_place = b_block.to(tl.int64) * head.strides[0] + (o_key % PAGE).to(tl.int64) * head.strides[2]
+    pointers = head.pointer + (o_place[:, None] + (o_dim * head.strides[3])[None, :])
+    if CHECKED:
+        return tl.load(pointers, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
+    if DIM < BLOCK_DIM:
+        return tl.load(pointers, mask=(o_dim < DIM)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -361,7 +390,10 @@ def band_step(
     start = block_start + relative
     o_tile = tl.arange(0, BN)
     o_key = start + o_tile
-    b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
+    if TILE.PAGE > 0:
+        b_k = load_paged(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, TILE.PAGE, EDGE)
+    else:
+        b_k = load_tile(keys, start, sequence.n_keys, BN, TILE.DIM, TILE.BLOCK_DIM, EDGE)  # [BN, BLOCK_DIM]
     b_x, _ = scores_above(b_k, b_qt, b_pivot[None, :], score)  # [BN, HEADS * BM]
     o_near = (relative + o_tile).to(tl.float32)
     m_key = o_key >= 0

@@ -31,6 +31,7 @@ from attnstats import (
     paged_statistics,
     reference,
 )
+from attnstats.core import packing, paging
 
 BANDS = (WAAD(10), LocalMass(4), FAI(0, 0), FAI(3, 20))
 WHOLE = (Entropy(), MeanDistance(), SinkMass(2), SegmentMass((0, 4, 60, None)), TopKeys(2), Received(), FAI(5, None))
@@ -117,7 +118,8 @@ class Engine:
         results = []
         for query, key in zip(self.queries, self.keys, strict=True):
             tensors = [x.double().cpu().transpose(0, 1)[None] for x in (query, key, key)]
-            settings = {"enable_gqa": True, "query_offset": 0} | arguments  # boundaries may lie ahead
+            settings: dict[str, Any] = {"enable_gqa": True, "query_offset": 0}  # so that boundaries may lie ahead
+            settings |= {name: x.cpu() if isinstance(x, Tensor) else x for name, x in arguments.items()}
             results.append(reference.attention(*tensors, statistics=statistics, **settings)[1])
         return results
 
@@ -221,6 +223,62 @@ def test_the_compiled_sums(dtype):
     engine = Engine(CHUNKS, dtype=dtype)
     engine.check((*BANDS, *WHOLE[:-3], Received()), from_lse=True, atol=2e-5) if dtype == torch.float32 else None
     Engine(CHUNKS, dtype=dtype).check(BANDS, from_lse=False, atol=2e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "heads", "integers"),
+    [
+        (16, "NHD", (4, 2), torch.int32),
+        (32, "HND", (3, 3), torch.int32),
+        (128, "interleaved", (8, 1), torch.int32),
+        (48, "halves", (6, 2), torch.int64),
+    ],
+)
+def test_the_band_kernel_reads_pages(size, layout, heads, integers, device, monkeypatch):
+    monkeypatch.setattr(paging.Pages, "gather", None)
+    engine = Engine(CHUNKS, size, layout, heads, 24, torch.float32, device, integers)
+    engine.check(BANDS, from_lse=True, atol=2e-5, reaches=20, backend="triton")
+
+
+@pytest.mark.parametrize("left", [2, 25])
+def test_the_band_kernel_under_a_window(left, device, monkeypatch):
+    monkeypatch.setattr(paging.Pages, "gather", None)
+    settings = {"window_size": (left, 0), "softcap": 2.0, "sinks": torch.linspace(-1, 1, 4, device=device)}
+    Engine(CHUNKS, dtype=torch.float32, device=device).check(BANDS, True, atol=2e-5, backend="triton", **settings)
+
+
+def test_other_passes_of_the_kernels_get_copies(device):
+    for statistics, from_lse in ((BANDS, False), ((WAAD(10), FAI(5, None), Entropy()), True)):
+        engine = Engine(PROMPTS, dtype=torch.float32, device=device)
+        engine.check(statistics, from_lse, atol=2e-5, backend="triton")
+
+
+def test_heads_and_counted_queries_of_the_band_kernel(device):
+    engine = Engine([[(0, 40), (1, 7)], [(0, 1), (1, 3)]], dtype=torch.float32, device=device)
+    engine.step(0, None, statistics=[])
+    lse = [x.lse[0].float().to(device) for x in engine.truth(())]
+    settings = {"statistics": BANDS, "query_mask": torch.tensor([True, False, True, True], device=device)}
+    results = []
+    for backend in ("triton", "tiled"):
+        engine.seen = [40, 7]
+        results.append(engine.step(1, lse, backend=backend, heads=[2, 0], max_seqlen_q=40, **settings)[0])
+    for found, expected in zip(*((*x.rows.tensors.values(), *x.columns.values()) for x in results), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_request_with_more_tokens_than_believed(device, monkeypatch):
+    """On a GPU nobody looks at the boundaries; here that is said."""
+    for module in (packing, paging):
+        monkeypatch.setattr(module, "believes", lambda _: True)
+    engine = Engine([[(0, 20), (1, 9)]], dtype=torch.float32, device=device)
+    lse = [x.lse[0].float().to(device) for x in engine.truth(())]
+    result, _ = engine.step(0, lse, statistics=[WAAD(10), FAI(0, 5)], max_seqlen_q=16, backend="triton")
+    # Room for the horizon of each request, as nobody counted.
+    for x, (first, second, rest) in ((result.rows["waad"], (20, 9, 0)), (result.columns["fai"], (20, 9, 2 * 5))):
+        parts = x.split([first, second, rest], dim=1)
+        assert parts[0].isnan().all()
+        assert parts[1].isfinite().all()
+        assert not parts[2].any()
 
 
 def test_queries_that_count_and_heads_of_a_statistic():

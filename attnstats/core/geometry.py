@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from attnstats.core.merging import divisors
 from attnstats.core.packing import Line, Packing
+from attnstats.core.paging import PagedKeys
 from attnstats.core.visibility import seen_keys
 from attnstats.results import AttentionResult, Statistics
 from attnstats.statistics import PooledMap, SegmentMass, Statistic
@@ -49,6 +51,8 @@ class Geometry:
             be seen) or additive. Only `reference` takes it.
         packing: sequences laid end to end in a batch of one, each with positions of its own, queries last; None:
             every batch row is one sequence.
+        paged: the packed keys lie in pages, and the key of the call is the cache (blocks, Hkv, block_size, D); None:
+            they don't.
         heads: the query heads of each statistic that is computed for some heads only.
         dropout_p: the share of A that is dropped before it meets the values; statistics are of the whole A.
         dropout_seed: (1,) int64 on the device, from which each pass derives the same mask; None: nothing is dropped.
@@ -80,6 +84,7 @@ class Geometry:
     segment_ends: Tensor | None = None
     dense_mask: Tensor | None = None
     packing: Packing | None = None
+    paged: PagedKeys | None = None
     heads: Mapping[Statistic, tuple[int, ...]]
     dropout_p: float
     dropout_seed: Tensor | None = None
@@ -360,20 +365,40 @@ class Geometry:
         assert self.packing is not None
         for i, (queries, keys) in enumerate(self.packing.slices()):
             if queries.start < queries.stop and keys.start < keys.stop:
-                length, key_length = queries.stop - queries.start, keys.stop - keys.start
-                alone = dataclasses.replace(
-                    self,
-                    query_length=length,
-                    key_length=key_length,
-                    query_offset=key_length - length,
-                    query_mask=None if self.query_mask is None else self.query_mask[:, queries],
-                    query_weight=None if self.query_weight is None else self.query_weight[:, queries],
-                    segment_ends=None if self.segment_ends is None else self.segment_ends[i : i + 1],
-                    dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
-                    packing=None,
-                    memo={},
-                )
-                yield queries, keys, alone
+                yield queries, keys, self._batch_of(i, 1, queries, keys)
+
+    def batches(self) -> Iterator[tuple[slice, slice, Geometry]]:
+        """`sequences`, those of the same lengths that follow each other as one batch."""
+        assert self.packing is not None
+        slices = enumerate(self.packing.slices())
+        for (of_queries, of_keys), alike in groupby(slices, lambda each: [x.stop - x.start for x in each[1]]):
+            (first, (queries, keys)), *others = alike
+            if of_queries and of_keys:
+                count = 1 + len(others)
+                queries = slice(queries.start, queries.start + count * of_queries)
+                keys = slice(keys.start, keys.start + count * of_keys)
+                yield queries, keys, self._batch_of(first, count, queries, keys)
+
+    def _batch_of(self, first: int, count: int, queries: slice, keys: slice) -> Geometry:
+        """Packed sequences of the same lengths, `count` from the first on, as a batch."""
+        query_length, key_length = ((x.stop - x.start) // count for x in (queries, keys))
+
+        def by_row(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[0, queries].unflatten(0, (count, query_length))
+
+        return dataclasses.replace(
+            self,
+            batch=count,
+            query_length=query_length,
+            key_length=key_length,
+            query_offset=key_length - query_length,
+            query_mask=by_row(self.query_mask),
+            query_weight=by_row(self.query_weight),
+            segment_ends=None if self.segment_ends is None else self.segment_ends[first : first + count],
+            dropout_seed=None if self.dropout_seed is None else self.dropout_seed + queries.start,
+            packing=None,
+            memo={},
+        )
 
     def _real_keys(self) -> Tensor:
         """(B, Tk) bool: not padding, and of a sequence."""

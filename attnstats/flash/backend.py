@@ -31,6 +31,7 @@ from attnstats.triton.configs import MAX_DECODED, architecture, table_version
 
 NAME = "flash"
 COMPUTES = triton.COMPUTES
+READS_PAGES = triton.READS_PAGES
 CHECKED = "ATTNSTATS_CHECK_LSE"  # an environment variable: 1 to compare rows of each lse with scores, on the device
 OTHERS = f"choose backend='triton', or set {providers.LEFT_OUT} to its name to leave it out"
 

@@ -25,6 +25,7 @@ from attnstats.tiled import band, cpu_flash, native, row_lse, sweep
 
 NAME = "tiled"
 COMPUTES = frozenset({"weight", "row", "first_keys", "segments", "top", "pooled", "lse"})
+READS_PAGES: frozenset[str] = frozenset()
 
 Evaluate = Callable[[Tensor, Tensor, Tensor, Geometry, tuple[Statistic, ...]], dict[Statistic, Tensor]]
 
@@ -100,10 +101,13 @@ def _evaluate(
     statistics = [s for each in passes for s in each.statistics]
     results = geometry.zeros(statistics)
     results |= {s: torch.full_like(results[s], -torch.inf) for s in statistics if s.method == "lse"}
-    for queries, keys, alone in geometry.sequences():
-        of_sequence = _evaluate(query[:, :, queries], key[:, :, keys], lse[:, :, queries], alone, passes)
-        for s, x in of_sequence.items():
-            results[s][:, :, keys if s.axis == "column" else queries] = x
+    for queries, keys, batch in geometry.batches():
+        inputs = [
+            x[0, :, tokens].unflatten(1, (batch.batch, -1)).transpose(0, 1)
+            for x, tokens in ((query, queries), (key, keys), (lse, queries))
+        ]
+        for s, x in _evaluate(inputs[0], inputs[1], inputs[2], batch, passes).items():
+            results[s][0, :, keys if s.axis == "column" else queries] = x.transpose(0, 1).flatten(1, 2)
     return results
 
 

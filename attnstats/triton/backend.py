@@ -26,6 +26,7 @@ from attnstats.triton.plan import GradientPlan, Heads, Plan
 
 NAME = "triton"
 COMPUTES = frozenset({"weight", "row", "first_keys", "segments", "top", "pooled", "lse"})
+READS_PAGES = frozenset({"band"})
 MAX_HEAD_DIM = 256
 
 RunPass = Callable[[Tensor, Tensor, launch.RowLse, Geometry, Pass, Plan], dict[Statistic, Tensor]]

@@ -7,8 +7,8 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, ColumnStatistic, Received, reference
+from attnstats.tiled import backend, native, sweep
 from attnstats.tiled import band as diagonal
-from attnstats.tiled import native, sweep
 from tests.cases import Case, check
 from tests.process import python
 
@@ -54,6 +54,24 @@ def test_small_blocks(case, monkeypatch):
     monkeypatch.setattr(diagonal, "BAND_ROWS", 4)
     check(case, "tiled")
     check(case, "tiled", from_lse=True)
+
+
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize(
+    "changed", [{}, {"weighted": True, "heads": "some"}, {"counted": "some", "sinks": True}], ids=str
+)
+def test_sequences_of_the_same_lengths_are_one_batch(changed, monkeypatch):
+    case = Case(packed=((1, 30),) * 3 + ((0, 4),) * 2 + ((5, 9),) * 2 + ((1, 30),), **changed)
+    check(case, "tiled", from_lse=True)
+    batches, evaluate = [], backend._evaluate
+
+    def counted(query, key, lse, geometry, passes):
+        batches.append((geometry.batch, geometry.query_length, geometry.key_length))
+        return evaluate(query, key, lse, geometry, passes)
+
+    monkeypatch.setattr(backend, "_evaluate", counted)
+    check(case, "tiled", from_lse=True, statistics=[WAAD(10), FAI(0, 5)])
+    assert batches[1:] == [(3, 1, 30), (2, 5, 9), (1, 1, 30)]
 
 
 @pytest.mark.usefixtures("sums")

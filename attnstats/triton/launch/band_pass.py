@@ -48,7 +48,8 @@ def band_tile(geometry: Geometry, heads: Heads, config: Config) -> tuple[int, Co
     packed = 1 if heads is not None else min(MAX_PACKED_HEADS, arguments.power_of_two(geometry.group))
     if geometry.dtype == torch.float32 and not interpreted():
         packed = min(packed, max(1, config.BM // 16))  # more rows than the table says would spill
-    rows = config.BM if geometry.query_weight is None else config.BM // 2  # weights take registers, too
+    alone = geometry.query_weight is None and geometry.paged is None
+    rows = config.BM if alone else config.BM // 2  # weights and the places of pages take registers, too
     positions = max(16, rows // packed)
     return packed, config._replace(BM=positions)
 
@@ -80,6 +81,7 @@ def _band(
         columns=columns,
         query_counts=arguments.counts(geometry),
         sinks=arguments.sinks(geometry),
+        pages=arguments.pages(geometry),
         heads=arguments.on_device(heads, geometry.device),
         strides=Strides(query.stride(), key.stride()),
     )
@@ -98,6 +100,7 @@ def _prepare_band(geometry: Geometry, plan: Plan, config: Config, heads: Heads) 
         "BN": config.BN,
         **band_reach(geometry, plan),
         **arguments.dims(geometry, with_value=False),
+        "PAGE": 0 if geometry.paged is None else geometry.paged.page_size,
     }
     count = arguments.head_count(geometry, heads)
     sizes = arguments.sizes(geometry, config.BM)._replace(n_heads=count)
