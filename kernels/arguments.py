@@ -40,7 +40,7 @@ class Sequences(NamedTuple):
     max_keys: Any = None
 
 
-class Pages(NamedTuple):
+class PageTable(NamedTuple):
     """Where in a paged cache the keys of packed sequences are, whose strides are (blocks, heads, rows, head size). All
     None: they lie one after the other."""
 

@@ -17,7 +17,7 @@ request: those that the band of its new tokens needs. Columns have these keys al
 import triton
 import triton.language as tl
 
-from .arguments import Band, Pages, Sizes, Slots, Strides, Tile
+from .arguments import Band, PageTable, Sizes, Slots, Strides, Tile
 from .tiles import (
     FIELDS,
     anew,
@@ -82,7 +82,7 @@ def band(
     if query_counts is not None:
         b_counts = load_counts(query_counts + wide(i_batch) * sizes.n_queries + q_begin + o_row, m_row)
     if PAGE > 0:
-        keys = paged_head_of(key, strides.key, i_sequence, i_key_head, Pages(*pages))
+        keys = paged_head_of(key, strides.key, i_sequence, i_key_head, PageTable(*pages))
     else:
         keys = head_of(key, strides.key, i_batch, i_key_head, sequence.k_begin)
     sums = band_sweep(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnstats.core.geometry import LOG2E, Geometry, divisor_of, pivot_of
 from attnstats.core.scores import softcap_
-from attnstats.kernels.arguments import Dropout, Pages, Score, Sequences, Sizes, Visibility
+from attnstats.kernels.arguments import Dropout, PageTable, Score, Sequences, Sizes, Visibility
 from attnstats.statistics import CATALOGUE, Statistic, Summed
 from attnstats.triton.configs import describes, interpreted
 from attnstats.triton.plan import Heads
@@ -152,13 +152,13 @@ def sequences(geometry: Geometry) -> Sequences:
     return Sequences(packing.queries, packing.keys, *limits)
 
 
-def pages(geometry: Geometry) -> Pages:
+def pages(geometry: Geometry) -> PageTable:
     if geometry.paged is None:
-        return Pages()
+        return PageTable()
     block_table = geometry.paged.pages.block_table
     if block_table.stride(1) != 1:
         block_table = block_table.contiguous()
-    return Pages(block_table, geometry.paged.layout.first_key, block_table.stride(0))
+    return PageTable(block_table, geometry.paged.layout.first_key, block_table.stride(0))
 
 
 def sizes(geometry: Geometry, block: int, by_keys: bool = False) -> Sizes:
