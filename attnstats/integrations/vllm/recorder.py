@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,13 @@ class Recorder:
 
     def begin(self, scheduled: Any) -> None:
         """Before the model runs, with what the scheduler sent."""
+        self._step = None
+        try:
+            self._begin(scheduled)
+        except Exception as error:
+            self._fail(self._running.values(), f"before a step: {type(error).__name__}: {error}")
+
+    def _begin(self, scheduled: Any) -> None:
         for request_id in scheduled.finished_req_ids:
             self._finish(request_id)
         for new in scheduled.scheduled_new_reqs:
@@ -144,7 +151,6 @@ class Recorder:
         step, self._step = self._step, None
         if step is None or not any(id_ in self._running for id_ in step.spans):
             return
-        rows = self._rows_of(step)
         missing = [layer for layer in self.layers if layer not in step.seen]
         if missing and step.fault is None:
             step.fault = BYPASSED.format(missing=", ".join(map(str, missing)))
@@ -152,13 +158,16 @@ class Recorder:
             try:
                 self._place(step)
             except Exception as error:
-                step.fault = f"{type(error).__name__}: {error}"
+                step.fault = f"after a step: {type(error).__name__}: {error}"
         if step.fault is not None:
-            for each in rows:
-                each.recording.fault = step.fault
-            if rows and not self._warned:
-                self._warned = True
-                log.error("attnstats: requests have no statistics, because %s (said once)", step.fault)
+            self._fail([self._running[id_] for id_ in step.spans if id_ in self._running], step.fault)
+
+    def _fail(self, requests: Iterable[RequestRecording], fault: str) -> None:
+        for each in requests:
+            each.fault = each.fault or fault
+        if not self._warned:
+            self._warned = True
+            log.error("attnstats: requests have no statistics, because %s (said once)", fault)
 
     def _observe(
         self, layer: WatchedLayer, masks: dict[Statistic, Tensor], query: Tensor, cache: KeyCache, metadata: Any
@@ -168,10 +177,10 @@ class Recorder:
         if step is None or step.fault is not None:
             return
         step.seen.add(layer.number)
-        rows = self._rows_of(step)
-        if not rows:
-            return
         try:
+            rows = self._rows_of(step)
+            if not rows:
+                return
             self._sums_of(step, rows, layer, query, cache, metadata).add(layer, query, cache, masks)
         except Exception as error:
             step.fault = f"layer {layer.number}: {type(error).__name__}: {error}"
