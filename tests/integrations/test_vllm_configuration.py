@@ -135,7 +135,6 @@ def config(**changes):
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"cache_dtype": "fp8"}, "kv_cache_dtype='fp8'"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size > 1"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size > 1"),
         ({"data_parallel_size": 2}, "data_parallel_size > 1"),
         ({"decode_context_parallel_size": 2}, "decode_context_parallel_size > 1"),
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size > 1"),
@@ -145,7 +144,15 @@ def config(**changes):
     ],
 )
 def test_what_an_engine_can_not_be_recorded_with_is_refused_by_name(change, name):
-    check_engine(config())
+    check_engine(config(), settings())
     with pytest.raises(ValueError, match="can't be used with") as error:
-        check_engine(config(**change))
+        check_engine(config(**change), settings())
     assert name in str(error.value)
+
+
+def test_ranks_have_all_of_their_heads_and_no_folder():
+    parallel = config(tensor_parallel_size=2)
+    check_engine(parallel, settings())
+    for given, name in (({"heads": [0]}, "chosen heads"), ({"folder": "requests"}, "a folder")):
+        with pytest.raises(ValueError, match=f"tensor_parallel_size > 1 and {name}"):
+            check_engine(parallel, settings(**given))

@@ -1,12 +1,13 @@
 """The recorder of a worker without its engine; vLLM itself is not needed."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from attnstats import FAI, WAAD
-from attnstats.integrations.vllm import records
+from attnstats import FAI, WAAD, SegmentMass
+from attnstats.integrations.vllm import async_statistics_of, records, statistics_of
 from attnstats.integrations.vllm.configuration import RequestSettings
 from attnstats.integrations.vllm.recorder import Recorder
 from attnstats.integrations.vllm.sums import KeyCache
@@ -18,11 +19,14 @@ SIZE, DIM = 4, 16
 class Engine:
     """A layer with its cache, a batch, and steps of them."""
 
-    def __init__(self, settings=SETTINGS):
-        self.impl = SimpleNamespace(num_heads=2, scale=0.25, left=None, logits_soft_cap=0, sinks=None, watch=None)
+    def __init__(self, settings=SETTINGS, heads=(0, 1)):
+        self.own = list(heads)
+        self.impl = SimpleNamespace(
+            num_heads=len(heads), scale=0.25, left=None, logits_soft_cap=0, sinks=None, watch=None
+        )
         self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]), requests={})
-        heads = {s: {0: None} for s in settings.statistics}
-        self.recorder = Recorder(settings, {0: SimpleNamespace(impl=self.impl)}, heads, self.runner)
+        every = {s: {0: None} for s in settings.statistics}
+        self.recorder = Recorder(settings, {0: SimpleNamespace(impl=self.impl)}, every, self.runner)
         self.cache = torch.randn(9, SIZE, 1, DIM, generator=torch.Generator("cpu").manual_seed(0))
         self.known = {}
 
@@ -60,7 +64,7 @@ class Engine:
         self.impl.watch(query, KeyCache(SIZE, self.cache.__getitem__, self.cache), metadata)
 
     def query(self, number):
-        return torch.randn(8, 2, DIM, generator=torch.Generator("cpu").manual_seed(1 + number))
+        return torch.randn(8, 2, DIM, generator=torch.Generator("cpu").manual_seed(1 + number))[:, self.own]
 
     def fetch(self, name):
         return records.decode(self.recorder.fetch(name, 0, 1))
@@ -79,6 +83,51 @@ def test_steps_in_any_order_and_repeated_queries_are_one_pass():
         for s in SETTINGS.statistics:
             torch.testing.assert_close(result[s], expected[s])
             assert torch.equal(result.valid[s], expected.valid[s])
+
+
+@pytest.mark.parametrize("reduce", [(), ("heads",), ("layers",), ("layers", "heads")])
+def test_ranks_are_put_together(reduce):
+    kinds = (WAAD(3), FAI(1, 4), SegmentMass((0, 2, None)))
+    settings = RequestSettings(kinds, layers=[0], reduce=reduce)
+    whole, *ranks = (Engine(settings, heads) for heads in ((0, 1), (0,), (1,)))
+    for engine in (whole, *ranks):
+        engine.step({"a": (0, 5)})
+        engine.step({"a": (5, 8)})
+    expected, result = whole.fetch("a"), records.merged([rank.fetch("a") for rank in ranks])
+    for s in kinds:
+        torch.testing.assert_close(result[s], expected[s])
+        assert torch.equal(result.valid[s], expected.valid[s])
+
+
+def output_of(tokens, finished=True, request_id="a"):
+    completion = SimpleNamespace(token_ids=tokens[4:])
+    return SimpleNamespace(request_id=request_id, finished=finished, prompt_token_ids=tokens[:4], outputs=[completion])
+
+
+def test_an_output_finds_its_statistics_and_no_others():
+    engine = Engine()
+    engine.step({"a": (0, 8), "b": (0, 8)})
+
+    class LLM:
+        def collective_rpc(self, method, args):
+            assert method == "attnstats_fetch"
+            return [engine.recorder.fetch(*args)]
+
+    class AsyncLLM:
+        async def collective_rpc(self, method, args):
+            return LLM().collective_rpc(method, args)
+
+    tokens = [*range(8), 8]
+    with pytest.raises(TypeError, match=r"llm must be a vllm\.LLM, got Engine"):
+        statistics_of(engine, output_of(tokens))
+    with pytest.raises(ValueError, match="request 'a' is not finished"):
+        statistics_of(LLM(), output_of(tokens, finished=False))
+    assert statistics_of(LLM(), output_of(tokens)).tokens.tolist() == [tokens[:8]]
+    result = asyncio.run(async_statistics_of(AsyncLLM(), output_of(tokens, request_id="b")))
+    assert result["waad"].shape == (1, 1, 2, 8)
+    engine.step({"c": (0, 8)})
+    with pytest.raises(RuntimeError, match="request 'c': the statistics are of other tokens"):
+        statistics_of(LLM(), output_of([7, *tokens], request_id="c"))
 
 
 def test_a_step_that_no_layer_sees_costs_its_requests_alone():

@@ -5,8 +5,8 @@
 """
 
 from attnstats.integrations.vllm.configuration import engine_arguments
-from attnstats.integrations.vllm.fetching import statistics_of
+from attnstats.integrations.vllm.fetching import async_statistics_of, statistics_of
 from attnstats.integrations.vllm.records import RequestStatistics
 from attnstats.integrations.vllm.store import RequestStore
 
-__all__ = ["RequestStatistics", "RequestStore", "engine_arguments", "statistics_of"]
+__all__ = ["RequestStatistics", "RequestStore", "async_statistics_of", "engine_arguments", "statistics_of"]

@@ -208,7 +208,7 @@ def check_vllm() -> None:
         )
 
 
-def check_engine(vllm_config: Any) -> None:
+def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
     """Raise ValueError for a setting of the engine with which its attention can't be recorded."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     attention = "that of the attention backend alone can be recorded"
@@ -225,7 +225,14 @@ def check_engine(vllm_config: Any) -> None:
             "quantized keys can't be read; leave it at 'auto'",
         ),
         "pipeline_parallel_size > 1": (parallel.pipeline_parallel_size > 1, "use tensor_parallel_size"),
-        "tensor_parallel_size > 1": (parallel.tensor_parallel_size > 1, "ranks are not put together yet; use 1"),
+        "tensor_parallel_size > 1 and chosen heads": (
+            parallel.tensor_parallel_size > 1 and settings.heads is not None,
+            "ranks are put together where each has all of its heads; leave heads out",
+        ),
+        "tensor_parallel_size > 1 and a folder": (
+            parallel.tensor_parallel_size > 1 and settings.folder is not None,
+            "each rank has a part of the heads; fetch results with statistics_of",
+        ),
         "data_parallel_size > 1": (parallel.data_parallel_size > 1, "start an engine for each"),
         "decode_context_parallel_size > 1": (parallel.decode_context_parallel_size > 1, "use 1"),
         "prefill_context_parallel_size > 1": (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "use 1"),

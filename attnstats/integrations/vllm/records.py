@@ -6,8 +6,8 @@ It is a safetensors file: a value and a validity for each statistic, the tokens,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,6 +139,18 @@ def decode(record: bytes) -> RequestStatistics:
         reduce=tuple(content["reduce"]),
         _tensors={s: tensors[f"{i}"] for i, s in enumerate(statistics)},
     )
+
+
+def merged(ranks: Sequence[RequestStatistics]) -> RequestStatistics:
+    """The statistics of a request from those of tensor-parallel ranks, each of which has equally many of the heads."""
+    first = ranks[0]
+    if len(ranks) == 1:
+        return first
+    tensors = {}
+    for s in first.statistics:
+        parts = [rank._tensors[s] for rank in ranks]
+        tensors[s] = torch.stack(parts).mean(0) if "heads" in first.reduce else torch.cat(parts, -2 - s.per_query)
+    return replace(first, _tensors=tensors)
 
 
 def _metadata(record: bytes) -> dict[str, str]:

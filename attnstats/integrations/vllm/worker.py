@@ -29,7 +29,7 @@ class StatisticsWorker(Worker):
                 "attnstats.integrations.vllm.engine_arguments"
             )
         self._settings = RequestSettings.of(given)
-        check_engine(vllm_config)
+        check_engine(vllm_config, self._settings)
         super().__init__(vllm_config, *args, **kwargs)
         self._recorder: Recorder | None = None
 

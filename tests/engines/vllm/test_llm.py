@@ -240,6 +240,15 @@ def test_results_that_nobody_fetches_go_when_there_are_too_many(llama):
             statistics_of(llm, outputs[0])
 
 
+def test_heads_over_two_ranks(llama, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    arguments = engine_arguments(STATISTICS, reduce=["layers", "heads"])
+    with engine(llama, processes=True, **arguments, tensor_parallel_size=2) as llm:
+        outputs = generate(llm, [tiny.prompt(n, n) for n in (40, 70)], [10, 20])
+        for output in outputs:
+            assert_teacher_forced(statistics_of(llm, output), llama, reduce=("layers", "heads"))
+
+
 # Models
 
 FAMILIES = {
