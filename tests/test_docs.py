@@ -33,6 +33,8 @@ def exists(name):
     try:
         pkgutil.resolve_name(name)
     except (ImportError, AttributeError):  # or of a plug-in whose framework is not installed
+        if (ROOT / f"{name.replace('.', '/')}.py").is_file():
+            return True
         module, _, attribute = name.rpartition(".")
         file = ROOT / f"{module.replace('.', '/')}.py"
         return file.is_file() and f"\nclass {attribute}(" in file.read_text()
