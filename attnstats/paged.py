@@ -135,7 +135,18 @@ def paged_statistics(
 
     Source: as `attention`.
     """
-    check_plain(query=query, key_cache=key_cache, lse=lse, sinks=sinks)
+    check_plain(
+        query=query,
+        key_cache=key_cache,
+        block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=seqused_k,
+        lse=lse,
+        sinks=sinks,
+        query_mask=query_mask,
+        query_weight=query_weight,
+        segment_boundaries=segment_boundaries,
+    )
     if is_tracing(query):
         raise RuntimeError("attnstats.paged_statistics can't be traced; call it outside of the compiled graph")
     refuse_trace()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnstats
 from attnstats import (
@@ -32,6 +33,7 @@ from attnstats import (
     reference,
 )
 from attnstats.core import packing, paging
+from attnstats.triton.launch import launching_with
 
 BANDS = (WAAD(10), LocalMass(4), FAI(0, 0), FAI(3, 20))
 WHOLE = (Entropy(), MeanDistance(), SinkMass(2), SegmentMass((0, 4, 60, None)), TopKeys(2), Received(), FAI(5, None))
@@ -88,6 +90,11 @@ class Engine:
 
     def step(self, i: int, lse: Sequence[Tensor] | None, **arguments: Any) -> tuple[PagedStatistics, list[slice]]:
         """The statistics of a step, and which tokens of its requests it has."""
+        slices = [slice(self.seen[request], self.seen[request] + new) for request, new in self.steps[i]]
+        return paged_statistics(**self.arguments_of(i, lse), **arguments), slices
+
+    def arguments_of(self, i: int, lse: Sequence[Tensor] | None) -> dict[str, Any]:
+        """The tensors of a step, whose keys are written."""
         step = self.steps[i]
         slices = [slice(self.seen[request], self.seen[request] + new) for request, new in step]
         for (request, _), tokens in zip(step, slices, strict=True):
@@ -100,18 +107,15 @@ class Engine:
             used = -(-self.seen[request] // self.size)
             table[row, :used] = torch.tensor(self.pages[request][:used])
         boundaries = [0, *torch.tensor([new for _, new in step]).cumsum(0).tolist()]
-        if lse is not None:
-            parts = [lse[request][:, tokens] for (request, _), tokens in zip(step, slices, strict=True)]
-            arguments["lse"] = torch.cat(parts, dim=1)
-        result = paged_statistics(
-            torch.cat([self.queries[request][t] for (request, _), t in zip(step, slices, strict=True)]),
-            self.cache,
-            block_table=table.to(self.device),
-            cu_seqlens_q=torch.tensor(boundaries, dtype=self.integers, device=self.device),
-            seqused_k=torch.tensor([s.stop for s in slices], dtype=self.integers, device=self.device),
-            **arguments,
-        )
-        return result, slices
+        parts = [] if lse is None else [lse[r][:, tokens] for (r, _), tokens in zip(step, slices, strict=True)]
+        return {
+            "query": torch.cat([self.queries[request][t] for (request, _), t in zip(step, slices, strict=True)]),
+            "key_cache": self.cache,
+            "block_table": table.to(self.device),
+            "cu_seqlens_q": torch.tensor(boundaries, dtype=self.integers, device=self.device),
+            "seqused_k": torch.tensor([s.stop for s in slices], dtype=self.integers, device=self.device),
+            "lse": torch.cat(parts, dim=1) if parts else None,
+        }
 
     def truth(self, statistics: Sequence[Statistic], **arguments: Any) -> list[attnstats.Statistics]:
         """One pass over each request's sequence by definition, in float64."""
@@ -279,6 +283,29 @@ def test_a_request_with_more_tokens_than_believed(device, monkeypatch):
         assert parts[0].isnan().all()
         assert parts[1].isfinite().all()
         assert not parts[2].any()
+
+
+def test_nothing_waits_for_the_device(device, monkeypatch):
+    """With max_seqlen_q no number is read, where reading one would wait. Launches are left out."""
+    read = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                read.append(function)
+            return function(*args, **(kwargs or {}))
+
+    engine = Engine([[(0, 20), (1, 9)]], dtype=torch.float32, device=device)
+    lse = [torch.zeros(4, 20, device=device)] * 2
+    for believed in (True, False):
+        with monkeypatch.context() as patch, launching_with(lambda *_: None):
+            for module in (packing, paging) if believed else ():
+                patch.setattr(module, "believes", lambda _: True)
+            engine.seen = [0, 0]
+            arguments = engine.arguments_of(0, lse)
+            with Reads():
+                paged_statistics(**arguments, statistics=BANDS, max_seqlen_q=20, backend="triton")
+        assert bool(read) != believed
 
 
 def test_queries_that_count_and_heads_of_a_statistic():
