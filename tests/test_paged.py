@@ -40,6 +40,7 @@ WHOLE = (Entropy(), MeanDistance(), SinkMass(2), SegmentMass((0, 4, 60, None)), 
 # What each step has of the requests: (request, new tokens). Whole prompts, chunks, decoding, alone and mixed.
 PROMPTS = [[(0, 37), (1, 1), (2, 5)], [(0, 1), (1, 1), (2, 1)], [(2, 1), (0, 1)], [(1, 1)]]
 CHUNKS = [[(0, 33)], [(0, 16), (1, 20)], [(1, 9), (0, 8), (2, 1)], [(2, 1), (0, 1), (1, 40)], [(1, 1), (0, 1), (2, 1)]]
+OUTSIDE = 2**24  # an entry of the block table past a request's pages: a kernel that followed it would crash
 
 
 class Engine:
@@ -102,7 +103,7 @@ class Engine:
                 self.cache[self.pages[request][t // self.size], t % self.size] = self.keys[request][t]
             self.seen[request] = tokens.stop
         widest = max(len(self.pages[request]) for request, _ in step) + 1
-        table = torch.full((len(step), widest), -1, dtype=self.integers)
+        table = torch.full((len(step), widest), OUTSIDE, dtype=self.integers)
         for row, (request, _) in enumerate(step):
             used = -(-self.seen[request] // self.size)
             table[row, :used] = torch.tensor(self.pages[request][:used])
