@@ -78,8 +78,8 @@ def paged_statistics(
     With an lse, WAAD and LocalMass read `window` keys before the new tokens and FAI `hi`. So a token that is decoded
     reads `(hi + 1) * Hkv * D` numbers, however long its request is: 103 KB with FAI(10, 100), 4 key heads of 128 and
     bfloat16. Every other statistic, and every one without an lse, reads all keys of the request, or those that
-    window_size leaves: 1 KB for each. Kernels on a GPU read the former from their
-    pages; otherwise keys are copied out of them, which on a GPU waits for the device.
+    window_size leaves: 1 KB for each. Kernels on a GPU read the former from their pages; otherwise keys are copied out
+    of them, which on a GPU waits for the device.
 
     Args:
         query: (total_q, Hq, D) the new tokens, packed by request, strides as they come.
@@ -88,7 +88,7 @@ def paged_statistics(
             pass `.transpose(1, 2)`. In another packing: the pages of the step, unpacked, and a block_table of those.
             Slots past the end of a request are never looked at.
         block_table: (B, pages) int32 or int64; key s of request i is in row `s % block_size` of block
-            `block_table[i, s // block_size]`. On a GPU nobody checks that it lies in the cache.
+            `block_table[i, s // block_size]`. On a GPU its entries and its width are not checked.
         cu_seqlens_q: (B + 1,) int32 or int64, boundaries of the requests' new tokens, from 0 on; equal ones for a
             request without any. Tokens after the last boundary belong to no request.
         seqused_k: (B,) int32 or int64, keys of each request, those of its new tokens included.
