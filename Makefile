@@ -119,7 +119,7 @@ release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each 
 	@.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@echo "[2/3] installing what $(TRAINERS) and ROLL import"
 	@.venv-trainers/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) transformers==5.15.0 \
-		ray==2.55.0 --editable . pytest pytest-timeout setuptools wheel ninja py-cpuinfo \
+		ray==2.55.0 --editable . hypothesis pytest pytest-timeout setuptools wheel ninja py-cpuinfo \
 		accelerate aiofiles aiohttp anthropic blosc codetiming colorlog dacite datasets einops fastapi flask h5py hjson \
 		httpx hydra-core imageio json5 lark math-verify more_itertools msgpack msgspec networkx numba nvidia-ml-py omegaconf \
 		openai opentelemetry-exporter-otlp opentelemetry-sdk orjson pandas pebble peft pillow prettytable psutil \
