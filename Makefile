@@ -108,7 +108,7 @@ release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each 
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@echo "[2/2] installing $(VLLM), and attnstats with its plug-in"
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM) --editable . \
-		pandas pytest pytest-timeout
+		hypothesis pandas psutil pytest pytest-timeout
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

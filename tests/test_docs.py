@@ -36,8 +36,8 @@ def exists(name):
         if (ROOT / f"{name.replace('.', '/')}.py").is_file():
             return True
         module, _, attribute = name.rpartition(".")
-        file = ROOT / f"{module.replace('.', '/')}.py"
-        return file.is_file() and f"\nclass {attribute}(" in file.read_text()
+        whole, file = (ROOT / f"{part.replace('.', '/')}.py" for part in (name, module))
+        return whole.is_file() or (file.is_file() and f"\nclass {attribute}(" in file.read_text())
     return True
 
 

@@ -19,10 +19,10 @@ SIZE, DIM = 4, 16
 class Engine:
     """A layer with its cache, a batch, and steps of them."""
 
-    def __init__(self, settings=SETTINGS, heads=(0, 1)):
+    def __init__(self, settings=SETTINGS, heads=(0, 1), left=None):
         self.own = list(heads)
         self.impl = SimpleNamespace(
-            num_heads=len(heads), scale=0.25, left=None, logits_soft_cap=0, sinks=None, watch=None
+            num_heads=len(heads), scale=0.25, left=left, logits_soft_cap=0, sinks=None, watch=None
         )
         self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]), requests={})
         every = {s: {0: None} for s in settings.statistics}
@@ -150,6 +150,15 @@ def test_a_scheduler_that_says_something_else_costs_statistics_alone(caplog):
     with pytest.raises(RuntimeError, match="before a step: AttributeError"):
         engine.fetch("a")
     assert "requests have no statistics, because before a step" in caplog.text
+
+
+def test_a_window_hides_the_first_keys_from_statistics_that_number_them():
+    kinds = (WAAD(3), SegmentMass((0, 2, None)))
+    with pytest.raises(ValueError, match=r"layer 0 has a sliding window, which hides the first keys, and SegmentMass"):
+        Engine(RequestSettings(kinds, layers=[0]), left=3)
+    engine = Engine(left=3)
+    engine.step({"a": (0, 8)})
+    assert engine.fetch("a")["waad"].shape == (1, 1, 2, 8)
 
 
 def test_a_request_without_a_token_has_nothing_to_read():

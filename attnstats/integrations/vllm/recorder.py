@@ -289,6 +289,12 @@ class Recorder:
         """Have a captured layer call `_observe`."""
         impl = layer.impl
         chosen = {s: self.heads[s][number] for s in self.settings.statistics if number in self.heads[s]}
+        for s in chosen:
+            if impl.left is not None and s.method in ("first_keys", "segments", "top"):
+                raise ValueError(
+                    f"{KEY}: layer {number} has a sliding window, which hides the first keys, and {s} numbers keys "
+                    "from there on; leave it out, or choose other layers"
+                )
         heads = {s: of_layer for s, of_layer in chosen.items() if of_layer is not None}
         for s in chosen:
             self._head_counts.setdefault(s, {})[number] = len(heads.get(s, range(impl.num_heads)))

@@ -193,9 +193,6 @@ class GatheredSums:
         self._cu_seqlens = _boundaries(batch.lengths()), _boundaries(self._keys)
 
     def add(self, layer: WatchedLayer, query: Tensor, cache: KeyCache, masks: dict[Statistic, Tensor]) -> None:
-        hidden = [s for s in layer.statistics if s.method in ("first_keys", "segments", "top")]
-        if hidden and layer.left is not None:
-            raise ValueError(f"{hidden[0]} numbers keys from the first one on, and a sliding window hides these")
         key = cache.read(self._blocks).flatten(0, 1)[self._slots]
         options = layer.options._replace(
             statistics=tuple([s.summed for s in layer.statistics]),
