@@ -25,7 +25,8 @@ class Hook(NamedTuple):
         if not hasattr(cls, self.method):
             return f"{where} has no {self.method}"
         if self.parameters:
-            actual = tuple(inspect.signature(getattr(cls, self.method)).parameters)[1:]
+            method = getattr(cls, self.method)
+            actual = tuple(inspect.signature(method).parameters)[0 if inspect.ismethod(method) else 1 :]
             if actual[: len(self.parameters)] != self.parameters:
                 return f"{where}.{self.method} takes ({', '.join(actual)}), not ({', '.join(self.parameters)})"
         return None

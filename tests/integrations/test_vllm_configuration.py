@@ -114,6 +114,8 @@ def config(**changes):
         "kv_sharing_fast_prefill": False,
         "speculative_config": None,
         "use_v2_model_runner": False,
+        "backend": None,
+        "async_scheduling": True,
     }
     part = SimpleNamespace(**flat | changes)
     return SimpleNamespace(
@@ -121,6 +123,8 @@ def config(**changes):
         model_config=part,
         cache_config=part,
         parallel_config=part,
+        attention_config=part,
+        scheduler_config=part,
         speculative_config=part.speculative_config,
         use_v2_model_runner=part.use_v2_model_runner,
     )
@@ -129,7 +133,9 @@ def config(**changes):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"device_type": "cuda"}, "device 'cuda'"),
+        ({"device_type": "xpu"}, "device 'xpu'"),
+        ({"device_type": "cuda", "async_scheduling": False}, "attention_backend=None: on a GPU set 'CUSTOM'"),
+        ({"device_type": "cuda", "backend": "CUSTOM"}, "async_scheduling: the worker does not know"),
         ({"runner_type": "pooling"}, "runner='pooling'"),
         ({"use_mla": True}, "multi-head latent attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
@@ -156,3 +162,21 @@ def test_ranks_have_all_of_their_heads_and_no_folder():
     for given, name in (({"heads": [0]}, "chosen heads"), ({"folder": "requests"}, "a folder")):
         with pytest.raises(ValueError, match=f"tensor_parallel_size > 1 and {name}"):
             check_engine(parallel, settings(**given))
+
+
+def test_an_engine_on_a_gpu_gets_the_backend_that_can_be_watched(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert set(engine_arguments(["waad"])) == {"worker_cls", "additional_config"}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    arguments = engine_arguments(["waad"])
+    assert (arguments["attention_backend"], arguments["async_scheduling"]) == ("CUSTOM", False)
+    check_engine(config(device_type="cuda", backend=SimpleNamespace(name="CUSTOM"), async_scheduling=False), settings())
+
+
+def test_the_hooks_of_a_gpu_are_looked_up_there_alone(monkeypatch):
+    vllm = SimpleNamespace(__version__="9.9.9")
+    monkeypatch.setitem(__import__("sys").modules, "vllm", vllm)
+    monkeypatch.setattr(configuration, "HOOKS", ())
+    check_vllm("cpu")
+    with pytest.raises(RuntimeError, match=r"flash_attn\.FlashAttentionImpl can't be imported"):
+        check_vllm("cuda")

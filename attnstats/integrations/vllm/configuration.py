@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from attnstats.heads import HeadProfile
 from attnstats.integrations.hooks import Hook, faults_of
 from attnstats.statistics import CATALOGUE, SegmentMass, Statistic, resolve
@@ -43,6 +45,28 @@ HOOKS = (
         ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
     ),
 )
+FLASH = "vllm.v1.attention.backends.flash_attn"
+HOOKS_OF = {
+    "cuda": (
+        Hook(
+            FLASH,
+            "FlashAttentionImpl",
+            "forward",
+            ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+        ),
+        Hook(FLASH, "FlashAttentionBackend", "get_impl_cls"),
+        Hook(FLASH, "FlashAttentionBackend", "get_builder_cls"),
+        Hook(FLASH, "FlashAttentionMetadataBuilder", "get_cudagraph_support", ("vllm_config", "kv_cache_spec")),
+        Hook(
+            FLASH,
+            "FlashAttentionMetadata",
+            "__init__",
+            ("num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens", "block_table"),
+        ),
+    )
+}
+# On GPUs: the backend that the plug-in registers, and the scheduler that knows the tokens of the steps before.
+ON_CUDA = {"attention_backend": "CUSTOM", "async_scheduling": False}
 
 
 @dataclass(frozen=True)
@@ -181,13 +205,26 @@ def engine_arguments(
     """
     path = None if folder is None else str(Path(folder).absolute())
     settings = RequestSettings(_statistics(statistics), layers, heads, resolve_reduce(reduce), keep_mb, path, quota_mb)
-    return {"worker_cls": WORKER, "additional_config": {KEY: settings.to_json()}}
+    arguments = {"worker_cls": WORKER, "additional_config": {KEY: settings.to_json()}}
+    return arguments | ON_CUDA if torch.version.cuda else arguments
 
 
 def requested(vllm_config: Any) -> Any:
     """What an engine's configuration says of statistics; None: nothing."""
     given = vllm_config.additional_config
     return given.get(KEY) if isinstance(given, Mapping) else None
+
+
+def is_recorded(vllm_config: Any) -> bool:
+    """True for an engine with settings. Raises ValueError if another worker runs it than the one that records."""
+    if requested(vllm_config) is None:
+        return False
+    if (worker := vllm_config.parallel_config.worker_cls) != WORKER:
+        raise ValueError(
+            f"additional_config[{KEY!r}] needs worker_cls={WORKER!r}; "
+            f"got {worker!r}. attnstats.integrations.vllm.engine_arguments has both settings"
+        )
+    return True
 
 
 def described(statistic: Statistic) -> dict[str, dict[str, Any]]:
@@ -197,9 +234,9 @@ def described(statistic: Statistic) -> dict[str, dict[str, Any]]:
     return {statistic.name: dataclasses.asdict(statistic)}
 
 
-def check_vllm() -> None:
-    """Raise RuntimeError if this version of vLLM has moved what the plug-in overrides or reads."""
-    if faults := faults_of(HOOKS):
+def check_vllm(device: str = "cpu") -> None:
+    """Raise RuntimeError if this version of vLLM has moved what the plug-in overrides or reads on the device."""
+    if faults := faults_of(HOOKS + HOOKS_OF.get(device, ())):
         import vllm
 
         raise RuntimeError(
@@ -211,11 +248,18 @@ def check_vllm() -> None:
 def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
     """Raise ValueError for a setting of the engine with which its attention can't be recorded."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    device, backend = vllm_config.device_config.device_type, vllm_config.attention_config.backend
+    backend = getattr(backend, "name", backend)
     attention = "that of the attention backend alone can be recorded"
     refused = {
-        f"device {vllm_config.device_config.device_type!r}": (
-            vllm_config.device_config.device_type != "cpu",
-            "only vLLM's attention for CPUs can be watched so far",
+        f"device {device!r}": (device not in ("cpu", "cuda"), "attention on CPUs and NVIDIA GPUs can be watched"),
+        f"attention_backend={backend!r}": (
+            device == "cuda" and backend != ON_CUDA["attention_backend"],
+            "on a GPU set 'CUSTOM', which is FlashAttention that can be watched (--attention-backend CUSTOM)",
+        ),
+        "async_scheduling": (
+            device == "cuda" and vllm_config.scheduler_config.async_scheduling,
+            "the worker does not know a request's tokens then; set False (--no-async-scheduling)",
         ),
         f"runner={model.runner_type!r}": (model.runner_type != "generate", "only models that generate are recorded"),
         "a model of multi-head latent attention (MLA)": (model.use_mla, attention),

@@ -15,7 +15,7 @@ from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
-from attnstats.integrations.vllm.configuration import KEY, WORKER, requested
+from attnstats.integrations.vllm.configuration import is_recorded
 from attnstats.integrations.vllm.recorder import Watch
 from attnstats.integrations.vllm.sums import KeyCache
 
@@ -25,16 +25,7 @@ class WatchedBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        config = get_current_vllm_config()
-        if requested(config) is None:
-            return CPUAttentionBackendImpl
-        worker = config.parallel_config.worker_cls
-        if worker != WORKER:
-            raise ValueError(
-                f"additional_config[{KEY!r}] needs worker_cls={WORKER!r}; "
-                f"got {worker!r}. attnstats.integrations.vllm.engine_arguments has both settings"
-            )
-        return WatchedImpl
+        return WatchedImpl if is_recorded(get_current_vllm_config()) else CPUAttentionBackendImpl
 
 
 class WatchedImpl(CPUAttentionBackendImpl):

@@ -27,6 +27,7 @@ from attnstats.integrations.vllm.sums import (
     CompiledSums,
     GatheredSums,
     KeyCache,
+    PagedSums,
     RequestRows,
     StepBatch,
     WatchedLayer,
@@ -45,6 +46,8 @@ BYPASSED = (
 
 
 Watch = Callable[[Tensor, KeyCache, Any], None]  # gets a layer's queries, its cache and the step's metadata
+
+Sums = CompiledSums | GatheredSums | PagedSums
 
 NO_TOKEN = "no token of it went through the model"
 
@@ -85,6 +88,7 @@ class Step:
     Attributes:
         spans: by request, the positions of its queries.
         rows: of the recorded requests; None: no layer has been seen.
+        starts: boundaries of the queries of all requests, in the order of the worker's batch.
         sums: by the layers' metadata, and by their window where that matters.
         seen: the captured layers that attended.
         fault: why the step can't be recorded; None: it can.
@@ -92,7 +96,8 @@ class Step:
 
     spans: dict[str, tuple[int, int]]
     rows: list[RequestRows] | None = None
-    sums: dict[Any, CompiledSums | GatheredSums] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    sums: dict[Any, Sums] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
     fault: str | None = None
 
@@ -187,13 +192,17 @@ class Recorder:
 
     def _sums_of(
         self, step: Step, rows: list[RequestRows], layer: WatchedLayer, query: Tensor, cache: KeyCache, metadata: Any
-    ) -> CompiledSums | GatheredSums:
+    ) -> Sums:
         """Where a step adds up a layer, made for the first of its kind."""
-        is_compiled = self._is_compiled and cache.pages is not None and steps.takes(query, cache.pages)
+        is_compiled = (
+            self._is_compiled and cache.lse is None and cache.pages is not None and steps.takes(query, cache.pages)
+        )
         key = id(metadata), None if is_compiled else layer.left
         if key not in step.sums:
-            batch, settings = StepBatch.of(rows, metadata), self.settings
-            if is_compiled:
+            batch, settings = StepBatch.of(rows, step.starts, metadata), self.settings
+            if cache.lse is not None:
+                step.sums[key] = PagedSums(batch, metadata, settings.reduce)
+            elif is_compiled:
                 step.sums[key] = CompiledSums(batch, settings.statistics, settings.reduce, layer.query_heads)
             else:
                 step.sums[key] = GatheredSums(batch, settings.reduce, layer.left, cache.block_size)
@@ -215,10 +224,13 @@ class Recorder:
     def _rows_of(self, step: Step) -> list[RequestRows]:
         """The rows of the recorded requests of a step, in the order of the worker's batch."""
         if step.rows is None:
+            order = self._runner.input_batch.req_ids
+            spans = [step.spans[request_id] for request_id in order]
+            step.starts = [0, *itertools.accumulate(end - begin for begin, end in spans)]
             step.rows = []
-            for place, request_id in enumerate(self._runner.input_batch.req_ids):
+            for place, request_id in enumerate(order):
                 recording = self._running.get(request_id)
-                if recording is not None and recording.fault is None and request_id in step.spans:
+                if recording is not None and recording.fault is None:
                     begin, end = step.spans[request_id]
                     step.rows.append(RequestRows(recording, place, begin, end, recording.new_queries(begin, end)))
         return step.rows

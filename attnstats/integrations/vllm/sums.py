@@ -1,6 +1,7 @@
 """The sums of one step over its captured layers, of all its requests in one call for each layer.
 
 `CompiledSums` reads the pages of the cache where they lie (attnstats/tiled/steps.py) and adds layers up as they come.
+So does `PagedSums` on a GPU, by the package's kernels.
 `GatheredSums` copies keys out of their pages and calls the package's packed attention: for statistics, dtypes and
 layouts of a cache that the compiled code doesn't know.
 """
@@ -17,8 +18,12 @@ from torch import Tensor
 
 from attnstats import functional
 from attnstats.core.options import Options
+from attnstats.paged import paged_statistics
 from attnstats.statistics import Statistic
 from attnstats.tiled import steps
+
+# What a step's metadata says of causal attention, as far as a backend has a word for it.
+CAUSAL = {"causal": True, "mm_prefix_query_range_tensor": None, "rswa_prefix_lens": None, "dynamic_causal": None}
 
 
 class KeyCache(NamedTuple):
@@ -28,11 +33,14 @@ class KeyCache(NamedTuple):
         block_size: in tokens.
         read: the keys (blocks, block size, key heads, D) of some blocks, by their numbers.
         pages: the same of all blocks as a view of the cache; None: it can't be viewed so.
+        lse: of a cache on a GPU, computes the log-sum-exps (Hq, n) of the step's queries by the engine's kernel, or
+            None if that has none.
     """
 
     block_size: int
     read: Callable[[Tensor], Tensor]
     pages: Tensor | None
+    lse: Callable[[], Tensor | None] | None = None
 
 
 class WatchedLayer(NamedTuple):
@@ -105,8 +113,15 @@ class StepBatch:
     counted: Tensor | None
 
     @classmethod
-    def of(cls, rows: list[RequestRows], metadata: Any) -> StepBatch:
-        starts = metadata.query_start_loc.tolist()
+    def of(cls, rows: list[RequestRows], starts: list[int], metadata: Any) -> StepBatch:
+        """starts: boundaries of the queries of all requests, known without a look at the device.
+
+        Raises:
+            ValueError: the step's queries don't see all keys before them and no others.
+        """
+        for name, value in CAUSAL.items():
+            if getattr(metadata, name, value) is not value:
+                raise ValueError(f"the step has {name}, and only causal attention is recorded")
         table, index = metadata.block_table[: len(starts) - 1], None
         if len(rows) < len(starts) - 1:
             table = table[[each.place for each in rows]]
@@ -127,6 +142,69 @@ class StepBatch:
         return [each.end - each.begin for each in self.rows]
 
 
+class PagedSums:
+    """Of any statistics, for layers that have the same window: on a GPU, whose numbers are read once all layers ran."""
+
+    def __init__(self, batch: StepBatch, metadata: Any, reduce: Sequence[str]):
+        self.batch = batch
+        self._reduce = reduce
+        self._sums: dict[Any, tuple[Statistic, WatchedLayer, Tensor]] = {}
+        self._columns: dict[Any, tuple[Tensor, Tensor]] = {}
+        lengths = batch.lengths()
+        self._longest = max(lengths)
+        if batch.index is None:
+            self._queries, self._keys = metadata.query_start_loc[: len(lengths) + 1], metadata.seq_lens[: len(lengths)]
+        else:
+            device = batch.block_table.device
+            self._queries = _boundaries(lengths).to(device, non_blocking=True)
+            self._keys = metadata.seq_lens[[each.place for each in batch.rows]]
+        self._counted = None if batch.counted is None else batch.counted.to(self._keys.device, non_blocking=True)
+
+    def add(self, layer: WatchedLayer, query: Tensor, cache: KeyCache, masks: dict[Statistic, Tensor]) -> None:
+        assert cache.pages is not None
+        assert cache.lse is not None
+        lse = cache.lse() if all(s.from_lse for s in layer.statistics) else None
+        options = layer.options
+        result = paged_statistics(
+            self.batch.queries(query),
+            cache.pages,
+            block_table=self.batch.block_table,
+            cu_seqlens_q=self._queries,
+            seqused_k=self._keys,
+            statistics=layer.statistics,
+            lse=None if lse is None else self.batch.queries(lse.transpose(0, 1)),
+            lse_layout="TH",
+            max_seqlen_q=self._longest,
+            scale=options.scale,
+            softcap=options.softcap,
+            window_size=options.window_size,
+            sinks=options.sinks,
+            query_mask=self._counted,
+            heads=layer.heads or None,
+        )
+        for s in layer.statistics:
+            column = s.axis == "column"
+            x = result.columns[s] if column else result.rows.tensors[s]
+            x = x.sum(0) if "heads" in self._reduce else x
+            # Which keys columns have depends on all statistics of the layer.
+            key = s, layer.statistics, None if _are_added_up(s, layer, self._reduce) else layer.number
+            if key in self._sums:
+                self._sums[key][2].add_(x)
+                continue
+            self._sums[key] = s, layer, x.clone()
+            if column:
+                self._columns[key] = result.first_key, result.cu_seqlens_k
+
+    def addends(self) -> Iterator[Addend]:
+        for key, (s, layer, x) in self._sums.items():
+            starts, widths = [each.begin for each in self.batch.rows], self.batch.lengths()
+            if key in self._columns:
+                first_key, cu_seqlens = self._columns[key]
+                starts, widths = first_key.tolist(), cu_seqlens.diff().tolist()
+                x = x[..., : sum(widths)]  # behind them is nothing
+            yield Addend(s, layer.number, starts, x.cpu()[None].split(widths, -1 - s.per_query))
+
+
 class CompiledSums:
     """Of statistics that `steps.computes` is True for."""
 
@@ -142,9 +220,7 @@ class CompiledSums:
         """masks: (Hq,) bool, of each statistic that is of some of the layer's heads only."""
         results = {}
         for s in layer.statistics:
-            # Of chosen heads that stay apart each layer has others.
-            together = "layers" in self._reduce and ("heads" in self._reduce or s not in layer.heads)
-            key = s, None if together else layer.number
+            key = s, None if _are_added_up(s, layer, self._reduce) else layer.number
             if key not in self._results:
                 self._results[key], self._layers[key] = self._plan.zeros(s), layer
             results[s] = self._results[key]
@@ -212,6 +288,11 @@ class GatheredSums:
             starts = self._first_keys if column else [each.begin for each in self.batch.rows]
             widths = self._keys if column else self.batch.lengths()
             yield Addend(s, layer, starts, x[None].split(widths, -1 - s.per_query))
+
+
+def _are_added_up(statistic: Statistic, layer: WatchedLayer, reduce: Sequence[str]) -> bool:
+    """True if layers become one sum. Of chosen heads that stay apart each layer has others."""
+    return "layers" in reduce and ("heads" in reduce or statistic not in layer.heads)
 
 
 def _boundaries(lengths: list[int]) -> Tensor:

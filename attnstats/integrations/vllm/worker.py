@@ -21,7 +21,7 @@ class StatisticsWorker(Worker):
     """The platform's worker, which tells its recorder of each step."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
-        check_vllm()
+        check_vllm(vllm_config.device_config.device_type)
         given = requested(vllm_config)
         if given is None:
             raise ValueError(
