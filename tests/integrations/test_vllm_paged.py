@@ -123,16 +123,19 @@ def test_nothing_is_read_back_before_the_layers_ran(monkeypatch):
     engine = PagedEngine(BANDS)
     engine.step({"a": (0, 3)})
     monkeypatch.setattr(sums, "paged_statistics", functools.partial(_blind, paged_statistics))
-    watch = engine.impl.watch
+    (watch,) = engine.watches
+    steps = []
 
     def blind(*args):
         with monkeypatch.context() as patch:
             for name in ("tolist", "item", "cpu", "__int__", "__bool__"):
                 patch.setattr(torch.Tensor, name, _looked)
             watch(*args)
+        steps.append(args)
 
-    engine.impl.watch = blind
+    engine.watches = [blind]
     engine.step({"a": (3, 8)})
+    assert len(steps) == 1
     engine.check("a", BANDS)
 
 

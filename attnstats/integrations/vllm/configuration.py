@@ -284,6 +284,7 @@ def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
             vllm_config.speculative_config is not None,
             "drafts that are rejected can't be taken back; leave it out",
         ),
+        "enable_dbo, ubatch_size": (parallel.use_ubatching, "a step's requests are split; leave them out"),
         "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, "leave it out"),
         "model runner V2": (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"),
     }
