@@ -185,6 +185,8 @@ def paged_statistics(
     if lse is None or attends:
         # The output is not asked for: keys stand for the values, which the engine need not show.
         key = keys.copied()
+        if lse is not None:  # what is wrong with it is an error here, too
+            _dispatch.from_lse(query, key, lse, options._replace(statistics=(LSE(),), heads=None))
         evaluation, geometry = _dispatch.attend(query.detach(), key, key, options)
         results, lse = evaluation.tensors, evaluation.lse
     else:

@@ -54,7 +54,8 @@ static void add_step(const StepStatistic& statistic, const Row& row, int64_t req
         *result += (sum(total) + rest) * row.inverse + statistic.tail * row.mass;
     } else if (row.counts) {
         float* to = columns - statistic.first_key[request];
-        for (int64_t key = begin; key < end; ++key) to[key] += row.line[key] * weights[key] * row.inverse;
+        for (int64_t key = begin; key < end; ++key)  // a weight of 0 gives 0 for NaN and inf, too
+            to[key] += weights[key] != 0 ? row.line[key] * weights[key] * row.inverse : 0;
     }
 }
 

@@ -405,6 +405,20 @@ def test_logs_to_base_2_by_token_and_the_check():
         paged_statistics(**of_step, lse=by_token)
 
 
+def test_an_lse_is_checked_beside_statistics_that_make_a_pass_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    query, cache = (torch.randn(shape, generator=generator) for shape in ((3, 4, 16), (5, 16, 2, 16)))
+    both = GOOD | {"query": query, "key_cache": cache, "statistics": [WAAD(4), MaxLogit()]}
+    right = paged_statistics(**both).rows.lse
+    torch.testing.assert_close(paged_statistics(**both, lse=right, check=True).rows.lse, right)
+    with pytest.raises(ValueError, match="lse"):
+        paged_statistics(**both, lse=right + 5, check=True)
+    with pytest.raises(ValueError, match="lse must have the shape"):
+        paged_statistics(**both, lse=right[:, :1])
+    with pytest.raises(ValueError, match="lse_base must be"):
+        paged_statistics(**both, lse=right, lse_base="7")
+
+
 GOOD = {
     "query": torch.zeros(3, 4, 16),
     "key_cache": torch.zeros(5, 16, 2, 16),

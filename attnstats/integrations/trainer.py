@@ -60,13 +60,14 @@ def of_heads(
         {0: {'waad': (4,), 'entropy': (4,)}, 1: {'waad': (4,), 'entropy': (4,)}}
     """
     statistics = _of_one_number(statistics)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # some may be frozen in eval mode
     model.eval()
     try:
         with torch.no_grad(), capture(model, statistics=statistics, layers=layers, stop_after_last_layer=True) as run:
             run.forward(**inputs)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     numbers = {s.name: _per_head(s, run[s].double(), run.valid[s]) for s in statistics}
     return {layer: {name: x[i].cpu() for name, x in numbers.items()} for i, layer in enumerate(run.layers)}
 
@@ -107,7 +108,7 @@ class StatisticsCallback(TrainerCallback):
         prefix: of the names in the log: `attention/waad` is the mean over layers and heads; of MaxLogit the largest.
 
     Attributes:
-        history: by step, what `of_heads` returned.
+        history: by step of the last run, what `of_heads` returned.
         seconds: the time of all passes so far; `attention/seconds` in the log is that of one.
 
     Raises:
@@ -155,7 +156,10 @@ class StatisticsCallback(TrainerCallback):
         self.history: dict[int, dict[int, dict[str, Tensor]]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._read(state.global_step, kwargs["model"])
+        if state.global_step == 0:
+            self.history.clear()  # another run
+        if state.global_step not in self.history:
+            self._read(state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every == 0:
@@ -164,8 +168,6 @@ class StatisticsCallback(TrainerCallback):
             control.should_log = due  # a log clears it, and the trainer's own line would be lost
 
     def _read(self, step: int, model: Any) -> None:
-        if step in self.history:  # training went on in this process
-            return
         device = self._trainer.args.device
         inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self._inputs.items()}
         watch = Stopwatch(device)

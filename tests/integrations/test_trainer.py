@@ -110,6 +110,27 @@ def test_it_logs_every_few_steps_and_training_is_the_same(tmp_path):
     assert len(frame) == 3 * 2 * 4
 
 
+def test_a_second_run_is_read_anew(tmp_path):
+    trainer = trainer_of(model(), tmp_path)
+    callback = StatisticsCallback(trainer, held_out(), ["entropy"], every=2)
+    trainer.add_callback(callback)
+    trainer.train()
+    first = dict(callback.history)
+    trainer.train()
+    assert sorted(callback.history) == sorted(first) == [0, 2, 4]
+    assert len([row for row in trainer.state.log_history if "attention/entropy" in row]) == 3
+    assert not torch.equal(callback.history[0][1]["entropy"], first[0][1]["entropy"])
+
+
+def test_layers_frozen_in_eval_mode_stay_so():
+    policy = model()
+    policy.train()
+    policy.model.layers[1].eval()
+    before = [module.training for module in policy.modules()]
+    of_heads(policy, held_out(), ["waad"])
+    assert [module.training for module in policy.modules()] == before
+
+
 def test_in_trls_trainer_its_own_averages_stay_whole(tmp_path):
     """TRL's `log` ends the interval of its averages; the callback's lines don't."""
     histories = []

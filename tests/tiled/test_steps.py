@@ -106,12 +106,16 @@ def test_layers_are_added_in_the_heads_that_each_has():
 def test_nan_in_a_query_stays_in_its_rows_and_request():
     query, cache, table, _ = pages(16, 2, 24, torch.float32, False)
     query[1, 0, 0] = torch.nan  # the token of the second request, first head
-    _, results = sums_of(query, cache, table)
+    plan, results = sums_of(query, cache, table)
     for s in (WAAD(3), Entropy(), MaxLogit()):
         assert results[s].isnan().nonzero().tolist() == [[0, 1]]
     received = results[Received()]
     assert received[0, 1:71].isnan().all()
     assert received.isnan().sum() == 70
+    of_horizon, keys = results[FAI(2, 9)], plan.first_key[FAI(2, 9)][1] + torch.arange(plan.widths[FAI(2, 9)][1])
+    start = plan.widths[FAI(2, 9)][0]
+    near = of_horizon[0, start : start + len(keys)].isnan()
+    assert torch.equal(near, (keys >= 69 - 9) & (keys <= 69 - 2))  # the token is at 69
 
 
 def test_what_it_has_no_code_for_is_said():
