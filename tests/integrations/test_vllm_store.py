@@ -109,6 +109,28 @@ def test_a_full_quota_costs_records_which_are_counted(tmp_path, caplog):
     assert "of its quota_mb of" in said[0]
 
 
+def test_records_that_somebody_deletes_leave_room(tmp_path):
+    size, now = len(record()), [0.0]
+    writer = RequestWriter(tmp_path, 2.5 * size / 1e6, clock=lambda: now[0])
+    for i in range(3):
+        writer.write(f"{i}-1a2b3c4d", record())
+    (tmp_path / "0-1a2b3c4d.safetensors").unlink()
+    writer.write("3-1a2b3c4d", record())
+    assert set(RequestStore(tmp_path)) == {"1-1a2b3c4d"}
+    now[0] += 60
+    writer.write("4-1a2b3c4d", record())
+    assert set(RequestStore(tmp_path)) == {"1-1a2b3c4d", "4-1a2b3c4d"}
+    assert writer.lost == 2
+
+
+def test_a_record_in_the_place_of_another_counts_once(tmp_path):
+    size = len(record())
+    writer = RequestWriter(tmp_path, 1.5 * size / 1e6)
+    for _ in range(3):
+        writer.write("a", record())
+    assert (writer.bytes, writer.lost) == (size, 0)
+
+
 def test_a_full_disk_costs_records(tmp_path, monkeypatch):
     writer = RequestWriter(tmp_path, 1)
 

@@ -5,11 +5,13 @@ A full disk or a full quota costs records, which are counted and logged, and not
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
+import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from attnstats.integrations.vllm import records
@@ -19,21 +21,24 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 LOCK = ".lock"
+RECOUNT = 10.0  # seconds at least between two looks at a full folder
 
 
 class RequestWriter:
     """The one writer of a folder.
 
     Attributes:
-        bytes: those of all records in the folder.
+        bytes: those of all records in the folder, as far as is known: others may delete some, which is looked up when
+            the quota is full.
         lost: how many requests could not be written.
     """
 
-    def __init__(self, folder: Path, quota_mb: float):
+    def __init__(self, folder: Path, quota_mb: float, clock: Callable[[], float] = time.monotonic):
         """Raises ValueError: the folder can't be written, or another engine writes into it."""
         self.folder = folder
         self.lost = 0
         self._quota = quota_mb * 1e6
+        self._clock = clock
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / LOCK).open("w")
@@ -44,13 +49,22 @@ class RequestWriter:
             raise ValueError(f"folder {folder}: {error.strerror}; name one that can be written") from error
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()
-        self.bytes = sum(file.stat().st_size for file in folder.glob(f"*{SUFFIX}"))
+        self._count()
+
+    def _count(self) -> None:
+        begin = self._clock()
+        self.bytes = sum(status.st_size for _, status in _records_in(self.folder))
+        end = self._clock()
+        self._next_count = end + max(RECOUNT, 20 * (end - begin))  # the engine waits meanwhile
 
     def write(self, request_id: str, record: bytes) -> None:
         """Write a record whole, or count it as lost."""
         target = self.folder / (urllib.parse.quote(request_id, safe="") + SUFFIX)
         beside = target.with_suffix(".part")
-        if self.bytes + len(record) > self._quota:
+        more = len(record) - _size(target)
+        if self.bytes + more > self._quota and self._clock() >= self._next_count:
+            self._count()
+        if self.bytes + more > self._quota:
             self.lose(f"the folder holds {self.bytes / 1e6:.1f} MB of its quota_mb of {self._quota / 1e6:g}")
             return
         try:
@@ -60,7 +74,7 @@ class RequestWriter:
             beside.unlink(missing_ok=True)
             self.lose(f"{error.strerror}")
             return
-        self.bytes += len(record)
+        self.bytes += more
 
     def lose(self, reason: str) -> None:
         """Count a request that is not written; the first, the tenth, the hundredth and so on are logged."""
@@ -86,7 +100,8 @@ class RequestStore(Mapping[str, RequestStatistics]):
             raise ValueError(f"folder {self.folder}: there is none; an engine's setting `folder` names it")
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"*{SUFFIX}"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        found = sorted((status.st_mtime_ns, file.name, file) for file, status in _records_in(self.folder))
+        return [file for *_, file in found]
 
     def __getitem__(self, request_id: str) -> RequestStatistics:
         file = self.folder / (urllib.parse.quote(request_id, safe="") + SUFFIX)
@@ -115,3 +130,18 @@ class RequestStore(Mapping[str, RequestStatistics]):
 
     def __repr__(self) -> str:
         return f"RequestStore of {len(self)} requests in {self.folder}"
+
+
+def _records_in(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of records; those that somebody deletes meanwhile are left out."""
+    for file in folder.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            yield file, file.stat()
+
+
+def _size(file: Path) -> int:
+    """In bytes; 0 for none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
