@@ -54,7 +54,7 @@ class PagedEngine(Engine):
 
         cache = KeyCache(SIZE, pages.__getitem__, pages, log_sum_exps)
         for i, watch in enumerate(self.watches):
-            watch(torch.cat([*queries, padding]) * (-1) ** i, cache, metadata)
+            watch(torch.cat([*queries, padding]) * (-1) ** i, lambda: cache, metadata)
 
     def query(self, number):
         return super().query(number).to(self.dtype)

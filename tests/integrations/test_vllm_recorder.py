@@ -1,13 +1,14 @@
 """The recorder of a worker without its engine; vLLM itself is not needed."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from attnstats import FAI, WAAD, SegmentMass
-from attnstats.integrations.vllm import async_statistics_of, records, statistics_of
+from attnstats.integrations.vllm import RequestStore, async_statistics_of, records, statistics_of
 from attnstats.integrations.vllm.configuration import RequestSettings
 from attnstats.integrations.vllm.recorder import Recorder
 from attnstats.integrations.vllm.sums import KeyCache
@@ -29,6 +30,7 @@ class Engine:
         self.recorder = Recorder(settings, {0: SimpleNamespace(impl=self.impl)}, every, self.runner)
         self.cache = torch.randn(9, SIZE, 1, DIM, generator=torch.Generator("cpu").manual_seed(0))
         self.known = {}
+        self.embeddings = {}
 
     def step(self, spans, finished=()):
         """spans: by request, (begin, end); each of them in blocks of its own."""
@@ -41,7 +43,12 @@ class Engine:
         scheduled = SimpleNamespace(
             finished_req_ids=set(finished),
             scheduled_new_reqs=[
-                SimpleNamespace(req_id=name, num_computed_tokens=spans[name][0], sampling_params=sampling)
+                SimpleNamespace(
+                    req_id=name,
+                    num_computed_tokens=spans[name][0],
+                    sampling_params=sampling,
+                    prompt_embeds=self.embeddings.get(name),
+                )
                 for name in new
             ],
             scheduled_cached_reqs=SimpleNamespace(req_ids=old, num_computed_tokens=[spans[name][0] for name in old]),
@@ -59,15 +66,18 @@ class Engine:
         counts = [end - begin for _, begin, end in rows]
         metadata = SimpleNamespace(
             query_start_loc=torch.tensor([0, *counts]).cumsum(0),
-            block_table=torch.tensor([[2 * number, 2 * number + 1] for number, *_ in rows], dtype=torch.int32),
+            block_table=torch.tensor([[2 * number % 8, 2 * number % 8 + 1] for number, *_ in rows]).int(),
         )
-        self.impl.watch(query, KeyCache(SIZE, self.cache.__getitem__, self.cache), metadata)
+        self.impl.watch(query, self.look, metadata)
+
+    def look(self):
+        return KeyCache(SIZE, self.cache.__getitem__, self.cache)
 
     def query(self, number):
         return torch.randn(8, 2, DIM, generator=torch.Generator("cpu").manual_seed(1 + number))[:, self.own]
 
     def fetch(self, name):
-        return records.decode(self.recorder.fetch(name, 0, 1))
+        return records.decode(self.recorder.fetch(name, 0, [], []))
 
 
 def test_steps_in_any_order_and_repeated_queries_are_one_pass():
@@ -99,35 +109,140 @@ def test_ranks_are_put_together(reduce):
         assert torch.equal(result.valid[s], expected.valid[s])
 
 
-def output_of(tokens, finished=True, request_id="a"):
-    completion = SimpleNamespace(token_ids=tokens[4:])
+def output_of(tokens, finished=True, request_id="a", index=0, begin=4):
+    """Of four tokens of a prompt; begin: the first token of the output that it has."""
+    completion = SimpleNamespace(index=index, token_ids=tokens[begin:], finish_reason="length" if finished else None)
     return SimpleNamespace(request_id=request_id, finished=finished, prompt_token_ids=tokens[:4], outputs=[completion])
+
+
+class LLM:
+    def __init__(self, engine):
+        self.engine = engine
+
+    def collective_rpc(self, method, args):
+        assert method == "attnstats_fetch"
+        return [self.engine.recorder.fetch(*args)]
+
+
+class AsyncLLM(LLM):
+    async def collective_rpc(self, method, args):
+        return super().collective_rpc(method, args)
 
 
 def test_an_output_finds_its_statistics_and_no_others():
     engine = Engine()
     engine.step({"a": (0, 8), "b": (0, 8)})
-
-    class LLM:
-        def collective_rpc(self, method, args):
-            assert method == "attnstats_fetch"
-            return [engine.recorder.fetch(*args)]
-
-    class AsyncLLM:
-        async def collective_rpc(self, method, args):
-            return LLM().collective_rpc(method, args)
-
     tokens = [*range(8), 8]
     with pytest.raises(TypeError, match=r"llm must be a vllm\.LLM, got Engine"):
         statistics_of(engine, output_of(tokens))
     with pytest.raises(ValueError, match="request 'a' is not finished"):
-        statistics_of(LLM(), output_of(tokens, finished=False))
-    assert statistics_of(LLM(), output_of(tokens)).tokens.tolist() == [tokens[:8]]
-    result = asyncio.run(async_statistics_of(AsyncLLM(), output_of(tokens, request_id="b")))
+        statistics_of(LLM(engine), output_of(tokens, finished=False))
+    assert statistics_of(LLM(engine), output_of(tokens)).tokens.tolist() == [tokens[:8]]
+    result = asyncio.run(async_statistics_of(AsyncLLM(engine), output_of(tokens, request_id="b")))
     assert result["waad"].shape == (1, 1, 2, 8)
     engine.step({"c": (0, 8)})
     with pytest.raises(RuntimeError, match="request 'c': the statistics are of other tokens"):
-        statistics_of(LLM(), output_of([7, *tokens], request_id="c"))
+        statistics_of(LLM(engine), output_of([7, *tokens], request_id="c"))
+    assert statistics_of(LLM(engine), output_of(tokens, request_id="c")).tokens.tolist() == [tokens[:8]]
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_the_last_delta_of_a_stream_finds_the_whole_request(is_finished):
+    engine = Engine()
+    engine.step({"a": (0, 8)})
+    engine.step({}, ["a"] if is_finished else [])
+    tokens = [*range(8), 8]
+    with pytest.raises(RuntimeError, match="request 'a': the statistics are of other tokens"):
+        statistics_of(LLM(engine), output_of([*tokens[:4], 9, 9, 9]))
+    assert statistics_of(LLM(engine), output_of(tokens, begin=6)).tokens.tolist() == [tokens[:8]]
+    with pytest.raises(RuntimeError, match="request 'a': nothing is kept of it"):
+        statistics_of(LLM(engine), output_of(tokens))
+
+
+def test_a_streamed_output_has_the_completion_that_ended():
+    engine = Engine()
+    engine.step({f"{i}_a-1a2b3c4d": (0, 8) for i in (0, 1)})
+    tokens = [*range(8), 8]
+    ended = output_of(tokens, index=1)
+    ended.finished = False  # the other one goes on
+    with pytest.raises(ValueError, match="completion must be one that the output has, 1; got 0"):
+        statistics_of(LLM(engine), ended)
+    assert statistics_of(LLM(engine), ended, 1).tokens.tolist() == [tokens[:8]]
+    assert statistics_of(LLM(engine), output_of(tokens), 0).tokens.tolist() == [tokens[:8]]
+
+
+def test_of_requests_with_the_same_id_the_tokens_tell():
+    engine = Engine()
+    engine.step({"a-11111111": (0, 8)})
+    engine.step({"a-22222222": (0, 8)}, ["a-11111111"])
+    engine.runner.requests["a-22222222"].prompt_token_ids = list(range(10, 18))
+    for tokens in (range(9), range(10, 19)):
+        assert statistics_of(LLM(engine), output_of(list(tokens))).tokens.tolist() == [list(tokens)[:8]]
+    engine.step({"b-11111111": (0, 8)})
+    engine.step({"b-22222222": (0, 4)}, ["b-11111111"])  # the same prompt again
+    assert statistics_of(LLM(engine), output_of(list(range(9)), request_id="b"))["waad"].shape == (1, 1, 2, 8)
+
+
+def kept(engine, names):
+    """Those that are there to be fetched, and then no longer are."""
+    return [name for name in names if b"nothing is kept" not in engine.recorder.fetch(name, 0, [], [])]
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_memory_for_finished_requests_is_limited(attends):
+    """Records, with their tokens and the reasons of failures, and what holds them; 16 of these are 10 KB at least."""
+    engine = Engine(replace(SETTINGS, keep_mb=0.005))
+    if not attends:
+        engine.attend = lambda spans: None
+    for turn in range(1, 4):  # what was fetched leaves room for others
+        names = [f"{turn}-{i}" for i in range(16)]
+        for name in names:
+            engine.step({name: (0, 8)})
+            engine.step({}, [name])
+        found = kept(engine, names)
+        assert 1 <= len(found) <= 8
+        assert found == names[-len(found) :]
+        assert engine.recorder.dropped == turn * (16 - len(found))
+
+
+def test_a_folder_alone_can_keep_requests(tmp_path):
+    engine = Engine(replace(SETTINGS, folder=str(tmp_path), keep_mb=0))
+    engine.step({"a-1a2b3c4d": (0, 8)})
+    engine.step({}, ["a-1a2b3c4d"])
+    assert kept(engine, ["a"]) == []
+    assert list(RequestStore(tmp_path)) == ["a-1a2b3c4d"]
+
+
+def test_a_prompt_of_embeddings_has_no_tokens():
+    engine = Engine()
+    engine.embeddings = {"a": torch.ones(8, 16)}
+    engine.step({"a": (0, 8), "b": (0, 8)})
+    engine.runner.requests["a"].prompt_token_ids = None
+    with pytest.raises(RuntimeError, match="request 'a' has no statistics: its prompt has embeddings"):
+        engine.fetch("a")
+    assert engine.fetch("b")["waad"].shape == (1, 1, 2, 8)
+
+
+def test_a_cache_that_can_not_be_read_costs_statistics_alone(monkeypatch):
+    engine = Engine()
+
+    def fails():
+        raise ValueError("numbers are converted")
+
+    monkeypatch.setattr(engine, "look", fails)
+    engine.step({"a": (0, 4)})
+    with pytest.raises(RuntimeError, match="layer 0: ValueError: numbers are converted"):
+        engine.fetch("a")
+
+
+def test_a_record_that_can_not_be_made_costs_one_request(monkeypatch):
+    engine = Engine()
+    engine.step({"a": (0, 4), "b": (0, 4)})
+    del engine.runner.requests["a"]
+    engine.step({"b": (4, 8)}, ["a"])
+    with pytest.raises(RuntimeError, match="request 'a' has no statistics: KeyError"):
+        engine.fetch("a")
+    assert engine.fetch("b")["waad"].shape == (1, 1, 2, 8)
 
 
 def test_a_step_that_no_layer_sees_costs_its_requests_alone():

@@ -77,8 +77,8 @@ class RequestSettings:
         statistics: those of `attnstats.capture(live=True)`.
         layers, heads, reduce: as for `attnstats.capture`, layers no slice. heads may also be {"profile": FILE, "share":
             0.3}: WAAD of the local heads of a head profile, FAI of the global ones, other statistics of all heads.
-        keep_mb: the memory in each worker for the results of finished requests that nobody has fetched yet; the oldest
-            go first.
+        keep_mb: the memory in each worker for the records of finished requests that nobody has fetched yet; the oldest
+            go first. 0 keeps none, as where a folder alone is read.
         folder: where finished requests are written, too, as a `RequestStore` reads them; None: nowhere.
         quota_mb: how large the folder may become.
     """
@@ -193,7 +193,7 @@ def engine_arguments(
     Args:
         statistics: as for `attnstats.capture(live=True)`, whose layers, heads and reduce these are, too; heads may also
             be {"profile": FILE, "share": 0.3}. By default one mean over all chosen heads is kept.
-        keep_mb: the memory in each worker for the results of finished requests that nobody has fetched yet.
+        keep_mb: the memory in each worker for the records of finished requests that nobody has fetched yet.
         folder: where finished requests are written, too, for a `RequestStore` to read; it grows to quota_mb.
 
     Raises:

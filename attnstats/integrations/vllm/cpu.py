@@ -47,7 +47,7 @@ class WatchedImpl(CPUAttentionBackendImpl):
     ) -> Tensor:
         output = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if self.watch is not None and attn_metadata is not None:
-            self.watch(query, _key_cache(layer.isa, kv_cache), attn_metadata)
+            self.watch(query, lambda: _key_cache(layer.isa, kv_cache), attn_metadata)
         return output
 
     @property

@@ -70,18 +70,18 @@ class WatchedFlashImpl(FlashAttentionImpl):
     ) -> Tensor:
         output = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if self.watch is not None and attn_metadata is not None:
-            # (blocks, heads, size, keys and values) in every layout, of which strides tell.
-            pages = kv_cache.transpose(1, 2)[..., : self.head_size]
-            cache = KeyCache(
-                pages.shape[1], pages.__getitem__, pages, lambda: self._log_sum_exps(query, pages, attn_metadata)
-            )
-            self.watch(query, cache, attn_metadata)
+            self.watch(query, lambda: self._key_cache(query, kv_cache, attn_metadata), attn_metadata)
         return output
 
     @property
     def left(self) -> int | None:
         """How far behind itself a query sees; None: all the way."""
         return None if self.sliding_window[0] < 0 else self.sliding_window[0]
+
+    def _key_cache(self, query: Tensor, kv_cache: Tensor, metadata: Any) -> KeyCache:
+        # (blocks, heads, size, keys and values) in every layout, of which strides tell.
+        pages = kv_cache.transpose(1, 2)[..., : self.head_size]
+        return KeyCache(pages.shape[1], pages.__getitem__, pages, lambda: self._log_sum_exps(query, pages, metadata))
 
     def _log_sum_exps(self, query: Tensor, pages: Tensor, metadata: Any) -> Tensor | None:
         """(Hq, n) float32, of the step's queries."""

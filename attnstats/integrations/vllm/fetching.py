@@ -16,37 +16,39 @@ def statistics_of(llm: Any, output: Any, completion: int = 0) -> RequestStatisti
 
     Args:
         llm: the `vllm.LLM`, or its engine, that was started with `engine_arguments`.
-        output: a `RequestOutput` of its.
+        output: a `RequestOutput` of its, of a stream the one with which the completion ended. Of any other request's
+            nothing is forgotten.
         completion: the number of the completion, where n > 1.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError: the request has no statistics, and why.
     """
     arguments = _arguments(llm, output, completion)
-    return _read(llm.collective_rpc(METHOD, args=arguments), output, completion)
+    return _read(llm.collective_rpc(METHOD, args=arguments))
 
 
 async def async_statistics_of(engine: Any, output: Any, completion: int = 0) -> RequestStatistics:
-    """`statistics_of` for a `vllm.AsyncLLM`, with the last output of the request."""
+    """`statistics_of` for a `vllm.AsyncLLM`."""
     arguments = _arguments(engine, output, completion)
-    return _read(await engine.collective_rpc(METHOD, args=arguments), output, completion)
+    return _read(await engine.collective_rpc(METHOD, args=arguments))
 
 
-def _arguments(engine: Any, output: Any, completion: int) -> tuple[str, int, int]:
+def _arguments(engine: Any, output: Any, completion: int) -> tuple[str, int, list[int], list[int]]:
     if not hasattr(engine, "collective_rpc"):
         raise TypeError(f"llm must be a vllm.LLM, got {type(engine).__name__}")
-    if not output.finished:
-        raise ValueError(f"output: request {output.request_id!r} is not finished; pass its last output")
-    if not 0 <= completion < len(output.outputs):
-        raise ValueError(f"completion must be one of the {len(output.outputs)} of the output, got {completion!r}")
-    return output.request_id, completion, len(output.outputs)
-
-
-def _read(of_ranks: Sequence[bytes], output: Any, completion: int) -> RequestStatistics:
-    result = records.merged([records.decode(record) for record in of_ranks])
-    tokens = [*(output.prompt_token_ids or ()), *output.outputs[completion].token_ids][:-1]
-    if result.tokens[0, : len(tokens)].tolist() != tokens:
-        raise RuntimeError(
-            f"request {output.request_id!r}: the statistics are of other tokens; is llm the engine of this output?"
+    by_index = {each.index: each for each in output.outputs}  # of a stream those that have something new
+    if completion not in by_index:
+        present = ", ".join(map(str, sorted(by_index))) or "none"
+        raise ValueError(
+            f"completion must be one that the output has, {present}; got {completion!r}. Of a stream pass the output "
+            "with which the completion ended"
         )
-    return result
+    chosen = by_index[completion]
+    if not output.finished and chosen.finish_reason is None:
+        raise ValueError(f"output: request {output.request_id!r} is not finished; pass its last output")
+    # The last token of the output never went through the model.
+    return output.request_id, completion, list(output.prompt_token_ids or ()), list(chosen.token_ids)[:-1]
+
+
+def _read(of_ranks: Sequence[bytes]) -> RequestStatistics:
+    return records.merged([records.decode(record) for record in of_ranks])

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,13 @@ BYPASSED = (
 )
 
 
-Watch = Callable[[Tensor, KeyCache, Any], None]  # gets a layer's queries, its cache and the step's metadata
+# Gets a layer's queries, what looks at its cache, and the step's metadata.
+Watch = Callable[[Tensor, Callable[[], KeyCache], Any], None]
 
 Sums = CompiledSums | GatheredSums | PagedSums
 
 NO_TOKEN = "no token of it went through the model"
+ENTRY = 400  # bytes, about, of the id and the objects that hold a record
 
 
 class RequestRecording(PlacedRecording):
@@ -57,7 +58,6 @@ class RequestRecording(PlacedRecording):
 
     Attributes:
         fault: why there is nothing to read; None: there is.
-        tokens: those of a finished request.
         fetched: its results were returned.
     """
 
@@ -65,7 +65,6 @@ class RequestRecording(PlacedRecording):
         super().__init__(reduce, torch.device("cpu"), first)
         self._head_counts = head_counts  # the same for all requests
         self.fault: str | None = None
-        self.tokens: list[int] = []
         self.fetched = False
 
     def new_queries(self, begin: int, end: int) -> Tensor | None:
@@ -74,11 +73,6 @@ class RequestRecording(PlacedRecording):
             return None
         old = self._query_mask.values[0, begin:end]
         return torch.cat([~old, old.new_ones(end - begin - len(old))])
-
-    @property
-    def bytes(self) -> int:
-        """The memory of its numbers."""
-        return sum(x.values.nbytes for by_layer in self._sums.values() for x in by_layer.values())
 
 
 @dataclass
@@ -117,7 +111,8 @@ class Recorder:
         self.dropped = 0
         self._runner = runner
         self._running: dict[str, RequestRecording] = {}
-        self._finished: OrderedDict[str, RequestRecording] = OrderedDict()
+        self._finished: dict[str, bytes] = {}  # records, the oldest first
+        self._held = 0  # bytes of them
         self._store = None if settings.folder is None else RequestWriter(Path(settings.folder), settings.quota_mb)
         self._step: Step | None = None
         self._warned = False
@@ -144,7 +139,10 @@ class Recorder:
                 self._running[new.req_id].fault = "its prompt was continued by streaming, which is not recorded"
             elif _is_wanted(new.sampling_params):
                 first = new.num_computed_tokens
-                self._running[new.req_id] = RequestRecording(self.settings.reduce, self._head_counts, first)
+                recording = RequestRecording(self.settings.reduce, self._head_counts, first)
+                if new.prompt_embeds is not None:
+                    recording.fault = "its prompt has embeddings, which are no tokens"
+                self._running[new.req_id] = recording
         cached = scheduled.scheduled_cached_reqs
         begins = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         begins |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -175,7 +173,12 @@ class Recorder:
             log.error("attnstats: requests have no statistics, because %s (said once)", fault)
 
     def _observe(
-        self, layer: WatchedLayer, masks: dict[Statistic, Tensor], query: Tensor, cache: KeyCache, metadata: Any
+        self,
+        layer: WatchedLayer,
+        masks: dict[Statistic, Tensor],
+        query: Tensor,
+        look: Callable[[], KeyCache],
+        metadata: Any,
     ) -> None:
         """A captured layer attended."""
         step = self._step
@@ -186,6 +189,7 @@ class Recorder:
             rows = self._rows_of(step)
             if not rows:
                 return
+            cache = look()
             self._sums_of(step, rows, layer, query, cache, metadata).add(layer, query, cache, masks)
         except Exception as error:
             step.fault = f"layer {layer.number}: {type(error).__name__}: {error}"
@@ -239,63 +243,77 @@ class Recorder:
 
     def _finish(self, request_id: str) -> None:
         recording = self._running.pop(request_id, None)
-        if recording is None:
+        if recording is None or (recording.fetched and self._store is None):
             return
-        recording.tokens = self._tokens(request_id)
+        record = self._record(request_id, recording)
         if self._store is not None:
-            self._write(self._store, request_id, recording)
+            self._write(self._store, request_id, record)
         if recording.fetched:
             return
-        self._finished[request_id] = recording
-        held = sum(each.bytes for each in self._finished.values())
-        while self._finished and held > self.settings.keep_mb * 1e6:
-            _, oldest = self._finished.popitem(last=False)
-            held -= oldest.bytes
+        self._forget(request_id)  # an id may come again where vLLM is told to put nothing behind it
+        self._finished[request_id] = record
+        self._held += len(record) + ENTRY
+        while self._held > self.settings.keep_mb * 1e6:
+            self._forget(next(iter(self._finished)))
             self.dropped += 1
 
-    def _tokens(self, request_id: str) -> list[int]:
-        state = self._runner.requests[request_id]
-        return [*(state.prompt_token_ids or ()), *state.output_token_ids]
+    def _forget(self, request_id: str) -> None:
+        record = self._finished.pop(request_id, None)
+        if record is not None:
+            self._held -= len(record) + ENTRY
 
-    def _write(self, store: RequestWriter, request_id: str, recording: RequestRecording) -> None:
-        if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
+    def _record(self, request_id: str, recording: RequestRecording) -> bytes:
+        tokens: list[int] = []
+        try:
+            state = self._runner.requests[request_id]
+            tokens = [*(state.prompt_token_ids or ()), *state.output_token_ids]
+            if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
+                return records.failure(fault, tokens)
+            return records.encode(self.settings, self.layers, self.heads, recording, tokens)
+        except Exception as error:
+            return records.failure(f"{type(error).__name__}: {error}", tokens)
+
+    def _write(self, store: RequestWriter, request_id: str, record: bytes) -> None:
+        if fault := records.fault_of(record):
             store.lose(fault)
             return
         try:
-            store.write(request_id, self._record(recording))
+            store.write(request_id, record)
         except Exception as error:
             store.lose(f"{type(error).__name__}: {error}")
 
-    def _record(self, recording: RequestRecording) -> bytes:
-        return records.encode(self.settings, self.layers, self.heads, recording, recording.tokens)
-
-    def fetch(self, external_id: str, index: int, count: int) -> bytes:
-        """The record of a request, which is forgotten.
+    def fetch(self, external_id: str, index: int, prompt: list[int], output: list[int]) -> bytes:
+        """The record of a request, which is forgotten if the tokens are those of the request.
 
         Args:
-            external_id: as the user knows it. vLLM puts eight letters behind it, and the completion's number before.
-            index: the number of the completion, of `count`.
+            external_id: as the user knows it. vLLM puts eight letters behind it, and of several completions the number
+                before it.
+            index: the number of the completion.
+            prompt, output: tokens, as for `records.is_of`.
         """
-        prefix = f"{index}_{external_id}" if count > 1 else external_id
-        of_request = [
-            id_
-            for id_ in itertools.chain(self._finished, self._running)
-            if id_ == prefix or (id_.startswith(f"{prefix}-") and len(id_) == len(prefix) + 9)
-        ]
-        if not of_request:
+        names = {f"{index}_{external_id}"} | ({external_id} if index == 0 else set())
+        # The worker hears that a request is finished with the next step.
+        holders: tuple[Mapping[str, bytes | RequestRecording], ...] = (self._finished, self._running)
+        found = [(id_, holder[id_]) for holder in holders for id_ in reversed(list(holder)) if _has_name(id_, names)]
+        found = [(id_, held) for id_, held in found if isinstance(held, bytes) or not held.fetched]
+        for request_id, held in found:
+            record = held if isinstance(held, bytes) else self._record(request_id, held)
+            if not records.is_of(record, prompt, output):
+                continue
+            if isinstance(held, bytes):
+                self._forget(request_id)
+            else:
+                held.fetched = True
+            fault = records.fault_of(record)
+            return records.failure(f"request {external_id!r} has no statistics: {fault}") if fault else record
+        if found:
             return records.failure(
-                f"request {external_id!r}: nothing is kept of it. It was fetched before, was sent with "
-                f'extra_args={{"{KEY}": False}}, or had to go: {self.dropped} results were dropped, raise keep_mb'
+                f"request {external_id!r}: the statistics are of other tokens; is llm the engine of this output?"
             )
-        request_id = of_request[-1]
-        if request_id in self._finished:
-            recording = self._finished.pop(request_id)
-        else:  # the worker hears that a request is finished with the next step
-            recording = self._running[request_id]
-            recording.tokens, recording.fetched = self._tokens(request_id), True
-        if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
-            return records.failure(f"request {external_id!r} has no statistics: {fault}")
-        return self._record(recording)
+        return records.failure(
+            f"request {external_id!r}: nothing is kept of it. It was fetched before, was sent with "
+            f'extra_args={{"{KEY}": False}}, or had to go: {self.dropped} results were dropped, raise keep_mb'
+        )
 
     def _watch(self, number: int, layer: Any) -> None:
         """Have a captured layer call `_observe`."""
@@ -326,3 +344,8 @@ class Recorder:
 def _is_wanted(sampling: Any) -> bool:
     """True unless a request's extra_args say {"attnstats": False}, or over HTTP 0, as vLLM takes no booleans there."""
     return sampling is not None and (sampling.extra_args or {}).get(KEY, True) not in (False, "0", "false", "False")
+
+
+def _has_name(request_id: str, names: set[str]) -> bool:
+    """True if it is one of the names, with or without the letters that vLLM puts behind it."""
+    return request_id in names or (request_id[-9:-8] == "-" and request_id[:-9] in names)

@@ -114,17 +114,39 @@ def encode(
     return save(tensors, {"format": FORMAT, "content": json.dumps(content)})
 
 
-def failure(reason: str) -> bytes:
+def failure(reason: str, tokens: Sequence[int] = ()) -> bytes:
     """What stands for the record of a request that has none."""
-    return save({}, {"format": FORMAT, "failure": reason})
+    all_tokens = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
+    return save({"tokens": all_tokens}, {"format": FORMAT, "failure": reason})
+
+
+def fault_of(record: bytes) -> str | None:
+    """The reason of a failure."""
+    return _metadata(record).get("failure")
+
+
+def is_of(record: bytes, prompt: list[int], output: list[int]) -> bool:
+    """True if the request had these tokens.
+
+    Args:
+        prompt: all of it.
+        output: some of it in a row, such as the last delta of a stream, without the very last token, which did not go
+            through the model.
+    """
+    tokens = load(record)["tokens"][0].tolist()
+    answer = tokens[len(prompt) :]
+    places = range(len(answer) - len(output) + 1)
+    # A request that was aborted may have a part of its prompt.
+    return tokens[: len(prompt)] == prompt[: len(tokens)] and any(
+        answer[place : place + len(output)] == output for place in places
+    )
 
 
 def decode(record: bytes) -> RequestStatistics:
     """The statistics of a record. Raises RuntimeError for that of a request that has none."""
-    metadata = _metadata(record)
-    if "failure" in metadata:
-        raise RuntimeError(metadata["failure"])
-    content, tensors = json.loads(metadata["content"]), load(record)
+    if fault := fault_of(record):
+        raise RuntimeError(fault)
+    content, tensors = json.loads(_metadata(record)["content"]), load(record)
     statistics = RequestSettings.of({"statistics": content["statistics"], "reduce": content["reduce"]}).statistics
     heads: ChosenHeads = {
         s: {layer: None if chosen is None else tuple(chosen) for layer, chosen in of_statistic}

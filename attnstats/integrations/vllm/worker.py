@@ -50,10 +50,10 @@ class StatisticsWorker(Worker):
         finally:
             self._recorder.end()
 
-    def attnstats_fetch(self, request_id: str, index: int, count: int) -> bytes:
+    def attnstats_fetch(self, request_id: str, index: int, prompt: list[int], output: list[int]) -> bytes:
         """For `collective_rpc`: the record of a request."""
         assert self._recorder is not None
-        return self._recorder.fetch(request_id, index, count)
+        return self._recorder.fetch(request_id, index, prompt, output)
 
 
 def attention_layers(vllm_config: Any) -> dict[int, Any]:

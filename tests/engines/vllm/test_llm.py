@@ -173,7 +173,7 @@ def test_every_completion_has_its_own(llama):
     with engine(llama, **engine_arguments(STATISTICS), enable_prefix_caching=True, block_size=32) as llm:
         (output,) = generate(llm, [tiny.prompt(70, 1)], [15], n=3, temperature=1.0)
         results = [statistics_of(llm, output, i) for i in range(3)]
-        with pytest.raises(ValueError, match="completion must be one of the 3 of the output, got 3"):
+        with pytest.raises(ValueError, match="completion must be one that the output has, 0, 1, 2; got 3"):
             statistics_of(llm, output, 3)
     assert len({tuple(result.tokens[0].tolist()) for result in results}) == 3
     for result in results:
@@ -182,6 +182,28 @@ def test_every_completion_has_its_own(llama):
         else:  # the prompt of the completions is the same
             assert result.cached == 64
     assert [result.cached for result in results].count(0) >= 1
+
+
+@pytest.mark.parametrize("kind", ["CUMULATIVE", "DELTA"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stream_ends_with_statistics(llama, kind, n):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        n=n, max_tokens=9, temperature=1.0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind[kind]
+    )
+    results = {}
+    with engine(llama, **engine_arguments(STATISTICS)) as llm:
+        llm.llm_engine.add_request("r", {"prompt_token_ids": tiny.prompt(20)}, sampling)
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                ended = [each.index for each in output.outputs if each.finish_reason is not None]
+                results |= {index: statistics_of(llm, output, index) for index in ended}
+    assert set(results) == set(range(n))
+    for result in results.values():
+        assert result.tokens.shape == (1, 28)
+        assert_teacher_forced(result, llama, reduce=("layers", "heads"))
 
 
 def test_a_compiled_model_is_recorded(llama, monkeypatch):
@@ -230,7 +252,7 @@ def test_a_request_can_be_left_out(llama):
 
 
 def test_results_that_nobody_fetches_go_when_there_are_too_many(llama):
-    with engine(llama, **engine_arguments(STATISTICS, keep_mb=0.0012)) as llm:
+    with engine(llama, **engine_arguments(STATISTICS, keep_mb=0.005)) as llm:
         outputs = generate(llm, [tiny.prompt(60, i) for i in range(5)], [4] * 5)
         generate(llm, [tiny.prompt(5)], [2])
         assert statistics_of(llm, outputs[-1])["waad"].shape == (1, 63)
@@ -367,9 +389,8 @@ def test_attention_that_python_does_not_see_is_found_out(llama, monkeypatch):
             statistics_of(llm, output)
 
 
-def test_a_fault_costs_statistics_and_no_answer(llama, monkeypatch):
-    from attnstats.integrations.vllm.sums import CompiledSums
-
+@pytest.mark.parametrize("place", ["sums.CompiledSums.add", "cpu._key_cache"])
+def test_a_fault_costs_statistics_and_no_answer(llama, monkeypatch, place):
     with engine(llama, **engine_arguments(STATISTICS)) as llm:
         (expected,) = generate(llm, [tiny.prompt(20)], [6])
 
@@ -377,7 +398,7 @@ def test_a_fault_costs_statistics_and_no_answer(llama, monkeypatch):
             raise MemoryError("no more")
 
         with monkeypatch.context() as patch:
-            patch.setattr(CompiledSums, "add", failing)
+            patch.setattr(f"attnstats.integrations.vllm.{place}", failing)
             (output,) = generate(llm, [tiny.prompt(20)], [6])
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
         with pytest.raises(RuntimeError, match="request '1' has no statistics: layer 2: MemoryError: no more"):
