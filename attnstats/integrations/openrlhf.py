@@ -127,7 +127,9 @@ class RhythmExperienceMaker(RemoteExperienceMaker):
             metrics = scale_shifted_advantages(batch, self.credit, generator)
             experience.advantages = batch["advantages"]
             rows = len(experience.advantages)
-            experience.info |= {name: torch.full((rows,), value, device="cpu") for name, value in metrics.items()}
+            experience.info |= {
+                name: torch.full((rows,), value, dtype=torch.float32, device="cpu") for name, value in metrics.items()
+            }
         self._step += 1
         return experiences
 

@@ -39,7 +39,12 @@ FAULTS = {
     "behind a result": ("native.cpp", "to[i * numbers + n] =", "to[i * numbers + n + 1] =", OVERFLOW),
     "an absent row": ("tile.h", "i < task.rows; ++i) {", "i <= task.rows; ++i) {", OVERFLOW),
     "behind a buffer": ("tile.h", "j < KEYS; ++j) {", "j <= KEYS; ++j) {", "use-after-poison"),
-    "undefined": ("native.cpp", "= omp_get_thread_num()", "= call.rows << 63", "runtime error: "),
+    "undefined": (
+        "native.cpp",
+        "= omp_get_thread_num();\n#endif\n        const Room",
+        "= call.rows << 63;\n#endif\n        const Room",
+        "runtime error: ",
+    ),
 }
 
 pytestmark = [

@@ -337,7 +337,10 @@ class Recorder:
         )
         watched = WatchedLayer(number, tuple(chosen), heads, impl.num_heads, options, impl.left)
         every = torch.arange(impl.num_heads, dtype=torch.int64, device="cpu")
-        masks = {s: torch.isin(every, torch.tensor(of_layer, device="cpu")) for s, of_layer in heads.items()}
+        masks = {
+            s: torch.isin(every, torch.tensor(of_layer, dtype=torch.int64, device="cpu"))
+            for s, of_layer in heads.items()
+        }
         impl.watch = functools.partial(self._observe, watched, masks)
 
 

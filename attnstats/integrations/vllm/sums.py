@@ -130,7 +130,7 @@ class StepBatch:
         counted = None
         if any(each.new is not None for each in rows):
             counted = torch.cat(
-                [torch.ones(e.end - e.begin, dtype=torch.bool) if e.new is None else e.new for e in rows]
+                [torch.ones(e.end - e.begin, dtype=torch.bool, device="cpu") if e.new is None else e.new for e in rows]
             )
         return cls(rows, index, starts[-1], table, counted)
 
