@@ -16,7 +16,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from attnstats.integrations.vllm.configuration import is_recorded
-from attnstats.integrations.vllm.recorder import Watch
+from attnstats.integrations.vllm.recorder import Watched
 from attnstats.integrations.vllm.sums import KeyCache
 
 
@@ -28,32 +28,16 @@ class WatchedBackend(CPUAttentionBackend):
         return WatchedImpl if is_recorded(get_current_vllm_config()) else CPUAttentionBackendImpl
 
 
-class WatchedImpl(CPUAttentionBackendImpl):
-    """The attention of one layer, which shows its inputs to `watch` where the layer is recorded."""
-
-    watch: Watch | None = None
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        output = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        if self.watch is not None and attn_metadata is not None:
-            self.watch(query, lambda: _key_cache(layer.isa, kv_cache), attn_metadata)
-        return output
+class WatchedImpl(Watched, CPUAttentionBackendImpl):
+    """The attention of one layer, which can be watched."""
 
     @property
     def left(self) -> int | None:
         """How far behind itself a query sees; None: all the way."""
         return None if self.sliding_window < 0 else self.sliding_window - 1
+
+    def key_cache(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any) -> KeyCache:
+        return _key_cache(layer.isa, kv_cache)
 
 
 def _key_cache(isa: str, kv_cache: Tensor) -> KeyCache:

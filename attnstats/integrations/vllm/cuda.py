@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from attnstats.integrations.vllm.configuration import is_recorded, requested
-from attnstats.integrations.vllm.recorder import Watch
+from attnstats.integrations.vllm.recorder import Watched
 from attnstats.integrations.vllm.sums import KeyCache
 
 
@@ -51,34 +51,15 @@ class WatchedFlashBackend(FlashAttentionBackend):
         return WatchedFlashBuilder
 
 
-class WatchedFlashImpl(FlashAttentionImpl):
-    """The attention of one layer, which shows its inputs to `watch` where the layer is recorded."""
-
-    watch: Watch | None = None
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        output = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        if self.watch is not None and attn_metadata is not None:
-            self.watch(query, lambda: self._key_cache(query, kv_cache, attn_metadata), attn_metadata)
-        return output
+class WatchedFlashImpl(Watched, FlashAttentionImpl):
+    """The attention of one layer, which can be watched."""
 
     @property
     def left(self) -> int | None:
         """How far behind itself a query sees; None: all the way."""
         return None if self.sliding_window[0] < 0 else self.sliding_window[0]
 
-    def _key_cache(self, query: Tensor, kv_cache: Tensor, metadata: Any) -> KeyCache:
+    def key_cache(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any) -> KeyCache:
         # (blocks, heads, size, keys and values) in every layout, of which strides tell.
         pages = kv_cache.transpose(1, 2)[..., : self.head_size]
         return KeyCache(pages.shape[1], pages.__getitem__, pages, lambda: self._log_sum_exps(query, pages, metadata))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,35 @@ BYPASSED = (
 
 # Gets a layer's queries, what looks at its cache, and the step's metadata.
 Watch = Callable[[Tensor, Callable[[], KeyCache], Any], None]
+
+
+class Watched:
+    """A part of the attention of one layer, before vLLM's own: with a `watch` it shows its inputs after each step."""
+
+    watch: Watch | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        parent: Any = super()
+        output = parent.forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        if self.watch is not None and attn_metadata is not None:
+            self.watch(query, lambda: self.key_cache(layer, query, kv_cache, attn_metadata), attn_metadata)
+        return output
+
+    @abstractmethod
+    def key_cache(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any) -> KeyCache:
+        """A view of the layer's paged cache."""
+
 
 Sums = CompiledSums | GatheredSums | PagedSums
 

@@ -382,7 +382,7 @@ def test_attention_that_python_does_not_see_is_found_out(llama, monkeypatch):
     from attnstats.integrations.vllm.cpu import WatchedImpl
 
     with engine(llama, **engine_arguments(STATISTICS)) as llm:
-        stock = WatchedImpl.__mro__[1].forward
+        stock = WatchedImpl.__mro__[2].forward
         monkeypatch.setattr(WatchedImpl, "forward", stock)
         (output,) = generate(llm, [tiny.prompt(20)], [4])
         with pytest.raises(RuntimeError, match="captured layers 2, 3, 4 was not seen in a step: CUDA graphs or"):
