@@ -44,7 +44,10 @@ def test_heads_come_from_a_profile(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"statistic": ["waad"]}, "attnstats has no setting statistic; it has statistics, layers"),
+        ({"statistic": ["waad"]}, "attnstats has no setting statistic; it has preset, statistics, layers"),
+        ({"statistics": None}, "attnstats: statistics must be a list"),
+        ({"preset": "paper_v3"}, "attnstats: preset 'paper_v3': no such preset; there are paper_v2, paper_v1"),
+        ({"token_entropy": 1}, "attnstats: token_entropy must be True or False, got 1"),
         ({"statistics": "waad"}, "attnstats: statistics must be a list"),
         ({"statistics": ["wad"]}, "attnstats: statistics: unknown name 'wad'; the catalogue has waad"),
         ({"statistics": [{"waad": {"widow": 3}}]}, "attnstats: statistics: waad has no setting widow; it has window"),
@@ -182,3 +185,15 @@ def test_the_hooks_of_a_gpu_are_looked_up_there_alone(monkeypatch):
     check_vllm("cpu")
     with pytest.raises(RuntimeError, match=r"flash_attn\.FlashAttentionImpl can't be imported"):
         check_vllm("cuda")
+
+
+def test_a_preset_stands_for_settings_that_can_be_replaced():
+    of_preset = RequestSettings.of({"preset": "paper_v1", "layers": [3], "folder": "here"})
+    assert of_preset.statistics == (WAAD(10), FAI(10, 50), FAI(0, None), FAI(4, None), MeanDistance())
+    assert (of_preset.layers, of_preset.reduce, of_preset.token_entropy) == ([3], (), True)
+    assert RequestSettings.of(of_preset.to_json()) == of_preset
+
+
+def test_without_statistics_a_preset_is_named():
+    with pytest.raises(ValueError, match=r"attnstats.statistics is missing; .* or a preset, such as \"paper_v2\""):
+        engine_arguments(folder="here")

@@ -15,6 +15,7 @@ from attnstats.integrations.vllm.sums import KeyCache
 
 SETTINGS = RequestSettings((WAAD(3), FAI(1, 4)), layers=[0], reduce=())
 SIZE, DIM = 4, 16
+LOGITS = torch.tensor([0.0, 0.1, 0.4])  # times the position of a token
 
 
 class Engine:
@@ -25,7 +26,11 @@ class Engine:
         self.impl = SimpleNamespace(
             num_heads=len(heads), scale=0.25, left=left, logits_soft_cap=0, sinks=None, watch=None
         )
-        self.runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]), requests={})
+        self.model = torch.nn.Identity()
+        self.model.compute_logits = lambda hidden: hidden * LOGITS
+        self.runner = SimpleNamespace(
+            input_batch=SimpleNamespace(req_ids=[]), requests={}, get_model=lambda: self.model
+        )
         every = {s: {0: None} for s in settings.statistics}
         self.recorder = Recorder(settings, {0: SimpleNamespace(impl=self.impl)}, every, self.runner)
         self.cache = torch.randn(9, SIZE, 1, DIM, generator=torch.Generator("cpu").manual_seed(0))
@@ -34,7 +39,7 @@ class Engine:
 
     def step(self, spans, finished=()):
         """spans: by request, (begin, end); each of them in blocks of its own."""
-        sampling = SimpleNamespace(extra_args=None)
+        sampling = SimpleNamespace(extra_args=None, temperature=0.5)
         new = [name for name in spans if name not in self.known]
         old = [name for name in spans if name in self.known]
         for name in new:
@@ -69,6 +74,8 @@ class Engine:
             block_table=torch.tensor([[2 * number % 8, 2 * number % 8 + 1] for number, *_ in rows]).int(),
         )
         self.impl.watch(query, self.look, metadata)
+        positions = torch.cat([torch.arange(begin, end) for _, begin, end in rows])
+        self.model(torch.cat([positions, positions.new_zeros(3)])[:, None].float())  # padded, as steps are
 
     def look(self):
         return KeyCache(SIZE, self.cache.__getitem__, self.cache)
@@ -283,3 +290,41 @@ def test_a_request_without_a_token_has_nothing_to_read():
     assert engine.fetch("a").tokens.tolist() == [[0, 1, 2, 3]]
     with pytest.raises(RuntimeError, match="request 'a': nothing is kept of it"):
         engine.fetch("a")
+
+
+def entropies(length, temperature):
+    logits = torch.arange(length)[:-1, None] * LOGITS / temperature
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+@pytest.mark.parametrize("steps", [[(0, 8)], [(0, 3), (3, 5), (5, 8)], [(0, 6), (0, 8)], [(0, 4), (2, 8)]])
+def test_token_entropies_are_of_the_distributions_behind_the_tokens(steps):
+    """Also of a request that is preempted, whose queries are repeated."""
+    engine = Engine(replace(SETTINGS, token_entropy=True))
+    for span in steps:
+        engine.step({"a": span, "b": span})
+    entropy = engine.fetch("a").token_entropy
+    assert entropy[0].isnan()
+    torch.testing.assert_close(entropy[1:], entropies(8, 0.5))
+
+
+def test_token_entropies_behind_cached_tokens_are_unknown():
+    engine = Engine(replace(SETTINGS, token_entropy=True))
+    engine.step({"a": (4, 8)})
+    entropy = engine.fetch("a").token_entropy
+    assert entropy[:5].isnan().all()
+    torch.testing.assert_close(entropy[5:], entropies(8, 0.5)[4:])
+
+
+def test_hidden_states_that_are_not_seen_cost_statistics_alone():
+    engine = Engine(replace(SETTINGS, token_entropy=True))
+    engine.model._forward_hooks.clear()
+    engine.step({"a": (0, 8)})
+    with pytest.raises(RuntimeError, match="hidden states were not seen in a step, .* set token_entropy=False"):
+        engine.fetch("a")
+
+
+def test_a_result_knows_its_prompt():
+    engine = Engine()
+    engine.step({"a": (0, 8)})
+    assert engine.fetch("a").prompt == 8

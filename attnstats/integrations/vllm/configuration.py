@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from attnstats.heads import HeadProfile
+from attnstats.heads import RECEIVED, HeadProfile
 from attnstats.integrations.hooks import Hook, faults_of
-from attnstats.statistics import CATALOGUE, SegmentMass, Statistic, resolve
+from attnstats.presets import PRESETS
+from attnstats.statistics import CATALOGUE, FAI, WAAD, MeanDistance, SegmentMass, Statistic, resolve
 from attnstats.transformers.selection import (
     ChosenHeads,
     HeadSelection,
@@ -77,6 +78,8 @@ class RequestSettings:
         statistics: those of `attnstats.capture(live=True)`.
         layers, heads, reduce: as for `attnstats.capture`, layers no slice. heads may also be {"profile": FILE, "share":
             0.3}: WAAD of the local heads of a head profile, FAI of the global ones, other statistics of all heads.
+        token_entropy: the entropy of the distribution that each token was drawn from is recorded, too, by one more
+            product with the output embedding for every token.
         keep_mb: the memory in each worker for the records of finished requests that nobody has fetched yet; the oldest
             go first. 0 keeps none, as where a folder alone is read.
         folder: where finished requests are written, too, as a `RequestStore` reads them; None: nowhere.
@@ -87,13 +90,14 @@ class RequestSettings:
     layers: Literal["middle-third", "all"] | Iterable[int] = "middle-third"
     heads: Any = None
     reduce: tuple[Reduce, ...] = ("layers", "heads")
+    token_entropy: bool = False
     keep_mb: float = 256
     folder: str | None = None
     quota_mb: float = 1000
 
     @classmethod
     def of(cls, given: Any) -> RequestSettings:
-        """The settings that a dict holds.
+        """The settings that a dict holds; a preset in it stands for those of `preset`, but for the ones beside it.
 
         Raises:
             TypeError, ValueError: naming the key, what came and what would work.
@@ -103,18 +107,22 @@ class RequestSettings:
             (WAAD(window=10), FAI(lo=10, hi=50))
             >>> RequestSettings.of({"statistic": ["waad"]})
             Traceback (most recent call last):
-            ValueError: attnstats has no setting statistic; it has statistics, layers, heads, reduce, keep_mb,
-            folder, quota_mb
+            ValueError: attnstats has no setting statistic; it has preset, statistics, layers, heads, reduce,
+            token_entropy, keep_mb, folder, quota_mb
         """
         if not isinstance(given, Mapping):
             raise TypeError(f'{KEY}: must have settings by name, such as {{"statistics": ["waad"]}}; got {given!r}')
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = ["preset", *(field.name for field in dataclasses.fields(cls))]
         if wrong := [str(name) for name in given if name not in names]:
             raise ValueError(f"{KEY} has no setting {', '.join(wrong)}; it has {', '.join(names)}")
-        if "statistics" not in given:
-            raise ValueError(f'{KEY}.statistics is missing; name what to record, such as ["waad", "fai"]')
+        own = {name: value for name, value in given.items() if name != "preset"}
+        if "statistics" not in given and given.get("preset") is None:
+            raise ValueError(
+                f'{KEY}.statistics is missing; name what to record, such as ["waad", "fai"], or a preset, such as '
+                '"paper_v2"'
+            )
         try:
-            return cls(**given)
+            return cls(**(own if given.get("preset") is None else of_preset(given["preset"]) | own))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{KEY}: {error}") from error
 
@@ -132,6 +140,8 @@ class RequestSettings:
                 raise ValueError(f"reduce: {s} names keys, of which there is no mean; set reduce=[]")
         if isinstance(self.layers, slice):
             raise TypeError(f"layers must be 'middle-third', 'all' or a list of layer numbers, got {self.layers}")
+        if not isinstance(self.token_entropy, bool):
+            raise TypeError(f"token_entropy must be True or False, got {self.token_entropy!r}")
         for name, size in (("keep_mb", self.keep_mb), ("quota_mb", self.quota_mb)):
             if not isinstance(size, (int, float)) or isinstance(size, bool) or size < 0:
                 raise ValueError(f"{name} must be a number of megabytes, 0 or more; got {size!r}")
@@ -158,6 +168,7 @@ class RequestSettings:
             "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
             "heads": self.heads,
             "reduce": list(self.reduce),
+            "token_entropy": self.token_entropy,
             "keep_mb": self.keep_mb,
             "folder": self.folder,
             "quota_mb": self.quota_mb,
@@ -178,23 +189,29 @@ class RequestSettings:
         return chosen
 
 
-def engine_arguments(
-    statistics: Iterable[Statistic | str],
-    *,
-    layers: Literal["middle-third", "all"] | Iterable[int] = "middle-third",
-    heads: Any = None,
-    reduce: Reduce | Iterable[Reduce] | None = ("layers", "heads"),
-    keep_mb: float = 256,
-    folder: str | PathLike[str] | None = None,
-    quota_mb: float = 1000,
-) -> dict[str, Any]:
+def of_preset(name: Any) -> dict[str, Any]:
+    """The settings that record what `attnstats report` and `attnstats couplings` need of a request, of every head.
+
+    Args:
+        name: of a preset of `attnstats.presets`, whose window, horizon and layers they have.
+
+    Example:
+        >>> of_preset("paper_v2")["statistics"]
+        [WAAD(window=10), FAI(lo=10, hi=100), FAI(lo=0, hi=None), FAI(lo=4, hi=None), MeanDistance()]
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r}: no such preset; there are {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    statistics = [WAAD(preset.window), FAI(preset.fai_lo, preset.fai_hi), FAI(0, None), RECEIVED, MeanDistance()]
+    return {"statistics": statistics, "layers": preset.layers, "reduce": (), "token_entropy": True}
+
+
+def engine_arguments(statistics: Iterable[Statistic | str] | None = None, **settings: Any) -> dict[str, Any]:
     """The keyword arguments of `vllm.LLM`, and of its `EngineArgs`, that record statistics of every request.
 
     Args:
-        statistics: as for `attnstats.capture(live=True)`, whose layers, heads and reduce these are, too; heads may also
-            be {"profile": FILE, "share": 0.3}. By default one mean over all chosen heads is kept.
-        keep_mb: the memory in each worker for the records of finished requests that nobody has fetched yet.
-        folder: where finished requests are written, too, for a `RequestStore` to read; it grows to quota_mb.
+        statistics: as for `attnstats.capture(live=True)`; None: those of a preset.
+        settings: preset, layers, heads, reduce, token_entropy, keep_mb, folder and quota_mb, as docs/vllm.md has them.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what would work.
@@ -203,9 +220,13 @@ def engine_arguments(
         >>> engine_arguments(["waad"], layers=[2, 3])["additional_config"]["attnstats"]["statistics"]
         [{'waad': {'window': 10}}]
     """
-    path = None if folder is None else str(Path(folder).absolute())
-    settings = RequestSettings(_statistics(statistics), layers, heads, resolve_reduce(reduce), keep_mb, path, quota_mb)
-    arguments = {"worker_cls": WORKER, "additional_config": {KEY: settings.to_json()}}
+    given = settings if statistics is None else {"statistics": statistics, **settings}
+    if isinstance(given.get("folder"), PathLike):
+        given = given | {"folder": str(Path(given["folder"]))}
+    of_engine = RequestSettings.of(given)
+    if of_engine.folder is not None:
+        of_engine = dataclasses.replace(of_engine, folder=str(Path(of_engine.folder).absolute()))
+    arguments = {"worker_cls": WORKER, "additional_config": {KEY: of_engine.to_json()}}
     return arguments | ON_CUDA if torch.version.cuda else arguments
 
 

@@ -34,7 +34,7 @@ from attnstats.integrations.vllm.sums import (
 )
 from attnstats.statistics import Statistic
 from attnstats.tiled import steps
-from attnstats.transformers.live import PlacedRecording
+from attnstats.transformers.live import GrowingTensor, PlacedRecording
 from attnstats.transformers.selection import ChosenHeads
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ BYPASSED = (
     "the attention of captured layers {missing} was not seen in a step: CUDA graphs or torch.compile went past it; set "
     "enforce_eager=True, or a cudagraph_mode that leaves attention out, such as PIECEWISE"
 )
-
+HIDDEN = "the model's last hidden states were not seen in a step, which token entropies need; set token_entropy=False"
 
 # Gets a layer's queries, what looks at its cache, and the step's metadata.
 Watch = Callable[[Tensor, Callable[[], KeyCache], Any], None]
@@ -80,6 +80,7 @@ class Watched:
 Sums = CompiledSums | GatheredSums | PagedSums
 
 NO_TOKEN = "no token of it went through the model"
+LOGIT_ROWS = 64  # of token entropies, made at a time: 64 rows of a vocabulary of 150k in float32 are 38 MB
 ENTRY = 400  # bytes, about, of the id and the objects that hold a record
 
 
@@ -87,15 +88,40 @@ class RequestRecording(PlacedRecording):
     """One request.
 
     Attributes:
+        temperature: of its sampling, 1 where it is greedy.
         fault: why there is nothing to read; None: there is.
         fetched: its results were returned.
     """
 
-    def __init__(self, reduce: tuple[str, ...], head_counts: dict[Statistic, dict[int, int]], first: int):
+    def __init__(
+        self,
+        reduce: tuple[str, ...],
+        head_counts: dict[Statistic, dict[int, int]],
+        first: int,
+        temperature: float = 1.0,
+    ):
         super().__init__(reduce, torch.device("cpu"), first)
         self._head_counts = head_counts  # the same for all requests
+        self._entropy: GrowingTensor | None = None
+        self.temperature = temperature
         self.fault: str | None = None
         self.fetched = False
+
+    def add_entropy(self, begin: int, entropy: Tensor) -> None:
+        """Add those of the distributions behind some tokens, 0 for tokens that were recorded before."""
+        if self._entropy is None:
+            self._entropy = GrowingTensor(entropy)
+        self._entropy.add(begin, entropy)
+
+    def drawn_entropy(self) -> Tensor | None:
+        """(T,) in nats, of the distribution that each token was drawn from; NaN for the first, and behind cached ones.
+
+        None: entropies are not recorded.
+        """
+        if self._entropy is None or self._query_mask is None:
+            return None
+        behind = self._entropy.values.masked_fill(~self._query_mask.values[0], torch.nan)
+        return torch.cat([behind.new_full((1,), torch.nan), behind[:-1]])
 
     def new_queries(self, begin: int, end: int) -> Tensor | None:
         """(end - begin,) bool: the query is not recorded yet. After a preemption some are; None: none is."""
@@ -114,6 +140,7 @@ class Step:
         rows: of the recorded requests; None: no layer has been seen.
         starts: boundaries of the queries of all requests, in the order of the worker's batch.
         sums: by the layers' metadata, and by their window where that matters.
+        entropy: of the recorded requests, by their rows; None: not recorded.
         seen: the captured layers that attended.
         fault: why the step can't be recorded; None: it can.
     """
@@ -122,6 +149,7 @@ class Step:
     rows: list[RequestRows] | None = None
     starts: list[int] = field(default_factory=list)
     sums: dict[Any, Sums] = field(default_factory=dict)
+    entropy: list[Tensor] | None = None
     seen: set[int] = field(default_factory=set)
     fault: str | None = None
 
@@ -130,11 +158,20 @@ class Recorder:
     """The requests of one worker.
 
     Attributes:
+        model: what its records say of the model.
         layers, heads: those that are recorded.
         dropped: how many finished requests went before anybody fetched them.
     """
 
-    def __init__(self, settings: RequestSettings, layers: dict[int, Any], heads: ChosenHeads, runner: Any):
+    def __init__(
+        self,
+        settings: RequestSettings,
+        layers: dict[int, Any],
+        heads: ChosenHeads,
+        runner: Any,
+        model: records.Model = records.Model(),  # noqa: B008 frozen
+    ):
+        self.model = model
         self.settings = settings
         self.layers = tuple(layers)
         self.heads = heads
@@ -150,6 +187,8 @@ class Recorder:
         self._head_counts: dict[Statistic, dict[int, int]] = {}
         for number, layer in layers.items():
             self._watch(number, layer)
+        if settings.token_entropy:
+            runner.get_model().register_forward_hook(self._observe_hidden)
 
     # One step of the worker
 
@@ -169,7 +208,8 @@ class Recorder:
                 self._running[new.req_id].fault = "its prompt was continued by streaming, which is not recorded"
             elif _is_wanted(new.sampling_params):
                 first = new.num_computed_tokens
-                recording = RequestRecording(self.settings.reduce, self._head_counts, first)
+                temperature = new.sampling_params.temperature or 1.0
+                recording = RequestRecording(self.settings.reduce, self._head_counts, first, temperature)
                 if new.prompt_embeds is not None:
                     recording.fault = "its prompt has embeddings, which are no tokens"
                 self._running[new.req_id] = recording
@@ -187,6 +227,8 @@ class Recorder:
         missing = [layer for layer in self.layers if layer not in step.seen]
         if missing and step.fault is None:
             step.fault = BYPASSED.format(missing=", ".join(map(str, missing)))
+        if self.settings.token_entropy and step.entropy is None and step.fault is None:
+            step.fault = HIDDEN
         if step.fault is None:
             try:
                 self._place(step)
@@ -224,6 +266,23 @@ class Recorder:
         except Exception as error:
             step.fault = f"layer {layer.number}: {type(error).__name__}: {error}"
 
+    def _observe_hidden(self, model: Any, args: Any, output: Any) -> None:
+        """The model ran; `output` has the last hidden states of all tokens, or that and others."""
+        step = self._step
+        if step is None or step.fault is not None:
+            return
+        try:
+            rows, hidden = self._rows_of(step), output if isinstance(output, Tensor) else output[0]
+            step.entropy = []
+            for each in rows:
+                own = hidden[step.starts[each.place] : step.starts[each.place + 1]]
+                temperature = each.recording.temperature
+                logits = (model.compute_logits(part).float() / temperature for part in own.split(LOGIT_ROWS))
+                parts = [torch.distributions.Categorical(logits=x, validate_args=False).entropy() for x in logits]
+                step.entropy.append(torch.cat(parts).cpu())
+        except Exception as error:
+            step.fault = f"token entropies: {type(error).__name__}: {error}"
+
     def _sums_of(
         self, step: Step, rows: list[RequestRows], layer: WatchedLayer, query: Tensor, cache: KeyCache, metadata: Any
     ) -> Sums:
@@ -254,6 +313,8 @@ class Recorder:
         for rows in self._rows_of(step):
             real = torch.ones(1, rows.end - rows.begin, dtype=torch.bool, device="cpu")
             rows.recording.add_tokens_seen(rows.begin, real, real if rows.new is None else rows.new[None], None)
+        for rows, entropy in zip(self._rows_of(step), step.entropy or (), strict=False):
+            rows.recording.add_entropy(rows.begin, entropy if rows.new is None else entropy * rows.new)
 
     def _rows_of(self, step: Step) -> list[RequestRows]:
         """The rows of the recorded requests of a step, in the order of the worker's batch."""
@@ -296,10 +357,20 @@ class Recorder:
         tokens: list[int] = []
         try:
             state = self._runner.requests[request_id]
-            tokens = [*(state.prompt_token_ids or ()), *state.output_token_ids]
+            prompt = state.prompt_token_ids or []
+            tokens = [*prompt, *state.output_token_ids]
             if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
                 return records.failure(fault, tokens)
-            return records.encode(self.settings, self.layers, self.heads, recording, tokens)
+            return records.encode(
+                self.settings,
+                self.layers,
+                self.heads,
+                recording,
+                tokens,
+                prompt=len(prompt),
+                token_entropy=recording.drawn_entropy(),
+                model=self.model,
+            )
         except Exception as error:
             return records.failure(f"{type(error).__name__}: {error}", tokens)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load, save
@@ -25,8 +25,24 @@ from attnstats.transformers.selection import ChosenHeads, Reduce
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FORMAT = "attnstats vllm request 1"
+FORMAT = "attnstats vllm request 2"
 Heads = Mapping[int, tuple[int, ...] | None]
+
+
+class Model(NamedTuple):
+    """What an engine serves.
+
+    Attributes:
+        name, tokenizer: folders or names of the hub.
+        layers: all that the model has; 0: unknown.
+        version: of vLLM.
+    """
+
+    name: str = ""
+    tokenizer: str = ""
+    dtype: str = ""
+    layers: int = 0
+    version: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,20 +55,28 @@ class RequestStatistics(Mapping[Statistic, Any]):
     Attributes:
         tokens: (1, T) int64, those that went through the model: the prompt and the output but for its last token.
             Where a text ends the output, the engine may have gone on for some tokens, which are here, too.
+        prompt: how many of the first tokens are the prompt's.
         cached: how many of the first tokens were found in the cache of prefixes. They made no queries: as rows they are
             not valid, and as keys they have what later queries gave them.
         valid: per statistic (1, T) bool, False where a value is a placeholder.
         layers: numbers of the recorded layers.
         heads: per statistic and layer the heads, None for all.
         reduce: the axes that values are means over.
+        token_entropy: (T,) in nats, the entropy of the distribution that each token was drawn from, at the request's
+            temperature (greedy: of the model's own); NaN for the first token, and where the one before was cached.
+            None: it was not asked for.
+        model: what the engine serves.
     """
 
     tokens: Tensor
+    prompt: int
     cached: int
     valid: ByStatistic
     layers: tuple[int, ...]
     heads: ChosenHeads
     reduce: tuple[Reduce, ...]
+    token_entropy: Tensor | None
+    model: Model
     _tensors: Mapping[Statistic, Tensor]
 
     @property
@@ -94,8 +118,12 @@ def encode(
     heads: ChosenHeads,
     recording: PlacedRecording,
     tokens: list[int],
+    *,
+    prompt: int = 0,
+    token_entropy: Tensor | None = None,
+    model: Model = Model(),  # noqa: B008 frozen
 ) -> bytes:
-    """The record of a request."""
+    """The record of a request, with what `RequestStatistics` says of it."""
     tensors = {"tokens": torch.tensor([tokens[: recording.length]], dtype=torch.int64, device="cpu")}
     for i, s in enumerate(settings.statistics):
         values, valid = recording.read(s), recording.valid(s)
@@ -104,12 +132,16 @@ def encode(
             values = torch.nn.functional.pad(values, (*behind, recording.first, 0))
             valid = torch.nn.functional.pad(valid, (recording.first, 0))
         tensors |= {f"{i}": values.contiguous(), f"{i}.valid": valid.contiguous()}
+    if token_entropy is not None:
+        tensors["token_entropy"] = token_entropy
     content = {
         "statistics": [described(s) for s in settings.statistics],
         "layers": layers,
         "heads": [list(heads[s].items()) for s in settings.statistics],
         "reduce": settings.reduce,
+        "prompt": prompt,
         "cached": recording.first,
+        "model": model._asdict(),
     }
     return save(tensors, {"format": FORMAT, "content": json.dumps(content)})
 
@@ -154,11 +186,14 @@ def decode(record: bytes) -> RequestStatistics:
     }
     return RequestStatistics(
         tokens=tensors["tokens"],
+        prompt=content["prompt"],
         cached=content["cached"],
         valid=ByStatistic({s: tensors[f"{i}.valid"] for i, s in enumerate(statistics)}),
         layers=tuple(content["layers"]),
         heads=heads,
         reduce=tuple(content["reduce"]),
+        token_entropy=tensors.get("token_entropy"),
+        model=Model(**content["model"]),
         _tensors={s: tensors[f"{i}"] for i, s in enumerate(statistics)},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import vllm
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -11,6 +12,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attnstats.integrations.vllm.configuration import KEY, RequestSettings, check_engine, check_vllm, requested
 from attnstats.integrations.vllm.recorder import Recorder
+from attnstats.integrations.vllm.records import Model
 
 # As each platform chooses for worker_cls="auto".
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker"}
@@ -40,7 +42,10 @@ class StatisticsWorker(Worker):
         count = counts.pop() if len(counts) == 1 else None
         layers, heads = self._settings.chosen(tuple(sorted(present)), count)
         watched = {number: present[number] for number in layers}
-        self._recorder = Recorder(self._settings, watched, heads, self.model_runner)
+        config = self.vllm_config.model_config
+        model = Model(config.model, config.tokenizer, str(config.dtype).removeprefix("torch."), max(present) + 1)
+        model = model._replace(version=vllm.__version__)
+        self._recorder = Recorder(self._settings, watched, heads, self.model_runner, model)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         assert self._recorder is not None
