@@ -1,4 +1,4 @@
-"""A finished run of `attnstats analyze` as one object, in Python and in notebooks: `attnstats.load`."""
+"""A finished run of `attnstats analyze`, or what a server recorded, as one object: `attnstats.load`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from attnstats.errors import InputError
 from attnstats.heads import HeadProfile
 from attnstats.report import notebook
 from attnstats.report.columns import find
-from attnstats.study import outputs, tables
-from attnstats.study.analysis import Analysis, Settings
+from attnstats.study import findings, outputs, tables
+from attnstats.study.analysis import Analyses, Analysis, Settings
+from attnstats.study.store import RUN
 from attnstats.study.text import counted, shortened, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+    from attnstats.integrations.vllm.analyses import ServedRequests
 
 Kind = Literal["rhythm", "maps", "heads"]
 SHOWN = 3  # prompts that a run's own text and its cell in a notebook name
@@ -33,7 +36,13 @@ def load(folder: str | PathLike[str]) -> FinishedRun:
     """`attnstats.load`."""
     if not isinstance(folder, (str, PathLike)):
         raise TypeError(f"folder: must be the path of a run, got {type(folder).__name__}")
-    return FinishedRun(Path(folder))
+    path = Path(folder)
+    return ServedRun(path) if holds_requests(path) else FinishedRun(path)
+
+
+def holds_requests(folder: Path) -> bool:
+    """True for a folder of requests that a server recorded, which has no run.json."""
+    return folder.is_dir() and not (folder / RUN).exists() and any(folder.glob("*.safetensors"))
 
 
 class FinishedRun(Sequence[Analysis]):
@@ -41,6 +50,7 @@ class FinishedRun(Sequence[Analysis]):
 
     Attributes:
         folder: where it lies.
+        analyses: those of the run, with their `outlines`.
         settings: window, horizon, layers and so on.
         summary: what summary.json has: model, versions, seconds, errors.
 
@@ -52,15 +62,16 @@ class FinishedRun(Sequence[Analysis]):
     """
 
     folder: Path
+    analyses: Analyses | ServedRequests
     settings: Settings
     summary: dict[str, Any]
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._analyses, self.settings, self.summary, self._couplings = outputs.load(folder)
+        self.analyses, self.settings, self.summary, self._of_file = outputs.load(folder)
 
     def __len__(self) -> int:
-        return len(self._analyses)
+        return len(self.analyses)
 
     @overload
     def __getitem__(self, place: int) -> Analysis: ...
@@ -72,7 +83,7 @@ class FinishedRun(Sequence[Analysis]):
         if not isinstance(place, (int, slice)):
             raise TypeError(f"run[{place!r}]: analyses are numbered by prompt, from 0; run.prompts has their texts")
         try:
-            return self._analyses[place]
+            return self.analyses[place]
         except IndexError:
             raise IndexError(f"run[{place}]: {self.folder} has prompts 0 to {len(self) - 1}") from None
 
@@ -102,7 +113,7 @@ class FinishedRun(Sequence[Analysis]):
         reason where there is no p."""
         import pandas
 
-        rows = [dataclasses.asdict(each) | {"lift": each.lift, "reason": each.reason} for each in self._couplings]
+        rows = [dataclasses.asdict(each) | {"lift": each.lift, "reason": each.reason} for each in self._couplings()]
         names = [field.name for field in dataclasses.fields(Coupling)]
         return pandas.DataFrame(rows, columns=[*names, "lift", "reason"]).set_index("name")
 
@@ -141,7 +152,7 @@ class FinishedRun(Sequence[Analysis]):
 
     def page(self) -> str:
         """The report as HTML, drawn again."""
-        return report.render(self._analyses, self.settings, self.summary, self._couplings)
+        return report.render(self.analyses, self.settings, self.summary, self._couplings())
 
     def report(self, out: str | Path | None = None) -> Path:
         """Draw the report again; out: another file than the folder's report.html. Returns the file.
@@ -164,7 +175,7 @@ class FinishedRun(Sequence[Analysis]):
         return cells.text(repr(self)) + self.show()._repr_html_()
 
     def _lines(self) -> list[str]:
-        model, outlines = self.summary["model"], list(islice(self._analyses.outlines(), SHOWN))
+        model, outlines = self.summary["model"], list(islice(self.analyses.outlines(), SHOWN))
         subject = str(self.summary.get("subject", "prompt"))
         lines = [
             f"Run {self.folder}: {visible(counted(len(self), subject))}, {visible(str(model.get('name', '')))}",
@@ -175,6 +186,9 @@ class FinishedRun(Sequence[Analysis]):
             lines.append(f"  [{index}] {int(outline.response.sum())} tokens: {question}")
         return lines + ([f"  and {len(self) - SHOWN} more"] if len(self) > SHOWN else [])
 
+    def _couplings(self) -> Sequence[Coupling]:
+        return self._of_file
+
     def _table(self, name: str) -> DataFrame:
         import pandas
 
@@ -183,3 +197,45 @@ class FinishedRun(Sequence[Analysis]):
             return pandas.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's, of a file that is damaged
             raise InputError(f"{path}: {error}; `attnstats analyze` writes it") from error
+
+
+class ServedRun(FinishedRun):
+    """The requests that a server recorded, as a run that has no maps; tables and couplings are made when asked for."""
+
+    analyses: ServedRequests
+
+    def __init__(self, folder: Path):
+        # Writers lock a folder as only POSIX has it.
+        from attnstats.integrations.vllm.analyses import ServedRequests
+
+        self.folder = folder
+        self.analyses = ServedRequests(folder)
+        self.settings = self.analyses.settings
+        self.summary = {
+            "model": self.analyses.model,
+            "subject": "request",
+            "left_out": self.analyses.left_out,
+            "settings": {name: getattr(self.settings, name) for name in ("window", "fai_lo", "fai_hi", "layers")},
+            "versions": outputs.versions() | {"vllm": self.analyses.newest.model.version},
+            "timings_seconds": {},
+            "peak_memory_bytes": {},
+            "prompts": len(self.analyses),
+        }
+
+    @cached_property
+    def profile(self) -> HeadProfile:
+        """Every head's distance and kurtosis over all responses."""
+        return findings.profile(self.analyses.head_summaries())
+
+    def _couplings(self) -> Sequence[Coupling]:
+        return findings.couplings(self.analyses.outlines(), self.profile)
+
+    def _table(self, name: str) -> DataFrame:
+        import pandas
+
+        rows = {tables.TOKENS: tables.token_rows, tables.HEADS: tables.head_rows}.get(name)
+        if rows is not None:
+            return pandas.concat(
+                [pandas.DataFrame(rows(i, each)) for i, each in enumerate(self.analyses.outlines())], ignore_index=True
+            )
+        return pandas.DataFrame([tables.prompt_record(i, each) for i, each in enumerate(self.analyses.outlines())])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from attnstats.study.prompts import paper_prompt, read_prompts
 
 if TYPE_CHECKING:
     from attnstats.cli.job import Job
+    from attnstats.report.terminal import Terminal
     from attnstats.study.couplings import CorpusTables
     from attnstats.study.models import LoadedModel
     from attnstats.study.perturb import Overlaps, OverlapTest, Perturbation
@@ -39,7 +41,12 @@ def add_parser(commands: Any) -> None:
     )
     subject = parser.add_argument_group("what is analysed")
     arguments.add_model(subject)
-    subject.add_argument("--data", type=arguments.path, required=True, metavar="FILE", help=arguments.PROMPT_FILE)
+    corpus = subject.add_mutually_exclusive_group(required=True)
+    corpus.add_argument("--data", type=arguments.path, metavar="FILE", help=arguments.PROMPT_FILE)
+    corpus.add_argument(
+        "--requests", type=arguments.path, metavar="DIR",
+        help="what a vLLM server recorded with a preset; no model is loaded, and nothing is generated or perturbed",
+    )  # fmt: skip
     subject.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     subject.add_argument(
         "--template", choices=("paper", "plain"), default="paper", help="Context/Question, or the prompt as it is"
@@ -69,10 +76,10 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.study.generation import Sampling
     from attnstats.study.perturb import Perturbation, summarise
 
+    if options.requests is not None:
+        return _run_requests(options)
     questions = _questions(options)
-    for name in ("permutations", "positions", "candidates", "tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    _check_counts(options)
     sampling = Sampling(options.max_tokens, options.temperature, options.seed)
     sampling.check()
     chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
@@ -102,8 +109,44 @@ def run(options: argparse.Namespace) -> int:
         tables.profiles.tokens.save(options.out / PROFILE)
         record = json.dumps(_record(options, job, identity, tables, tests), indent=1, allow_nan=False)
         (options.out / RESULTS).write_text(record + "\n", encoding="ascii")
-    _show(options, job, tables, tests)
+    _show(options, job.terminal, tables, tests, [RESULTS, PROFILE])
     return 0
+
+
+def _run_requests(options: argparse.Namespace) -> int:
+    """The tables of the requests that a server recorded, as far as it recorded what they need."""
+    from attnstats.chance import Chance
+    from attnstats.cli.tables import as_json
+    from attnstats.integrations.vllm.analyses import ServedRequests
+    from attnstats.report.terminal import Terminal
+    from attnstats.study.couplings import Variant, examine
+    from attnstats.study.outputs import versions
+
+    _check_counts(options)
+    requests = ServedRequests(options.requests)
+    if not Variant().needs(requests.names):
+        missing = ", ".join(sorted({*Variant().tensors} - requests.names))
+        raise InputError(f"--requests {options.requests}: no {missing} in them; record with the setting preset")
+    tables = examine(requests, None, Chance(options.permutations, resamples=options.permutations), requests.names)
+    record = {
+        "model": requests.model,
+        "requests": options.requests.name,
+        "left_out": requests.left_out,
+        "settings": {"permutations": options.permutations},
+        "versions": versions(),
+        **as_json(tables, {}),
+    }
+    with arguments.writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / RESULTS).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="ascii")
+    _show(options, Terminal(quiet=options.quiet), tables, {}, [RESULTS])
+    return 0
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+    for name in ("permutations", "positions", "candidates", "tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(options, name)}")
 
 
 def _questions(options: argparse.Namespace) -> list[Prompt]:
@@ -214,18 +257,24 @@ def _record(
     }
 
 
-def _show(options: argparse.Namespace, job: Job, tables: CorpusTables, tests: dict[str, OverlapTest]) -> None:
+def _show(
+    options: argparse.Namespace,
+    terminal: Terminal,
+    tables: CorpusTables,
+    tests: dict[str, OverlapTest],
+    files: Sequence[str],
+) -> None:
     """Print the tables and the names of the files."""
     from attnstats.cli.tables import render
     from attnstats.report.terminal import PlainConsole
 
     console = (
-        job.terminal.console
-        if job.terminal.console.is_terminal
+        terminal.console
+        if terminal.console.is_terminal
         else PlainConsole(width=WIDTH, highlight=False, quiet=options.quiet)
     )
     for part in render(tables, tests):
         console.print()
         console.print(part)
-    for name in (RESULTS, PROFILE):
-        job.terminal.say(str(options.out / name))
+    for name in files:
+        terminal.say(str(options.out / name))

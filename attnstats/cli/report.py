@@ -60,11 +60,9 @@ def run(options: argparse.Namespace) -> int:
 
 def read(folder: Path) -> ComparedRun:
     """A run to compare. Raises InputError."""
-    from attnstats.heads import HeadProfile
     from attnstats.report.compare import ComparedRun
-    from attnstats.study import outputs
+    from attnstats.run import load
 
-    analyses, settings, summary, _ = outputs.load(folder)
-    questions = [outline.question for outline in analyses.outlines()]
-    profile = HeadProfile.load(folder / outputs.PROFILE)
-    return ComparedRun(str(folder), questions, analyses, settings, summary, profile)
+    run = load(folder)
+    questions = [outline.question for outline in run.analyses.outlines()]
+    return ComparedRun(str(folder), questions, run.analyses, run.settings, run.summary, run.profile)

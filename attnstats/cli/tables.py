@@ -33,7 +33,8 @@ def render(tables: CorpusTables, tests: dict[str, OverlapTest]) -> Iterator[Rend
         yield table_1(tests)
     yield table_2(tables)
     yield peaks(tables)
-    yield table_10(tables)
+    if any(row.setting == "layers" for row in tables.rows):
+        yield table_10(tables)
     yield table_20(tables)
     yield variants(tables)
 

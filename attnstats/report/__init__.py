@@ -71,6 +71,7 @@ def _page(settings: Settings, shown: data.Shown, total: int) -> dict[str, Any]:
         "lo": settings.fai_lo,
         "headShare": settings.head_share,
         "total": total,
+        "maps": bool(shown.maps),
         "cards": shown.cards,
     }
 
@@ -108,4 +109,5 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         (title, [(template.fact(key.replace("_", " ")), template.fact(value)) for key, value in section.items()])
         for title, section in sections.items()
+        if section
     ]

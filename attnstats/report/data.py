@@ -21,7 +21,7 @@ from attnstats.report.columns import COLUMNS
 from attnstats.report.marks import marks
 from attnstats.report.scale import Domain
 from attnstats.study.analysis import Analysis, Settings
-from attnstats.study.maps import question_tokens
+from attnstats.study.maps import Maps, question_tokens
 from attnstats.study.text import LONGEST, shortened, token_text, visible
 
 MAX_BYTES = 19 * 2**20  # of all data, so that a page is below 20 MB
@@ -38,7 +38,7 @@ class Shown:
     """The data of each prompt on the page, and the parts that were left out.
 
     Attributes:
-        prompts, maps: JSON by the prompt's number; None where maps are left out.
+        prompts, maps: JSON by the prompt's number; None where maps are left out, nothing where there are none.
         cards: entries of the index. plain: responses for browsers without scripts, of the first prompts.
         left_out: sentences.
     """
@@ -87,7 +87,8 @@ def fit(analyses: Sequence[Analysis]) -> Shown:
             shown.left_out.append(f"Prompt {number}: its response from token {kept + 1} to {length}.")
         if not data["heads"]:
             shown.left_out.append(f"Prompt {number}: its {analysis.distance.numel()} heads.")
-        shown.maps[number] = embedded(maps(analysis))
+        if analysis.maps is not None:
+            shown.maps[number] = embedded(maps(analysis, analysis.maps))
         _drop_maps(shown.maps, room)
     without = [number for number, text in shown.maps.items() if text is None]
     if without:
@@ -156,9 +157,8 @@ def heads(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def maps(analysis: Analysis) -> dict[str, Any]:
+def maps(analysis: Analysis, mean: Maps) -> dict[str, Any]:
     """Both mean maps: the segments' boundaries, and attention as bytes, row by row."""
-    mean = analysis.maps
     pooled = torch.cat([mean.local_map.flatten(), mean.global_map.flatten()])
     return {
         "rows": mean.rows.tolist(),
@@ -167,17 +167,17 @@ def maps(analysis: Analysis) -> dict[str, Any]:
         "local": {"map": coded(mean.local_map), "band": coded(mean.local_band)},
         "global": {"map": coded(mean.global_map), "band": coded(mean.global_band)},
         "most": _short(float(pooled.max())),
-        "parts": parts(analysis),
+        "parts": parts(analysis, mean),
     }
 
 
-def parts(analysis: Analysis) -> dict[str, Any]:
+def parts(analysis: Analysis, mean: Maps) -> dict[str, Any]:
     """Shares of attention on parts of prompt and response, for each sentence of the response.
 
     `names` are those of the prompt's parts, "" for sentences; `shares` has a number for each of `kinds`, and `pairs` a
     byte for every part.
     """
-    mean, start = analysis.maps, analysis.response_start
+    start = analysis.response_start
     bounds = mean.parts.tolist()
     span = question_tokens(analysis.tokens[:start], analysis.question) or (start, start)
     before = [

@@ -82,6 +82,8 @@ def check_tokens(analysis: Analysis, tokens: tuple[int, int], said: str) -> None
 def maps(analysis: Analysis) -> Figure:
     """The mean map of the local and of the global heads side by side: rows are tokens of the response."""
     mean = analysis.maps
+    if mean is None:
+        raise InputError("kind 'maps': there are none of what a server recorded; draw rhythm or heads")
     size = int(mean.rows[1] - mean.rows[0])
     rows, columns = mean.local_map.shape
     with _styled() as figure:

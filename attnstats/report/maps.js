@@ -27,7 +27,7 @@ const packed = (colour) => colour.reduceRight((all, part) => (all << 8) | Math.r
 const mapsView = {
   open() {
     const maps = state.maps;
-    byId("maps").hidden = false;
+    byId("maps").hidden = !page.maps;
     figures = [];
     [spot, pinned] = [null, null];
     if (!maps) {

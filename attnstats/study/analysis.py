@@ -209,13 +209,13 @@ class Analysis(Outline):
 
     Attributes:
         head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
-        maps: mean maps of the local and of the global heads, pooled and near the diagonal.
+        maps: mean maps of the local and of the global heads, pooled and near the diagonal; None: they were not made.
     """
 
     head_waad: Tensor
     head_fai: Tensor
     head_mean_distance: Tensor
-    maps: Maps
+    maps: Maps | None
 
     def stored(self) -> Item:
         """The analysis as an item of a store: tensors by name, and the texts."""
@@ -225,7 +225,7 @@ class Analysis(Outline):
             "local": self.classes.local,
             "global": self.classes.global_,
         }
-        tensors |= vars(self.maps)
+        tensors |= vars(self.maps) if self.maps else {}
         pairs = enumerate(zip(self.tokens, self.shown, strict=True))
         shown = {str(position): shown for position, (token, shown) in pairs if shown != token}
         return tensors, {"question": self.question, "tokens": self.tokens, "shown": shown}

@@ -7,9 +7,9 @@ heads, then the curves of each variant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from attnstats.segments import boundaries
 from attnstats.statistics import FAI, WAAD, MeanDistance, PooledMap
 from attnstats.study.models import LoadedModel
 from attnstats.study.reading import pieces, read
-from attnstats.study.store import Item, Store
+from attnstats.study.store import Item
 from attnstats.transformers.selection import middle_third
 
 WINDOWS = (5, 10, 20)
@@ -84,11 +84,21 @@ def name_of(statistic: WAAD | FAI | MeanDistance) -> str:
     return "mean_distance"
 
 
+class Responses(Protocol):
+    """Measured responses, in a store or elsewhere."""
+
+    def items(self, names: Collection[str]) -> Iterable[Item]:
+        """The tensors of these names of each response, as far as it has them."""
+
+
 class Profiles(NamedTuple):
-    """Profiles of all heads over all responses, with the kurtosis of what tokens receive, and of what sentences do."""
+    """Profiles of all heads over all responses, with the kurtosis of what tokens receive, and of what sentences do.
+
+    sentences: None where responses have no such tensor.
+    """
 
     tokens: HeadProfile
-    sentences: HeadProfile
+    sentences: HeadProfile | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,7 @@ class Variant:
         """Local and global heads, and receiver heads, as masks (layers, heads)."""
         classes = profiles.tokens.classes(self.share, self.layers)
         profile = profiles.sentences if self.sentences else profiles.tokens
+        assert profile is not None, "variants of sentences need their tensors"
         receivers = profile.receivers(self.receivers, self.layers)
         if self.distinct:
             classes = replace(classes, global_=classes.global_ & ~receivers)
@@ -128,6 +139,10 @@ class Variant:
         """The names of the tensors of an item that `curves` needs: WAAD, FAI, where that is valid, and entropy."""
         fai = name_of(self.horizon)
         return f"waad.{self.window}", fai, f"valid.{fai}", "entropy"
+
+    def needs(self, present: Collection[str]) -> bool:
+        """True if tensors of these names are enough."""
+        return {*self.tensors} <= {*present} and (not self.sentences or "sentences" in present)
 
     def curves(self, tensors: dict[str, Tensor], classes: HeadClasses, receivers: Tensor) -> Curves:
         """The curves of one response."""
@@ -221,25 +236,27 @@ class CorpusTables:
     sets: dict[str, float]
 
 
-def profiles_of(store: Store, model: ModelIdentity) -> Profiles:
-    """Head profiles over all responses of a store. Raises ValueError for an empty one."""
+def profiles_of(responses: Responses, model: ModelIdentity | None) -> Profiles:
+    """Head profiles over all responses. Raises ValueError where there is none."""
     profiles = None
-    names = ("layers", "mean_distance", "sentences", name_of(RECEIVED), f"valid.{name_of(RECEIVED)}")
-    for tensors, _ in store.items(names):
+    received_valid = f"valid.{name_of(RECEIVED)}"
+    names = ("layers", "mean_distance", "sentences", name_of(RECEIVED), received_valid)
+    for tensors, _ in responses.items(names):
+        distance, sentences = tensors["mean_distance"], tensors.get("sentences")
         if profiles is None:
-            empty = HeadProfile.empty(tensors["layers"].tolist(), model.heads, model)
-            profiles = Profiles(empty, empty)
-        received, sentences = tensors[name_of(RECEIVED)], tensors["sentences"]
-        profiles = Profiles(
-            profiles.tokens.add(tensors["mean_distance"], None, received, tensors[f"valid.{name_of(RECEIVED)}"]),
-            profiles.sentences.add(tensors["mean_distance"], None, sentences, sentences[0, 0].isfinite()),
-        )
+            empty = HeadProfile.empty(tensors["layers"].tolist(), distance.shape[1], model)
+            profiles = Profiles(empty, None if sentences is None else empty)
+        received, valid = tensors[name_of(RECEIVED)], tensors[received_valid]
+        profiles = profiles._replace(tokens=profiles.tokens.add(distance, None, received, valid))
+        if profiles.sentences and sentences is not None:
+            of_sentences = profiles.sentences.add(distance, None, sentences, sentences[0, 0].isfinite())
+            profiles = profiles._replace(sentences=of_sentences)
     if profiles is None:
-        raise ValueError("store: holds no results")
+        raise ValueError("responses: there is none")
     return profiles
 
 
-def curves_of(store: Store, profiles: Profiles, variant: Variant) -> Iterator[Curves]:
+def curves_of(store: Responses, profiles: Profiles, variant: Variant) -> Iterator[Curves]:
     """The curves of each response under a variant, one at a time; none if it has no heads of some class."""
     heads = variant.heads(profiles)
     if not _has_heads(*heads):
@@ -252,11 +269,20 @@ def _has_heads(classes: HeadClasses, receivers: Tensor) -> bool:
     return all(bool(chosen.any()) for chosen in (classes.local, classes.global_, receivers))
 
 
-def examine(store: Store, model: ModelIdentity, chance: Chance) -> CorpusTables:
-    """All tables of the responses in a store, read twice and one at a time."""
+def examine(
+    store: Responses, model: ModelIdentity | None, chance: Chance, present: Collection[str] | None = None
+) -> CorpusTables:
+    """All tables of the responses in a store, read twice and one at a time.
+
+    Args:
+        present: the names of their tensors: variants that need others are left out, and those of depth where layers
+            are missing. None: all that `measure` makes.
+    """
     profiles = profiles_of(store, model)
     profile = profiles.tokens
     labelled = variants(profile.layers, profile.distance.shape[1])
+    if present is not None:
+        labelled = [each for each in labelled if each.setting != "layers" and each.variant.needs(present)]
     default = labelled[0].variant
     heads_of = {label.variant: label.variant.heads(profiles) for label in labelled}
     sums = {

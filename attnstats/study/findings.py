@@ -65,6 +65,29 @@ def curves(outline: Outline, receivers: Tensor) -> Curves:
     )
 
 
+def couplings(
+    outlines: Iterable[Outline],
+    heads: HeadProfile,
+    chance: Chance = Chance(),
+    seen: Callable[[int, Outline], None] = lambda number, outline: None,
+) -> tuple[Coupling, ...]:
+    """The paper's three couplings over the responses of a corpus (Table 2); none if no head is a receiver.
+
+    Each outline is taken once, and none is kept.
+
+    Args:
+        seen: called with the number of each, and with it.
+    """
+    receivers = heads.receivers(RECEIVERS)
+    total = CorpusRhythm(chance=chance)
+    with _one_thread():
+        for number, outline in enumerate(outlines):
+            seen(number, outline)
+            if receivers.any():
+                total.add(curves(outline, receivers))
+    return total.couplings() if total.responses else ()
+
+
 def tabulate(
     folder: Path,
     outlines: Iterable[Outline],
@@ -72,19 +95,11 @@ def tabulate(
     chance: Chance = Chance(),
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[Coupling, ...]:
-    """Write the tables of a corpus, and return the paper's three couplings over its responses (Table 2).
+    """Write the tables of a corpus, and return its `couplings`. advance: called after each outline."""
+    with tables.written(folder) as add:
 
-    There is none if no head is a receiver. Each outline is taken once, and none is kept.
-
-    Args:
-        advance: called after each.
-    """
-    receivers = heads.receivers(RECEIVERS)
-    total = CorpusRhythm(chance=chance)
-    with _one_thread(), tables.written(folder) as add:
-        for prompt, outline in enumerate(outlines):
-            add(prompt, outline)
-            if receivers.any():
-                total.add(curves(outline, receivers))
+        def seen(number: int, outline: Outline) -> None:
+            add(number, outline)
             advance()
-    return total.couplings() if total.responses else ()
+
+        return couplings(outlines, heads, chance, seen)

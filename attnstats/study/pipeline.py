@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from attnstats import heads
 from attnstats.curves import delta
@@ -120,35 +123,83 @@ def measure(
     waad, fai, mean_distance, received = (
         run[statistic][:, 0].float().cpu() for statistic in (*settings.statistics, heads.RECEIVED)
     )
-    distance = heads.head_distance(mean_distance, in_response)
+    measured = Measured(
+        waad,
+        fai,
+        mean_distance,
+        received,
+        fai_valid=run.valid[settings.statistics[1]][0].cpu(),
+        received_valid=run.valid[heads.RECEIVED][0].cpu(),
+        entropy=entropy,
+        layers=run.layers,
+    )
+    analysis = assemble(loaded.tokenizer, question, prompt, response, measured, settings.head_share, profile)
+    parts = part_boundaries(analysis.tokens, len(prompt), question)
+    return replace(analysis, maps=mean_maps(loaded.model, ids, in_response, analysis.classes, analysis.layers, parts))
+
+
+class Measured(NamedTuple):
+    """The statistics of T tokens, of L layers with H heads each.
+
+    Attributes:
+        waad, fai, mean_distance, received: (L, H, T) float32; received is heads.RECEIVED.
+        fai_valid, received_valid: (T,) bool, where they have a value.
+        entropy: (T,) in nats, of the distribution that each token was drawn from; NaN where unknown.
+        layers: their numbers.
+    """
+
+    waad: Tensor
+    fai: Tensor
+    mean_distance: Tensor
+    received: Tensor
+    fai_valid: Tensor
+    received_valid: Tensor
+    entropy: Tensor
+    layers: tuple[int, ...]
+
+
+def assemble(
+    tokenizer: Any,
+    question: str,
+    prompt: list[int],
+    response: list[int],
+    measured: Measured,
+    head_share: float,
+    profile: heads.HeadProfile | None = None,
+) -> Analysis:
+    """The analysis of a prompt and its response, without maps, from statistics of every head.
+
+    Args:
+        profile: its local and global heads are taken; None: those of this response.
+    """
+    ids = prompt + response
+    in_response = torch.arange(len(ids), dtype=torch.int64, device="cpu") >= len(prompt)
+    distance = heads.head_distance(measured.mean_distance, in_response)
     if profile is None:
-        classes = heads.classify(distance, settings.head_share, run.layers)
+        classes = heads.classify(distance, head_share, measured.layers)
     else:
-        classes = profile.classes(settings.head_share, run.layers).of(run.layers)
-    received_valid = run.valid[heads.RECEIVED][0].cpu()
-    mean_waad = heads.class_mean(waad, classes.local)
-    tokens = pieces(loaded.tokenizer, prompt + response)
+        classes = profile.classes(head_share, measured.layers).of(measured.layers)
+    waad = heads.class_mean(measured.waad, classes.local)
+    tokens = pieces(tokenizer, ids)
     return Analysis(
         question=question,
-        token_ids=ids[0].cpu(),
+        token_ids=torch.tensor(ids, dtype=torch.int64, device="cpu"),
         tokens=tokens,
-        shown=shown(loaded.tokenizer, prompt + response, tokens),
+        shown=shown(tokenizer, ids, tokens),
         response=in_response,
-        layers=run.layers,
-        head_waad=waad,
-        head_fai=fai,
-        head_mean_distance=mean_distance,
-        head_received=received,
-        received_valid=received_valid,
-        received_kurtosis=heads.kurtosis(received, in_response & received_valid),
+        layers=measured.layers,
+        head_waad=measured.waad,
+        head_fai=measured.fai,
+        head_mean_distance=measured.mean_distance,
+        head_received=measured.received,
+        received_valid=measured.received_valid,
+        received_kurtosis=heads.kurtosis(measured.received, in_response & measured.received_valid),
         distance=distance,
         classes=classes,
-        waad=mean_waad,
-        fai=heads.class_mean(fai, classes.global_),
-        fai_valid=run.valid[settings.statistics[1]][0].cpu(),
-        delta=delta(mean_waad[in_response]),
-        entropy=entropy,
-        maps=mean_maps(
-            loaded.model, ids, in_response, classes, run.layers, part_boundaries(tokens, len(prompt), question)
-        ),
+        waad=waad,
+        fai=heads.class_mean(measured.fai, classes.global_),
+        fai_valid=measured.fai_valid,
+        delta=delta(waad[in_response]),
+        entropy=measured.entropy,
+        maps=None,
     )

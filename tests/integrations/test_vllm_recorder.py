@@ -320,7 +320,7 @@ def test_hidden_states_that_are_not_seen_cost_statistics_alone():
     engine = Engine(replace(SETTINGS, token_entropy=True))
     engine.model._forward_hooks.clear()
     engine.step({"a": (0, 8)})
-    with pytest.raises(RuntimeError, match="hidden states were not seen in a step, .* set token_entropy=False"):
+    with pytest.raises(RuntimeError, match=r"hidden states were not seen in a step, .* set token_entropy=False"):
         engine.fetch("a")
 
 

@@ -216,7 +216,7 @@ def test_shares_of_parts_add_up_and_are_named():
     shares = (rows.tril(4) / rows.tril(4).sum(1, keepdim=True)).float()
     maps = dataclasses.replace(analysis.maps, local_shares=shares, global_shares=shares.flip(0))
     analysis = dataclasses.replace(analysis, maps=maps)
-    found = data.parts(analysis)
+    found = data.parts(analysis, analysis.maps)
     assert len(found["names"]) == 8
     assert found["bounds"][:5] == [0, 1, 3, 5, 7]
     assert found["names"][:5] == ["first token", "around the question", "question", "around the question", ""]
@@ -228,7 +228,7 @@ def test_shares_of_parts_add_up_and_are_named():
         assert sum(found["local"]["shares"][i]) == pytest.approx(1, abs=2e-3)
     assert torch.allclose(decoded(found["local"]["pairs"]), shares.double().flatten(), rtol=0.024, atol=1e-5)
     elsewhere = dataclasses.replace(analysis, question="not there")
-    assert data.parts(elsewhere)["kinds"][:2] == ["first token", "rest of the prompt"]
+    assert data.parts(elsewhere, elsewhere.maps)["kinds"][:2] == ["first token", "rest of the prompt"]
 
 
 def test_couplings_settings_and_versions_are_shown(page):
@@ -301,7 +301,7 @@ def test_what_is_left_out_is_said(monkeypatch, limits, notice, prompts, maps):
     analysis = synthetic_analysis(HOSTILE)
     for name, value in limits.items():
         if name == "MAX_BYTES":  # room for so many prompts and so many of their maps
-            sizes = len(data.embedded(data.prompt(analysis))), len(data.embedded(data.maps(analysis)))
+            sizes = len(data.embedded(data.prompt(analysis))), len(data.embedded(data.maps(analysis, analysis.maps)))
             value = value[0] * sizes[0] + value[1] * sizes[1] + 9
         monkeypatch.setattr(data, name, value)
     page = Page(report.render([analysis] * 3, Settings(), SUMMARY))

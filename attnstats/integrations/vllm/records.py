@@ -34,14 +34,12 @@ class Model(NamedTuple):
 
     Attributes:
         name, tokenizer: folders or names of the hub.
-        layers: all that the model has; 0: unknown.
         version: of vLLM.
     """
 
     name: str = ""
     tokenizer: str = ""
     dtype: str = ""
-    layers: int = 0
     version: str = ""
 
 

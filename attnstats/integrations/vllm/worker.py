@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -43,8 +44,9 @@ class StatisticsWorker(Worker):
         layers, heads = self._settings.chosen(tuple(sorted(present)), count)
         watched = {number: present[number] for number in layers}
         config = self.vllm_config.model_config
-        model = Model(config.model, config.tokenizer, str(config.dtype).removeprefix("torch."), max(present) + 1)
-        model = model._replace(version=vllm.__version__)
+        tokenizer = str(Path(config.tokenizer).absolute()) if Path(config.tokenizer).is_dir() else config.tokenizer
+        dtype = str(config.dtype).removeprefix("torch.")
+        model = Model(config.model, tokenizer, dtype, vllm.__version__)
         self._recorder = Recorder(self._settings, watched, heads, self.model_runner, model)
 
     def execute_model(self, scheduler_output: Any) -> Any:
