@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,14 +138,14 @@ class Step:
     Attributes:
         spans: by request, the positions of its queries.
         rows: of the recorded requests; None: no layer has been seen.
-        starts: boundaries of the queries of all requests, in the order of the worker's batch.
+        starts: boundaries of the queries of all requests, in their order.
         sums: by the layers' metadata, and by their window where that matters.
         entropy: of the recorded requests, by their rows; None: not recorded.
         seen: the captured layers that attended.
         fault: why the step can't be recorded; None: it can.
     """
 
-    spans: dict[str, tuple[int, int]]
+    spans: dict[Any, tuple[int, int]]
     rows: list[RequestRows] | None = None
     starts: list[int] = field(default_factory=list)
     sums: dict[Any, Sums] = field(default_factory=dict)
@@ -154,43 +154,41 @@ class Step:
     fault: str | None = None
 
 
-class Recorder:
-    """The requests of one worker.
+class StepRecorder:
+    """The running requests of an engine, to which the sums of its steps are added.
 
     Attributes:
         model: what its records say of the model.
         layers, heads: those that are recorded.
-        dropped: how many finished requests went before anybody fetched them.
     """
 
-    def __init__(
-        self,
-        settings: RequestSettings,
-        layers: dict[int, Any],
-        heads: ChosenHeads,
-        runner: Any,
-        model: records.Model = records.Model(),  # noqa: B008 frozen
-    ):
+    bypassed = BYPASSED
+
+    def __init__(self, settings: RequestSettings, layers: Iterable[int], heads: ChosenHeads, model: records.Model):
         self.model = model
         self.settings = settings
         self.layers = tuple(layers)
         self.heads = heads
-        self.dropped = 0
-        self._runner = runner
-        self._running: dict[str, RequestRecording] = {}
-        self._finished: dict[str, bytes] = {}  # records, the oldest first
-        self._held = 0  # bytes of them
+        self._running: MutableMapping[Any, RequestRecording] = {}
         self._store = None if settings.folder is None else RequestWriter(Path(settings.folder), settings.quota_mb)
         self._step: Step | None = None
         self._warned = False
         self._is_compiled = steps.computes(settings.statistics)
         self._head_counts: dict[Statistic, dict[int, int]] = {}
-        for number, layer in layers.items():
-            self._watch(number, layer)
-        if settings.token_entropy:
-            runner.get_model().register_forward_hook(self._observe_hidden)
 
-    # One step of the worker
+    @abstractmethod
+    def _begin(self, scheduled: Any) -> None:
+        """Set the step, and the recordings of requests that are new."""
+
+    @abstractmethod
+    def _order(self, step: Step) -> Sequence[Any]:
+        """The requests of a step in the order of its rows."""
+
+    @abstractmethod
+    def _tokens(self, request: Any) -> tuple[list[int], list[int]]:
+        """Those of the prompt and of the output."""
+
+    # One step
 
     def begin(self, scheduled: Any) -> None:
         """Before the model runs, with what the scheduler sent."""
@@ -200,25 +198,6 @@ class Recorder:
         except Exception as error:
             self._fail(self._running.values(), f"before a step: {type(error).__name__}: {error}")
 
-    def _begin(self, scheduled: Any) -> None:
-        for request_id in scheduled.finished_req_ids:
-            self._finish(request_id)
-        for new in scheduled.scheduled_new_reqs:
-            if new.req_id in self._running:
-                self._running[new.req_id].fault = "its prompt was continued by streaming, which is not recorded"
-            elif _is_wanted(new.sampling_params):
-                first = new.num_computed_tokens
-                temperature = new.sampling_params.temperature or 1.0
-                recording = RequestRecording(self.settings.reduce, self._head_counts, first, temperature)
-                if new.prompt_embeds is not None:
-                    recording.fault = "its prompt has embeddings, which are no tokens"
-                self._running[new.req_id] = recording
-        cached = scheduled.scheduled_cached_reqs
-        begins = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
-        begins |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        spans = {id_: (begins[id_], begins[id_] + count) for id_, count in scheduled.num_scheduled_tokens.items()}
-        self._step = Step(spans) if spans else None
-
     def end(self) -> None:
         """After the model ran, or failed."""
         step, self._step = self._step, None
@@ -226,7 +205,7 @@ class Recorder:
             return
         missing = [layer for layer in self.layers if layer not in step.seen]
         if missing and step.fault is None:
-            step.fault = BYPASSED.format(missing=", ".join(map(str, missing)))
+            step.fault = self.bypassed.format(missing=", ".join(map(str, missing)))
         if self.settings.token_entropy and step.entropy is None and step.fault is None:
             step.fault = HIDDEN
         if step.fault is None:
@@ -317,9 +296,9 @@ class Recorder:
             rows.recording.add_entropy(rows.begin, entropy if rows.new is None else entropy * rows.new)
 
     def _rows_of(self, step: Step) -> list[RequestRows]:
-        """The rows of the recorded requests of a step, in the order of the worker's batch."""
+        """The rows of the recorded requests of a step, in their order."""
         if step.rows is None:
-            order = self._runner.input_batch.req_ids
+            order = self._order(step)
             spans = [step.spans[request_id] for request_id in order]
             step.starts = [0, *itertools.accumulate(end - begin for begin, end in spans)]
             step.rows = []
@@ -330,35 +309,11 @@ class Recorder:
                     step.rows.append(RequestRows(recording, place, begin, end, recording.new_queries(begin, end)))
         return step.rows
 
-    # Requests
-
-    def _finish(self, request_id: str) -> None:
-        recording = self._running.pop(request_id, None)
-        if recording is None or (recording.fetched and self._store is None):
-            return
-        record = self._record(request_id, recording)
-        if self._store is not None:
-            self._write(self._store, request_id, record)
-        if recording.fetched:
-            return
-        self._forget(request_id)  # an id may come again where vLLM is told to put nothing behind it
-        self._finished[request_id] = record
-        self._held += len(record) + ENTRY
-        while self._held > self.settings.keep_mb * 1e6:
-            self._forget(next(iter(self._finished)))
-            self.dropped += 1
-
-    def _forget(self, request_id: str) -> None:
-        record = self._finished.pop(request_id, None)
-        if record is not None:
-            self._held -= len(record) + ENTRY
-
-    def _record(self, request_id: str, recording: RequestRecording) -> bytes:
+    def _record(self, request: Any, recording: RequestRecording) -> bytes:
         tokens: list[int] = []
         try:
-            state = self._runner.requests[request_id]
-            prompt = state.prompt_token_ids or []
-            tokens = [*prompt, *state.output_token_ids]
+            prompt, output = self._tokens(request)
+            tokens = prompt + output
             if fault := recording.fault or (recording.length == recording.first and NO_TOKEN):
                 return records.failure(fault, tokens)
             return records.encode(
@@ -382,6 +337,111 @@ class Recorder:
             store.write(request_id, record)
         except Exception as error:
             store.lose(f"{type(error).__name__}: {error}")
+
+    def _watched(
+        self, number: int, query_heads: int, options: Options, left: int | None
+    ) -> tuple[WatchedLayer, dict[Statistic, Tensor]]:
+        """A captured layer, and the masks of the heads that statistics are of, for `_observe`."""
+        chosen = {s: self.heads[s][number] for s in self.settings.statistics if number in self.heads[s]}
+        for s in chosen:
+            if left is not None and s.method in ("first_keys", "segments", "top"):
+                raise ValueError(
+                    f"{KEY}: layer {number} has a sliding window, which hides the first keys, and {s} numbers keys "
+                    "from there on; leave it out, or choose other layers"
+                )
+        heads = {s: of_layer for s, of_layer in chosen.items() if of_layer is not None}
+        for s in chosen:
+            self._head_counts.setdefault(s, {})[number] = len(heads.get(s, range(query_heads)))
+        every = torch.arange(query_heads, dtype=torch.int64, device="cpu")
+        masks = {
+            s: torch.isin(every, torch.tensor(of_layer, dtype=torch.int64, device="cpu"))
+            for s, of_layer in heads.items()
+        }
+        return WatchedLayer(number, tuple(chosen), heads, query_heads, options, left), masks
+
+
+class Recorder(StepRecorder):
+    """The requests of one worker of vLLM.
+
+    Attributes:
+        dropped: how many finished requests went before anybody fetched them.
+    """
+
+    def __init__(
+        self,
+        settings: RequestSettings,
+        layers: dict[int, Any],
+        heads: ChosenHeads,
+        runner: Any,
+        model: records.Model = records.Model(),  # noqa: B008 frozen
+    ):
+        super().__init__(settings, layers, heads, model)
+        self.dropped = 0
+        self._runner = runner
+        self._finished: dict[str, bytes] = {}  # records, the oldest first
+        self._held = 0  # bytes of them
+        for number, layer in layers.items():
+            self._watch(number, layer.impl)
+        if settings.token_entropy:
+            runner.get_model().register_forward_hook(self._observe_hidden)
+
+    def _watch(self, number: int, impl: Any) -> None:
+        """Have a captured layer call `_observe`."""
+        options = Options(
+            scale=impl.scale,
+            softcap=impl.logits_soft_cap or None,
+            window_size=None if impl.left is None else (impl.left, 0),
+            sinks=impl.sinks,
+            enable_gqa=True,
+        )
+        impl.watch = functools.partial(self._observe, *self._watched(number, impl.num_heads, options, impl.left))
+
+    def _begin(self, scheduled: Any) -> None:
+        for request_id in scheduled.finished_req_ids:
+            self._finish(request_id)
+        for new in scheduled.scheduled_new_reqs:
+            if new.req_id in self._running:
+                self._running[new.req_id].fault = "its prompt was continued by streaming, which is not recorded"
+            elif _is_wanted(new.sampling_params):
+                first = new.num_computed_tokens
+                temperature = new.sampling_params.temperature or 1.0
+                recording = RequestRecording(self.settings.reduce, self._head_counts, first, temperature)
+                if new.prompt_embeds is not None:
+                    recording.fault = "its prompt has embeddings, which are no tokens"
+                self._running[new.req_id] = recording
+        cached = scheduled.scheduled_cached_reqs
+        begins = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        begins |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        spans = {id_: (begins[id_], begins[id_] + count) for id_, count in scheduled.num_scheduled_tokens.items()}
+        self._step = Step(spans) if spans else None
+
+    def _order(self, step: Step) -> Sequence[str]:
+        return self._runner.input_batch.req_ids
+
+    def _tokens(self, request: str) -> tuple[list[int], list[int]]:
+        state = self._runner.requests[request]
+        return list(state.prompt_token_ids or ()), list(state.output_token_ids)
+
+    def _finish(self, request_id: str) -> None:
+        recording = self._running.pop(request_id, None)
+        if recording is None or (recording.fetched and self._store is None):
+            return
+        record = self._record(request_id, recording)
+        if self._store is not None:
+            self._write(self._store, request_id, record)
+        if recording.fetched:
+            return
+        self._forget(request_id)  # an id may come again where vLLM is told to put nothing behind it
+        self._finished[request_id] = record
+        self._held += len(record) + ENTRY
+        while self._held > self.settings.keep_mb * 1e6:
+            self._forget(next(iter(self._finished)))
+            self.dropped += 1
+
+    def _forget(self, request_id: str) -> None:
+        record = self._finished.pop(request_id, None)
+        if record is not None:
+            self._held -= len(record) + ENTRY
 
     def fetch(self, external_id: str, index: int, prompt: list[int], output: list[int]) -> bytes:
         """The record of a request, which is forgotten if the tokens are those of the request.
@@ -415,34 +475,6 @@ class Recorder:
             f"request {external_id!r}: nothing is kept of it. It was fetched before, was sent with "
             f'extra_args={{"{KEY}": False}}, or had to go: {self.dropped} results were dropped, raise keep_mb'
         )
-
-    def _watch(self, number: int, layer: Any) -> None:
-        """Have a captured layer call `_observe`."""
-        impl = layer.impl
-        chosen = {s: self.heads[s][number] for s in self.settings.statistics if number in self.heads[s]}
-        for s in chosen:
-            if impl.left is not None and s.method in ("first_keys", "segments", "top"):
-                raise ValueError(
-                    f"{KEY}: layer {number} has a sliding window, which hides the first keys, and {s} numbers keys "
-                    "from there on; leave it out, or choose other layers"
-                )
-        heads = {s: of_layer for s, of_layer in chosen.items() if of_layer is not None}
-        for s in chosen:
-            self._head_counts.setdefault(s, {})[number] = len(heads.get(s, range(impl.num_heads)))
-        options = Options(
-            scale=impl.scale,
-            softcap=impl.logits_soft_cap or None,
-            window_size=None if impl.left is None else (impl.left, 0),
-            sinks=impl.sinks,
-            enable_gqa=True,
-        )
-        watched = WatchedLayer(number, tuple(chosen), heads, impl.num_heads, options, impl.left)
-        every = torch.arange(impl.num_heads, dtype=torch.int64, device="cpu")
-        masks = {
-            s: torch.isin(every, torch.tensor(of_layer, dtype=torch.int64, device="cpu"))
-            for s, of_layer in heads.items()
-        }
-        impl.watch = functools.partial(self._observe, watched, masks)
 
 
 def _is_wanted(sampling: Any) -> bool:
