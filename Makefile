@@ -107,8 +107,8 @@ release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each 
 	@echo "[1/2] installing $(TORCH) (the largest download)"
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@echo "[2/2] installing $(VLLM), and attnstats with its plug-in"
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM) --editable . \
-		hypothesis pandas psutil pytest pytest-timeout
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM) --editable '.[cli]' \
+		hypothesis peft psutil pytest pytest-timeout
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -197,6 +197,8 @@ def run(options: argparse.Namespace) -> int:
     if options.response_role is not None and options.messages is None:
         raise InputError(f"--response-role {options.response_role}: is for --messages; give that, or leave it out")
     existing = _existing(options)
+    if arguments.check_engine(options) and existing is not None:
+        raise InputError(f"--engine {options.engine}: generates, and the {_subject(options)} exists; leave it out")
     questions: list[Prompt] = options.prompt or list(QUESTIONS)
     if options.prompts:
         questions = list(read_prompts(options.prompts, options.field))
@@ -222,7 +224,7 @@ def run(options: argparse.Namespace) -> int:
 
     responses: list[given.Given] = []
     subject = _subject(options)
-    job = jobs.load(options, "float32" if options.verify else options.dtype, prepare)
+    job = jobs.load(options, "float32" if options.verify else options.dtype, settings.sampling, prepare)
     pipeline.check_model(settings, job.loaded)
     profile = _profile(options, settings, job)
     identity, total = _identity(job, settings, profile), len(questions)
@@ -376,7 +378,7 @@ def _summary(
     responses: Sequence[Given],
 ) -> dict[str, Any]:
     """summary.json."""
-    from attnstats.study.outputs import FILES, coupling_record, peak_memory, versions
+    from attnstats.study.outputs import FILES, coupling_record, peak_memory
 
     loaded = job.loaded
     largest_errors = {
@@ -388,7 +390,7 @@ def _summary(
         "subject": _subject(options),
         **({"left_out": left_out} if (left_out := _left_out(responses)) else {}),
         "settings": {"preset": options.preset, **_used(settings, responses)},
-        "versions": versions(),
+        "versions": job.versions,
         "timings_seconds": job.timings,
         "peak_memory_bytes": peak_memory(),
         "files": list(FILES),

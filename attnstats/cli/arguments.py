@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attnstats.transformers.selection import Layers
 
 
+ENGINES = "transformers", "vllm"
 MOST_LAYERS = 10_000
 SHOWN = 5  # responses shown in the terminal; the report has all
 PROMPT_FILE = ".jsonl, .json, .csv, .parquet, a data set's folder, or text with one prompt a line"
@@ -42,6 +43,24 @@ def add_responses(parser: argparse._ArgumentGroup, *, rows: str, max_tokens: int
     parser.add_argument(
         "--temperature", type=float, default=temperature, help="0 is greedy; entropies are those at this temperature"
     )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what generates; transformers reads the statistics",
+    )
+    parser.add_argument(
+        "--engine-args", type=text, metavar="JSON", help="of --engine vllm: arguments of vllm.LLM, as a JSON object"
+    )
+
+
+def check_engine(options: argparse.Namespace) -> bool:
+    """Whether it is vLLM that generates. Raises InputError."""
+    if options.engine not in ENGINES:
+        raise InputError(f"--engine {options.engine}: no such engine; there are {', '.join(ENGINES)}")
+    if options.engine == ENGINES[0] and options.engine_args is not None:
+        raise InputError("--engine-args: is for --engine vllm; give that, or leave it out")
+    return bool(options.engine != ENGINES[0])
 
 
 def add_machine(parser: argparse._ArgumentGroup) -> None:

@@ -85,7 +85,10 @@ def run(options: argparse.Namespace) -> int:
     chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
     perturbation = Perturbation(options.positions, options.candidates, options.tokens)
     job = jobs.load(
-        options, options.dtype, lambda model: corpus.rendered(model, questions, options.system, options.max_tokens)
+        options,
+        options.dtype,
+        sampling,
+        lambda model: corpus.rendered(model, questions, options.system, options.max_tokens),
     )
     identity = _identity(options, job)
     _check(options, job.loaded, job.prompts[0])
@@ -163,12 +166,11 @@ def _questions(options: argparse.Namespace) -> list[Prompt]:
 def _identity(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     """Everything that decides the numbers, which a run must share with the one that it resumes."""
     from attnstats.cli.job import run_identity
-    from attnstats.study.outputs import versions
 
     return {
         "command": "couplings",
         "settings": {name: getattr(options, name) for name in ("max_tokens", "temperature", "seed")},
-        "versions": versions(),
+        "versions": job.versions,
         **run_identity(job, options.system),
     }
 

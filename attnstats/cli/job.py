@@ -12,20 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
 
+from attnstats.cli import arguments
+from attnstats.errors import InputError
 from attnstats.identity import ModelIdentity, digest, head_dim, identity, tokenizer_digest
 from attnstats.report.terminal import Terminal
-from attnstats.study import corpus, models
+from attnstats.study import corpus, models, outputs
 from attnstats.study.corpus import Measure, stage
 from attnstats.study.generation import Sampling, end_tokens
 from attnstats.study.models import Description, LoadedModel
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import Store
 from attnstats.triton.backend import MAX_HEAD_DIM
+
+if TYPE_CHECKING:
+    from attnstats.study.vllm import VllmEngine
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Job:
 
     Attributes:
         terminal: shows it.
+        engine: generates the responses; None: the model does.
     """
 
     loaded: LoadedModel
@@ -41,7 +47,13 @@ class Job:
     prompts: list[list[int]]
     shard: Shard
     terminal: Terminal
+    engine: VllmEngine | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of everything that can change a number of this run."""
+        return outputs.versions() | ({} if self.engine is None else {"vllm": self.engine.version})
 
     @contextmanager
     def store(self, open_store: Callable[[], Store], folder: Path, total: int) -> Iterator[Store]:
@@ -74,16 +86,20 @@ class Job:
         corpus.run(
             self.loaded, self.prompts, measure, sampling,
             store=store, progress=self.terminal, shard=self.shard, timings=self.timings, subject=subject,
+            engine=self.engine,
         )  # fmt: skip
         self.shard.wait()
 
 
-def load(options: argparse.Namespace, dtype: str, prepare: Callable[[Description], list[list[int]]]) -> Job:
+def load(
+    options: argparse.Namespace, dtype: str, sampling: Sampling, prepare: Callable[[Description], list[list[int]]]
+) -> Job:
     """The job of this process, with the model loaded; of several processes on a machine each takes a GPU of its own.
 
     `prepare` makes the token ids of the prompts: one that the model can't take is refused before the weights are read.
     """
     shard = from_environment()
+    engine = _engine(options, sampling, shard)
     terminal = Terminal(quiet=options.quiet or not shard.is_first)
     terminal.say("Loading the model")
     # Progress bars and advice of transformers would stand between our lines; its errors are still printed.
@@ -106,7 +122,21 @@ def load(options: argparse.Namespace, dtype: str, prepare: Callable[[Description
             )
         loaded = models.load(described, dtype=dtype, device=device, notify=terminal.say)
         model = identity(loaded.model)
-    return Job(loaded, model, prompts, shard, terminal, timings)
+    return Job(loaded, model, prompts, shard, terminal, engine, timings)
+
+
+def _engine(options: argparse.Namespace, sampling: Sampling, shard: Shard) -> VllmEngine | None:
+    """vLLM's engine where it was asked for. Raises InputError."""
+    if not arguments.check_engine(options):
+        return None
+    if shard.count > 1:
+        raise InputError(
+            "--engine vllm: is for one process; start it without torchrun or accelerate, and give vLLM several GPUs by "
+            """--engine-args '{"tensor_parallel_size": 2}'"""
+        )
+    from attnstats.study import vllm
+
+    return vllm.choose(options.engine_args, sampling)
 
 
 def run_identity(job: Job, system: str) -> dict[str, Any]:
@@ -123,4 +153,5 @@ def run_identity(job: Job, system: str) -> dict[str, Any]:
         "end_tokens": sorted(end_tokens(loaded)),
         "generation": {key: value for key, value in generation.items() if key != "transformers_version"},
         "prompts": {"count": len(job.prompts), "sha256": digest(job.prompts)},
+        **({"engine": "transformers"} if job.engine is None else job.engine.identity),
     }  # fmt: skip

@@ -255,4 +255,7 @@ def _short(value: float) -> float | None:
 
 def domain(of: Domain) -> dict[str, Any]:
     """A scale as the page reads it."""
-    return {"low": _short(of.low), "high": _short(of.high), "log": of.is_log}
+    low, high = _short(of.low), _short(of.high)
+    if low == high:  # a scale of no length has no place for a value
+        low, high = of.low, of.high
+    return {"low": low, "high": high, "log": of.is_log}

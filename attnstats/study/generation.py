@@ -5,6 +5,7 @@ Token ids in, token ids out, whatever cache and attention the model has.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -37,6 +38,11 @@ class Sampling(NamedTuple):
             )
         if not SEEDS[0] <= self.seed <= SEEDS[1]:
             raise InputError(f"--seed must be a 64-bit integer, from -2**63 to 2**64 - 1, got {self.seed}")
+
+
+def seed_at(seed: int, place: int) -> int:
+    """The seed of the batch or prompt at a place: a hash, so that no two runs of different seeds share one."""
+    return int.from_bytes(hashlib.sha256(f"{seed},{place}".encode()).digest()[:8], "little")
 
 
 def positions_of(model: LoadedModel | Description) -> int | None:
@@ -113,7 +119,7 @@ def generate(
         mask[row, longest - len(prompt) :] = 1
     device = loaded.device
     gpus = [] if device.type == "cpu" else [device.index or 0]
-    with torch.no_grad(), _without_own_settings(loaded.model), torch.random.fork_rng(gpus):
+    with torch.no_grad(), without_own_settings(loaded.model), torch.random.fork_rng(gpus):
         torch.manual_seed(sampling.seed)
         sequences = loaded.model.generate(
             input_ids=ids.to(device),
@@ -128,7 +134,7 @@ def generate(
 
 
 @contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
+def without_own_settings(model: Any) -> Iterator[None]:
     """Inside the `with` the model has no generation settings of its own, which would fill those left open in a call.
 
     Penalties, min_p and suppressed tokens would change the distribution whose entropy is reported.

@@ -40,11 +40,13 @@ class LoadedModel:
     Attributes:
         name: the name of its folder, its hub name or the default's name.
         model: out of what it was wrapped in, if anything.
+        source: the folder or hub name of which these are the weights; None: another kind of file, or changed weights.
     """
 
     name: str
     model: Any
     tokenizer: Any
+    source: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrap(self.model))
@@ -149,7 +151,8 @@ def load(
         loaded.to(on).eval()
     except RuntimeError as error:
         raise InputError(f"--device {on}: {_first_line(error)} (cpu always works)") from error
-    return LoadedModel(name=described.name, model=loaded, tokenizer=described.tokenizer)
+    source = described.source if described.gguf is None and described.adapter is None else None
+    return LoadedModel(name=described.name, model=loaded, tokenizer=described.tokenizer, source=source)
 
 
 def _weights(described: Description, dtype: torch.dtype, notify: Notify) -> Any:

@@ -411,6 +411,15 @@ def test_domain(values, options, low, high):
     assert domain.shade(1e9) == scale.SHADES - 1
 
 
+def test_a_column_whose_values_have_the_same_four_digits_has_a_scale():
+    """WAAD of a model that looks far back is close to W everywhere."""
+    analysis = synthetic_analysis(["how", "many", *"answer"])
+    close = 10 - torch.arange(len(analysis.tokens)) * 1e-5
+    page = data.prompt(dataclasses.replace(analysis, waad=close))
+    assert page["domains"]["waad"]["low"] < page["domains"]["waad"]["high"]
+    assert len(data.plain(1, page)["tokens"]) == len("answer")
+
+
 def test_an_unknown_column_is_an_error_that_names_those_there_are():
     assert columns.find("WAAD").key == "waad"
     with pytest.raises(InputError, match=r"--color-by red: no such column; there are waad, fai, entropy, delta, gamma"):
