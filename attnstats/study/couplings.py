@@ -84,7 +84,7 @@ def name_of(statistic: WAAD | FAI | MeanDistance) -> str:
     return "mean_distance"
 
 
-class Responses(Protocol):
+class MeasuredResponses(Protocol):
     """Measured responses, in a store or elsewhere."""
 
     def items(self, names: Collection[str]) -> Iterable[Item]:
@@ -236,7 +236,7 @@ class CorpusTables:
     sets: dict[str, float]
 
 
-def profiles_of(responses: Responses, model: ModelIdentity | None) -> Profiles:
+def profiles_of(responses: MeasuredResponses, model: ModelIdentity | None) -> Profiles:
     """Head profiles over all responses. Raises ValueError where there is none."""
     profiles = None
     received_valid = f"valid.{name_of(RECEIVED)}"
@@ -256,7 +256,7 @@ def profiles_of(responses: Responses, model: ModelIdentity | None) -> Profiles:
     return profiles
 
 
-def curves_of(store: Responses, profiles: Profiles, variant: Variant) -> Iterator[Curves]:
+def curves_of(store: MeasuredResponses, profiles: Profiles, variant: Variant) -> Iterator[Curves]:
     """The curves of each response under a variant, one at a time; none if it has no heads of some class."""
     heads = variant.heads(profiles)
     if not _has_heads(*heads):
@@ -270,7 +270,7 @@ def _has_heads(classes: HeadClasses, receivers: Tensor) -> bool:
 
 
 def examine(
-    store: Responses, model: ModelIdentity | None, chance: Chance, present: Collection[str] | None = None
+    store: MeasuredResponses, model: ModelIdentity | None, chance: Chance, present: Collection[str] | None = None
 ) -> CorpusTables:
     """All tables of the responses in a store, read twice and one at a time.
 

@@ -365,7 +365,7 @@ def test_conversations_are_not_put_into_the_papers_template(folder, tmp_path):
 
 
 def test_an_empty_store_has_no_profile(tmp_path, tiny):
-    with pytest.raises(ValueError, match="holds no results"):
+    with pytest.raises(ValueError, match="responses: there is none"):
         profiles_of(begin(tmp_path / "new", {}, resume=False), identity(tiny.model))
 
 
