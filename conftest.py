@@ -7,7 +7,7 @@ MODULES = {
     "openrlhf": ("openrlhf",),
     "roll": ("roll_worker",),
     "verl": tuple(f"verl/{name}" for name in ("engine", "legacy", "plugin", "trainer", "ulysses", "workers")),
-    "vllm": ("vllm/cpu", "vllm/cuda", "vllm/worker"),
+    "vllm": ("vllm/cpu", "vllm/cuda", "vllm/endpoint", "vllm/worker"),
 }
 collect_ignore = [
     f"attnstats/integrations/{name}.py"

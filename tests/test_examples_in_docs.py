@@ -29,7 +29,7 @@ ON_A_RUN = "<!-- on a run -->"
 INLINE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 SCRIPTS = ("benchmarks", "examples", "release", "reliability", "tests")
-ELSEWHERE = {"--multi_gpu"}  # accelerate's
+ELSEWHERE = {"--multi_gpu", "--api-key", "--api-server-count", "--middleware"}  # accelerate's, vLLM's
 SCRIPT = re.compile(r"python3? (?:-m (\S+)|(\S+\.py))(.*)")
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 

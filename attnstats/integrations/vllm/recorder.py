@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Watched:
 
 
 Sums = CompiledSums | GatheredSums | PagedSums
+State = Literal["finished", "running", "absent"]  # of a request
 
 NO_TOKEN = "no token of it went through the model"
 LOGIT_ROWS = 64  # of token entropies, made at a time: 64 rows of a vocabulary of 150k in float32 are 38 MB
@@ -452,11 +453,7 @@ class Recorder(StepRecorder):
             index: the number of the completion.
             prompt, output: tokens, as for `records.is_of`.
         """
-        names = {f"{index}_{external_id}"} | ({external_id} if index == 0 else set())
-        # The worker hears that a request is finished with the next step.
-        holders: tuple[Mapping[str, bytes | RequestRecording], ...] = (self._finished, self._running)
-        found = [(id_, holder[id_]) for holder in holders for id_ in reversed(list(holder)) if _has_name(id_, names)]
-        found = [(id_, held) for id_, held in found if isinstance(held, bytes) or not held.fetched]
+        found = self._named(external_id, index)
         for request_id, held in found:
             record = held if isinstance(held, bytes) else self._record(request_id, held)
             if not records.is_of(record, prompt, output):
@@ -471,9 +468,33 @@ class Recorder(StepRecorder):
             return records.failure(
                 f"request {external_id!r}: the statistics are of other tokens; is llm the engine of this output?"
             )
+        return self._absent(external_id)
+
+    def look_up(self, external_id: str, index: int) -> tuple[State, bytes]:
+        """The record of a request, the newest with this id; it is kept. Arguments as for `fetch`."""
+        found = self._named(external_id, index)
+        if not found:
+            return "absent", self._absent(external_id)
+        request_id, held = found[0]
+        return ("finished", held) if isinstance(held, bytes) else ("running", self._record(request_id, held))
+
+    def kept(self) -> tuple[list[str], list[str]]:
+        """The ids of the requests that `look_up` finds, finished and running, the oldest first."""
+        return list(self._finished), [id_ for id_, recording in self._running.items() if not recording.fetched]
+
+    def _named(self, external_id: str, index: int) -> list[tuple[str, bytes | RequestRecording]]:
+        """What is kept of the requests with this id, the newest first."""
+        names = {f"{index}_{external_id}"} | ({external_id} if index == 0 else set())
+        # The worker hears that a request is finished with the next step.
+        holders: tuple[Mapping[str, bytes | RequestRecording], ...] = (self._running, self._finished)
+        found = [(id_, holder[id_]) for holder in holders for id_ in reversed(list(holder)) if _has_name(id_, names)]
+        return [(id_, held) for id_, held in found if isinstance(held, bytes) or not held.fetched]
+
+    def _absent(self, external_id: str) -> bytes:
         return records.failure(
             f"request {external_id!r}: nothing is kept of it. It was fetched before, was sent with "
-            f'extra_args={{"{KEY}": False}}, or had to go: {self.dropped} results were dropped, raise keep_mb'
+            f'extra_args={{"{KEY}": False}}, is not of this engine, or had to go: {self.dropped} results were dropped, '
+            "raise keep_mb"
         )
 
 

@@ -122,24 +122,44 @@ def encode(
     model: Model = Model(),  # noqa: B008 frozen
 ) -> bytes:
     """The record of a request, with what `RequestStatistics` says of it."""
-    tensors = {"tokens": torch.tensor([tokens[: recording.length]], dtype=torch.int64, device="cpu")}
-    for i, s in enumerate(settings.statistics):
+    tensors, masks = {}, {}
+    for s in settings.statistics:
         values, valid = recording.read(s), recording.valid(s)
         if s.axis != "column":  # queries of cached tokens
             behind = [0] * 2 * s.per_query
             values = torch.nn.functional.pad(values, (*behind, recording.first, 0))
             valid = torch.nn.functional.pad(valid, (recording.first, 0))
-        tensors |= {f"{i}": values.contiguous(), f"{i}.valid": valid.contiguous()}
-    if token_entropy is not None:
-        tensors["token_entropy"] = token_entropy
+        tensors[s], masks[s] = values, valid
+    result = RequestStatistics(
+        tokens=torch.tensor([tokens[: recording.length]], dtype=torch.int64, device="cpu"),
+        prompt=prompt,
+        cached=recording.first,
+        valid=ByStatistic(masks),
+        layers=layers,
+        heads=heads,
+        reduce=settings.reduce,
+        token_entropy=token_entropy,
+        model=model,
+        _tensors=tensors,
+    )
+    return encoded(result)
+
+
+def encoded(result: RequestStatistics) -> bytes:
+    """The record that `decode` reads the same statistics from."""
+    tensors = {"tokens": result.tokens}
+    for i, s in enumerate(result.statistics):
+        tensors |= {f"{i}": result._tensors[s].contiguous(), f"{i}.valid": result.valid[s].contiguous()}
+    if result.token_entropy is not None:
+        tensors["token_entropy"] = result.token_entropy
     content = {
-        "statistics": [described(s) for s in settings.statistics],
-        "layers": layers,
-        "heads": [list(heads[s].items()) for s in settings.statistics],
-        "reduce": settings.reduce,
-        "prompt": prompt,
-        "cached": recording.first,
-        "model": model._asdict(),
+        "statistics": [described(s) for s in result.statistics],
+        "layers": result.layers,
+        "heads": [list(result.heads[s].items()) for s in result.statistics],
+        "reduce": result.reduce,
+        "prompt": result.prompt,
+        "cached": result.cached,
+        "model": result.model._asdict(),
     }
     return save(tensors, {"format": FORMAT, "content": json.dumps(content)})
 

@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from attnstats.integrations.vllm.configuration import KEY, RequestSettings, check_engine, check_vllm, requested
-from attnstats.integrations.vllm.recorder import Recorder
+from attnstats.integrations.vllm.recorder import Recorder, State
 from attnstats.integrations.vllm.records import Model
 
 # As each platform chooses for worker_cls="auto".
@@ -61,6 +61,16 @@ class StatisticsWorker(Worker):
         """For `collective_rpc`: the record of a request."""
         assert self._recorder is not None
         return self._recorder.fetch(request_id, index, prompt, output)
+
+    def attnstats_look_up(self, request_id: str, index: int) -> tuple[State, bytes]:
+        """For `collective_rpc`: the record of a request, which is kept."""
+        assert self._recorder is not None
+        return self._recorder.look_up(request_id, index)
+
+    def attnstats_kept(self) -> tuple[list[str], list[str]]:
+        """For `collective_rpc`: the ids of requests, finished and running."""
+        assert self._recorder is not None
+        return self._recorder.kept()
 
 
 def attention_layers(vllm_config: Any) -> dict[int, Any]:

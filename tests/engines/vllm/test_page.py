@@ -10,9 +10,9 @@ from tests.process import ROOT
 pytestmark = pytest.mark.timeout(900)
 
 
-def block(name):
+def block(name, language="python"):
     page = (ROOT / "docs" / "vllm.md").read_text()
-    (code,) = re.findall(rf"<!-- code: {name} -->\n```python\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(rf"<!-- code: {name} -->\n```{language}\n(.*?)```", page, re.DOTALL)
     return code
 
 
