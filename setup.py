@@ -14,7 +14,7 @@ import os
 
 from setuptools import Extension, setup
 
-PARTS = ("integrations.verl", "integrations.vllm", "triton.launch")
+PARTS = ("integrations.sglang", "integrations.verl", "integrations.vllm", "triton.launch")
 FOLDERS = ("cli", "core", "flash", "integrations", "kernels", "report", "study", "tiled", "transformers", "triton")
 PURE = os.environ.get("ATTNSTATS_PURE") == "1"
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]

@@ -16,7 +16,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 MODULES = (
     *("credit", "distributed", "errors", "finding", "heads", "identity", "nn", "presets", "reference", "results"),
     *("rhythm", "segments", "study.analysis", "study.models", "study.outputs", "report.figures"),
-    *("integrations.roll", "integrations.settings", "integrations.trl", "integrations.verl", "integrations.vllm"),
+    *("integrations.roll", "integrations.settings", "integrations.sglang", "integrations.trl"),
+    *("integrations.verl", "integrations.vllm"),
 )
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(#[^)\s]*)?\)")
 FOLDERS = ("attnstats", "benchmarks", "csrc", "docs", "examples", "kernels", "release", "reliability", "tests")

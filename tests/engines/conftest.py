@@ -8,6 +8,7 @@ HELPERS = {
     "areal": [],
     "openrlhf": ["openrlhf/cpu.py"],
     "roll": [],
+    "sglang": [],
     "verl": ["verl/cpu.py", "verl/older.py", "verl/recorded.py", "verl/tiny.py"],
     "vllm": ["vllm/tiny.py"],
 }

@@ -220,14 +220,20 @@ def engine_arguments(statistics: Iterable[Statistic | str] | None = None, **sett
         >>> engine_arguments(["waad"], layers=[2, 3])["additional_config"]["attnstats"]["statistics"]
         [{'waad': {'window': 10}}]
     """
+    of_engine = named_settings(statistics, settings)
+    arguments = {"worker_cls": WORKER, "additional_config": {KEY: of_engine.to_json()}}
+    return arguments | ON_CUDA if torch.version.cuda else arguments
+
+
+def named_settings(statistics: Iterable[Statistic | str] | None, settings: dict[str, Any]) -> RequestSettings:
+    """The settings that a user names in Python, with the folder as an absolute path. Raises TypeError, ValueError."""
     given = settings if statistics is None else {"statistics": statistics, **settings}
     if isinstance(given.get("folder"), PathLike):
         given = given | {"folder": str(Path(given["folder"]))}
     of_engine = RequestSettings.of(given)
     if of_engine.folder is not None:
         of_engine = dataclasses.replace(of_engine, folder=str(Path(of_engine.folder).absolute()))
-    arguments = {"worker_cls": WORKER, "additional_config": {KEY: of_engine.to_json()}}
-    return arguments | ON_CUDA if torch.version.cuda else arguments
+    return of_engine
 
 
 def requested(vllm_config: Any) -> Any:

@@ -34,7 +34,7 @@ class Model(NamedTuple):
 
     Attributes:
         name, tokenizer: folders or names of the hub.
-        version: of vLLM.
+        version: of the engine.
     """
 
     name: str = ""
