@@ -184,6 +184,7 @@ def test_requests_that_go_without_an_end_take_their_sums_along(serve):
     server.prefill(req)
     running = _recorder(server)._running
     assert len(running) == 1
+    assert _recorder(server)._batch is None  # a step's tensors go with it
     del req  # aborted, retracted for good, ...
     assert not running
 
@@ -204,12 +205,16 @@ def _recorder(server):
     return hook.func.__self__
 
 
+def _have_beams(server, req):
+    req.beam_group, server.rows = 1, 1
+
+
 FAULTS = {
     "a layer is not seen": (
         "layers 1 was not seen in a step: CUDA graphs",
         lambda s, r: s._model.layers[1]._forward_hooks.clear(),
     ),
-    "beams": ("beam search is not recorded", lambda s, r: setattr(r, "beam_group", 1)),
+    "beams": ("beam search is not recorded", _have_beams),
     "embeddings": ("its prompt has embeddings", lambda s, r: setattr(r, "input_embeds", [[0.0]])),
     "a mask": (
         "the step has custom_mask, and only causal attention is recorded",
@@ -234,6 +239,8 @@ def test_what_cannot_be_recorded_costs_statistics_alone(serve, case):
     assert req.finished()
     with pytest.raises(RuntimeError, match=message):
         statistics_of(response(server, req))
+    goes_on = _recorder(server)._running[other].fault is None
+    assert goes_on or case == "more rows than requests"  # then the step's requests are not known
 
 
 REFUSED = {

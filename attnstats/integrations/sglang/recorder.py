@@ -126,8 +126,11 @@ class SchedulerRecorder(StepRecorder):
 
     # What the scheduler says
 
-    def _begin(self, scheduled: Any) -> None:
+    def end(self) -> None:
+        super().end()
         self._batch = None
+
+    def _begin(self, scheduled: Any) -> None:
         if scheduled.forward_mode.is_decode():
             spans = [(end - 1, end) for end in scheduled.seq_lens_cpu.tolist()]
         elif scheduled.forward_mode.is_extend():
@@ -135,15 +138,15 @@ class SchedulerRecorder(StepRecorder):
             spans = [(begin, begin + length) for begin, length in lengths]
         else:
             return
-        for request, (begin, _) in zip(scheduled.reqs, spans, strict=True):
+        has_beams = any(request.beam_group is not None for request in scheduled.reqs)  # which have rows of their own
+        by_request = dict(zip(scheduled.reqs, spans, strict=not has_beams))
+        for request, (begin, _) in by_request.items():
             if request not in self._running and _is_wanted(request):
                 recording = RequestRecording(self.settings.reduce, self._head_counts, begin)
                 if request.input_embeds is not None:
                     recording.fault = "its prompt has embeddings, which are no tokens"
                 self._running[request] = recording
-        self._step = Step(dict(zip(scheduled.reqs, spans, strict=True))) if spans else None
-        if self._step is not None and any(request.beam_group is not None for request in scheduled.reqs):
-            self._step.fault = "beam search is not recorded"
+        self._step = Step(by_request, fault="beam search is not recorded" if has_beams else None)
 
     def _order(self, step: Step) -> Sequence[Any]:
         return list(step.spans)
