@@ -14,8 +14,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from attnstats.study import findings, outputs
 from attnstats.study.analysis import Analyses, Analysis, Settings
 from attnstats.study.maps import BAND, Maps, cell_boundaries
 from attnstats.study.store import Store, begin
+from benchmarks.summary import commit, cpu
 
 RESULT = Path(__file__).parent / "results" / "corpus.json"
 LAYERS, HEADS, PROMPT, RESPONSE, SENTENCE = 5, 9, 100, 200, 20
@@ -173,32 +172,19 @@ def main() -> int:
         "bytes_of_files": {name: size for name, size in tables.items() if not name.startswith(".")},
         "versions": {**outputs.versions(), "pyarrow": importlib.metadata.version("pyarrow")},
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "load_before": load_before,
             "load_after": [round(load, 1) for load in os.getloadavg()],
         },
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="ascii")
     print(json.dumps(total))
     return 0
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty=+changes", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":
