@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from attnstats.study.chat import Prompt
     from attnstats.study.given import Given
     from attnstats.study.models import Description
+    from attnstats.study.reading import Departures
     from attnstats.study.store import Store
     from attnstats.study.verify import Error
 
@@ -242,9 +243,10 @@ def run(options: argparse.Namespace) -> int:
         job.run(pipeline.measurement(job.loaded, questions, settings, profile), settings.sampling, store, subject)
         if not job.shard.is_first:
             return 0
-        analyses, errors = _conclude(options, settings, job, store, total, responses)
+        analyses, errors, near_ties = _conclude(options, settings, job, store, total, responses)
     files = [options.out / name for name in outputs.FILES]
     job.terminal.show(analyses, files, total, color_by=options.color_by)
+    job.show_near_ties(near_ties)
     if not errors:
         return 0
     job.terminal.show_errors(errors)
@@ -334,11 +336,11 @@ def _identity(job: Job, settings: Settings, profile: HeadProfile | None) -> dict
 
 def _conclude(
     options: argparse.Namespace, settings: Settings, job: Job, store: Store, total: int, responses: Sequence[Given]
-) -> tuple[list[Analysis], dict[str, Error]]:
+) -> tuple[list[Analysis], dict[str, Error], Departures | None]:
     """Write tables, report and summary of a full store and rename it to --out.
 
     Returns:
-        The first analyses, and with --verify the largest errors.
+        The first analyses, with --verify the largest errors, and the near-ties of greedy decoding.
     """
     from attnstats import report
     from attnstats.study import findings, outputs
@@ -358,14 +360,15 @@ def _conclude(
         ):
             profile = findings.profile(analyses.head_summaries(), job.model)
             couplings = findings.tabulate(store.folder, analyses.outlines(), profile, advance=job.terminal.advance)
-        summary = _summary(options, settings, job, profile, couplings, largest, responses)
+        near_ties = None if responses else job.near_ties(store, settings.sampling)
+        summary = _summary(options, settings, job, profile, couplings, largest, responses, near_ties)
         page = report.render(analyses, settings, summary, couplings)
         outputs.write_summary(store.folder, summary)
         profile.save(store.folder / outputs.PROFILE)
         (store.folder / outputs.REPORT).write_text(page, encoding="utf-8")
     shown = analyses[: arguments.SHOWN]
     outputs.finish(store, options.out)
-    return shown, largest
+    return shown, largest, near_ties
 
 
 def _summary(
@@ -376,6 +379,7 @@ def _summary(
     couplings: Sequence[Coupling],
     errors: Mapping[str, Error],
     responses: Sequence[Given],
+    near_ties: Departures | None,
 ) -> dict[str, Any]:
     """summary.json."""
     from attnstats.study.outputs import FILES, coupling_record, peak_memory
@@ -395,6 +399,7 @@ def _summary(
         "peak_memory_bytes": peak_memory(),
         "files": list(FILES),
         **({"largest_errors_against_float64": largest_errors} if errors else {}),
+        **({"near_ties": near_ties.record()} if near_ties else {}),
         "layers": list(profile.layers),
         "prompts": profile.sequences,
         "response_tokens": profile.rows,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from attnstats.study.couplings import CorpusTables
     from attnstats.study.models import LoadedModel
     from attnstats.study.perturb import Overlaps, OverlapTest, Perturbation
+    from attnstats.study.reading import Departures
     from attnstats.study.store import Store
 
 RESULTS, PROFILE = "couplings.json", "heads.json"
@@ -100,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
         )
         with corpus.stage(job.timings, "tables"):
             tables = examine(store, job.model, chance)
+        near_ties = job.near_ties(store, sampling)
         trials = _perturb(options, job, identity, store, tables, perturbation) if options.perturb else []
         job.shard.wait()
     if not job.shard.is_first:
@@ -110,9 +112,10 @@ def run(options: argparse.Namespace) -> int:
     )
     with arguments.writing(options.out, "make room and go on with --resume"):
         tables.profiles.tokens.save(options.out / PROFILE)
-        record = json.dumps(_record(options, job, identity, tables, tests), indent=1, allow_nan=False)
+        record = json.dumps(_record(options, job, identity, tables, tests, near_ties), indent=1, allow_nan=False)
         (options.out / RESULTS).write_text(record + "\n", encoding="ascii")
     _show(options, job.terminal, tables, tests, [RESULTS, PROFILE])
+    job.show_near_ties(near_ties)
     return 0
 
 
@@ -237,6 +240,7 @@ def _record(
     identity: dict[str, Any],
     tables: CorpusTables,
     tests: dict[str, OverlapTest],
+    near_ties: Departures | None,
 ) -> dict[str, Any]:
     """couplings.json."""
     import datetime
@@ -255,6 +259,7 @@ def _record(
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(job.loaded.device)},
         "timings_seconds": job.timings,
+        **({"near_ties": near_ties.record()} if near_ties else {}),
         **as_json(tables, tests),
     }
 

@@ -25,6 +25,7 @@ from attnstats.study import corpus, models, outputs
 from attnstats.study.corpus import Measure, stage
 from attnstats.study.generation import Sampling, end_tokens
 from attnstats.study.models import Description, LoadedModel
+from attnstats.study.reading import Departures
 from attnstats.study.shards import Shard, from_environment
 from attnstats.study.store import Store
 from attnstats.triton.backend import MAX_HEAD_DIM
@@ -89,6 +90,21 @@ class Job:
             engine=self.engine,
         )  # fmt: skip
         self.shard.wait()
+
+    def near_ties(self, store: Store, sampling: Sampling) -> Departures | None:
+        """Tokens of a full store that this process's model would not have written; None for a temperature above 0."""
+        if sampling.temperature:
+            return None
+        texts = (store.read(index, ())[1] for index in store.indices())
+        return Departures.together(each["departures"] for each in texts if "departures" in each)
+
+    def show_near_ties(self, near_ties: Departures | None) -> None:
+        """Print them if there are any, or if it was vLLM that wrote the tokens."""
+        if near_ties is None or not (near_ties.tokens or self.engine):
+            return
+        ahead = f"; that is ahead by {near_ties.gap:.2g} nats at most" if near_ties.tokens else ""
+        subject = "greedy token is" if near_ties.tokens == 1 else "greedy tokens are"
+        self.terminal.say(f"{near_ties.tokens} {subject} not the likeliest in the pass that reads{ahead}")
 
 
 def load(

@@ -29,8 +29,8 @@ def render(
 
     Args:
         analyses: one or more; a sample of many is shown.
-        summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them, and
-            `subject` and `left_out` of responses that were not generated.
+        summary: model, settings, versions, timings_seconds and peak_memory_bytes, as summary.json has them, `near_ties`
+            of greedy decoding, and `subject` and `left_out` of responses that were not generated.
         couplings: objects with the fields of attnstats.rhythm.Coupling, none if no head is a receiver. None: no such
             part of the page.
 
@@ -104,6 +104,10 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         "Settings": summary["settings"],
         "Versions": summary["versions"],
         "Time": {key: f"{value:.1f} s" for key, value in summary["timings_seconds"].items()},
+        "Near-ties": {
+            key: value if isinstance(value, int) else f"{value:.3g}"
+            for key, value in summary.get("near_ties", {}).items()
+        },
         "Peak memory": {key: f"{value / 2**20:.0f} MiB" for key, value in summary["peak_memory_bytes"].items()},
     }
     return [

@@ -19,6 +19,7 @@ from attnstats.statistics import FAI, WAAD, MeanDistance
 from attnstats.study.generation import Sampling
 from attnstats.study.maps import Maps
 from attnstats.study.prompts import SYSTEM
+from attnstats.study.reading import Departures
 from attnstats.study.store import Item, Store, corrupt
 from attnstats.study.text import shortened, token_name, utf8, visible
 from attnstats.transformers.selection import Layers
@@ -210,12 +211,14 @@ class Analysis(Outline):
     Attributes:
         head_waad, head_fai, head_mean_distance: (L, H, T) per head, as captured.
         maps: mean maps of the local and of the global heads, pooled and near the diagonal; None: they were not made.
+        departures: tokens of the response that are not the model's likeliest; None: unknown.
     """
 
     head_waad: Tensor
     head_fai: Tensor
     head_mean_distance: Tensor
     maps: Maps | None
+    departures: Departures | None = None
 
     def stored(self) -> Item:
         """The analysis as an item of a store: tensors by name, and the texts."""
@@ -228,7 +231,8 @@ class Analysis(Outline):
         tensors |= vars(self.maps) if self.maps else {}
         pairs = enumerate(zip(self.tokens, self.shown, strict=True))
         shown = {str(position): shown for position, (token, shown) in pairs if shown != token}
-        return tensors, {"question": self.question, "tokens": self.tokens, "shown": shown}
+        texts = {"question": self.question, "tokens": self.tokens, "shown": shown}
+        return tensors, texts | ({"departures": self.departures} if self.departures else {})
 
     @classmethod
     def tensors(cls) -> tuple[str, ...]:
@@ -244,7 +248,8 @@ class Analysis(Outline):
         """
         _check_item({**_AXES, **_PER_HEAD, "layers": "L", "local": "LH", "global": "LH"}, tensors, texts)
         fields = _fields(tensors, texts) | {name: tensors[name] for name in _PER_HEAD}
-        return cls(**fields, maps=Maps(**{name: tensors[name] for name in _MAPS}))
+        departures = Departures(*texts["departures"]) if "departures" in texts else None
+        return cls(**fields, maps=Maps(**{name: tensors[name] for name in _MAPS}), departures=departures)
 
 
 def _fields(tensors: dict[str, Tensor], texts: dict[str, Any]) -> dict[str, Any]:

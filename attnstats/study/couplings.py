@@ -21,7 +21,7 @@ from attnstats.rhythm import CorpusRhythm, Curves, PeakRule, sets
 from attnstats.segments import boundaries
 from attnstats.statistics import FAI, WAAD, MeanDistance, PooledMap
 from attnstats.study.models import LoadedModel
-from attnstats.study.reading import pieces, read
+from attnstats.study.reading import Departures, pieces, read
 from attnstats.study.store import Item
 from attnstats.transformers.selection import middle_third
 
@@ -46,7 +46,7 @@ def measure(loaded: LoadedModel, prompt: list[int], response: list[int], tempera
 
     `waad.<W>`, `fai.<lo>.<hi>` and `mean_distance` (layers, heads, R); `valid.<lo>.<hi>` (R,) bool; `sentences`
     (layers, heads, S), the attention that each receives per pair of tokens, NaN for the last; `entropy` (R,) in nats,
-    of the distribution that each token was drawn from; `layers`, their numbers.
+    of the distribution that each token was drawn from; `layers`, their numbers. Among the texts are the `departures`.
 
     Raises:
         InputError: attention overflows in the model's dtype, or token entropies can't be computed.
@@ -58,16 +58,16 @@ def measure(loaded: LoadedModel, prompt: list[int], response: list[int], tempera
     statistics: list[WAAD | FAI | MeanDistance] = [*map(WAAD, WINDOWS), *HORIZONS, MeanDistance()]
     # No query mask: a token of the response is seen by the response only. The row before its first token draws that
     # token; no earlier row is made into logits.
-    run, entropy = read(
+    run, drawn = read(
         loaded, ids, [*statistics, pooled], temperature, start=start, entropy_from=start - 1, layers="all", device="cpu"
     )
-    tensors = {"layers": torch.tensor(run.layers, dtype=torch.int64, device="cpu"), "entropy": entropy[1:]}
+    tensors = {"layers": torch.tensor(run.layers, dtype=torch.int64, device="cpu"), "entropy": drawn.entropy[1:]}
     tensors |= {name_of(statistic): run[statistic][:, 0, :, start:].float() for statistic in statistics}
     tensors |= {f"valid.{name_of(horizon)}": run.valid[horizon][0, start:].cpu() for horizon in HORIZONS}
     sizes = torch.tensor(bounds, dtype=torch.int64, device="cpu").diff()
     # The first segment is the prompt.
     tensors["sentences"] = segment_received(run[pooled][:, 0, :, 1:, 1:], sizes[1:], SENTENCES_IGNORED)
-    return tensors, {}
+    return tensors, {"departures": Departures.of(drawn.gap[1:])}
 
 
 def name_of(statistic: WAAD | FAI | MeanDistance) -> str:

@@ -136,8 +136,9 @@ def load(folder: Path) -> tuple[Analyses, Settings, dict[str, Any], list[Couplin
         settings = Settings(**{key: value for key, value in summary["settings"].items() if key != "preset"})
         count, couplings = int(summary["prompts"]), list(map(_coupling, summary["couplings"]))
         sections = [dict(summary[name]) for name in ("model", "versions", "timings_seconds", "peak_memory_bytes")]
+        sections.append(dict(summary.get("near_ties", {})))
         if not all(isinstance(value, (int, float)) for section in sections[2:] for value in section.values()):
-            raise TypeError("seconds and bytes must be numbers")
+            raise TypeError("seconds, bytes and near-ties must be numbers")
         if count < 1:
             raise ValueError("there must be a prompt")
         if not isinstance(summary.get("left_out", []), list):

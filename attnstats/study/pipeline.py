@@ -23,7 +23,7 @@ from attnstats.study.chat import Prompt, question_of
 from attnstats.study.corpus import Measure, Progress
 from attnstats.study.maps import mean_maps, part_boundaries
 from attnstats.study.models import LoadedModel
-from attnstats.study.reading import pieces, read, shown
+from attnstats.study.reading import Departures, pieces, read, shown
 from attnstats.study.store import Item, begin
 
 
@@ -111,7 +111,7 @@ def measure(
     """
     ids = torch.tensor([prompt + response], device=loaded.device, dtype=torch.int64)
     in_response = torch.arange(ids.shape[1], dtype=torch.int64, device="cpu") >= len(prompt)
-    run, entropy = read(
+    run, drawn = read(
         loaded,
         ids,
         list(dict.fromkeys([*settings.statistics, heads.RECEIVED])),
@@ -130,12 +130,16 @@ def measure(
         received,
         fai_valid=run.valid[settings.statistics[1]][0].cpu(),
         received_valid=run.valid[heads.RECEIVED][0].cpu(),
-        entropy=entropy,
+        entropy=drawn.entropy,
         layers=run.layers,
     )
     analysis = assemble(loaded.tokenizer, question, prompt, response, measured, settings.head_share, profile)
     parts = part_boundaries(analysis.tokens, len(prompt), question)
-    return replace(analysis, maps=mean_maps(loaded.model, ids, in_response, analysis.classes, analysis.layers, parts))
+    return replace(
+        analysis,
+        maps=mean_maps(loaded.model, ids, in_response, analysis.classes, analysis.layers, parts),
+        departures=Departures.of(drawn.gap[in_response]),
+    )
 
 
 class Measured(NamedTuple):

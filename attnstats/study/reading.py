@@ -1,12 +1,12 @@
-"""One forward pass over a prompt and its response: statistics, token entropies, and the text of each token."""
+"""One forward pass over a prompt and its response: statistics, how its tokens were drawn, and the text of each."""
 
 from __future__ import annotations
 
 import itertools
 import re
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,51 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 _BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(sorted({*range(0x100)} - {*_PRINTABLE}))}
 
 
+class Drawn(NamedTuple):
+    """How T tokens were drawn from the model's distribution, each from that of the row before it.
+
+    Attributes:
+        entropy: (T,) in nats, of the distribution at the temperature; NaN for the first.
+        gap: (T,) in nats, how much likelier the model's likeliest token is; 0 if this is it, NaN for the first.
+    """
+
+    entropy: Tensor
+    gap: Tensor
+
+
+class Departures(NamedTuple):
+    """Tokens of greedy responses that the pass which reads them would not have written.
+
+    Rounding decides between tokens that are equally likely, so that an engine, a batch or a cache can write others.
+
+    Attributes:
+        tokens: how many. gap: by how many nats the likeliest token is ahead of them, at most.
+    """
+
+    tokens: int = 0
+    gap: float = 0.0
+
+    @classmethod
+    def of(cls, gap: Tensor) -> Departures:
+        """Those of a response, from the gap of each of its tokens (Drawn)."""
+        return cls(int((gap > 0).sum()), float(gap.max()))
+
+    @classmethod
+    def together(cls, parts: Iterable[Sequence[Any]]) -> Departures:
+        """Those of all responses.
+
+        Example:
+            >>> Departures.together([(1, 0.5), (0, 0.0), (2, 0.25)])
+            Departures(tokens=3, gap=0.5)
+        """
+        tokens, gaps = zip((0, 0.0), *parts, strict=True)
+        return cls(sum(tokens), max(gaps))
+
+    def record(self) -> dict[str, float]:
+        """For summary.json and couplings.json, and a section of the page."""
+        return {"tokens": self.tokens, "largest_gap_nats": self.gap}
+
+
 def read(
     loaded: LoadedModel,
     ids: Tensor,
@@ -40,8 +85,8 @@ def read(
     start: int,
     entropy_from: int = 0,
     **options: Any,
-) -> tuple[Capture, Tensor]:
-    """Statistics and token entropies of one sequence, from one forward pass.
+) -> tuple[Capture, Drawn]:
+    """The statistics of one sequence and how its tokens were drawn, from one forward pass.
 
     Args:
         ids: (1, T) int64, prompt and response.
@@ -51,7 +96,7 @@ def read(
         options: for `attnstats.capture`.
 
     Returns:
-        The finished capture, and (T - entropy_from,) entropies as of `drawn_entropy`.
+        The finished capture, and of the tokens from `entropy_from` on how they were drawn.
 
     Raises:
         InputError: attention overflows in the model's dtype, or token entropies can't be computed.
@@ -67,15 +112,16 @@ def read(
         warnings.simplefilter("ignore", RuntimeWarning)  # NaN is an error here
         if not run[MeanDistance()][..., start:].isfinite().all():
             raise InputError(f"--dtype {loaded.dtype}: attention of {loaded.name} overflows in it; use --dtype float32")
-    return run, drawn_entropy(loaded, hidden[0][entropy_from:], logits[0, -1], temperature)
+    return run, drawn(loaded, ids[0, entropy_from:], hidden[0][entropy_from:], logits[0, -1], temperature)
 
 
-def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor, temperature: float) -> Tensor:
-    """(T,) entropy in nats of the distribution that each token was drawn from, the one of the row before; NaN first.
+def drawn(loaded: LoadedModel, ids: Tensor, hidden: Tensor, last_logits: Tensor, temperature: float) -> Drawn:
+    """How tokens were drawn. Logits are made `ENTROPY_ROWS` positions at a time.
 
-    At temperature 0 it is that of the model's own distribution. Logits are made `ENTROPY_ROWS` positions at a time.
+    At temperature 0 entropies are those of the model's own distribution.
 
     Args:
+        ids: (T,).
         hidden: (T, width), the last hidden states.
         last_logits: (vocabulary,), the model's logits of the last row.
 
@@ -88,13 +134,19 @@ def drawn_entropy(loaded: LoadedModel, hidden: Tensor, last_logits: Tensor, temp
                 f"--model {loaded.name}: its logits are not its output embedding of the last hidden state with a scale "
                 "or softcap of its config, so that the entropy of a token cannot be computed; use another model"
             )
+        first = torch.tensor([[torch.nan], [torch.nan]], dtype=torch.float32, device="cpu")
         rows = [
-            torch.distributions.Categorical(logits=_logits(loaded, chunk) / (temperature or 1.0), validate_args=False)
-            .entropy()
-            .cpu()
-            for chunk in hidden[:-1].split(ENTROPY_ROWS)
+            _drawn(_logits(loaded, chunk), written, temperature).cpu()
+            for chunk, written in zip(hidden[:-1].split(ENTROPY_ROWS), ids[1:].split(ENTROPY_ROWS), strict=True)
         ]
-    return torch.cat([torch.tensor([torch.nan], dtype=torch.float32, device="cpu"), *rows])
+    return Drawn(*torch.cat([first, *rows], dim=1))
+
+
+def _drawn(logits: Tensor, written: Tensor, temperature: float) -> Tensor:
+    """(2, rows), entropy and gap of the tokens that were written after rows of logits."""
+    entropy = torch.distributions.Categorical(logits=logits / (temperature or 1.0), validate_args=False).entropy()
+    gap = logits.amax(-1) - logits.gather(-1, written[:, None].to(logits.device))[:, 0]
+    return torch.stack([entropy, gap.clamp(max=torch.finfo(gap.dtype).max)])  # some models rule tokens out by -inf
 
 
 def _logits(loaded: LoadedModel, hidden: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from attnstats.study import models
 from attnstats.study.analysis import Settings
 from attnstats.study.couplings import examine, measure
 from attnstats.study.pipeline import measure as analysis_of
-from attnstats.study.reading import drawn_entropy
+from attnstats.study.reading import drawn
 from attnstats.study.store import begin
 from tests.tiny import save_tiny_model
 
@@ -61,7 +61,7 @@ def record(loaded, model, prompt, answer, **settings):
         run._recording,
         prompt + answer,
         prompt=len(prompt),
-        token_entropy=drawn_entropy(loaded, hidden[0], logits[0, -1], 1.0),
+        token_entropy=drawn(loaded, ids[0], hidden[0], logits[0, -1], 1.0).entropy,
         model=records.Model(model, model, "float32", "0.32.0"),
     )
 

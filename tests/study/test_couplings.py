@@ -96,7 +96,9 @@ def test_what_is_measured_is_what_the_maps_say(tiny, response, temperature):
     start, length = len(prompt), len(prompt + response)
     positions = torch.arange(length)
     distance = (positions[:, None] - positions).clamp(min=0)
-    assert texts == {}
+    rows = torch.arange(start - 1, length - 1)
+    gap = logits[rows].max(-1).values - logits[rows, torch.tensor(response)]
+    assert texts == {"departures": (int((gap > 0).sum()), pytest.approx(float(gap.max()), rel=1e-4))}
     assert tensors["layers"].tolist() == list(range(6))
     for window in WINDOWS:
         expected = (maps * distance.clamp(max=window)).sum(-1)[..., start:]

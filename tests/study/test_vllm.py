@@ -40,6 +40,7 @@ class Engine:
     """Some requests at a time, a token of each in a step, of the model that lies in the folder."""
 
     AT_ONCE = 3
+    RANK = (0,)  # of the tokens that are written greedily, in turn: 0 is the likeliest
 
     def __init__(self, model, **arguments):
         from transformers import AutoModelForCausalLM
@@ -69,7 +70,7 @@ class Engine:
             if how.temperature:
                 token = int(torch.multinomial((logits / how.temperature).softmax(-1), 1, generator=draw))
             else:
-                token = int(logits.argmax())
+                token = int(logits.argsort(descending=True)[self.RANK[count % len(self.RANK)]])
             finished = token in how.stop_token_ids or count + 1 == how.max_tokens
             self.requests[name] = [[*ids, token], count + 1, how, draw]
             if finished:
@@ -233,6 +234,35 @@ def test_both_engines_write_the_same_tables(tmp_path, folder, engines):
         engine="vllm", engine_args={"gpu_memory_utilization": 0.3},
     )  # fmt: skip
     assert in_python.tokens.equals(attnstats.load(tmp_path / "ours").tokens)
+
+
+def test_greedy_tokens_that_the_model_would_not_have_written_are_reported(
+    tmp_path, folder, tiny, engines, capsys, monkeypatch
+):
+    def near_ties(name, *options):
+        assert main([each for each in arguments(folder, tmp_path / name, *options) if each != "--quiet"]) == 0
+        run = attnstats.load(tmp_path / name)
+        return run.summary.get("near_ties"), run, " ".join(capsys.readouterr().out.split())
+
+    none = {"tokens": 0, "largest_gap_nats": 0.0}
+    found, _, said = near_ties("one")
+    assert found == none
+    assert "items 0 greedy tokens are not the likeliest in the pass that reads" in said
+    assert near_ties("theirs", "--engine", "transformers")[0] == none
+    assert "in the pass that reads" not in near_ties("quiet", "--engine", "transformers")[2]
+    assert near_ties("drawn", "--temperature", "1")[0] is None
+    monkeypatch.setattr(Engine, "RANK", (0, 0, 1))
+    found, run, said = near_ties("ours")
+    gaps = []
+    for analysis in run:
+        with torch.no_grad():
+            logits = tiny.model(analysis.token_ids[None]).logits[0, :-1]
+        gaps.append((logits.amax(-1) - logits.gather(1, analysis.token_ids[1:, None])[:, 0])[analysis.response[1:]])
+    assert found["tokens"] == sum(int((gap > 1e-5).sum()) for gap in gaps) > 10
+    assert found["largest_gap_nats"] == pytest.approx(max(float(gap.max()) for gap in gaps), rel=1e-4)
+    assert f"{found['tokens']} greedy tokens are not the likeliest in the pass that reads; that is ahead by" in said
+    assert [int((gap > 1e-5).sum()) for gap in gaps] == [analysis.departures.tokens for analysis in run]
+    assert "Near-ties" in run.page()
 
 
 def test_a_run_is_resumed_with_its_engine(tmp_path, folder, engines, capsys):
