@@ -150,7 +150,7 @@ def config(**changes):
         ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size > 1"),
         ({"use_ubatching": True}, "enable_dbo, ubatch_size"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
-        ({"speculative_config": object()}, "speculative_config"),
+        ({"speculative_config": SimpleNamespace(method="ngram_gpu")}, "speculative_config of method 'ngram_gpu'"),
         ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
     ],
 )

@@ -14,7 +14,7 @@ from attnstats.integrations.vllm import sums
 from attnstats.integrations.vllm.configuration import RequestSettings
 from attnstats.integrations.vllm.recorder import Recorder
 from attnstats.integrations.vllm.sums import KeyCache
-from tests.integrations.test_vllm_recorder import DIM, SIZE, Engine
+from tests.integrations.test_vllm_recorder import DIM, SIZE, Engine, in_steps_with_drafts
 
 BANDS = RequestSettings((WAAD(3), LocalMass(2), FAI(1, 4)), layers=[0], reduce=())
 WHOLE = RequestSettings((WAAD(3), MaxLogit(), Entropy(), Received(), FAI(2, None), TopKeys(2)), layers=[0], reduce=())
@@ -37,7 +37,7 @@ class PagedEngine(Engine):
 
     def attend(self, spans):
         rows = [(self.known[name], *spans[name]) for name in reversed(spans)]
-        queries = [self.query(number)[begin:end] for number, begin, end in rows]
+        queries = self.queries(spans)
         starts = [0, *itertools.accumulate(len(q) for q in queries)]
         metadata = SimpleNamespace(
             query_start_loc=torch.tensor([*starts, starts[-1]], dtype=torch.int32),
@@ -92,6 +92,14 @@ def in_steps(engine):
 @pytest.mark.parametrize("settings", [BANDS, WHOLE], ids=["bands", "whole"])
 def test_steps_are_one_pass_over_each_request(settings, layout, kernel):
     engine = in_steps(PagedEngine(settings, layout, kernel=kernel))
+    engine.check("a", settings)
+    engine.check("b", settings)
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["lse", "no lse"])
+@pytest.mark.parametrize("settings", [BANDS, WHOLE], ids=["bands", "whole"])
+def test_rejected_drafts_leave_no_trace(settings, kernel):
+    engine = in_steps_with_drafts(PagedEngine(settings, kernel=kernel))
     engine.check("a", settings)
     engine.check("b", settings)
 

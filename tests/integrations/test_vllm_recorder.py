@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnstats import FAI, WAAD, SegmentMass
+from attnstats import FAI, LSE, WAAD, Received, SegmentMass
 from attnstats.integrations.vllm import RequestStore, async_statistics_of, records, statistics_of
 from attnstats.integrations.vllm.configuration import RequestSettings
 from attnstats.integrations.vllm.recorder import Recorder
@@ -18,8 +18,35 @@ SIZE, DIM = 4, 16
 LOGITS = torch.tensor([0.0, 0.1, 0.4])  # times the position of a token
 
 
+class State:
+    """The worker's, of a request whose tokens are numbers in order."""
+
+    def __init__(self, prompt=8, max_tokens=100, eos_token_id=None, stop_token_ids=None):
+        self.prompt_token_ids = list(range(prompt))
+        self.output_token_ids = []
+        self.sampling_params = SimpleNamespace(
+            extra_args=None,
+            temperature=0.5,
+            max_tokens=max_tokens,
+            eos_token_id=eos_token_id,
+            stop_token_ids=stop_token_ids,
+        )
+
+    @property
+    def num_tokens(self):
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def sample(self, end):
+        """All tokens up to that which comes behind position `end` - 1."""
+        self.output_token_ids = list(range(len(self.prompt_token_ids), end + 1))
+
+
 class Engine:
-    """A layer with its cache, a batch, and steps of them."""
+    """A layer with its cache, a batch, and steps of them.
+
+    Attributes:
+        accepted: of requests with drafts in a step, the end of those that are accepted.
+    """
 
     def __init__(self, settings=SETTINGS, heads=(0, 1), left=None):
         self.own = list(heads)
@@ -29,53 +56,74 @@ class Engine:
         self.model = torch.nn.Identity()
         self.model.compute_logits = lambda hidden: hidden * LOGITS
         self.runner = SimpleNamespace(
-            input_batch=SimpleNamespace(req_ids=[]), requests={}, get_model=lambda: self.model
+            input_batch=SimpleNamespace(req_ids=[]), requests={}, max_model_len=100, get_model=lambda: self.model
         )
         every = {s: {0: None} for s in settings.statistics}
         self.recorder = Recorder(settings, {0: SimpleNamespace(impl=self.impl)}, every, self.runner)
         self.cache = torch.randn(9, SIZE, 1, DIM, generator=torch.Generator("cpu").manual_seed(0))
         self.known = {}
         self.embeddings = {}
+        self.accepted = {}
 
-    def step(self, spans, finished=()):
-        """spans: by request, (begin, end); each of them in blocks of its own."""
-        sampling = SimpleNamespace(extra_args=None, temperature=0.5)
+    def step(self, spans, finished=(), drafts=None):
+        """One step.
+
+        Args:
+            spans: by request, (begin, end); each of them in blocks of its own.
+            drafts: by request, how many of its last tokens are drafts, and how many of these are accepted.
+        """
+        drafts = drafts or {}
+        self.accepted = {name: spans[name][1] - count + accepted for name, (count, accepted) in drafts.items()}
         new = [name for name in spans if name not in self.known]
         old = [name for name in spans if name in self.known]
         for name in new:
             self.known[name] = len(self.known)
-            self.runner.requests[name] = SimpleNamespace(prompt_token_ids=list(range(8)), output_token_ids=[])
+            self.runner.requests.setdefault(name, State())
         scheduled = SimpleNamespace(
             finished_req_ids=set(finished),
             scheduled_new_reqs=[
                 SimpleNamespace(
                     req_id=name,
                     num_computed_tokens=spans[name][0],
-                    sampling_params=sampling,
+                    sampling_params=self.runner.requests[name].sampling_params,
                     prompt_embeds=self.embeddings.get(name),
                 )
                 for name in new
             ],
             scheduled_cached_reqs=SimpleNamespace(req_ids=old, num_computed_tokens=[spans[name][0] for name in old]),
             num_scheduled_tokens={name: end - begin for name, (begin, end) in spans.items()},
+            scheduled_spec_decode_tokens={name: [-1] * count for name, (count, _) in drafts.items()},
         )
         self.runner.input_batch.req_ids = list(reversed(spans))  # the worker has an order of its own
         self.recorder.begin(scheduled)
         if spans:
             self.attend(spans)
+        for name, end in self.accepted.items():
+            self.runner.requests[name].sample(end)
         self.recorder.end()
+
+    def queries(self, spans):
+        """Those of a step; those of rejected drafts are not numbers."""
+        parts = []
+        for name in reversed(spans):
+            begin, end = spans[name]
+            part = self.query(self.known[name])[begin:end].clone()
+            part[max(0, self.accepted.get(name, end) - begin) :] = torch.nan
+            parts.append(part)
+        return parts
 
     def attend(self, spans):
         rows = [(self.known[name], *spans[name]) for name in reversed(spans)]
-        query = torch.cat([self.query(number)[begin:end] for number, begin, end in rows])
+        query = torch.cat(self.queries(spans))
         counts = [end - begin for _, begin, end in rows]
         metadata = SimpleNamespace(
             query_start_loc=torch.tensor([0, *counts]).cumsum(0),
             block_table=torch.tensor([[2 * number % 8, 2 * number % 8 + 1] for number, *_ in rows]).int(),
         )
         self.impl.watch(query, self.look, metadata)
-        positions = torch.cat([torch.arange(begin, end) for _, begin, end in rows])
-        self.model(torch.cat([positions, positions.new_zeros(3)])[:, None].float())  # padded, as steps are
+        positions = torch.cat([torch.arange(begin, end) for _, begin, end in rows]).float()
+        positions[query.isnan().any(-1).any(-1)] = torch.nan
+        self.model(torch.cat([positions, positions.new_zeros(3)])[:, None])  # padded, as steps are
 
     def look(self):
         return KeyCache(SIZE, self.cache.__getitem__, self.cache)
@@ -100,6 +148,66 @@ def test_steps_in_any_order_and_repeated_queries_are_one_pass():
         for s in SETTINGS.statistics:
             torch.testing.assert_close(result[s], expected[s])
             assert torch.equal(result.valid[s], expected.valid[s])
+
+
+def in_steps_with_drafts(engine):
+    """Requests a and b, and c whose drafts end with it."""
+    engine.runner.requests |= {"a": State(2), "b": State(4), "c": State(1, max_tokens=4)}
+    engine.step({"a": (0, 2)})
+    engine.step({"a": (2, 6), "b": (0, 4)}, drafts={"a": (3, 0)})
+    engine.step({"b": (4, 7), "a": (3, 6), "c": (0, 1)}, drafts={"b": (2, 1), "a": (2, 2)})
+    engine.step({"a": (0, 4)})  # a was preempted
+    engine.step({"a": (4, 8), "b": (6, 8), "c": (1, 4)}, drafts={"a": (2, 0), "b": (1, 1), "c": (2, 2)})
+    engine.step({"a": (6, 8)}, drafts={"a": (1, 1)})
+    return engine
+
+
+@pytest.mark.parametrize("left", [None, 3])
+@pytest.mark.parametrize("kinds", [SETTINGS.statistics, (WAAD(3), FAI(1, 4), LSE(), Received())], ids=["sums", "keys"])
+def test_rejected_drafts_leave_no_trace(kinds, left):
+    settings = RequestSettings(kinds, layers=[0], reduce=(), token_entropy=True)
+    whole, parts = Engine(settings, left=left), in_steps_with_drafts(Engine(settings, left=left))
+    whole.step({"a": (0, 8)})
+    whole.step({"b": (0, 8)})
+    whole.step({"c": (0, 4)})
+    for name in ("a", "b", "c"):
+        expected, result = whole.fetch(name), parts.fetch(name)
+        assert torch.equal(result.tokens, expected.tokens)
+        torch.testing.assert_close(result.token_entropy, expected.token_entropy, equal_nan=True)
+        for s in kinds:
+            torch.testing.assert_close(result[s], expected[s])
+            assert torch.equal(result.valid[s], expected.valid[s])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "length"),
+    [
+        ({}, 6),
+        ({"max_tokens": 2}, 4),
+        ({"eos_token_id": 4}, 4),
+        ({"eos_token_id": 2}, 6),  # of the prompt
+        ({"stop_token_ids": [90, 5]}, 5),
+        ({"max_model_len": 6}, 5),
+    ],
+)
+def test_of_accepted_drafts_those_behind_the_end_are_left_out(sampling, length):
+    engine = Engine()
+    engine.runner.max_model_len = sampling.pop("max_model_len", 100)
+    engine.runner.requests["a"] = State(3, **sampling)
+    engine.step({"a": (0, 3)})
+    engine.step({"a": (3, 6)}, drafts={"a": (2, 2)})
+    result = engine.fetch("a")
+    assert result.tokens.tolist() == [list(range(length))]
+    assert result["waad"].shape == (1, 1, 2, length)
+
+
+def test_a_step_that_samples_nothing_has_no_accepted_drafts():
+    engine = Engine()
+    engine.step({"a": (0, 3)})
+    engine.runner.requests["a"].sample = lambda end: None
+    engine.runner.requests["a"].prompt_token_ids = list(range(4))
+    engine.step({"a": (3, 6)}, drafts={"a": (2, 0)})
+    assert engine.fetch("a")["waad"].isfinite().all()
 
 
 @pytest.mark.parametrize("reduce", [(), ("heads",), ("layers",), ("layers", "heads")])

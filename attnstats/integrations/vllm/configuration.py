@@ -37,8 +37,10 @@ RUNNER = "vllm.v1.worker.gpu_model_runner", "GPUModelRunner"
 HOOKS = (
     Hook("vllm.v1.worker.gpu_worker", "Worker", "load_model"),
     Hook("vllm.v1.worker.gpu_worker", "Worker", "execute_model", ("scheduler_output",)),
+    Hook("vllm.v1.worker.gpu_worker", "Worker", "sample_tokens", ("grammar_output",)),
     Hook(*RUNNER, "execute_model", ("scheduler_output",)),
     Hook(*RUNNER, "_update_states", ("scheduler_output",)),
+    Hook(*RUNNER, "get_model"),
     Hook(
         "vllm.v1.attention.backend",
         "AttentionImpl",
@@ -243,8 +245,16 @@ def requested(vllm_config: Any) -> Any:
 
 
 def is_recorded(vllm_config: Any) -> bool:
-    """True for an engine with settings. Raises ValueError if another worker runs it than the one that records."""
-    if requested(vllm_config) is None:
+    """True for the model of an engine with settings, and not for one that drafts for it.
+
+    Raises:
+        ValueError: another worker runs the engine than the one that records.
+    """
+    drafts = vllm_config.speculative_config
+    is_of_drafts = (
+        getattr(drafts, "method", None) == "draft_model" and vllm_config.model_config is drafts.draft_model_config
+    )
+    if requested(vllm_config) is None or is_of_drafts:
         return False
     if (worker := vllm_config.parallel_config.worker_cls) != WORKER:
         raise ValueError(
@@ -276,7 +286,7 @@ def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
     """Raise ValueError for a setting of the engine with which its attention can't be recorded."""
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     device, backend = vllm_config.device_config.device_type, vllm_config.attention_config.backend
-    backend = getattr(backend, "name", backend)
+    backend, drafts = getattr(backend, "name", backend), getattr(vllm_config.speculative_config, "method", None)
     attention = "that of the attention backend alone can be recorded"
     refused = {
         f"device {device!r}": (device not in ("cpu", "cuda"), "attention on CPUs and NVIDIA GPUs can be watched"),
@@ -307,9 +317,9 @@ def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
         "data_parallel_size > 1": (parallel.data_parallel_size > 1, "start an engine for each"),
         "decode_context_parallel_size > 1": (parallel.decode_context_parallel_size > 1, "use 1"),
         "prefill_context_parallel_size > 1": (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "use 1"),
-        "speculative_config": (
-            vllm_config.speculative_config is not None,
-            "drafts that are rejected can't be taken back; leave it out",
+        "speculative_config of method 'ngram_gpu'": (
+            drafts == "ngram_gpu",
+            "the worker leaves out drafts that the scheduler counts; use 'ngram'",
         ),
         "enable_dbo, ubatch_size": (parallel.use_ubatching, "a step's requests are split; leave them out"),
         "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, "leave it out"),

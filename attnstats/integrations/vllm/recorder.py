@@ -2,7 +2,9 @@
 
 A step attends for many requests at once. Which rows are whose is read from the worker's batch; each captured layer is
 computed for all of them in one packed call, from their queries and the keys in the paged cache, and sums are placed by
-the tokens' positions in their requests. What goes wrong here costs requests their statistics, never an answer.
+the tokens' positions in their requests. Of requests with drafts (speculative decoding) the queries are kept until the
+step's tokens are sampled, which says how many drafts were accepted; only then are they computed, without the rejected
+ones. What goes wrong here costs requests their statistics, never an answer.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from attnstats.integrations.vllm.sums import (
     CompiledSums,
     GatheredSums,
     KeyCache,
+    LayerCall,
     PagedSums,
     RequestRows,
     StepBatch,
@@ -138,18 +141,22 @@ class Step:
 
     Attributes:
         spans: by request, the positions of its queries.
+        drafts: how many of the last of these are of drafts, of requests that have some.
         rows: of the recorded requests; None: no layer has been seen.
         starts: boundaries of the queries of all requests, in their order.
-        sums: by the layers' metadata, and by their window where that matters.
+        sums: by the layers' metadata, by their window where that matters, and apart for requests with drafts.
+        kept: the captured layers that attended, with the queries of requests with drafts.
         entropy: of the recorded requests, by their rows; None: not recorded.
         seen: the captured layers that attended.
         fault: why the step can't be recorded; None: it can.
     """
 
     spans: dict[Any, tuple[int, int]]
+    drafts: dict[Any, int] = field(default_factory=dict)
     rows: list[RequestRows] | None = None
     starts: list[int] = field(default_factory=list)
     sums: dict[Any, Sums] = field(default_factory=dict)
+    kept: list[LayerCall] = field(default_factory=list)
     entropy: list[Tensor] | None = None
     seen: set[int] = field(default_factory=set)
     fault: str | None = None
@@ -189,18 +196,22 @@ class StepRecorder:
     def _tokens(self, request: Any) -> tuple[list[int], list[int]]:
         """Those of the prompt and of the output."""
 
+    def _accepted(self, rows: RequestRows) -> RequestRows:
+        """The rows of a request with drafts, without those of rejected ones; of an engine that has drafts."""
+        raise NotImplementedError
+
     # One step
 
     def begin(self, scheduled: Any) -> None:
         """Before the model runs, with what the scheduler sent."""
-        self._step = None
+        self.end()  # of a step whose tokens were not sampled
         try:
             self._begin(scheduled)
         except Exception as error:
             self._fail(self._running.values(), f"before a step: {type(error).__name__}: {error}")
 
     def end(self) -> None:
-        """After the model ran, or failed."""
+        """After the model ran, or failed; where it may have drafts, after the step's tokens were sampled."""
         step, self._step = self._step, None
         if step is None or not any(id_ in self._running for id_ in step.spans):
             return
@@ -241,8 +252,12 @@ class StepRecorder:
             rows = self._rows_of(step)
             if not rows:
                 return
-            cache = look()
-            self._sums_of(step, rows, layer, query, cache, metadata).add(layer, query, cache, masks)
+            call = LayerCall(layer, masks, query, look(), metadata)
+            without, drafted = ([each for each in rows if bool(each.drafts) is has] for has in (False, True))
+            if without:
+                self._sums_of(step, without, call, step.starts[-1]).add(call)
+            if drafted:
+                step.kept.append(call.copied(drafted))
         except Exception as error:
             step.fault = f"layer {layer.number}: {type(error).__name__}: {error}"
 
@@ -255,7 +270,7 @@ class StepRecorder:
             rows, hidden = self._rows_of(step), output if isinstance(output, Tensor) else output[0]
             step.entropy = []
             for each in rows:
-                own = hidden[step.starts[each.place] : step.starts[each.place + 1]]
+                own = hidden[each.queries]
                 temperature = each.recording.temperature
                 logits = (model.compute_logits(part).float() / temperature for part in own.split(LOGIT_ROWS))
                 parts = [torch.distributions.Categorical(logits=x, validate_args=False).entropy() for x in logits]
@@ -263,16 +278,15 @@ class StepRecorder:
         except Exception as error:
             step.fault = f"token entropies: {type(error).__name__}: {error}"
 
-    def _sums_of(
-        self, step: Step, rows: list[RequestRows], layer: WatchedLayer, query: Tensor, cache: KeyCache, metadata: Any
-    ) -> Sums:
-        """Where a step adds up a layer, made for the first of its kind."""
+    def _sums_of(self, step: Step, rows: list[RequestRows], call: LayerCall, count: int | None) -> Sums:
+        """Where a step adds up a layer, made for the first of its kind. count: as for `StepBatch.of`."""
+        layer, cache, metadata = call.layer, call.cache, call.metadata
         is_compiled = (
-            self._is_compiled and cache.lse is None and cache.pages is not None and steps.takes(query, cache.pages)
+            self._is_compiled and cache.lse is None and cache.pages is not None and steps.takes(call.query, cache.pages)
         )
-        key = id(metadata), None if is_compiled else layer.left
+        key = id(metadata), None if is_compiled else layer.left, count is None
         if key not in step.sums:
-            batch, settings = StepBatch.of(rows, step.starts, metadata), self.settings
+            batch, settings = StepBatch.of(rows, count, metadata), self.settings
             if cache.lse is not None:
                 step.sums[key] = PagedSums(batch, metadata, settings.reduce)
             elif is_compiled:
@@ -283,6 +297,14 @@ class StepRecorder:
 
     def _place(self, step: Step) -> None:
         """Add the sums of a step to its requests."""
+        before, kept, row = self._rows_of(step), [], 0
+        every = [self._accepted(each) if each.drafts else each for each in before]
+        for old, rows in zip(before, every, strict=True):
+            if rows.drafts:
+                kept.append(rows._replace(row=row))  # as `LayerCall.copied` has their queries
+                row += old.end - old.begin
+        for call in step.kept:
+            self._sums_of(step, kept, call, None).add(call)
         for sums in step.sums.values():
             for addend in sums.addends():
                 s = addend.statistic
@@ -290,24 +312,28 @@ class StepRecorder:
                     if rows.new is not None and s.axis != "column":
                         part = part * rows.new.view(-1, *[1] * s.per_query)
                     rows.recording.add(s, addend.layer, start, part)
-        for rows in self._rows_of(step):
+        for rows in every:
             real = torch.ones(1, rows.end - rows.begin, dtype=torch.bool, device="cpu")
             rows.recording.add_tokens_seen(rows.begin, real, real if rows.new is None else rows.new[None], None)
-        for rows, entropy in zip(self._rows_of(step), step.entropy or (), strict=False):
-            rows.recording.add_entropy(rows.begin, entropy if rows.new is None else entropy * rows.new)
+        for rows, entropy in zip(every, step.entropy or (), strict=False):
+            own = entropy[: rows.end - rows.begin]
+            rows.recording.add_entropy(rows.begin, own if rows.new is None else own * rows.new)
 
     def _rows_of(self, step: Step) -> list[RequestRows]:
         """The rows of the recorded requests of a step, in their order."""
         if step.rows is None:
             order = self._order(step)
-            spans = [step.spans[request_id] for request_id in order]
+            spans = [step.spans[request] for request in order]
             step.starts = [0, *itertools.accumulate(end - begin for begin, end in spans)]
             step.rows = []
-            for place, request_id in enumerate(order):
-                recording = self._running.get(request_id)
+            for place, request in enumerate(order):
+                recording = self._running.get(request)
                 if recording is not None and recording.fault is None:
-                    begin, end = step.spans[request_id]
-                    step.rows.append(RequestRows(recording, place, begin, end, recording.new_queries(begin, end)))
+                    begin, end = spans[place]
+                    new, drafts = recording.new_queries(begin, end), step.drafts.get(request, 0)
+                    step.rows.append(
+                        RequestRows(request, recording, place, step.starts[place], begin, end, new, drafts)
+                    )
         return step.rows
 
     def _record(self, request: Any, recording: RequestRecording) -> bytes:
@@ -414,7 +440,8 @@ class Recorder(StepRecorder):
         begins = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         begins |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         spans = {id_: (begins[id_], begins[id_] + count) for id_, count in scheduled.num_scheduled_tokens.items()}
-        self._step = Step(spans) if spans else None
+        drafts = {id_: len(tokens) for id_, tokens in scheduled.scheduled_spec_decode_tokens.items()}
+        self._step = Step(spans, drafts) if spans else None
 
     def _order(self, step: Step) -> Sequence[str]:
         return self._runner.input_batch.req_ids
@@ -422,6 +449,25 @@ class Recorder(StepRecorder):
     def _tokens(self, request: str) -> tuple[list[int], list[int]]:
         state = self._runner.requests[request]
         return list(state.prompt_token_ids or ()), list(state.output_token_ids)
+
+    def _accepted(self, rows: RequestRows) -> RequestRows:
+        # The last token that was sampled has no query yet.
+        end = self._length(rows.request, rows.begin + 1) - 1
+        end = min(max(end, rows.end - rows.drafts), rows.end)
+        return rows._replace(end=end, new=rows.recording.new_queries(rows.begin, end))
+
+    def _length(self, request: str, begin: int) -> int:
+        """The tokens of a request, of which those from position `begin` on are new.
+
+        The scheduler drops those behind one that ends the request.
+        """
+        state = self._runner.requests[request]
+        sampling, prompt = state.sampling_params, state.num_tokens - len(state.output_token_ids)
+        ends = {sampling.eos_token_id, *(sampling.stop_token_ids or ())}
+        for i in range(max(begin, prompt), state.num_tokens):
+            if state.output_token_ids[i - prompt] in ends:
+                return i + 1
+        return min(state.num_tokens, prompt + sampling.max_tokens, self._runner.max_model_len)
 
     def _finish(self, request_id: str) -> None:
         recording = self._running.pop(request_id, None)

@@ -67,18 +67,52 @@ class RequestRows(NamedTuple):
     """The rows of one request in a step.
 
     Attributes:
-        recording: what its sums are added to.
+        request, recording: whose they are, and what its sums are added to.
         place: in the batch.
+        row: of its first query among those of the step.
         begin, end: positions of its queries.
         new: (end - begin,) bool, False for a query that was recorded before the request was preempted; None: all are
             new.
+        drafts: how many of the last queries are of drafts, which may be rejected.
     """
 
+    request: Any
     recording: Any
     place: int
+    row: int
     begin: int
     end: int
     new: Tensor | None
+    drafts: int = 0
+
+    @property
+    def queries(self) -> slice:
+        """Among those of the step."""
+        return slice(self.row, self.row + self.end - self.begin)
+
+
+class LayerCall(NamedTuple):
+    """What a captured layer shows of a step.
+
+    Attributes:
+        masks: (Hq,) bool, of each statistic that is of some of the layer's heads only.
+        query: (n, Hq, D) those of all requests, and of padding.
+    """
+
+    layer: WatchedLayer
+    masks: dict[Statistic, Tensor]
+    query: Tensor
+    cache: KeyCache
+    metadata: Any
+
+    def copied(self, rows: list[RequestRows]) -> LayerCall:
+        """With copies of the queries of these requests alone: the next layer may write over the step's."""
+        cache = self.cache
+        if cache.lse is not None:
+            lse = cache.lse()
+            of_rows = None if lse is None else torch.cat([lse[:, each.queries] for each in rows], dim=1)
+            cache = cache._replace(lse=lambda: of_rows)
+        return self._replace(query=torch.cat([self.query[each.queries] for each in rows]), cache=cache)
 
 
 class Addend(NamedTuple):
@@ -101,7 +135,7 @@ class StepBatch:
     """The recorded requests of a step, as the metadata of some layers have them.
 
     Attributes:
-        index: of their queries among those of all requests; None: all of them, in order.
+        index: of their queries among those shown; None: all of them, in order, are of the step's requests.
         count: queries of all requests.
         counted: of their queries, (n,) bool, those that are new; None: all are.
     """
@@ -113,8 +147,8 @@ class StepBatch:
     counted: Tensor | None
 
     @classmethod
-    def of(cls, rows: list[RequestRows], starts: list[int], metadata: Any) -> StepBatch:
-        """starts: boundaries of the queries of all requests, known without a look at the device.
+    def of(cls, rows: list[RequestRows], count: int | None, metadata: Any) -> StepBatch:
+        """count: queries of all requests, known without a look at the device; None: others are shown than the step's.
 
         Raises:
             ValueError: the step's queries don't see all keys before them and no others.
@@ -122,17 +156,21 @@ class StepBatch:
         for name, value in CAUSAL.items():
             if getattr(metadata, name, value) is not value:
                 raise ValueError(f"the step has {name}, and only causal attention is recorded")
-        table, index = metadata.block_table[: len(starts) - 1], None
-        if len(rows) < len(starts) - 1:
-            table = table[[each.place for each in rows]]
-            tokens = torch.arange(starts[-1], dtype=torch.int64, device=table.device)
-            index = torch.cat([tokens[starts[each.place] : starts[each.place + 1]] for each in rows])
+        places, lengths = [each.place for each in rows], [each.end - each.begin for each in rows]
+        table, index = metadata.block_table, None
+        table = table[: len(rows)] if places == list(range(len(rows))) else table[places]
+        if sum(lengths) != count:
+            parts = [
+                torch.arange(q.start, q.stop, dtype=torch.int64, device=table.device)
+                for q in (each.queries for each in rows)
+            ]
+            index = torch.cat(parts)
         counted = None
         if any(each.new is not None for each in rows):
             counted = torch.cat(
                 [torch.ones(e.end - e.begin, dtype=torch.bool, device="cpu") if e.new is None else e.new for e in rows]
             )
-        return cls(rows, index, starts[-1], table, counted)
+        return cls(rows, index, sum(lengths), table, counted)
 
     def queries(self, query: Tensor) -> Tensor:
         """(n, H, D) those of the recorded requests."""
@@ -157,16 +195,18 @@ class PagedSums:
         else:
             device = batch.block_table.device
             self._queries = _boundaries(lengths).to(device, non_blocking=True)
-            self._keys = metadata.seq_lens[[each.place for each in batch.rows]]
+            ends = torch.tensor([each.end for each in batch.rows], dtype=torch.int32, device="cpu")
+            self._keys = ends.to(device, non_blocking=True)
         self._counted = None if batch.counted is None else batch.counted.to(self._keys.device, non_blocking=True)
 
-    def add(self, layer: WatchedLayer, query: Tensor, cache: KeyCache, masks: dict[Statistic, Tensor]) -> None:
+    def add(self, call: LayerCall) -> None:
+        layer, cache = call.layer, call.cache
         assert cache.pages is not None
         assert cache.lse is not None
         lse = cache.lse() if all(s.from_lse for s in layer.statistics) else None
         options = layer.options
         result = paged_statistics(
-            self.batch.queries(query),
+            self.batch.queries(call.query),
             cache.pages,
             block_table=self.batch.block_table,
             cu_seqlens_q=self._queries,
@@ -216,26 +256,25 @@ class CompiledSums:
         self._results: dict[tuple[Statistic, int | None], Tensor] = {}
         self._layers: dict[tuple[Statistic, int | None], WatchedLayer] = {}
 
-    def add(self, layer: WatchedLayer, query: Tensor, cache: KeyCache, masks: dict[Statistic, Tensor]) -> None:
-        """masks: (Hq,) bool, of each statistic that is of some of the layer's heads only."""
-        results = {}
+    def add(self, call: LayerCall) -> None:
+        layer, results = call.layer, {}
         for s in layer.statistics:
             key = s, None if _are_added_up(s, layer, self._reduce) else layer.number
             if key not in self._results:
                 self._results[key], self._layers[key] = self._plan.zeros(s), layer
             results[s] = self._results[key]
         options = layer.options
-        assert cache.pages is not None
+        assert call.cache.pages is not None
         assert options.scale is not None
         self._plan.add(
             results,
-            self.batch.queries(query),
-            cache.pages,
+            self.batch.queries(call.query),
+            call.cache.pages,
             scale=options.scale,
             left=layer.left,
             softcap=options.softcap,
             sinks=options.sinks,
-            heads=masks,
+            heads=call.masks,
         )
 
     def addends(self) -> Iterator[Addend]:
@@ -268,8 +307,9 @@ class GatheredSums:
         self._keys = [len(each) for each in slots]
         self._cu_seqlens = _boundaries(batch.lengths()), _boundaries(self._keys)
 
-    def add(self, layer: WatchedLayer, query: Tensor, cache: KeyCache, masks: dict[Statistic, Tensor]) -> None:
-        key = cache.read(self._blocks).flatten(0, 1)[self._slots]
+    def add(self, call: LayerCall) -> None:
+        layer = call.layer
+        key = call.cache.read(self._blocks).flatten(0, 1)[self._slots]
         options = layer.options._replace(
             statistics=tuple([s.summed for s in layer.statistics]),
             heads={s.summed: heads for s, heads in layer.heads.items()} or None,
@@ -277,7 +317,7 @@ class GatheredSums:
             cu_seqlens_q=self._cu_seqlens[0],
             cu_seqlens_k=self._cu_seqlens[1],
         )
-        results = functional.attend(self.batch.queries(query), key, key, options).statistics.tensors
+        results = functional.attend(self.batch.queries(call.query), key, key, options).statistics.tensors
         for s in layer.statistics:
             x = results[s.summed]
             self._results[s, layer.number] = x.sum(0) if "heads" in self._reduce else x

@@ -38,7 +38,7 @@ class StatisticsWorker(Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        present = attention_layers(self.vllm_config)
+        present = attention_layers(self.vllm_config, self.model_runner.get_model())
         counts = {layer.impl.num_heads for layer in present.values()}
         count = counts.pop() if len(counts) == 1 else None
         layers, heads = self._settings.chosen(tuple(sorted(present)), count)
@@ -52,8 +52,12 @@ class StatisticsWorker(Worker):
     def execute_model(self, scheduler_output: Any) -> Any:
         assert self._recorder is not None
         self._recorder.begin(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        assert self._recorder is not None
         try:
-            return super().execute_model(scheduler_output)
+            return super().sample_tokens(grammar_output)
         finally:
             self._recorder.end()
 
@@ -73,11 +77,11 @@ class StatisticsWorker(Worker):
         return self._recorder.kept()
 
 
-def attention_layers(vllm_config: Any) -> dict[int, Any]:
+def attention_layers(vllm_config: Any, model: Any) -> dict[int, Any]:
     """The layers of the model whose attention can be recorded, by number. Raises ValueError where there is none."""
-    layers = {}
+    layers, of_model = {}, set(model.modules())  # beside them the engine has those of a model that drafts
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        if type(layer) is Attention and hasattr(layer.impl, "watch"):
+        if type(layer) is Attention and hasattr(layer.impl, "watch") and layer in of_model:
             if layer.impl.alibi_slopes is not None:
                 raise ValueError(f"{KEY}: {name} has position biases (ALiBi), of which statistics can't be computed")
             layers[extract_layer_index(name)] = layer

@@ -38,6 +38,7 @@ def config(settings=None, worker=WORKER):
     return SimpleNamespace(
         additional_config={} if settings is None else {KEY: settings},
         parallel_config=SimpleNamespace(worker_cls=worker),
+        speculative_config=None,
     )
 
 

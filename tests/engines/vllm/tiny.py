@@ -81,6 +81,34 @@ def save_adapter(folder: Path, model: Path, merged: Path) -> Path:
     return folder
 
 
+def save_shorter(folder: Path, model: Path, layers: int) -> Path:
+    """The model with its first layers alone, whose answers are often the same."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.model.layers = whole.model.layers[:layers]
+    whole.config.num_hidden_layers = layers
+    whole.save_pretrained(folder)
+    return folder
+
+
+def save_eagle(folder: Path, model: Path) -> Path:
+    """A head of EAGLE's kind, which drafts from the model's last hidden states by a layer of its own."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    layer = whole.model.layers[-1].state_dict(prefix="layers.0.")
+    tensors = {name: x.clone() for name, x in layer.items() if "input_layernorm" not in name}
+    size = whole.config.hidden_size
+    tensors["fc.weight"] = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    config = AutoConfig.from_pretrained(model, num_hidden_layers=1)
+    config.save_pretrained(folder)
+    return folder
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
