@@ -85,6 +85,6 @@ def test_preempted_requests_with_drafts_and_statistics_of_all_keys(llama, drafti
 
 def test_sampled_completions_that_end_with_one_of_many_tokens(llama, drafting):
     with drafting_engine(llama, drafting, "ngram") as llm:
-        outputs = generate(llm, PROMPTS, [60] * 4, n=2, temperature=0.3, stop_token_ids=list(range(0, 97, 9)))
-        assert {each.finish_reason for output in outputs for each in output.outputs} == {"stop", "length"}
+        outputs = generate(llm, PROMPTS, [60] * 4, n=2, temperature=0.3, stop_token_ids=list(range(0, 97, 20)))
+        assert "stop" in {each.finish_reason for output in outputs for each in output.outputs}
         assert_as_without_drafts(llm, outputs, llama, temperature=0.3)
