@@ -216,7 +216,7 @@ class ServedRun(FinishedRun):
             "subject": "request",
             "left_out": self.analyses.left_out,
             "settings": {name: getattr(self.settings, name) for name in ("window", "fai_lo", "fai_hi", "layers")},
-            "versions": outputs.versions() | {"vllm": self.analyses.newest.model.version},
+            "versions": outputs.versions(),
             "timings_seconds": {},
             "peak_memory_bytes": {},
             "prompts": len(self.analyses),

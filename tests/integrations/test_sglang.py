@@ -123,7 +123,7 @@ def test_settings_choose_layers_heads_and_means(serve):
     result = statistics_of(response(server, play(server)[0]))
     assert result.layers == (1, 2)
     assert {s: result[s].shape for s in BANDS} == {WAAD(3): (1, 2, 13), FAI(1, 4): (1, 4, 13)}
-    assert result.model == ("a/model", "", "float32", "0.5.23")
+    assert result.model == ("a/model", "", "float32", "SGLang 0.5.23")
     whole = statistics_of(response(server := serve(Model(), BANDS), play(server)[0]))
     torch.testing.assert_close(result["waad"], whole["waad"][1:][:, :, [0, 3]].mean(0))
     torch.testing.assert_close(result["fai"], whole["fai"][1:].mean(0))

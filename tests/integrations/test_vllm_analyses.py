@@ -62,7 +62,7 @@ def record(loaded, model, prompt, answer, **settings):
         prompt + answer,
         prompt=len(prompt),
         token_entropy=drawn(loaded, ids[0], hidden[0], logits[0, -1], 1.0).entropy,
-        model=records.Model(model, model, "float32", "0.32.0"),
+        model=records.Model(model, model, "float32", "vLLM 0.32.0"),
     )
 
 
@@ -154,7 +154,7 @@ def test_the_commands_read_a_server_s_folder(folder, tmp_path):
         assert done.returncode == 0, done.stderr
     assert "Not read: maps, of which a server records none; 1 request with fewer" in page.read_text()
     found = json.loads((out / "couplings.json").read_text())
-    assert (found["responses"], found["model"]["engine"], len(found["couplings"])) == (5, "vLLM", 3)
+    assert (found["responses"], found["model"]["engine"], len(found["couplings"])) == (5, "vLLM 0.32.0", 3)
 
 
 def test_a_folder_without_the_preset_says_how_to_record(loaded, tmp_path):

@@ -97,4 +97,4 @@ def _model(runner: Any) -> Model:
 
     tokenizer = get_serving().tokenizer_path or ""
     tokenizer = str(Path(tokenizer).absolute()) if tokenizer and Path(tokenizer).is_dir() else tokenizer
-    return Model(get_model().model_path, tokenizer, str(runner.dtype).removeprefix("torch."), __version__)
+    return Model(get_model().model_path, tokenizer, str(runner.dtype).removeprefix("torch."), f"SGLang {__version__}")

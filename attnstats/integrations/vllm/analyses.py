@@ -124,7 +124,7 @@ class ServedRequests(Sequence[Analysis]):
     @property
     def model(self) -> dict[str, Any]:
         """What summary.json says of a model."""
-        return {"name": self.newest.model.name, "dtype": self.newest.model.dtype, "engine": "vLLM"}
+        return {"name": self.newest.model.name, "dtype": self.newest.model.dtype, "engine": self.newest.model.engine}
 
     @cached_property
     def _tokenizer(self) -> Any:

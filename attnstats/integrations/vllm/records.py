@@ -34,13 +34,13 @@ class Model(NamedTuple):
 
     Attributes:
         name, tokenizer: folders or names of the hub.
-        version: of the engine.
+        engine: its name and version.
     """
 
     name: str = ""
     tokenizer: str = ""
     dtype: str = ""
-    version: str = ""
+    engine: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

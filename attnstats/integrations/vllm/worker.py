@@ -46,7 +46,7 @@ class StatisticsWorker(Worker):
         config = self.vllm_config.model_config
         name = Path(config.model).name if Path(config.model).is_dir() else config.model
         tokenizer = str(Path(config.tokenizer).absolute()) if Path(config.tokenizer).is_dir() else config.tokenizer
-        model = Model(name, tokenizer, str(config.dtype).removeprefix("torch."), vllm.__version__)
+        model = Model(name, tokenizer, str(config.dtype).removeprefix("torch."), f"vLLM {vllm.__version__}")
         self._recorder = Recorder(self._settings, watched, heads, self.model_runner, model)
 
     def execute_model(self, scheduler_output: Any) -> Any:
