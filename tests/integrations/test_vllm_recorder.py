@@ -250,6 +250,8 @@ def test_an_output_finds_its_statistics_and_no_others():
     tokens = [*range(8), 8]
     with pytest.raises(TypeError, match=r"llm must be a vllm\.LLM, got Engine"):
         statistics_of(engine, output_of(tokens))
+    with pytest.raises(TypeError, match=r"output must be a vllm\.RequestOutput, got list"):
+        statistics_of(LLM(engine), [output_of(tokens)])
     with pytest.raises(ValueError, match="request 'a' is not finished"):
         statistics_of(LLM(engine), output_of(tokens, finished=False))
     assert statistics_of(LLM(engine), output_of(tokens)).tokens.tolist() == [tokens[:8]]

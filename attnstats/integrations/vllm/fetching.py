@@ -9,6 +9,11 @@ from attnstats.integrations.vllm import records
 from attnstats.integrations.vllm.records import RequestStatistics
 
 METHOD = "attnstats_fetch"  # of the worker
+BEAMS = (
+    "output must be a vllm.RequestOutput, got {}. Beam search is a request of its own for each beam and token; send a "
+    'beam\'s tokens for its statistics: llm.generate({{"prompt_token_ids": beam.tokens}}, SamplingParams(max_tokens=1, '
+    "skip_reading_prefix_cache=True))"
+)
 
 
 def statistics_of(llm: Any, output: Any, completion: int = 0) -> RequestStatistics:
@@ -36,6 +41,10 @@ async def async_statistics_of(engine: Any, output: Any, completion: int = 0) -> 
 def _arguments(engine: Any, output: Any, completion: int) -> tuple[str, int, list[int], list[int]]:
     if not hasattr(engine, "collective_rpc"):
         raise TypeError(f"llm must be a vllm.LLM, got {type(engine).__name__}")
+    if hasattr(output, "sequences") or hasattr(output, "orig_prompt"):
+        raise TypeError(BEAMS.format(type(output).__name__))
+    if not hasattr(output, "outputs"):
+        raise TypeError(f"output must be a vllm.RequestOutput, got {type(output).__name__}")
     by_index = {each.index: each for each in output.outputs}  # of a stream those that have something new
     if completion not in by_index:
         present = ", ".join(map(str, sorted(by_index))) or "none"

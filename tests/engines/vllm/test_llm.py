@@ -184,6 +184,32 @@ def test_every_completion_has_its_own(llama):
     assert [result.cached for result in results].count(0) >= 1
 
 
+def test_a_beam_has_the_statistics_of_its_tokens(tmp_path):
+    from vllm import SamplingParams
+    from vllm.sampling_params import BeamSearchParams
+
+    folder = tiny.save(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    settings = {"skip_tokenizer_init": False, "enable_prefix_caching": True, "block_size": 32}
+    with engine(folder, **engine_arguments(STATISTICS), **settings) as llm:
+        (output,) = llm.beam_search(
+            [{"prompt_token_ids": tiny.prompt(40)}], BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
+        )
+        for given in (output, output.sequences[0]):
+            with pytest.raises(
+                TypeError, match=rf"got {type(given).__name__}\. Beam search is a request of its own for"
+            ):
+                statistics_of(llm, given)
+        # As the error says.
+        sampling = SamplingParams(max_tokens=1, skip_reading_prefix_cache=True)
+        outputs = llm.generate([{"prompt_token_ids": beam.tokens} for beam in output.sequences], sampling)
+        results = [statistics_of(llm, each) for each in outputs]
+    assert [result.tokens[0].tolist() for result in results] == [beam.tokens for beam in output.sequences]
+    for result in results:
+        assert result.tokens.shape == (1, 46)
+        assert_teacher_forced(result, folder, reduce=("layers", "heads"))
+
+
 @pytest.mark.parametrize("kind", ["CUMULATIVE", "DELTA"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_stream_ends_with_statistics(llama, kind, n):
