@@ -331,6 +331,31 @@ def test_other_families(family, tmp_path):
         assert_teacher_forced(result, folder, layers="all", heads=heads, reduce="heads")
 
 
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 32}
+HYBRID = {
+    "falcon_h1": {"mamba_d_ssm": 256, **MAMBA},  # both in every layer
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 3,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 64,
+        **MAMBA,
+    },
+}
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_attention_of_hybrid_models(family, tmp_path):
+    """State-space layers have no statistics; vLLM computes them in its own way, within 1e-4 of transformers'."""
+    folder = tiny.save(tmp_path, family, **HYBRID[family])
+    with engine(folder, **engine_arguments(STATISTICS, layers="all", reduce=None)) as llm:
+        outputs = generate(llm, [tiny.prompt(n, n) for n in (50, 90, 10)], [20, 30, 40])
+        results = [statistics_of(llm, output) for output in outputs]
+    for result in results:
+        assert result.layers == ((1, 3, 5) if "layer_types" in HYBRID[family] else tuple(range(6)))
+        assert_teacher_forced(result, folder, near={"atol": 1e-4, "rtol": 1e-4}, layers="all")
+
+
 def test_a_request_with_an_adapter_has_its_attention(llama, tmp_path):
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
