@@ -78,6 +78,8 @@ def run(options: argparse.Namespace) -> int:
     from attnstats.study.perturb import Perturbation, summarise
 
     if options.requests is not None:
+        if arguments.check_engine(options):
+            raise InputError(f"--engine {options.engine}: generates, and --requests has responses; leave it out")
         return _run_requests(options)
     questions = _questions(options)
     _check_counts(options)

@@ -73,7 +73,7 @@ class Departures(NamedTuple):
 
     def record(self) -> dict[str, float]:
         """For summary.json and couplings.json, and a section of the page."""
-        return {"tokens": self.tokens, "largest_gap_nats": self.gap}
+        return {"tokens_not_the_likeliest": self.tokens, "largest_gap_nats": self.gap}
 
 
 def read(

@@ -114,7 +114,9 @@ def choose(arguments: str | Mapping[str, Any] | None, sampling: Sampling) -> Vll
             from vllm.engine.arg_utils import EngineArgs
         except ImportError as error:
             what = f"{error.name or 'vllm'} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
-            raise InputError(f"{OPTION}: {what}; run: pip install 'attnstats[vllm]'") from error
+            raise InputError(
+                f"{OPTION}: {what}; run: pip install 'attnstats[vllm]' (for CPUs), or pip install vllm (for GPUs)"
+            ) from error
     chosen = _parsed(arguments)
     for name in chosen:
         if name in OURS:

@@ -244,7 +244,7 @@ def test_greedy_tokens_that_the_model_would_not_have_written_are_reported(
         run = attnstats.load(tmp_path / name)
         return run.summary.get("near_ties"), run, " ".join(capsys.readouterr().out.split())
 
-    none = {"tokens": 0, "largest_gap_nats": 0.0}
+    none = {"tokens_not_the_likeliest": 0, "largest_gap_nats": 0.0}
     found, _, said = near_ties("one")
     assert found == none
     assert "items 0 greedy tokens are not the likeliest in the pass that reads" in said
@@ -258,9 +258,10 @@ def test_greedy_tokens_that_the_model_would_not_have_written_are_reported(
         with torch.no_grad():
             logits = tiny.model(analysis.token_ids[None]).logits[0, :-1]
         gaps.append((logits.amax(-1) - logits.gather(1, analysis.token_ids[1:, None])[:, 0])[analysis.response[1:]])
-    assert found["tokens"] == sum(int((gap > 1e-5).sum()) for gap in gaps) > 10
+    count = found["tokens_not_the_likeliest"]
+    assert count == sum(int((gap > 1e-5).sum()) for gap in gaps) > 10
     assert found["largest_gap_nats"] == pytest.approx(max(float(gap.max()) for gap in gaps), rel=1e-4)
-    assert f"{found['tokens']} greedy tokens are not the likeliest in the pass that reads; that is ahead by" in said
+    assert f"{count} greedy tokens are not the likeliest in the pass that reads; that is ahead by" in said
     assert [int((gap > 1e-5).sum()) for gap in gaps] == [analysis.departures.tokens for analysis in run]
     assert "Near-ties" in run.page()
 
@@ -307,6 +308,8 @@ def test_texts_that_exist_are_not_generated(tmp_path, folder, engines, capsys):
     command = ["analyze", "--model", str(folder), "--text", f"{tmp_path}/text.txt", "--engine", "vllm"]
     assert main(command) == 2
     assert "--engine vllm: generates, and the text exists; leave it out" in capsys.readouterr().err
+    assert main(["couplings", "--requests", str(tmp_path), "--engine", "vllm"]) == 2
+    assert "--engine vllm: generates, and --requests has responses; leave it out" in capsys.readouterr().err
     with pytest.raises(InputError, match="engine sglang: no such engine; there are transformers, vllm"):
         attnstats.analyze(folder, prompts=["how"], out=tmp_path / "out", engine="sglang")
 
