@@ -55,7 +55,8 @@ def analyze(model: str | PathLike[str] | None = None, **options: Any) -> Any:
         out: the folder of the run, by default out/analysis.
         quiet: False prints progress and responses as the command does.
         options: the command's other options with `_` for `-`, such as max_tokens=100, layers="all", horizon=(10, None),
-            response_from="<think>" or a number of characters (of token ids: of tokens), response_role="tool".
+            response_from="<think>" or a number of characters (of token ids: of tokens), response_role="tool",
+            engine="vllm", engine_args={"max_num_seqs": 64}.
 
     Returns:
         The run, as of `load` (attnstats.run.FinishedRun).

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ def _started(folder: str, loaded: LoadedModel, longest: int, arguments: Mapping[
             else {"gpu_memory_utilization": 0.5}
         )
         try:
-            with _random_numbers_kept(loaded.device):
+            with _random_numbers_kept(loaded.device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what vLLM's own code uses
                 engine = LLM(
                     model=folder,
                     dtype=loaded.dtype,
