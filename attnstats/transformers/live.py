@@ -19,13 +19,19 @@ from attnstats.transformers.calls import AttentionCall, Request
 from attnstats.transformers.recording import Recording, Sums
 
 UNDOABLE_ROWS = 64  # how many of the last tokens can be taken back
+SMALLEST = 256  # tokens that a growing tensor has room for at least
+
+
+def most_tokens(length: int) -> int:
+    """For how many tokens a growing tensor has room at most, once it has `length` of them."""
+    return max(SMALLEST, 2 * length)
 
 
 class GrowingTensor:
     """A tensor (..., T) that grows along its last dimension by doubling."""
 
     def __init__(self, like: Tensor):
-        self._buffer = _zeros(like, max(256, 2 * like.shape[-1]))
+        self._buffer = _zeros(like, most_tokens(like.shape[-1]))
         self.length = 0
 
     @property

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attnstats import FAI, LSE, WAAD, Received, SegmentMass
+from attnstats import FAI, LSE, WAAD, Received, SegmentMass, TopKeys
 from attnstats.integrations.vllm import RequestStore, async_statistics_of, records, statistics_of
-from attnstats.integrations.vllm.configuration import RequestSettings
+from attnstats.integrations.vllm.configuration import RequestSettings, bytes_per_token
 from attnstats.integrations.vllm.recorder import Recorder
 from attnstats.integrations.vllm.sums import KeyCache
+from attnstats.transformers.live import GrowingTensor, most_tokens
 
 SETTINGS = RequestSettings((WAAD(3), FAI(1, 4)), layers=[0], reduce=())
 SIZE, DIM = 4, 16
@@ -50,16 +51,19 @@ class Engine:
 
     def __init__(self, settings=SETTINGS, heads=(0, 1), left=None):
         self.own = list(heads)
-        self.impl = SimpleNamespace(
-            num_heads=len(heads), scale=0.25, left=left, logits_soft_cap=0, sinks=None, watch=None
-        )
+        self.impls = [
+            SimpleNamespace(num_heads=len(heads), scale=0.25, left=left, logits_soft_cap=0, sinks=None, watch=None)
+            for _ in settings.layers
+        ]
+        self.impl = self.impls[0]
         self.model = torch.nn.Identity()
         self.model.compute_logits = lambda hidden: hidden * LOGITS
         self.runner = SimpleNamespace(
             input_batch=SimpleNamespace(req_ids=[]), requests={}, max_model_len=100, get_model=lambda: self.model
         )
-        every = {s: {0: None} for s in settings.statistics}
-        self.recorder = Recorder(settings, {0: SimpleNamespace(impl=self.impl)}, every, self.runner)
+        every = {s: dict.fromkeys(settings.layers) for s in settings.statistics}
+        layers = {n: SimpleNamespace(impl=impl) for n, impl in zip(settings.layers, self.impls, strict=True)}
+        self.recorder = Recorder(settings, layers, every, self.runner)
         self.cache = torch.randn(9, SIZE, 1, DIM, generator=torch.Generator("cpu").manual_seed(0))
         self.known = {}
         self.embeddings = {}
@@ -120,7 +124,8 @@ class Engine:
             query_start_loc=torch.tensor([0, *counts]).cumsum(0),
             block_table=torch.tensor([[2 * number % 8, 2 * number % 8 + 1] for number, *_ in rows]).int(),
         )
-        self.impl.watch(query, self.look, metadata)
+        for impl in self.impls:
+            impl.watch(query, self.look, metadata)
         positions = torch.cat([torch.arange(begin, end) for _, begin, end in rows]).float()
         positions[query.isnan().any(-1).any(-1)] = torch.nan
         self.model(torch.cat([positions, positions.new_zeros(3)])[:, None])  # padded, as steps are
@@ -298,6 +303,26 @@ def test_of_requests_with_the_same_id_the_tokens_tell():
     engine.step({"b-11111111": (0, 8)})
     engine.step({"b-22222222": (0, 4)}, ["b-11111111"])  # the same prompt again
     assert statistics_of(LLM(engine), output_of(list(range(9)), request_id="b"))["waad"].shape == (1, 1, 2, 8)
+
+
+@pytest.mark.parametrize("token_entropy", [False, True])
+@pytest.mark.parametrize("reduce", [(), ("heads",), ("layers",), ("layers", "heads")])
+def test_the_memory_of_a_request_is_known_before_it_starts(reduce, token_entropy):
+    kinds = (WAAD(3), FAI(1, 4), SegmentMass((0, 2, 5, None)), *(() if reduce else (TopKeys(3),)))
+    engine = Engine(RequestSettings(kinds, layers=[0, 1, 2], reduce=reduce, token_entropy=token_entropy))
+    per_token = bytes_per_token(engine.recorder.settings, engine.recorder._head_counts)
+    assert f"{per_token} bytes for each token" in engine.recorder.memory(8, 1)
+    engine.step({"a": (0, 5)})
+    engine.step({"a": (5, 8)})
+    held = [vars(x) for x in tensors_of(engine.recorder._running["a"])]
+    assert sum(x["_buffer"][..., :8].nbytes for x in held) == 8 * per_token
+    assert sum(x["_buffer"].nbytes for x in held) <= most_tokens(8) * per_token
+
+
+def tensors_of(recording):
+    """The growing tensors of a recording."""
+    by_layer = [x for of_layers in recording._sums.values() for x in of_layers.values()]
+    return by_layer + [x for x in vars(recording).values() if isinstance(x, GrowingTensor)]
 
 
 def kept(engine, names):

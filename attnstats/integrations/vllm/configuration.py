@@ -7,6 +7,7 @@ an engine starts. Nothing here imports vLLM but `check_vllm`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -19,6 +20,7 @@ from attnstats.heads import RECEIVED, HeadProfile
 from attnstats.integrations.hooks import Hook, faults_of
 from attnstats.presets import PRESETS
 from attnstats.statistics import CATALOGUE, FAI, WAAD, MeanDistance, SegmentMass, Statistic, resolve
+from attnstats.transformers.live import most_tokens
 from attnstats.transformers.selection import (
     ChosenHeads,
     HeadSelection,
@@ -262,6 +264,41 @@ def is_recorded(vllm_config: Any) -> bool:
             f"got {worker!r}. attnstats.integrations.vllm.engine_arguments has both settings"
         )
     return True
+
+
+def bytes_per_token(settings: RequestSettings, head_counts: Mapping[Statistic, Mapping[int, int]]) -> int:
+    """What a running request holds for each token: a float32 for each number, and whether its query and its key count.
+
+    Args:
+        head_counts: of each statistic and layer how many heads are recorded.
+
+    Example:
+        >>> settings = RequestSettings.of({"statistics": ["waad", "fai"], "reduce": ["heads"]})
+        >>> bytes_per_token(settings, {s: {3: 9, 4: 9, 5: 9} for s in settings.statistics})
+        26
+    """
+    numbers = int(settings.token_entropy)
+    for s in settings.statistics:
+        of_layers = [1 if "heads" in settings.reduce else count for count in head_counts[s].values()]
+        numbers += (of_layers[0] if "layers" in settings.reduce else sum(of_layers)) * math.prod(s.shape(1, 1))
+    return 4 * numbers + 2
+
+
+def described_memory(settings: RequestSettings, per_token: int, tokens: int, requests: int) -> str:
+    """The memory for that many requests of that many tokens, as a worker logs it before the first one.
+
+    Example:
+        >>> described_memory(RequestSettings.of({"statistics": ["waad", "fai"]}), 10, 4096, 16)
+        'attnstats: WAAD(window=10), FAI(lo=10, hi=100): 10 bytes for each token of a running request and up to 20 while
+        it grows, at most 1.31 MB for 16 requests of 4096 tokens; records of finished ones that nobody has fetched take
+        256 MB at most'
+    """
+    most = requests * per_token * most_tokens(tokens) / 1e6
+    return (
+        f"attnstats: {', '.join(map(str, settings.statistics))}: {per_token} bytes for each token of a running request "
+        f"and up to {2 * per_token} while it grows, at most {most:.3g} MB for {requests} requests of {tokens} tokens; "
+        f"records of finished ones that nobody has fetched take {settings.keep_mb:g} MB at most"
+    )
 
 
 def described(statistic: Statistic) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnstats.core.options import Options
 from attnstats.integrations.vllm import records
-from attnstats.integrations.vllm.configuration import KEY, RequestSettings
+from attnstats.integrations.vllm.configuration import KEY, RequestSettings, bytes_per_token, described_memory
 from attnstats.integrations.vllm.store import RequestWriter
 from attnstats.integrations.vllm.sums import (
     CompiledSums,
@@ -199,6 +199,11 @@ class StepRecorder:
     def _accepted(self, rows: RequestRows) -> RequestRows:
         """The rows of a request with drafts, without those of rejected ones; of an engine that has drafts."""
         raise NotImplementedError
+
+    def memory(self, tokens: int, requests: int) -> str:
+        """What requests that run at the same time hold at most."""
+        per_token = bytes_per_token(self.settings, self._head_counts)
+        return described_memory(self.settings, per_token, tokens, requests)
 
     # One step
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -14,6 +15,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from attnstats.integrations.vllm.configuration import KEY, RequestSettings, check_engine, check_vllm, requested
 from attnstats.integrations.vllm.recorder import Recorder, State
 from attnstats.integrations.vllm.records import Model
+
+log = init_logger("vllm.attnstats")  # below vLLM's own, which alone has a handler
 
 # As each platform chooses for worker_cls="auto".
 WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker"}
@@ -48,6 +51,7 @@ class StatisticsWorker(Worker):
         tokenizer = str(Path(config.tokenizer).absolute()) if Path(config.tokenizer).is_dir() else config.tokenizer
         model = Model(name, tokenizer, str(config.dtype).removeprefix("torch."), f"vLLM {vllm.__version__}")
         self._recorder = Recorder(self._settings, watched, heads, self.model_runner, model)
+        log.info(self._recorder.memory(config.max_model_len, self.vllm_config.scheduler_config.max_num_seqs))
 
     def execute_model(self, scheduler_output: Any) -> Any:
         assert self._recorder is not None
