@@ -121,3 +121,13 @@ def test_a_model_that_vllm_refuses(place, capsys):
     assert main(run) == 2
     assert "--engine vllm: " in capsys.readouterr().err
     assert not (place / "refused.part").exists()
+
+
+def test_prompts_with_seeds_are_not_cut_where_a_step_is_full(place):
+    """vLLM 0.32 stops on a CPU at a part of a prompt that has a seed."""
+    from attnstats.study import models, vllm
+    from attnstats.study.generation import Sampling
+
+    loaded, sampling = models.load(str(place / "model"), dtype="float32"), Sampling(3, 0.7)
+    prompts = {i: tiny.prompt(400, i) for i in range(12)}  # 4,800 tokens, of which a step takes 4,096
+    assert sorted(i for i, _ in vllm.choose(None, sampling).responses(loaded, prompts, sampling)) == list(range(12))
