@@ -161,10 +161,10 @@ def test_what_an_engine_can_not_be_recorded_with_is_refused_by_name(change, name
     assert name in str(error.value)
 
 
-def test_ranks_have_all_of_their_heads_and_no_folder():
+def test_ranks_have_all_of_their_heads_and_no_entropies():
     parallel = config(tensor_parallel_size=2)
-    check_engine(parallel, settings())
-    for given, name in (({"heads": [0]}, "chosen heads"), ({"folder": "requests"}, "a folder")):
+    check_engine(parallel, settings(folder="requests"))
+    for given, name in (({"heads": [0]}, "chosen heads"), ({"token_entropy": True}, "token_entropy")):
         with pytest.raises(ValueError, match=f"tensor_parallel_size > 1 and {name}"):
             check_engine(parallel, settings(**given))
 

@@ -12,6 +12,7 @@ from attnstats.integrations.vllm import RequestStore, records
 from attnstats.integrations.vllm.configuration import RequestSettings
 from attnstats.integrations.vllm.store import RequestWriter
 from attnstats.transformers.live import PlacedRecording
+from tests.integrations.test_vllm_recorder import Engine
 
 SETTINGS = RequestSettings((WAAD(3), FAI(1, 2)), layers=[1, 4])
 HEADS = {s: {1: None, 4: (0, 2)} for s in SETTINGS.statistics}
@@ -82,6 +83,28 @@ def test_a_folder_is_read_by_the_ids_of_requests(tmp_path):
     assert repr(store).startswith("RequestStore of 3 requests in ")
     with pytest.raises(ValueError, match="elsewhere: there is none"):
         RequestStore(tmp_path / "elsewhere")
+
+
+def test_a_folder_has_requests_whose_heads_are_on_several_ranks(tmp_path):
+    settings = RequestSettings((WAAD(3), FAI(1, 4)), layers=[0], reduce=(), folder=str(tmp_path / "requests"))
+    assert settings.of_rank(0, 1) == settings
+    whole, *ranks = (
+        Engine(settings.of_rank(*rank), heads) for rank, heads in (((0, 1), (0, 1)), ((0, 2), (0,)), ((1, 2), (1,)))
+    )
+    store = RequestStore(tmp_path / "requests")
+    for engine, name in ((whole, "w"), (ranks[0], "a"), (ranks[1], "a")):
+        engine.step({name: (0, 8)})
+    whole.step({}, finished=["w"])
+    ranks[1].step({}, finished=["a"])
+    assert list(store) == ["w"]  # one rank is not done
+    with pytest.raises(KeyError):
+        store["a"]
+    ranks[0].step({}, finished=["a"])
+    assert (list(store), len(store)) == (["w", "a"], 2)
+    for s in settings.statistics:
+        assert store["a"][s].shape == (1, 1, 2, 8)
+        torch.testing.assert_close(store["a"][s], store["w"][s])
+    assert RequestSettings.of({"statistics": ["waad"], "folder": "x", "quota_mb": 8}).of_rank(1, 4).quota_mb == 2
 
 
 def test_one_engine_writes_a_folder_and_the_next_goes_on(tmp_path):

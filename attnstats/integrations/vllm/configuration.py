@@ -33,6 +33,7 @@ from attnstats.transformers.selection import (
 
 KEY = "attnstats"  # in additional_config, and in the extra_args of a request's SamplingParams
 WORKER = "attnstats.integrations.vllm.worker.StatisticsWorker"
+OF_RANK = "rank-{}-of-{}"  # a folder below that of a RequestStore, of a tensor-parallel worker
 HEADS_OF = {"waad": "local", "fai": "global_"}  # the classes of the paper (Sec. 4.1)
 
 RUNNER = "vllm.v1.worker.gpu_model_runner", "GPUModelRunner"
@@ -164,6 +165,13 @@ class RequestSettings:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{KEY}: {error}") from error
         return layers, heads
+
+    def of_rank(self, rank: int, ranks: int) -> RequestSettings:
+        """Those of one of several workers: each writes into a folder of its own, with a share of the quota."""
+        if self.folder is None or ranks == 1:
+            return self
+        folder = str(Path(self.folder) / OF_RANK.format(rank, ranks))
+        return dataclasses.replace(self, folder=folder, quota_mb=self.quota_mb / ranks)
 
     def to_json(self) -> dict[str, Any]:
         """What `of` reads the same settings from."""
@@ -347,9 +355,9 @@ def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
             parallel.tensor_parallel_size > 1 and settings.heads is not None,
             "ranks are put together where each has all of its heads; leave heads out",
         ),
-        "tensor_parallel_size > 1 and a folder": (
-            parallel.tensor_parallel_size > 1 and settings.folder is not None,
-            "each rank has a part of the heads; fetch results with statistics_of",
+        "tensor_parallel_size > 1 and token_entropy": (
+            parallel.tensor_parallel_size > 1 and settings.token_entropy,
+            "ranks would wait for each other where one of them has a fault; set token_entropy=False",
         ),
         "data_parallel_size > 1": (parallel.data_parallel_size > 1, "start an engine for each"),
         "decode_context_parallel_size > 1": (parallel.decode_context_parallel_size > 1, "use 1"),

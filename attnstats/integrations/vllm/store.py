@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from attnstats.integrations.vllm import records
+from attnstats.integrations.vllm.configuration import OF_RANK
 from attnstats.integrations.vllm.records import RequestStatistics
 
 log = logging.getLogger(__name__)
@@ -99,22 +100,35 @@ class RequestStore(Mapping[str, RequestStatistics]):
         if not self.folder.is_dir():
             raise ValueError(f"folder {self.folder}: there is none; an engine's setting `folder` names it")
 
-    def _files(self) -> list[Path]:
-        found = sorted((status.st_mtime_ns, file.name, file) for file, status in _records_in(self.folder))
-        return [file for *_, file in found]
+    def _written(self) -> list[list[Path]]:
+        """The folders of the workers of each engine that wrote here; tensor-parallel ones have one for each rank."""
+        written = [[self.folder]]
+        for first in self.folder.glob(OF_RANK.format(0, "*")):
+            ranks = int(first.name.rpartition("-")[2])
+            written.append([self.folder / OF_RANK.format(rank, ranks) for rank in range(ranks)])
+        return written
+
+    def _names(self) -> list[str]:
+        """The files of requests that all ranks have written, in the order in which they finished."""
+        found = {}
+        for folders in self._written():
+            of_ranks = [{file.name: status.st_mtime_ns for file, status in _records_in(each)} for each in folders]
+            for name in set.intersection(*map(set, of_ranks)):
+                found[name] = max(times[name] for times in of_ranks)
+        return sorted(found, key=lambda name: (found[name], name))
 
     def __getitem__(self, request_id: str) -> RequestStatistics:
-        file = self.folder / (urllib.parse.quote(request_id, safe="") + SUFFIX)
-        try:
-            return records.decode(file.read_bytes())
-        except FileNotFoundError:
-            raise KeyError(request_id) from None
+        name = urllib.parse.quote(request_id, safe="") + SUFFIX
+        for folders in self._written():
+            with contextlib.suppress(FileNotFoundError):
+                return records.merged([records.decode((each / name).read_bytes()) for each in folders])
+        raise KeyError(request_id)
 
     def __iter__(self) -> Iterator[str]:
-        return (urllib.parse.unquote(file.name.removesuffix(SUFFIX)) for file in self._files())
+        return (urllib.parse.unquote(name.removesuffix(SUFFIX)) for name in self._names())
 
     def __len__(self) -> int:
-        return len(self._files())
+        return len(self._names())
 
     def of(self, external_id: str) -> list[RequestStatistics]:
         """The completions of the request with this id of the user's, such as a server's answer has."""

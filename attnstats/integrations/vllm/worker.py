@@ -37,6 +37,8 @@ class StatisticsWorker(Worker):
         self._settings = RequestSettings.of(given)
         check_engine(vllm_config, self._settings)
         super().__init__(vllm_config, *args, **kwargs)
+        # Pipeline and data parallelism are refused.
+        self._settings = self._settings.of_rank(self.rank, vllm_config.parallel_config.tensor_parallel_size)
         self._recorder: Recorder | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

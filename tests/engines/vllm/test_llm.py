@@ -14,7 +14,7 @@ import torch
 
 import attnstats
 from attnstats import FAI, WAAD, Entropy, LocalMass, MaxLogit, Received, SegmentMass, TopKeys
-from attnstats.integrations.vllm import engine_arguments, statistics_of
+from attnstats.integrations.vllm import RequestStore, engine_arguments, statistics_of
 from tests.engines.vllm import tiny
 
 pytestmark = pytest.mark.timeout(600)
@@ -288,13 +288,19 @@ def test_results_that_nobody_fetches_go_when_there_are_too_many(llama):
             statistics_of(llm, outputs[0])
 
 
-def test_heads_over_two_ranks(llama, monkeypatch):
+def test_heads_over_two_ranks(llama, monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    arguments = engine_arguments(STATISTICS, reduce=["layers", "heads"])
+    arguments = engine_arguments(STATISTICS, reduce=["layers", "heads"], folder=tmp_path)
     with engine(llama, processes=True, **arguments, tensor_parallel_size=2) as llm:
         outputs = generate(llm, [tiny.prompt(n, n) for n in (40, 70)], [10, 20])
-        for output in outputs:
-            assert_teacher_forced(statistics_of(llm, output), llama, reduce=("layers", "heads"))
+        results = [statistics_of(llm, output) for output in outputs]
+        generate(llm, [tiny.prompt(5)], [2])  # with its step the workers hear that the others are finished
+    store = RequestStore(tmp_path)
+    for output, result in zip(outputs, results, strict=True):
+        assert_teacher_forced(result, llama, reduce=("layers", "heads"))
+        (written,) = store.of(output.request_id)
+        assert torch.equal(written.tokens, result.tokens)
+        assert all(torch.equal(written[s], result[s]) for s in STATISTICS)
 
 
 # Models
