@@ -170,8 +170,8 @@ def _started(folder: str, loaded: LoadedModel, longest: int, arguments: Mapping[
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        # On CPUs compiling takes a minute, vLLM's default is nearly all memory, and a prompt with a seed of its own can't
-        # be read in chunks: vLLM 0.32 takes back an offset of its generator, which generators of a CPU don't have.
+        # On CPUs compiling takes a minute, and vLLM's default is nearly all memory. A prompt with a seed of its own
+        # can't be read in chunks: vLLM 0.32 takes back an offset of its generator, and that of a CPU has none.
         own = (
             {"enforce_eager": True, "kv_cache_memory_bytes": 4 * 2**30, "enable_chunked_prefill": False}
             | {"max_num_batched_tokens": max(longest, 4096)}
