@@ -79,14 +79,14 @@ class VllmEngine:
             advance: called with the number of tokens that a step made.
 
         Raises:
-            InputError: vLLM doesn't take the model or an argument.
+            InputError: vLLM doesn't take the model or an argument, or it fails.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         longest = max(map(len, prompts.values())) + sampling.max_tokens
         responses: dict[int, list[int]] = {index: [] for index in prompts}
-        with _weights(loaded) as folder, _started(folder, loaded, longest, self.arguments) as engine:
+        with _one_line(), _weights(loaded) as folder, _started(folder, loaded, longest, self.arguments) as engine:
             for index, prompt in prompts.items():
                 how = SamplingParams(
                     max_tokens=sampling.max_tokens,
@@ -145,6 +145,18 @@ def _parsed(arguments: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 @contextmanager
+def _one_line() -> Iterator[None]:
+    """Inside the `with` every exception is an InputError; the part of vLLM that fails decides its class."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        message = shortened(" ".join(str(error).split()), 600) or type(error).__name__
+        raise InputError(f"{OPTION}: {message} ({ARGUMENTS} sets arguments of vllm.LLM)") from error
+
+
+@contextmanager
 def _weights(loaded: LoadedModel) -> Iterator[str]:
     """A folder with the model's weights: its own, or one that is written, where they are in none as they are here."""
     if loaded.source is not None:
@@ -189,9 +201,6 @@ def _started(folder: str, loaded: LoadedModel, longest: int, arguments: Mapping[
                     max_model_len=longest,
                     **{"use_tqdm_on_load": False, **own, **arguments},
                 ).llm_engine
-        except Exception as error:  # whatever a part of vLLM raises
-            message = shortened(" ".join(str(error).split()), 600) or type(error).__name__
-            raise InputError(f"{OPTION}: {message} ({ARGUMENTS} sets arguments of vllm.LLM)") from error
         finally:
             torch.set_num_threads = set_num_threads  # vLLM's worker on a CPU takes it away
     try:

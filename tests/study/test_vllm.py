@@ -20,7 +20,7 @@ from attnstats.cli.main import main
 from attnstats.errors import InputError
 from attnstats.study import corpus, models, vllm
 from attnstats.study.generation import Sampling, generate
-from attnstats.study.store import Store, begin
+from attnstats.study.store import begin
 from tests.tiny import Silent
 
 ENDS = [1, *range(20, 30)]  # so many that answers end at different steps
@@ -63,6 +63,8 @@ class Engine:
         return bool(self.requests)
 
     def step(self):
+        if self.arguments.get("quantization") == "late":
+            raise RuntimeError("no such kernel\n")
         for name in list(self.requests)[: self.AT_ONCE]:
             ids, count, how, draw = self.requests[name]
             with torch.no_grad():
@@ -333,5 +335,7 @@ def test_what_vllm_refuses(tmp_path, folder, engines, capsys):
     assert main([*arguments(folder, tmp_path / "out"), "--engine-args", '{"quantization": "absent"}']) == 2
     error = capsys.readouterr().err
     assert "--engine vllm: 1 validation error no such quantization (--engine-args sets arguments" in error
-    assert not (tmp_path / "out.part").exists()
-    assert Store(tmp_path / "out").indices() == []
+    assert main([*arguments(folder, tmp_path / "out"), "--engine-args", '{"quantization": "late"}']) == 2
+    assert "--engine vllm: no such kernel (--engine-args sets arguments" in capsys.readouterr().err
+    assert engines[-1].stopped
+    assert list(tmp_path.iterdir()) == []
