@@ -41,8 +41,9 @@ def load(folder: str | PathLike[str]) -> FinishedRun:
 
 
 def holds_requests(folder: Path) -> bool:
-    """True for a folder of requests that a server recorded, which has no run.json."""
-    return folder.is_dir() and not (folder / RUN).exists() and any(folder.glob("*.safetensors"))
+    """True for a folder of requests that a server recorded, with a folder in it for each of several ranks."""
+    records = ("*.safetensors", "rank-*/*.safetensors")
+    return folder.is_dir() and not (folder / RUN).exists() and any(any(folder.glob(each)) for each in records)
 
 
 class FinishedRun(Sequence[Analysis]):

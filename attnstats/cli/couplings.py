@@ -135,12 +135,13 @@ def _run_requests(options: argparse.Namespace) -> int:
     if not Variant().needs(requests.names):
         missing = ", ".join(sorted({*Variant().tensors} - requests.names))
         raise InputError(f"--requests {options.requests}: no {missing} in them; record with the setting preset")
-    tables = examine(requests, None, Chance(options.permutations, resamples=options.permutations), requests.names)
+    chance = Chance(options.permutations, resamples=options.permutations, seed=options.seed % 2**63)
+    tables = examine(requests, None, chance, requests.names)
     record = {
         "model": requests.model,
         "requests": options.requests.name,
         "left_out": requests.left_out,
-        "settings": {"permutations": options.permutations},
+        "settings": {"permutations": options.permutations, "seed": options.seed},
         "versions": versions(),
         **as_json(tables, {}),
     }

@@ -54,6 +54,7 @@ def record(loaded, model, prompt, answer, **settings):
         handle = loaded.model.base_model.register_forward_hook(lambda module, args, output: hidden.append(output[0][0]))
         logits = loaded.model(ids).logits
         handle.remove()
+    entropy = drawn(loaded, ids[0], hidden[0], logits[0, -1], 1.0).entropy
     return records.encode(
         of_request,
         run.layers,
@@ -61,7 +62,7 @@ def record(loaded, model, prompt, answer, **settings):
         run._recording,
         prompt + answer,
         prompt=len(prompt),
-        token_entropy=drawn(loaded, ids[0], hidden[0], logits[0, -1], 1.0).entropy,
+        token_entropy=entropy if of_request.token_entropy else None,
         model=records.Model(model, model, "float32", "vLLM 0.32.0"),
     )
 
@@ -170,3 +171,17 @@ def test_an_empty_folder_has_nothing_to_read(tmp_path):
         attnstats.load(tmp_path / "requests")
     with pytest.raises(InputError, match="no request that can be read: it is empty"):
         ServedRequests(tmp_path / "requests")
+
+
+def test_without_token_entropies_there_is_a_page_and_no_coupling_with_them(loaded, model, tmp_path):
+    """As of tensor-parallel ranks, each of which has a folder."""
+    folder = tmp_path / "requests"
+    writer = RequestWriter(folder / "rank-0-of-1", 1)
+    for i, (prompt, answer) in enumerate(conversations(loaded)):
+        writer.write(f"{i}-1a2b3c4d", record(loaded, model, prompt, answer, token_entropy=False))
+    run = attnstats.load(folder)
+    assert run[0].entropy.isnan().all()
+    assert "How uncertain the model was" in run.page()
+    assert run.couplings()["observed"].isna().tolist() == [True, False, False]
+    tables = examine(run.analyses, None, Chance(5, resamples=5), run.analyses.names)
+    assert [coupling.observed > 0 for coupling in tables.rows[0].couplings] == [False, True, True]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
+from torch import Tensor
 
 from attnstats.errors import InputError
 from attnstats.heads import RECEIVED
@@ -104,17 +105,17 @@ class ServedRequests(Sequence[Analysis]):
     def names(self) -> set[str]:
         """The names of the tensors that `items` has."""
         of_statistics = {name_of(s) for s in self.newest.statistics if isinstance(s, COUPLED)}
-        entropy = {"entropy"} if self.newest.token_entropy is not None else set()
-        return {"layers", *entropy, *of_statistics, *(f"valid.{name}" for name in of_statistics)}
+        return {"layers", "entropy", *of_statistics, *(f"valid.{name}" for name in of_statistics)}
 
     def items(self, names: Collection[str]) -> Iterator[Item]:
         """The tensors of each response, by the names that `study.couplings` has for them, as far as there are any."""
         for request_id in self._ids:
             result = self._store[request_id]
             response = slice(result.prompt, None)
-            tensors = {"layers": torch.tensor(result.layers, dtype=torch.int64, device="cpu")}
-            if result.token_entropy is not None:
-                tensors["entropy"] = result.token_entropy[response]
+            tensors = {
+                "layers": torch.tensor(result.layers, dtype=torch.int64, device="cpu"),
+                "entropy": _entropy(result)[response],
+            }
             for s in result.statistics:
                 if isinstance(s, COUPLED):
                     tensors[name_of(s)] = result[s][:, 0, :, response]
@@ -140,7 +141,6 @@ class ServedRequests(Sequence[Analysis]):
         ids = result.tokens[0].tolist()
         prompt, response = ids[: result.prompt], ids[result.prompt :]
         waad, fai = WAAD(self.settings.window), FAI(self.settings.fai_lo, self.settings.fai_hi)
-        entropy = result.token_entropy
         measured = Measured(
             waad=result[waad][:, 0],
             fai=result[fai][:, 0],
@@ -148,7 +148,7 @@ class ServedRequests(Sequence[Analysis]):
             received=result[RECEIVED][:, 0],
             fai_valid=result.valid[fai][0],
             received_valid=result.valid[RECEIVED][0],
-            entropy=torch.full((len(ids),), torch.nan, device="cpu") if entropy is None else entropy,
+            entropy=_entropy(result),
             layers=result.layers,
         )
         return assemble(
@@ -182,6 +182,13 @@ def _fault(result: RequestStatistics) -> str | None:
 
 def _heads(result: RequestStatistics) -> int:
     return int(result[MeanDistance()].shape[2])
+
+
+def _entropy(result: RequestStatistics) -> Tensor:
+    """(T,), NaN where it was not recorded."""
+    if result.token_entropy is not None:
+        return result.token_entropy
+    return torch.full((result.tokens.shape[1],), torch.nan, dtype=torch.float32, device="cpu")
 
 
 def _of_kind(result: RequestStatistics, kind: type[Any]) -> list[Any]:
