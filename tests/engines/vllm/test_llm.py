@@ -381,17 +381,35 @@ def test_a_request_with_an_adapter_has_its_attention(llama, tmp_path):
         assert_teacher_forced(results[0], llama, near={"atol": 0.5, "rtol": 0.0})
 
 
-def test_bfloat16(llama):
+BFLOAT16 = {
+    "llama": {},
+    "qwen3_next": {  # whose linear attention vLLM has on CPUs in bfloat16 alone
+        "layer_types": ["linear_attention", "full_attention"] * 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("family", BFLOAT16)
+def test_bfloat16(family, tmp_path):
     """The cache is packed for other instructions where the machine has them; numbers are those of bfloat16."""
     from transformers import AutoModelForCausalLM
 
-    with engine(llama, **engine_arguments(STATISTICS, reduce=None), dtype="bfloat16") as llm:
+    folder = tiny.save(tmp_path, family, **BFLOAT16[family])
+    with engine(folder, **engine_arguments(STATISTICS, layers="all", reduce=None), dtype="bfloat16") as llm:
         (output,) = generate(llm, [tiny.prompt(100)], [30])
         result = statistics_of(llm, output)
     runs = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype).eval()
-        with torch.no_grad(), attnstats.capture(model, statistics=STATISTICS) as runs[dtype]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        with torch.no_grad(), attnstats.capture(model, statistics=STATISTICS, layers="all") as runs[dtype]:
             model(result.tokens)
     exact, rounded = (runs[dtype]["waad"] for dtype in (torch.float32, torch.bfloat16))
     assert (result["waad"] - exact).abs().mean() < 2 * (rounded - exact).abs().mean()
