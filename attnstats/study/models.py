@@ -140,12 +140,13 @@ def load(
         notify: called with a line about each step that takes long.
 
     Raises:
-        InputError: unknown dtype, absent or full device, or as `describe`.
+        InputError: unknown dtype, absent or full device, weights that don't fit into memory, or as `describe`.
     """
     on = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, on)
     described = model if isinstance(model, Description) else describe(model, notify=notify)
     with _one_line(described.asked):
+        _require_room(described, torch_dtype, on)
         loaded = _weights(described, torch_dtype, notify)
     try:
         loaded.to(on).eval()
@@ -153,6 +154,34 @@ def load(
         raise InputError(f"--device {on}: {_first_line(error)} (cpu always works)") from error
     source = described.source if described.gguf is None and described.adapter is None else None
     return LoadedModel(name=described.name, model=loaded, tokenizer=described.tokenizer, source=source)
+
+
+def _require_room(described: Description, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises InputError if the weights alone take more memory than is free, before any of them is read."""
+    import transformers
+
+    free = free_memory(device)
+    if free is None:
+        return
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(described.config, dtype=dtype)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if size > free:
+        raise InputError(
+            f"--model {described.asked}: its weights are {size / 1e9:,.1f} GB in {str(dtype).removeprefix('torch.')}, "
+            f"and {free / 1e9:,.1f} GB are free on {device}; use a smaller model or --dtype bfloat16"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be used on a device; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # Linux alone says
+        return None
 
 
 def _weights(described: Description, dtype: torch.dtype, notify: Notify) -> Any:

@@ -389,3 +389,19 @@ def test_code_that_comes_with_a_model_never_runs(tmp_path, tiny):
     with pytest.raises(InputError, match="--model "):
         models.load(str(folder))
     assert not marker.exists()
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny, monkeypatch):
+    described = models.describe(str(tiny), notify=pytest.fail)
+    weights = sum(parameter.nbytes for parameter in models.load(described, device="cpu").model.parameters())
+    monkeypatch.setattr(models, "_weights", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr(models, "free_memory", lambda device: weights - 1)
+    with pytest.raises(
+        InputError, match=r"its weights are 0\.0 GB in float32, and 0\.0 GB are free on cpu; use a smaller"
+    ):
+        models.load(described, device="cpu")
+
+
+def test_free_memory_is_known_on_linux():
+    free = models.free_memory(torch.device("cpu"))
+    assert free is None or 10**6 < free < 10**15
