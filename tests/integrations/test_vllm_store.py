@@ -107,6 +107,31 @@ def test_a_folder_has_requests_whose_heads_are_on_several_ranks(tmp_path):
     assert RequestSettings.of({"statistics": ["waad"], "folder": "x", "quota_mb": 8}).of_rank(1, 4).quota_mb == 2
 
 
+@pytest.mark.parametrize("name", ["rank-0-of-2", "rank-0-of-many", "../rank-0-of-2", ".."])
+def test_a_client_may_name_a_request_as_folders_are_named(tmp_path, name):
+    writer = RequestWriter(tmp_path / "requests", 1)
+    for each in ("a", name):
+        writer.write(each, record())
+    store = RequestStore(tmp_path / "requests")
+    assert set(store) == {"a", name}
+    assert store[name].tokens.shape == (1, 6)
+
+
+def test_a_file_that_can_not_be_read_is_named(tmp_path):
+    of_before = record().replace(records.FORMAT.encode(), b"attnstats vllm request 1")
+    files = {"damaged": record()[:-1], "other": b"\x02" + bytes(7) + b"{}", "before": of_before, "cut": record()[:9]}
+    for name, content in files.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    for name, fault in {
+        "damaged": "a damaged record",
+        "other": "its format is None",
+        "before": "its format is 'attnstats vllm request 1', not",
+        "cut": "a damaged record",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors: {fault}"):
+            RequestStore(tmp_path)[name]
+
+
 def test_one_engine_writes_a_folder_and_the_next_goes_on(tmp_path):
     first = RequestWriter(tmp_path, 1)
     first.write("a-1a2b3c4d", record())

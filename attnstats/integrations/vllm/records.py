@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -60,9 +61,9 @@ class RequestStatistics(Mapping[Statistic, Any]):
         layers: numbers of the recorded layers.
         heads: per statistic and layer the heads, None for all.
         reduce: the axes that values are means over.
-        token_entropy: (T,) in nats, the entropy of the distribution that each token was drawn from, at the request's
-            temperature (greedy: of the model's own); NaN for the first token, and where the one before was cached.
-            None: it was not asked for.
+        token_entropy: (T,) in nats, the entropy of the model's distribution that each token was drawn from, at the
+            request's temperature (greedy: of the model's own) and before top-k, top-p and the like; NaN for the first
+            token, and where the one before was cached. None: it was not asked for.
         model: what the engine serves.
     """
 
@@ -193,10 +194,19 @@ def is_of(record: bytes, prompt: list[int], output: list[int]) -> bool:
 
 
 def decode(record: bytes) -> RequestStatistics:
-    """The statistics of a record. Raises RuntimeError for that of a request that has none."""
+    """The statistics of a record.
+
+    Raises:
+        RuntimeError: the request has none, and why.
+        ValueError: it is no record, a damaged one or one of another version of this package.
+    """
     if fault := fault_of(record):
         raise RuntimeError(fault)
-    content, tensors = json.loads(_metadata(record)["content"]), load(record)
+    content = json.loads(_metadata(record)["content"])
+    try:
+        tensors = load(record)
+    except SafetensorError as error:
+        raise ValueError(f"a damaged record ({error})") from error
     statistics = RequestSettings.of({"statistics": content["statistics"], "reduce": content["reduce"]}).statistics
     heads: ChosenHeads = {
         s: {layer: None if chosen is None else tuple(chosen) for layer, chosen in of_statistic}
@@ -229,6 +239,12 @@ def merged(ranks: Sequence[RequestStatistics]) -> RequestStatistics:
 
 
 def _metadata(record: bytes) -> dict[str, str]:
+    """Raises ValueError: it is no record, or one of another version of this package."""
     length = int.from_bytes(record[:8], "little")
-    metadata: dict[str, str] = json.loads(record[8 : 8 + length])["__metadata__"]
+    try:
+        metadata: dict[str, str] = json.loads(record[8 : 8 + length]).get("__metadata__") or {}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"a damaged record ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}; record it with this version")
     return metadata

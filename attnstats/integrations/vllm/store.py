@@ -104,8 +104,9 @@ class RequestStore(Mapping[str, RequestStatistics]):
         """The folders of the workers of each engine that wrote here; tensor-parallel ones have one for each rank."""
         written = [[self.folder]]
         for first in self.folder.glob(OF_RANK.format(0, "*")):
-            ranks = int(first.name.rpartition("-")[2])
-            written.append([self.folder / OF_RANK.format(rank, ranks) for rank in range(ranks)])
+            ranks = first.name.rpartition("-")[2]
+            if ranks.isdecimal() and first.is_dir():  # the file of a request may be named so by a client
+                written.append([self.folder / OF_RANK.format(rank, ranks) for rank in range(int(ranks))])
         return written
 
     def _names(self) -> list[str]:
@@ -118,10 +119,15 @@ class RequestStore(Mapping[str, RequestStatistics]):
         return sorted(found, key=lambda name: (found[name], name))
 
     def __getitem__(self, request_id: str) -> RequestStatistics:
+        """Raises KeyError: there is none. ValueError: its file can't be read."""
         name = urllib.parse.quote(request_id, safe="") + SUFFIX
         for folders in self._written():
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 return records.merged([records.decode((each / name).read_bytes()) for each in folders])
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                raise ValueError(f"{folders[0] / name}: {error}") from error
         raise KeyError(request_id)
 
     def __iter__(self) -> Iterator[str]:
