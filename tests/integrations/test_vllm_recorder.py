@@ -78,12 +78,24 @@ class Engine:
         """
         drafts = drafts or {}
         self.accepted = {name: spans[name][1] - count + accepted for name, (count, accepted) in drafts.items()}
+        for name in spans:
+            self.runner.requests.setdefault(name, State())
+        self.recorder.begin(self.scheduled(spans, finished, drafts))
+        if spans:
+            self.attend(spans)
+        for name, end in self.accepted.items():
+            self.runner.requests[name].sample(end)
+        self.recorder.end()
+
+    def scheduled(self, spans, finished=(), drafts=None):
+        """What the scheduler sends of a step."""
+        drafts = drafts or {}
         new = [name for name in spans if name not in self.known]
         old = [name for name in spans if name in self.known]
         for name in new:
             self.known[name] = len(self.known)
-            self.runner.requests.setdefault(name, State())
-        scheduled = SimpleNamespace(
+        self.runner.input_batch.req_ids = list(reversed(spans))  # the worker has an order of its own
+        return SimpleNamespace(
             finished_req_ids=set(finished),
             scheduled_new_reqs=[
                 SimpleNamespace(
@@ -98,13 +110,6 @@ class Engine:
             num_scheduled_tokens={name: end - begin for name, (begin, end) in spans.items()},
             scheduled_spec_decode_tokens={name: [-1] * count for name, (count, _) in drafts.items()},
         )
-        self.runner.input_batch.req_ids = list(reversed(spans))  # the worker has an order of its own
-        self.recorder.begin(scheduled)
-        if spans:
-            self.attend(spans)
-        for name, end in self.accepted.items():
-            self.runner.requests[name].sample(end)
-        self.recorder.end()
 
     def queries(self, spans):
         """Those of a step; those of rejected drafts are not numbers."""
@@ -353,6 +358,21 @@ def test_a_folder_alone_can_keep_requests(tmp_path):
     engine.step({}, ["a-1a2b3c4d"])
     assert kept(engine, ["a"]) == []
     assert list(RequestStore(tmp_path)) == ["a-1a2b3c4d"]
+
+
+def test_what_the_end_of_an_engine_finds_is_written(tmp_path):
+    """The worker hears that a request ended with the step behind, which the last ones don't have."""
+    engine = Engine(replace(SETTINGS, folder=str(tmp_path)))
+    engine.step({"done-1a2b3c4d": (0, 8)})
+    engine.step({"running-1a2b3c4d": (0, 4)})
+    engine.recorder.begin(engine.scheduled({"running-1a2b3c4d": (4, 8)}))
+    engine.recorder.close()
+    store = RequestStore(tmp_path)
+    assert {name: result.tokens.shape[1] for name, result in store.items()} == {
+        "done-1a2b3c4d": 8,
+        "running-1a2b3c4d": 4,
+    }
+    Engine(replace(SETTINGS, folder=str(tmp_path))).recorder.close()  # the next one may write there
 
 
 def test_a_prompt_of_embeddings_has_no_tokens():

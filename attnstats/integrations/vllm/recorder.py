@@ -474,6 +474,14 @@ class Recorder(StepRecorder):
                 return i + 1
         return min(state.num_tokens, prompt + sampling.max_tokens, self._runner.max_model_len)
 
+    def close(self) -> None:
+        """The engine ends: what it has told no longer is finished, too, and what is running stays as far as it came."""
+        self._step = None
+        for request_id in list(self._running):
+            self._finish(request_id)
+        if self._store is not None:
+            self._store.close()
+
     def _finish(self, request_id: str) -> None:
         recording = self._running.pop(request_id, None)
         if recording is None or (recording.fetched and self._store is None):

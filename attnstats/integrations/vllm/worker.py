@@ -67,6 +67,13 @@ class StatisticsWorker(Worker):
         finally:
             self._recorder.end()
 
+    def shutdown(self) -> None:
+        # The worker hears that a request ended with the next step, which the last ones don't have.
+        recorder, self._recorder = getattr(self, "_recorder", None), None
+        if recorder is not None:
+            recorder.close()
+        super().shutdown()
+
     def attnstats_fetch(self, request_id: str, index: int, prompt: list[int], output: list[int]) -> bytes:
         """For `collective_rpc`: the record of a request."""
         assert self._recorder is not None

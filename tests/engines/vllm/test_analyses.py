@@ -24,7 +24,6 @@ def test_what_a_preset_records_is_the_analysis_of_the_answers(tmp_path, temperat
     prompts, lengths = [tiny.prompt(n, n) for n in (20, 70, 5)], (60, 45, 90)
     with engine(model, enable_prefix_caching=True, **arguments) as llm:
         outputs = generate(llm, prompts, lengths, temperature=temperature)
-        generate(llm, [[5, 6]], [1])  # the worker hears of the last ones' end
     run = attnstats.load(folder)
     loaded = models.load(str(model), dtype="float32")
     assert len(run) == len(prompts)
