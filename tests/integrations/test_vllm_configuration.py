@@ -47,6 +47,7 @@ def test_heads_come_from_a_profile(tmp_path):
         ({"statistic": ["waad"]}, "attnstats has no setting statistic; it has preset, statistics, layers"),
         ({"statistics": None}, "attnstats: statistics must be a list"),
         ({"preset": "paper_v3"}, "attnstats: preset 'paper_v3': no such preset; there are paper_v2, paper_v1"),
+        ({"preset": ["paper_v2"]}, "attnstats: preset ['paper_v2']: no such preset"),
         ({"token_entropy": 1}, "attnstats: token_entropy must be True or False, got 1"),
         ({"statistics": "waad"}, "attnstats: statistics must be a list"),
         ({"statistics": ["wad"]}, "attnstats: statistics: unknown name 'wad'; the catalogue has waad"),
@@ -60,6 +61,7 @@ def test_heads_come_from_a_profile(tmp_path):
         ({"reduce": "tokens"}, "attnstats: reduce must be None, 'heads', 'layers' or both"),
         ({"layers": slice(1, 3)}, "attnstats: layers must be 'middle-third', 'all' or a list of layer numbers"),
         ({"keep_mb": -1}, "attnstats: keep_mb must be a number of megabytes"),
+        ({"quota_mb": float("nan")}, "attnstats: quota_mb must be a number of megabytes"),
     ],
 )
 def test_a_wrong_setting_is_named(given, message):

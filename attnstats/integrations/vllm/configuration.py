@@ -148,7 +148,7 @@ class RequestSettings:
         if not isinstance(self.token_entropy, bool):
             raise TypeError(f"token_entropy must be True or False, got {self.token_entropy!r}")
         for name, size in (("keep_mb", self.keep_mb), ("quota_mb", self.quota_mb)):
-            if not isinstance(size, (int, float)) or isinstance(size, bool) or size < 0:
+            if not isinstance(size, (int, float)) or isinstance(size, bool) or not size >= 0:
                 raise ValueError(f"{name} must be a number of megabytes, 0 or more; got {size!r}")
         if self.folder is not None and not isinstance(self.folder, str):
             raise TypeError(f"folder must be a path as text, or None; got {self.folder!r}")
@@ -211,7 +211,7 @@ def of_preset(name: Any) -> dict[str, Any]:
         >>> of_preset("paper_v2")["statistics"]
         [WAAD(window=10), FAI(lo=10, hi=100), FAI(lo=0, hi=None), FAI(lo=4, hi=None), MeanDistance()]
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset {name!r}: no such preset; there are {', '.join(PRESETS)}")
     preset = PRESETS[name]
     statistics = [WAAD(preset.window), FAI(preset.fai_lo, preset.fai_hi), FAI(0, None), RECEIVED, MeanDistance()]
