@@ -178,6 +178,14 @@ def test_requests_are_left_out_that_say_so_or_are_sglangs_own(serve):
     check(statistics_of(response(server, wanted)), server._model, wanted, BANDS)
 
 
+def test_no_layer_is_missed_in_a_step_of_which_nothing_is_recorded(serve, caplog):
+    server = serve(Model())
+    req = Req("a", range(6), 2)
+    req.input_embeds = [[0.0]]
+    server.prefill(req)
+    assert "was not seen" not in caplog.text
+
+
 def test_requests_that_go_without_an_end_take_their_sums_along(serve):
     server = serve(Model())
     req = Req("a", range(6), 2)

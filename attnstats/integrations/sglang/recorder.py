@@ -86,6 +86,7 @@ class SchedulerRecorder(StepRecorder):
         step = self._step
         if step is None or step.fault is not None:
             return
+        step.seen.add(watched.number)
         try:
             if not self._rows_of(step):
                 return
