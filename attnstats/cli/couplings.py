@@ -80,6 +80,9 @@ def run(options: argparse.Namespace) -> int:
     if options.requests is not None:
         if arguments.check_engine(options):
             raise InputError(f"--engine {options.engine}: generates, and --requests has responses; leave it out")
+        for name in ("model", "limit", "field", "resume"):
+            if getattr(options, name):
+                raise InputError(f"--{name}: is for --data, and --requests has responses; leave it out")
         return _run_requests(options)
     questions = _questions(options)
     _check_counts(options)

@@ -3,17 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import attnstats
+from attnstats import WAAD, MeanDistance
 from attnstats.chance import Chance
+from attnstats.cli.main import main
 from attnstats.errors import InputError
 from attnstats.integrations.vllm import records
 from attnstats.integrations.vllm.analyses import ServedRequests
 from attnstats.integrations.vllm.configuration import RequestSettings
 from attnstats.integrations.vllm.store import RequestWriter
+from attnstats.results import ByStatistic
 from attnstats.study import models
 from attnstats.study.analysis import Settings
 from attnstats.study.couplings import examine, measure
@@ -156,6 +160,65 @@ def test_the_commands_read_a_server_s_folder(folder, tmp_path):
     assert "Not read: maps, of which a server records none; 1 request with fewer" in page.read_text()
     found = json.loads((out / "couplings.json").read_text())
     assert (found["responses"], found["model"]["engine"], len(found["couplings"])) == (5, "vLLM 0.32.0", 3)
+
+
+def test_files_that_can_not_be_read_and_models_of_the_same_name_are_left_out(loaded, model, tmp_path):
+    """As of checkpoints of two runs, which are in folders of the same name."""
+    (prompt, answer), *_ = conversations(loaded)
+    writer = RequestWriter(tmp_path / "requests", 1)
+    newest = records.decode(record(loaded, model, prompt, answer))
+    of_other = newest.model._replace(tokenizer=f"/another/{newest.model.name}")
+    writer.write("0-1a2b3c4d", records.encoded(replace(newest, model=of_other)))
+    (tmp_path / "requests" / "1-1a2b3c4d.safetensors").write_bytes(records.encoded(newest)[:-1])
+    upgraded = newest.model._replace(engine="vLLM 0.33.0")
+    for i, of_engine in ((2, newest.model), (3, upgraded)):
+        writer.write(f"{i}-1a2b3c4d", records.encoded(replace(newest, model=of_engine)))
+    requests = ServedRequests(tmp_path / "requests")
+    assert len(requests) == 2
+    assert sorted(requests.left_out[1:]) == [
+        "1 request in files that are damaged, or of another version of attnstats",
+        "1 request of another model, or with other settings",
+    ]
+    (tmp_path / "requests" / "2-1a2b3c4d.safetensors").unlink()
+    for read in (lambda: requests[0], lambda: list(requests.items(requests.names))):
+        with pytest.raises(InputError, match="request 2-1a2b3c4d was deleted meanwhile"):
+            read()
+
+
+def test_prompt_tokens_that_were_cached_have_no_numbers_of_rows(loaded, model, tmp_path):
+    prompt, answer = next(iter(conversations(loaded)))
+    whole = records.decode(record(loaded, model, prompt, answer))
+    valid = {s: mask.clone() for s, mask in whole.valid.items()}
+    tensors = {s: whole[s].clone() for s in whole.statistics}
+    for s in (WAAD(10), MeanDistance()):
+        valid[s][:, :4], tensors[s][..., :4] = False, 0
+    cached = replace(whole, cached=4, valid=ByStatistic(valid), _tensors=tensors)
+    writer = RequestWriter(tmp_path / "requests", 1)
+    for i, each in enumerate((whole, cached)):
+        writer.write(f"{i}-1a2b3c4d", records.encoded(each))
+    run = attnstats.load(tmp_path / "requests")
+    ours, expected = run[1], run[0]
+    assert ours.waad.isnan().tolist() == [True] * 4 + [False] * (len(prompt) - 4 + len(answer))
+    assert ours.head_mean_distance[..., :4].isnan().all()
+    for name in ("waad", "delta", "distance"):
+        of_both = (getattr(analysis, name) for analysis in (ours, expected))
+        of_answers = (x[-len(answer) :] if name == "waad" else x for x in of_both)
+        assert torch.equal(*of_answers), name
+    assert run.tokens.query("prompt == 1")["waad"].isna().sum() == 4
+    assert "<html" in run.page()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "folder nowhere: there is none"),
+        ([".", "--limit", "3"], "--limit: is for --data, and --requests has responses"),
+        ([".", "--resume"], "--resume: is for --data"),
+    ],
+)
+def test_couplings_of_requests_refuse_what_they_do_not_use(arguments, message, capsys):
+    assert main(["couplings", "--requests", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_folder_without_the_preset_says_how_to_record(loaded, tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnstats.errors import InputError
 from attnstats.heads import RECEIVED
-from attnstats.integrations.vllm.records import RequestStatistics
+from attnstats.integrations.vllm.records import Model, RequestStatistics
 from attnstats.integrations.vllm.store import RequestStore
 from attnstats.statistics import FAI, WAAD, MeanDistance, Statistic
 from attnstats.study.analysis import Analysis, HeadSummary, Outline, Settings
@@ -31,9 +31,13 @@ WAY = 'record requests with the setting preset="paper_v2"'
 
 
 class Served(NamedTuple):
-    """What requests must have in common to be read together."""
+    """What requests must have in common to be read together.
 
-    model: str
+    Attributes:
+        model: but for the engine, which may be another version's.
+    """
+
+    model: Model
     layers: tuple[int, ...]
     heads: int
     statistics: tuple[Statistic, ...]
@@ -51,8 +55,11 @@ class ServedRequests(Sequence[Analysis]):
     """
 
     def __init__(self, folder: Path):
-        """Raises InputError: there is no request that can be read."""
-        self._store = RequestStore(folder)
+        """Raises InputError: there is no such folder, or no request in it that can be read."""
+        try:
+            self._store = RequestStore(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         self._ids: list[str] = []
         newest: RequestStatistics | None = None
         reasons: dict[str, int] = {}
@@ -60,11 +67,14 @@ class ServedRequests(Sequence[Analysis]):
         for request_id in reversed(list(self._store)):  # the newest says which model and settings
             try:
                 result = self._store[request_id]
+                reason = _fault(result)
             except (KeyError, OSError):  # deleted meanwhile
                 continue
-            reason = _fault(result)
+            except ValueError:
+                reason = "in files that are damaged, or of another version of attnstats"
             if reason is None:
-                kind = Served(result.model.name, result.layers, _heads(result), result.statistics)
+                model = result.model._replace(engine="")
+                kind = Served(model, result.layers, _heads(result), result.statistics)
                 common, newest = (kind, result) if common is None else (common, newest)
                 reason = None if kind == common else "of another model, or with other settings"
             if reason is None:
@@ -91,7 +101,15 @@ class ServedRequests(Sequence[Analysis]):
     def __getitem__(self, place: int | slice) -> Analysis | list[Analysis]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        return self._analysis(self._store[self._ids[place]])
+        return self._analysis(self._result(self._ids[place]))
+
+    def _result(self, request_id: str) -> RequestStatistics:
+        try:
+            return self._store[request_id]
+        except (KeyError, OSError) as error:
+            raise InputError(
+                f"{self._store.folder}: request {request_id} was deleted meanwhile; read the folder again"
+            ) from error
 
     def outlines(self) -> Iterator[Outline]:
         """The outlines in order, one at a time."""
@@ -110,7 +128,7 @@ class ServedRequests(Sequence[Analysis]):
     def items(self, names: Collection[str]) -> Iterator[Item]:
         """The tensors of each response, by the names that `study.couplings` has for them, as far as there are any."""
         for request_id in self._ids:
-            result = self._store[request_id]
+            result = self._result(request_id)
             response = slice(result.prompt, None)
             tensors = {
                 "layers": torch.tensor(result.layers, dtype=torch.int64, device="cpu"),
@@ -142,9 +160,9 @@ class ServedRequests(Sequence[Analysis]):
         prompt, response = ids[: result.prompt], ids[result.prompt :]
         waad, fai = WAAD(self.settings.window), FAI(self.settings.fai_lo, self.settings.fai_hi)
         measured = Measured(
-            waad=result[waad][:, 0],
+            waad=_rows(result, waad),
             fai=result[fai][:, 0],
-            mean_distance=result[MeanDistance()][:, 0],
+            mean_distance=_rows(result, MeanDistance()),
             received=result[RECEIVED][:, 0],
             fai_valid=result.valid[fai][0],
             received_valid=result.valid[RECEIVED][0],
@@ -182,6 +200,12 @@ def _fault(result: RequestStatistics) -> str | None:
 
 def _heads(result: RequestStatistics) -> int:
     return int(result[MeanDistance()].shape[2])
+
+
+def _rows(result: RequestStatistics, statistic: Statistic) -> Tensor:
+    """(L, H, T), NaN where a token was found in the cache: a 0 there is a placeholder."""
+    values: Tensor = result[statistic][:, 0]
+    return values.masked_fill(~result.valid[statistic][0], torch.nan)
 
 
 def _entropy(result: RequestStatistics) -> Tensor:
