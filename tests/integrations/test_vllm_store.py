@@ -104,6 +104,11 @@ def test_a_folder_has_requests_whose_heads_are_on_several_ranks(tmp_path):
     for s in settings.statistics:
         assert store["a"][s].shape == (1, 1, 2, 8)
         torch.testing.assert_close(store["a"][s], store["w"][s])
+    for engine, end in zip(ranks, (6, 5), strict=True):
+        engine.step({"b": (0, end)})
+        engine.recorder.close()
+    with pytest.raises(ValueError, match=r"b\.safetensors: the ranks have 6, 5 tokens of it"):
+        store["b"]
     assert RequestSettings.of({"statistics": ["waad"], "folder": "x", "quota_mb": 8}).of_rank(1, 4).quota_mb == 2
 
 

@@ -227,10 +227,16 @@ def decode(record: bytes) -> RequestStatistics:
 
 
 def merged(ranks: Sequence[RequestStatistics]) -> RequestStatistics:
-    """The statistics of a request from those of tensor-parallel ranks, each of which has equally many of the heads."""
+    """The statistics of a request from those of tensor-parallel ranks, each of which has equally many of the heads.
+
+    Raises:
+        ValueError: they are of other tokens, as where ranks ended at different steps.
+    """
     first = ranks[0]
     if len(ranks) == 1:
         return first
+    if not all(torch.equal(rank.tokens, first.tokens) for rank in ranks):
+        raise ValueError(f"the ranks have {', '.join(str(rank.tokens.shape[1]) for rank in ranks)} tokens of it")
     tensors = {}
     for s in first.statistics:
         parts = [rank._tensors[s] for rank in ranks]
