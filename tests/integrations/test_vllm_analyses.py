@@ -181,7 +181,7 @@ def test_files_that_can_not_be_read_and_models_of_the_same_name_are_left_out(loa
     ]
     (tmp_path / "requests" / "2-1a2b3c4d.safetensors").unlink()
     for read in (lambda: requests[0], lambda: list(requests.items(requests.names))):
-        with pytest.raises(InputError, match="request 2-1a2b3c4d was deleted meanwhile"):
+        with pytest.raises(InputError, match="request '2-1a2b3c4d' was deleted meanwhile"):
             read()
 
 

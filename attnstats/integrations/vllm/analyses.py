@@ -108,7 +108,7 @@ class ServedRequests(Sequence[Analysis]):
             return self._store[request_id]
         except (KeyError, OSError) as error:
             raise InputError(
-                f"{self._store.folder}: request {request_id} was deleted meanwhile; read the folder again"
+                f"{self._store.folder}: request {request_id!r} was deleted meanwhile; read the folder again"
             ) from error
 
     def outlines(self) -> Iterator[Outline]:
