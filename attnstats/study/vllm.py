@@ -29,6 +29,7 @@ from attnstats.study.text import shortened
 
 OPTION, ARGUMENTS = "--engine vllm", "--engine-args"
 COLDEST = 0.01  # vLLM takes this for any lower temperature above 0
+HOTTEST = 2.0  # vLLM refuses a higher temperature, once a model is loaded
 # What an analysis decides. With a processor of logits the tokens would not be drawn from the model's distribution.
 OURS = (
     "model",
@@ -128,6 +129,8 @@ def choose(arguments: str | Mapping[str, Any] | None, sampling: Sampling) -> Vll
         raise InputError(
             f"--temperature {sampling.temperature}: vLLM would draw at {COLDEST}; use 0 (greedy), {COLDEST} or more"
         )
+    if sampling.temperature > HOTTEST:
+        raise InputError(f"--temperature {sampling.temperature}: vLLM takes {HOTTEST:g} at most; leave {OPTION} out")
     return VllmEngine(vllm.__version__, chosen)
 
 

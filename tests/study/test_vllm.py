@@ -298,6 +298,7 @@ def test_a_run_is_resumed_with_its_engine(tmp_path, folder, engines, capsys):
     (["--engine-args", '{"dtype": "half"}'], "--engine-args: dtype is decided by"),
     (["--engine", "transformers", "--engine-args", "{}"], "--engine-args: is for --engine vllm"),
     (["--temperature", "0.001"], "--temperature 0.001: vLLM would draw at 0.01; use 0 (greedy), 0.01 or more"),
+    (["--temperature", "2.5"], "--temperature 2.5: vLLM takes 2 at most; leave --engine vllm out"),
 ])  # fmt: skip
 def test_what_is_refused_before_anything_is_loaded(tmp_path, engines, options, message, capsys):
     assert main([*arguments("./absent", tmp_path / "out"), *options]) == 2
