@@ -119,6 +119,7 @@ def config(**changes):
         "use_ubatching": False,
         "kv_sharing_fast_prefill": False,
         "speculative_config": None,
+        "lora_config": None,
         "use_v2_model_runner": False,
         "backend": None,
         "async_scheduling": True,
@@ -132,6 +133,7 @@ def config(**changes):
         attention_config=part,
         scheduler_config=part,
         speculative_config=part.speculative_config,
+        lora_config=part.lora_config,
         use_v2_model_runner=part.use_v2_model_runner,
     )
 
@@ -169,6 +171,13 @@ def test_ranks_have_all_of_their_heads_and_no_entropies():
     for given, name in (({"heads": [0]}, "chosen heads"), ({"token_entropy": True}, "token_entropy")):
         with pytest.raises(ValueError, match=f"tensor_parallel_size > 1 and {name}"):
             check_engine(parallel, settings(**given))
+
+
+def test_an_engine_with_adapters_has_no_entropies():
+    with_adapters = config(lora_config=SimpleNamespace())
+    check_engine(with_adapters, settings(preset="paper_v2", token_entropy=False))
+    with pytest.raises(ValueError, match=r"enable_lora and token_entropy: .* set token_entropy=False"):
+        check_engine(with_adapters, settings(token_entropy=True))
 
 
 def test_an_engine_on_a_gpu_gets_the_backend_that_can_be_watched(monkeypatch):

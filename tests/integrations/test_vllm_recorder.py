@@ -67,6 +67,7 @@ class Engine:
         self.cache = torch.randn(9, SIZE, 1, DIM, generator=torch.Generator("cpu").manual_seed(0))
         self.known = {}
         self.embeddings = {}
+        self.adapters = {}
         self.accepted = {}
 
     def step(self, spans, finished=(), drafts=None):
@@ -103,6 +104,7 @@ class Engine:
                     num_computed_tokens=spans[name][0],
                     sampling_params=self.runner.requests[name].sampling_params,
                     prompt_embeds=self.embeddings.get(name),
+                    lora_request=self.adapters.get(name),
                 )
                 for name in new
             ],
@@ -477,6 +479,14 @@ def test_hidden_states_that_are_not_seen_cost_statistics_alone():
     engine.step({"a": (0, 8)})
     with pytest.raises(RuntimeError, match=r"hidden states were not seen in a step, .* set token_entropy=False"):
         engine.fetch("a")
+
+
+def test_a_result_knows_its_adapter():
+    engine = Engine()
+    engine.recorder.model = records.Model("base")
+    engine.adapters = {"a": SimpleNamespace(lora_name="one")}
+    engine.step({"a": (0, 8), "b": (0, 8)})
+    assert [engine.fetch(name).model.name for name in ("a", "b")] == ["base + one", "base"]
 
 
 def test_a_result_knows_its_prompt():

@@ -359,6 +359,10 @@ def check_engine(vllm_config: Any, settings: RequestSettings) -> None:
             parallel.tensor_parallel_size > 1 and settings.token_entropy,
             "ranks would wait for each other where one of them has a fault; set token_entropy=False",
         ),
+        "enable_lora and token_entropy": (
+            vllm_config.lora_config is not None and settings.token_entropy,
+            "with adapters vLLM computes logits of sampled rows alone; set token_entropy=False",
+        ),
         "data_parallel_size > 1": (parallel.data_parallel_size > 1, "start an engine for each"),
         "decode_context_parallel_size > 1": (parallel.decode_context_parallel_size > 1, "use 1"),
         "prefill_context_parallel_size > 1": (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "use 1"),

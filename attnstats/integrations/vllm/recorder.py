@@ -93,6 +93,7 @@ class RequestRecording(PlacedRecording):
 
     Attributes:
         temperature: of its sampling, 1 where it is greedy.
+        adapter: the name of its LoRA adapter, "" without one.
         fault: why there is nothing to read; None: there is.
         fetched: its results were returned.
     """
@@ -108,6 +109,7 @@ class RequestRecording(PlacedRecording):
         self._head_counts = head_counts  # the same for all requests
         self._entropy: GrowingTensor | None = None
         self.temperature = temperature
+        self.adapter = ""
         self.fault: str | None = None
         self.fetched = False
 
@@ -356,7 +358,7 @@ class StepRecorder:
                 tokens,
                 prompt=len(prompt),
                 token_entropy=recording.drawn_entropy(),
-                model=self.model,
+                model=self.model.with_adapter(recording.adapter),
             )
         except Exception as error:
             return records.failure(f"{type(error).__name__}: {error}", tokens)
@@ -438,6 +440,8 @@ class Recorder(StepRecorder):
                 first = new.num_computed_tokens
                 temperature = new.sampling_params.temperature or 1.0
                 recording = RequestRecording(self.settings.reduce, self._head_counts, first, temperature)
+                if new.lora_request is not None:
+                    recording.adapter = new.lora_request.lora_name
                 if new.prompt_embeds is not None:
                     recording.fault = "its prompt has embeddings, which are no tokens"
                 self._running[new.req_id] = recording

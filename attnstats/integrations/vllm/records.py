@@ -43,6 +43,10 @@ class Model(NamedTuple):
     dtype: str = ""
     engine: str = ""
 
+    def with_adapter(self, name: str) -> Model:
+        """With the name of a LoRA adapter, if any, behind its own."""
+        return self._replace(name=f"{self.name} + {name}") if name else self
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RequestStatistics(Mapping[Statistic, Any]):
