@@ -6,6 +6,10 @@ Each figure is of a process of its own, in which the tool starts an engine, warm
 contenders take turns. Prefill is a batch that generates one token, decoding what a batch takes longer that generates
 all. A ratio is of the same round. The time is that of a clock on the wall, so the machine should have nothing else to
 do; vllm_engine.py measures CPU time inside of the recorder.
+
+glibc's malloc is told to keep the memory that it has. By default it returns large temporaries to the system or not, as
+it happens, and a batch of an engine takes 20 % longer or shorter for anything else that a process allocated. vLLM
+advises to preload tcmalloc on CPUs for this.
 """
 
 from __future__ import annotations
@@ -59,6 +63,7 @@ CONTENDERS = {
     RECORDING: Contender("attnstats", engine_arguments([WAAD(10), FAI(10, 100)])),
 }
 PARTS = ("prefill", "decode")
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 Seconds = dict[str, dict[str, list[float]]]  # by part and contender, one for each round
 
 
@@ -107,7 +112,7 @@ def latency(contender: Contender, shape: Shape, tokens: int) -> float:
             "output_json": result,
         }
         own = {"VLLM_PLUGINS": contender.plugins}
-        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", **KEPT}
         command = [sys.executable, "-c", TOOL, *command_line(same | contender.arguments)]
         done = subprocess.run(command, env=defaults | os.environ | own, capture_output=True, text=True, check=False)
         if done.returncode:
