@@ -5,8 +5,10 @@ import json
 import zipfile
 
 import pytest
+import torch
 
-from attnstats.study.store import Store
+from attnstats.study.perturb import Overlaps
+from attnstats.study.store import Store, begin
 from benchmarks import evidence
 from tests.process import ROOT
 from tests.tiny import save_tiny_model
@@ -60,6 +62,22 @@ def test_shuffling_in_windows_moves_no_token_far(study):
         moves = [min(abs(i - j) for j, other in enumerate(new) if other == value) for i, value in enumerate(old)]
         assert 0 < max(moves) < evidence.WINDOW
         assert before.waad.tolist() == after.waad.tolist()
+
+
+def test_the_trials_that_were_made_say_how_many_it_takes(study):
+    with pytest.raises(SystemExit, match="0 trials of at least 5; `couplings` makes them"):
+        evidence.trials(study)
+    folder = evidence.OUT / "tiny" / "perturbed"
+    folder.parent.mkdir(parents=True)
+    store = begin(folder, {}, resume=False)
+    for i in range(8):
+        high, low = (torch.tensor([[x, x, torch.nan]], dtype=torch.float64) for x in (0.5, 0.6 + 0.1 * (i % 2)))
+        store.write(i, Overlaps(high, low, high.isnan() & False, low.isnan() & False)._asdict(), {})
+    evidence.trials(study)
+    kept = json.loads((evidence.RESULTS / "tiny.json").read_text())["trials"]
+    test = kept["tests"]["the likeliest"]
+    assert (round(test["high"], 3), round(test["low"], 3), test["lower"], test["count"]) == (0.5, 0.65, 1.0, 8)
+    assert (round(kept["deviation"], 3), kept["needed"]) == (0.053, 3)
 
 
 def test_a_download_that_was_cut_is_noticed_before_it_is_used(tmp_path, monkeypatch):
