@@ -315,6 +315,7 @@ def controls(options: argparse.Namespace) -> None:
 
 PAPER = {"couplings": (51.2, 171.5, 42.5), "top third": (38, 296, 60), "middle third": (26, 127, 26)}
 PAPER |= {"bottom third": (52, 105, 37)}  # lifts in per cent, Tables 2 and 10; of Qwen3-4B-Base
+CURVES = {"waad": "WAAD", "fai": "FAI", "receiver_fai": "receiver FAI", "entropy": "entropy"}
 FORCED = {"the likeliest": True, "the likeliest but the one written": False}
 DEPTHS = ("bottom third", "middle third", "top third", "five of the middle third")
 COUPLINGS = ("entropy at WAAD peaks", "receiver FAI peaks that are FAI peaks", "FAI peaks at or after a WAAD peak")
@@ -352,6 +353,14 @@ def as_markdown() -> str:
             ]),
             _table("lift with", COUPLINGS, [(words, *map(_drawn, own[key])) for key, words in CONTROLS.items()]),
         ]  # fmt: skip
+        lifts = {
+            (o["of"], o["near"], o["offset"]): f"{_percent(o['lift'])}, {_p(o['p_value'])}" for o in table["offsets"]
+        }
+        pairs = dict.fromkeys((of, near) for of, near, _ in lifts)
+        rows.append(_table("lift of a peak, by offset in tokens (Table 20)", ("-1", "0", "+1"), [
+            (f"{CURVES[of]} peaks with one of {CURVES[near]}", *(lifts[of, near, offset] for offset in (-1, 0, 1)))
+            for of, near in pairs
+        ]))  # fmt: skip
         if made := record.get("trials"):
             rows.append(_table("tokens forced", ("at high FAI", "at low FAI", "lower at high FAI", "p", "answers"), [
                 (of, f"{t['high']:.3f}", f"{t['low']:.3f}", f"{100 * t['lower']:.0f} %", _p(t["p_value"]), t["count"])
