@@ -49,6 +49,9 @@ from attnstats.study.couplings import Variant, measure, profiles_of
 from attnstats.study.outputs import versions
 from attnstats.study.perturb import Overlaps, summarise
 from attnstats.study.store import Item, Store, begin
+from benchmarks import summary
+from benchmarks.couplings_control import untrained
+from benchmarks.summary import coupling_row
 
 RESULTS = Path(__file__).parent / "results" / "evidence"
 OUT = Path("out/evidence")
@@ -160,16 +163,8 @@ def keep(model: str, part: str, record: Any) -> None:
 
 
 def as_row(coupling: Coupling) -> dict[str, Any]:
-    numbers = {
-        "observed": coupling.observed,
-        "random": coupling.random,
-        "lift": coupling.lift,
-        "low": coupling.low,
-        "high": coupling.high,
-        "p": coupling.p_value,
-    }
-    finite = {name: round(x, 6) if np.isfinite(x) else None for name, x in numbers.items()}
-    return {"name": coupling.name, **finite, "peaks": coupling.count, "responses": coupling.responses}
+    numbers = {name: round(x, 6) if np.isfinite(x) else None for name, x in coupling_row(coupling).items()}
+    return {"name": coupling.name, **numbers, "responses": coupling.responses}
 
 
 def table(of_curves: Callable[[], Iterator[Curves]], chance: Chance) -> list[dict[str, Any]]:
@@ -305,10 +300,7 @@ def controls(options: argparse.Namespace) -> None:
     shuffled = measured_anew(OUT / options.model / "shuffled", store, loaded, in_random_order)
     record["text shuffled"] = table(Measured(shuffled, of_model, indices).curves, chance)
     keep(options.model, "controls", record)
-    torch.manual_seed(0)
-    fresh = type(loaded.model)(loaded.model.config).eval()
-    untrained = models.LoadedModel(f"{loaded.name}, untrained", fresh, loaded.tokenizer)
-    again = measured_anew(OUT / options.model / "untrained", store, untrained, as_it_is)
+    again = measured_anew(OUT / options.model / "untrained", store, untrained(loaded, 0), as_it_is)
     record["untrained"] = table(Measured(again, of_model, indices).curves, chance)
     keep(options.model, "controls", record)
 
@@ -375,9 +367,7 @@ def as_markdown() -> str:
 
 
 def _table(corner: str, columns: Iterable[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    heading = [corner, *columns]
-    lines = [heading, ["---", *(["--:"] * (len(heading) - 1))], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(summary.table((corner, *columns), [tuple(map(str, row)) for row in rows], (corner,)))
 
 
 def _whole(row: dict[str, Any]) -> str:

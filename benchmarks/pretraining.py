@@ -41,6 +41,7 @@ from attnstats.study.couplings import examine, measure
 from attnstats.study.models import LoadedModel
 from attnstats.study.outputs import versions
 from attnstats.study.store import begin
+from benchmarks.summary import coupling_row
 
 RESULTS = Path(__file__).parent / "results" / "pretraining"
 FIGURE = Path(__file__).parent.parent / "docs" / "pretraining.svg"
@@ -133,19 +134,7 @@ class CouplingsCallback(TrainerCallback):
         tables = examine(store, identity(model), self._chance)
         model.train()
         for coupling in tables.rows[0].couplings or ():
-            self.rows.append(
-                {
-                    "step": step,
-                    "coupling": coupling.name,
-                    "observed": coupling.observed,
-                    "random": coupling.random,
-                    "lift": coupling.lift,
-                    "low": coupling.low,
-                    "high": coupling.high,
-                    "p": coupling.p_value,
-                    "peaks": coupling.count,
-                }
-            )
+            self.rows.append({"step": step, "coupling": coupling.name, **coupling_row(coupling)})
         print(step, self.results[step], [round(row["lift"], 3) for row in self.rows[-3:]], file=sys.stderr, flush=True)
 
 

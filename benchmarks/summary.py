@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attnstats.chance import Coupling
+
 
 class Series(NamedTuple):
     """The times of a contender in one case."""
@@ -75,6 +77,19 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[s
     left = header[:1] if text is None else text
     alignment = ["--" if name in left else "--:" for name in header]
     return ["| " + " | ".join(cells) + " |" for cells in (header, alignment, *rows)]
+
+
+def coupling_row(coupling: Coupling) -> dict[str, Any]:
+    """The numbers of a coupling, as results keep them."""
+    return {
+        "observed": coupling.observed,
+        "random": coupling.random,
+        "lift": coupling.lift,
+        "low": coupling.low,
+        "high": coupling.high,
+        "p": coupling.p_value,
+        "peaks": coupling.count,
+    }
 
 
 def measured(before: str, conditions: dict[str, Any], after: str) -> str:
